@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Knows nothing of what went wrong; the code that raises it does."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What happened, on which item, and what to do next; shown without a traceback, exit code 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown word: the closest known word, or all of them.
+
+    >>> did_you_mean("alfa", ["alpha", "beta"])
+    "Did you mean 'alpha'?"
+    >>> did_you_mean("zzz", ["alpha", "beta"])
+    'Known: alpha, beta.'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Known: {', '.join(known)}." if known else "None are known."
