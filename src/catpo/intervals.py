@@ -1,0 +1,112 @@
+"""How sure a number is: AUROC, bootstrap resamples, intervals. Knows nothing of tokens, benchmarks or models; NumPy only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES_AT_ONCE = 64
+"""Resamples worked on together; bounds the memory of `bootstrap_auroc` to this many rows of scores."""
+
+
+class Interval(NamedTuple):
+    """Lower and upper end."""
+
+    low: float
+    high: float
+
+
+def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Share of (positive, negative) couples in which the positive scores higher; a tie counts half (mid-rank).
+
+    0.5 is chance. NaN when there is no positive or no negative: then nothing can be said.
+
+    Args:
+        scores: [items], finite.
+        labels: [items], true (or 1) for positives.
+
+    >>> auroc([0.1, 0.4, 0.4, 0.8], [0, 0, 1, 1])
+    0.875
+    """
+    ranked = _Ranked(scores, labels)
+    return float(ranked.auroc(np.ones((1, np.size(labels))))[0])
+
+
+def bootstrap_auroc(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, resamples: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """AUROC of each bootstrap resample, where whole groups are drawn: tokens of one pair are not independent.
+
+    Args:
+        scores: [items], finite.
+        labels: [items], true (or 1) for positives.
+        groups: [items], any integers; items with the same one are drawn together.
+        resamples: how many to draw.
+        seed: of the draw, see `bootstrap_indices`.
+
+    Returns:
+        [resamples]; NaN where a resample has no positive or no negative.
+    """
+    ranked = _Ranked(scores, labels)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    drawn = bootstrap_indices(len(names), resamples=resamples, seed=seed)
+    results = np.full(resamples, np.nan)
+    for start in range(0, resamples if len(names) else 0, RESAMPLES_AT_ONCE):
+        block = drawn[start : start + RESAMPLES_AT_ONCE]
+        times = np.stack([np.bincount(row, minlength=len(names)) for row in block])  # (resample, group)
+        results[start : start + len(block)] = ranked.auroc(times[:, group].astype(np.float64))
+    return results
+
+
+def bootstrap_indices(count: int, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.int64]:
+    """Rows to draw, with replacement: [resamples, count], each in 0 … count - 1.
+
+    The same count and seed give the same rows, so two models resampled with them are compared item by item (paired).
+
+    >>> scores = np.array([0.0, 1.0, 1.0, 0.0])
+    >>> means = scores[bootstrap_indices(4, resamples=500)].mean(axis=1)
+    >>> interval(means)
+    Interval(low=0.0, high=1.0)
+    """
+    if not count:
+        return np.empty((resamples, 0), dtype=np.int64)
+    return np.random.default_rng(seed).integers(0, count, size=(resamples, count))
+
+
+def interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """The middle `level` of bootstrap values (percentile interval). NaNs are left out; NaN when nothing is left.
+
+    >>> interval(np.arange(101), level=0.5)
+    Interval(low=25.0, high=75.0)
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
+        return Interval(float("nan"), float("nan"))
+    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+class _Ranked:
+    """Scores ranked once, so that many weightings of the same items cost one pass each."""
+
+    def __init__(self, scores: ArrayLike, labels: ArrayLike) -> None:
+        values = np.asarray(scores, dtype=np.float64)
+        is_positive = np.asarray(labels).astype(bool)
+        negatives = np.flatnonzero(~is_positive)
+        self.positives = np.flatnonzero(is_positive)
+        self.negatives = negatives[np.argsort(values[negatives], kind="stable")]
+        ladder = values[self.negatives]
+        self.below = np.searchsorted(ladder, values[self.positives], side="left")  # negatives that score lower
+        self.up_to = np.searchsorted(ladder, values[self.positives], side="right")  # … lower or equal
+
+    def auroc(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """AUROC under each row of weights: [rows, items] -> [rows]."""
+        positives, negatives = weights[:, self.positives], weights[:, self.negatives]
+        lower = np.zeros((len(weights), len(self.negatives) + 1))
+        np.cumsum(negatives, axis=1, out=lower[:, 1:])  # lower[row, k] = weight of the k lowest negatives
+        wins = (positives * 0.5 * (lower[:, self.below] + lower[:, self.up_to])).sum(axis=1)
+        couples = positives.sum(axis=1) * lower[:, -1]
+        return np.divide(wins, couples, out=np.full(len(weights), np.nan), where=couples > 0)
