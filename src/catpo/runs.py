@@ -1,0 +1,196 @@
+"""Files that outlive a killed process: atomic writes, append-only rows, one writer per folder, versions. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, the rest works
+    fcntl = None  # type: ignore[assignment]
+
+from catpo.errors import UserError
+
+LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
+"""What `versions` tells: libraries that can change a number."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that can change a number; imports none of them.
+
+    >>> versions()["python"] == platform.python_version()
+    True
+    """
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part.
+
+    Raises:
+        UserError: it cannot be written (no space, no permission); the old file is untouched.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}). Check space and permissions.") from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_json(path: str | Path, *, made_by: str = "catpo") -> dict[str, Any]:
+    """The object in a JSON file; `made_by` is the command that a message about a missing file names.
+
+    Raises:
+        UserError: it is missing, not JSON, or not an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Write it again with `{made_by}`.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object. Write it again with `{made_by}`.")
+    return value
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Append rows to a JSON Lines file in one write, on disk before it returns; gives the file's new size in bytes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    try:
+        with open(path, "ab") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            return stream.tell()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Check space and permissions, then run it again."
+        ) from error
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file that this library wrote; none if it does not exist; a torn last line is left out.
+
+    Raises:
+        UserError: a line before the last is not a JSON object; names the line.
+    """
+    return _rows(Path(path))[0]
+
+
+def repair_rows(path: str | Path) -> list[dict[str, Any]]:
+    """`read_rows`, after a torn last line (of a killed process) was cut off the file, so that it can be appended to."""
+    rows, size = _rows(Path(path))
+    if Path(path).exists() and os.path.getsize(path) > size:
+        os.truncate(path, size)
+    return rows
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Complete rows, and their size in bytes."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Check permissions.") from error
+    lines = content.split(b"\n")  # not splitlines(): U+2028 may stand inside a JSON text
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number} is not valid JSON ({error}). Remove the folder and run the command again."
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} must be a JSON object. Remove the folder and start again.")
+        rows.append(row)
+    return rows, len(content) - len(lines[-1])
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[Path]:
+    """Make the folder and keep every other process from writing to it; a killed process leaves no lock behind.
+
+    Raises:
+        UserError: another live process holds it, or the folder cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / ".lock", "a+", encoding="ascii")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error
+    with stream:
+        _take(stream, folder)
+        yield folder
+
+
+def _take(stream: Any, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        raise UserError(
+            f"{folder} is being written by another catpo process (pid {holder}). Wait for it, or choose another --output."
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    stream.truncate(0)
+    stream.write(str(os.getpid()))
+    stream.flush()
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | Path, ignore: Iterable[str] = ()) -> None:
+    """Refuse to continue work that was begun with other options.
+
+    >>> check_same({"seed": 0}, {"seed": 1}, where="pairs")
+    Traceback (most recent call last):
+    catpo.errors.UserError: pairs was begun with seed=0, now it is 1. Give the old value, or choose another --output.
+
+    Raises:
+        UserError: a field differs; names the first.
+    """
+    ignored = set(ignore)
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in ignored and old.get(key) != new.get(key):
+            before, now = old.get(key), new.get(key)
+            raise UserError(
+                f"{where} was begun with {key}={before!r}, now it is {now!r}. Give the old value, or choose another --output."
+            )
