@@ -1,0 +1,48 @@
+"""What every test stands on: offline, one thread, shapes checked at call time; the packaged model and the outside data."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a worker per core, not a pool per worker
+os.environ["MPLBACKEND"] = "Agg"
+
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("catpo", "beartype.beartype")  # Float[Tensor, "tokens"] is checked here and nowhere else
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real photographs and recorded benchmark data that no package ships; tests that need it skip without it."""
+    folder = Path(os.environ.get("CATPO_SHARED", ROOT.parent / "shared"))
+    if not (folder / "real-data").is_dir():
+        pytest.skip(f"{folder} has no real-data; name the folder in CATPO_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def builtin() -> Path:
+    """The packaged vision-language model."""
+    from catpo.families._base import BUILTIN
+
+    assert (BUILTIN / "model.safetensors").is_file(), f"{BUILTIN} is not packaged; see tools/train_builtin_vlm.py"
+    return BUILTIN
