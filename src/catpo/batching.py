@@ -1,0 +1,245 @@
+"""Pairs as model input: one row per pair, `[prompt | chosen | rejected]`, with weights and reference looked up in the store.
+
+Rejected tokens do not see chosen tokens and their positions restart after the prompt, so picture and prompt run once.
+Knows nothing of losses or of how training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from catpo.errors import UserError
+from catpo.families._base import Encoded, Family
+from catpo.fusion import Fusion
+from catpo.head import Direction, Head, TokenStats, token_stats
+from catpo.rewards import RewardStore
+from catpo.stats import kl_direction
+from catpo.tensors import pad_indices
+from catpo.types import SIDES, PreferencePair
+
+Batch = dict[str, Any]
+"""Nested tensors: `model_inputs`, and per (pair, side, token) `row`, `tokens_at`, `predictors`, `token_ids`, `mask`, `weights`, …"""
+Prefix = Literal["shared", "separate"]
+
+
+def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared", padding_side: str = "right") -> Batch:
+    """Encoded pairs as one batch.
+
+    `prefix='separate'` gives chosen and rejected rows of their own (twice the picture): for families that cannot share, and to
+    test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
+    [rows, patches]; positions are those in the padded row, -1 where there is none.
+    """
+    rows = [_packed_row(each) for each in encoded] if prefix == "shared" else [row for each in encoded for row in _separate_rows(each)]
+    length = max(len(row.ids) for row in rows)
+    shift = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
+    sides = [(number, side) for number, row in enumerate(rows) for side in row.sides]
+    moved = lambda positions, number: [position + shift[number] for position in positions]  # noqa: E731
+    tokens_at = pad_indices([moved(rows[number].tokens_at[side], number) for number, side in sides])
+    predictors = pad_indices([moved(rows[number].predictors[side], number) for number, side in sides])
+    response_ids = pad_indices([each.response_ids[side] for each in encoded for side in SIDES], fill=0)
+    segments = pad_indices([[-1] * shift[number] + row.segments for number, row in enumerate(rows)])
+    ids = pad_indices([[0] * shift[number] + row.ids for number, row in enumerate(rows)], fill=0)
+    source = [each for each in encoded for _ in range(1 if prefix == "shared" else 2)]
+    positions = torch.zeros_like(ids)
+    for number, (row, each) in enumerate(zip(rows, source, strict=True)):
+        positions[number, shift[number] : shift[number] + len(row.ids)] = family.positions(each, torch.tensor(row.segments))
+    model_inputs = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": _visible(segments) if prefix == "shared" else (segments >= 0).long(),
+        **family.join_pixels([each.pixels for each in source]),
+    }
+    pairs = len(encoded)
+    return {
+        "model_inputs": model_inputs,
+        "row": torch.tensor([number for number, _ in sides]).view(pairs, 2),
+        "tokens_at": tokens_at.view(pairs, 2, -1),
+        "predictors": predictors.view(pairs, 2, -1),
+        "token_ids": response_ids.view(pairs, 2, -1),
+        "mask": (tokens_at >= 0).view(pairs, 2, -1),
+        "patches": pad_indices([moved(each.patches, number) for number, each in enumerate(source)]),
+        "pair_ids": [each.pair_id for each in encoded],
+    }
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row before padding; positions count from its start."""
+
+    ids: list[int]
+    segments: list[int]
+    """0 prompt, 1 chosen, 2 rejected."""
+    sides: tuple[str, ...]
+    tokens_at: dict[str, list[int]]
+    predictors: dict[str, list[int]]
+    """Position whose hidden state predicts the token: the one before, or the prompt's last for a first token."""
+
+
+def _packed_row(encoded: Encoded) -> _Row:
+    prompt, chosen, rejected = encoded.prompt_ids, encoded.response_ids["chosen"], encoded.response_ids["rejected"]
+    start, middle, end = len(prompt), len(prompt) + len(chosen), len(prompt) + len(chosen) + len(rejected)
+    tokens_at = {"chosen": list(range(start, middle)), "rejected": list(range(middle, end))}
+    predictors = {side: [start - 1, *positions[:-1]] for side, positions in tokens_at.items()}
+    segments = [0] * start + [1] * len(chosen) + [2] * len(rejected)
+    return _Row([*prompt, *chosen, *rejected], segments, SIDES, tokens_at, predictors)
+
+
+def _separate_rows(encoded: Encoded) -> list[_Row]:
+    start = len(encoded.prompt_ids)
+    rows = []
+    for side in SIDES:
+        response = encoded.response_ids[side]
+        at = list(range(start, start + len(response)))
+        ids, segments = [*encoded.prompt_ids, *response], [0] * start + [1] * len(response)
+        rows.append(_Row(ids, segments, (side,), {side: at}, {side: [start - 1, *at[:-1]]}))
+    return rows
+
+
+def _visible(segments: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
+    """Which key each query sees: causal, its own segment and the prompt; padding sees itself, so that no row is empty."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
+    return (visible | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+# ---- the model on a batch -------------------------------------------------------------------------------------------------
+
+
+def response_hidden(last_hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "tokens width"]:
+    """Final hidden states that predict the response tokens, flat in the order (pair, side, token)."""
+    mask = batch["mask"]
+    rows = batch["row"][:, :, None].expand_as(mask)[mask]
+    return last_hidden[rows, batch["predictors"][mask]]
+
+
+def unflatten(values: Float[Tensor, " tokens"], mask: Bool[Tensor, "pairs 2 tokens"]) -> Float[Tensor, "pairs 2 tokens"]:
+    """From flat response tokens back to (pair, side, token), 0 in the padding."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
+    """The model without its output head on a batch's rows."""
+    return model.base_model(**batch["model_inputs"], use_cache=False, **options)
+
+
+def add_pair_forward(model: nn.Module) -> None:
+    """Teach a transformers model to take `pair_batch=`, so that head and KL run inside the wrapped forward (DDP, FSDP, ZeRO).
+
+    Without `pair_batch` its forward stays what it was.
+    """
+    if getattr(model, "_takes_pairs", False):
+        return
+    plain = model.forward
+
+    def forward(self: Any, *args: Any, pair_batch: Batch | None = None, **options: Any) -> Any:
+        return plain(*args, **options) if pair_batch is None else _pair_forward(self, pair_batch, **options)
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    model._takes_pairs = True  # type: ignore[assignment]
+
+
+def _pair_forward(
+    model: Any,
+    batch: Batch,
+    *,
+    hidden_only: bool = False,
+    direction: Direction | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_head: Head | None = None,
+) -> Tensor | TokenStats:
+    hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
+    if hidden_only:
+        return hidden
+    return token_stats(
+        hidden,
+        Head.of(model),
+        batch["token_ids"][batch["mask"]],
+        reference_hidden=reference_hidden if direction else None,
+        reference_head=reference_head,
+        direction=direction or "policy||reference",
+    )
+
+
+# ---- the collator ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PairCollator:
+    """Pairs in, batch out: encodes, looks weights and reference up by (id, side), and verifies the stored token ids.
+
+    Args:
+        rewards: the store; None for an objective that needs neither weights nor a cached reference.
+        needs: what the objective reads, see `requirements`.
+    """
+
+    family: Family
+    rewards: RewardStore | None = None
+    fusion: Fusion = field(default_factory=Fusion)
+    needs: frozenset[str] = frozenset()
+    max_length: int | None = None
+    prefix: Prefix = "shared"
+    padding_side: str = "right"
+
+    def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
+        encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
+        prefix: Prefix = self.prefix if self.family.shares_prefix else "separate"
+        batch = pack(self.family, encoded, prefix=prefix, padding_side=self.padding_side)
+        if self.rewards is not None:
+            for each in encoded:
+                _check_token_ids(self.rewards, each)
+            batch.update(self._stored(self.rewards, encoded))
+        if "weights" not in batch:
+            batch["weights"] = batch["mask"].float()
+        return batch
+
+    def _stored(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
+        stored: Batch = {}
+        responses = [(each.pair_id, side) for each in encoded for side in SIDES]
+        if "weights" in self.needs:
+            weights = [rewards.weights(each.pair_id, self.fusion) for each in encoded]
+            sides = [values for pair in weights for values in (pair.chosen, pair.rejected)]
+            stored["weights"] = _padded(sides)
+            net = [pair.net_shared_coefficient for pair in weights]
+            stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
+        stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
+        if kl_direction(self.needs) and rewards.has_hidden:
+            stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
+        return stored
+
+
+def rewards_hidden(rewards: RewardStore, pair_id: str, side: str) -> Float[Tensor, "tokens width"]:
+    """The reference's final hidden states of one response, in the precision they were stored in."""
+    values = torch.from_numpy(np.array(rewards.hidden(pair_id, side)))
+    return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+
+
+def _padded(rows: Sequence[np.ndarray]) -> Float[Tensor, "pairs 2 tokens"]:
+    table = torch.zeros(len(rows), max(len(row) for row in rows))
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float32))
+    return table.view(len(rows) // 2, 2, -1)
+
+
+def _check_token_ids(rewards: RewardStore, encoded: Encoded) -> None:
+    if encoded.pair_id not in rewards:
+        raise UserError(f"pair {encoded.pair_id} is not in the reward store {rewards.path}. Score it first: run `catpo score` on these pairs.")
+    for side in SIDES:
+        fresh, stored = encoded.response_ids[side], list(rewards.get(encoded.pair_id, side).token_ids)
+        if fresh == stored:
+            continue
+        first = next((at for at, (a, b) in enumerate(zip(fresh, stored, strict=False)) if a != b), min(len(fresh), len(stored)))
+        raise UserError(
+            f"pair {encoded.pair_id}, {side}: the store's token ids differ from the fresh ones at token {first} "
+            f"({stored[first : first + 1]} stored, {fresh[first : first + 1]} now; {len(stored)} against {len(fresh)} tokens). "
+            "The tokenizer or the text has changed: score again."
+        )

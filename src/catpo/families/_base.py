@@ -1,0 +1,385 @@
+"""What every VLM family shares: load a model, encode a pair, say where the patches lie, generate.
+
+A family is found from the checkpoint's `config.model_type`; what differs between families stands in their own files.
+Knows nothing of rewards, losses or stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from catpo import registry
+from catpo.attention import recordable
+from catpo.errors import UserError
+from catpo.head import Head
+from catpo.tensors import fingerprint
+from catpo.types import SIDES, Picture, PreferencePair, Sample, Side
+
+BUILTIN = Path(__file__).parent.parent / "assets" / "vlm"
+"""The packaged model, called `builtin` on the command line."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One pair as the model reads it."""
+
+    pair_id: str
+    prompt_ids: list[int]
+    """Prompt with every image placeholder expanded; the same tokens that generation starts from."""
+    response_ids: Mapping[Side, list[int]]
+    """The tokens the model would have generated for the text, end-of-sequence token included."""
+    patches: list[int]
+    """Positions in the prompt that hold the image features, in order."""
+    grids: list[tuple[int, int]]
+    """Rows and columns of each picture's patches."""
+    pixels: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the processor made of the pictures."""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids.values())
+
+
+class Family:
+    """A loaded VLM with its processor. Subclasses override what their architecture does differently."""
+
+    shares_prefix: ClassVar[bool] = True
+    """Whether chosen and rejected may stand in one row behind one prompt (positions restart, own 4-D mask)."""
+    lora_targets: ClassVar[str] = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    """Linear layers of the decoder, as a regular expression for PEFT; never the vision tower or the projector."""
+
+    def __init__(self, model: nn.Module, processor: Any, *, model_id: str = "in memory", model_hash: str | None = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.model_id = model_id
+        self._model_hash = model_hash
+
+    # ---- what identifies it -------------------------------------------------------------------------------------------
+
+    @property
+    def model_hash(self) -> str:
+        """Identity of the weights; an adapter that is in place counts as part of them."""
+        if self._model_hash is None:
+            self._model_hash = fingerprint(self.model.state_dict().items())
+        return self._model_hash
+
+    @property
+    def processor_hash(self) -> str:
+        """Identity of the tokenizer and of every picture-processing setting."""
+        image_settings = self.processor.image_processor.to_dict()
+        image_settings.pop("image_processor_type", None)               # torchvision and PIL variants read the same settings
+        text = self.tokenizer.backend_tokenizer.to_str() + json.dumps(image_settings, sort_keys=True, default=str)
+        return _hash(text)
+
+    @property
+    def template_hash(self) -> str:
+        """Identity of the chat template."""
+        return _hash(str(self.processor.chat_template or self.tokenizer.chat_template))
+
+    # ---- what it consists of ------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def unwrapped(self) -> Any:
+        """The transformers model, without a PEFT wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def backbone(self) -> Any:
+        """The model without its output head."""
+        return self.unwrapped.base_model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model inside the backbone.
+
+        Raises:
+            UserError: it has none by a known name.
+        """
+        for name in ("language_model", "text_model"):
+            if hasattr(self.backbone, name):
+                return getattr(self.backbone, name)
+        raise UserError(f"{self.model_id}: no language model found inside {type(self.unwrapped).__name__}. This family is not supported.")
+
+    @property
+    def head(self) -> Head:
+        return Head.of(self.unwrapped)
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return self.unwrapped.config.get_text_config().num_hidden_layers
+
+    @property
+    def image_token_id(self) -> int:
+        return self.unwrapped.config.image_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a response."""
+        ids = self.unwrapped.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in ids or ids == [None] else ids[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unwrapped.parameters()).device
+
+    def frozen_parts(self) -> Iterator[nn.Module]:
+        """Vision tower and projector: what stays as it is when the decoder trains."""
+        for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "embed_vision"):
+            if hasattr(self.backbone, name):
+                yield getattr(self.backbone, name)
+
+    @contextmanager
+    def recordable_attention(self) -> Iterator[None]:
+        """Inside, the decoder's attention can be recorded; the vision tower keeps its own, and afterwards all is as before."""
+        config = self.unwrapped.config.get_text_config()
+        before = config._attn_implementation
+        base = before if before != "eager" else "eager"
+        self.unwrapped.set_attn_implementation({_text_config_name(self.unwrapped): recordable(base)})
+        try:
+            yield
+        finally:
+            self.unwrapped.set_attn_implementation({_text_config_name(self.unwrapped): before})
+
+    # ---- encoding -----------------------------------------------------------------------------------------------------
+
+    def encode(self, pair: PreferencePair, *, max_length: int | None = None) -> Encoded:
+        """A pair as token ids, pixels and patch positions; nothing is ever truncated.
+
+        Raises:
+            UserError: the response holds a special token, the pair is longer than `max_length`, or the image tokens do not
+                match the picture; names the pair.
+        """
+        text = self.prompt_text(pair.prompt, len(pair.images), name=f"pair {pair.id}")
+        inputs = self.process([pair.images], [text])
+        prompt_ids = inputs.pop("input_ids")[0].tolist()
+        inputs.pop("attention_mask", None)
+        patches = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
+        grids = self.grids(inputs, len(pair.images))
+        if len(patches) != sum(rows * columns for rows, columns in grids):
+            raise UserError(f"pair {pair.id}: {len(patches)} image tokens, but the patches form grids {grids}. The processor and model do not fit.")
+        response_ids = {side: self.response_ids(text, pair.response(side), name=f"pair {pair.id}, {side} response") for side in SIDES}
+        encoded = Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs)
+        longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
+        if max_length is not None and longest > max_length:
+            raise UserError(
+                f"pair {pair.id}: {longest} tokens ({len(patches)} of them image tokens) are more than max_length={max_length}. "
+                "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
+            )
+        return encoded
+
+    def process(self, images: Sequence[Sequence[Picture]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
+        """The processor's output for prompts with pictures; the chat template has already set special tokens."""
+        pictures = [[picture.open() for picture in group] for group in images]
+        return dict(self.processor(images=pictures, text=list(texts), return_tensors="pt", add_special_tokens=False, **options))
+
+    def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
+        """The model's own chat template around pictures and prompt, up to where the answer starts."""
+        placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if placeholder in prompt:
+            raise UserError(f"{name}: the prompt holds the image placeholder {placeholder}. Remove it; pictures are placed by the chat template.")
+        content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+    def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
+        """The tokens the model would generate for `response` after the prompt, with the end-of-sequence token.
+
+        The text is tokenised behind the prompt, since some tokenizers join a leading space to the first word.
+
+        Raises:
+            UserError: a special token stands in the response.
+        """
+        tail = prompt_text[-200:]                                      # enough context; placeholders are not expanded here
+        before = self._ids(tail)
+        lead = "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
+        together = self._ids(tail + lead + response.strip())
+        ids = together[len(before) :] if together[: len(before)] == before else self._ids(lead + response.strip())
+        special = [token for token in ids if token in set(self.tokenizer.all_special_ids) or token == self.image_token_id]
+        if special:
+            raise UserError(
+                f"{name} holds the special token {self.tokenizer.convert_ids_to_tokens(special[0])!r}, which would be read as "
+                "an image or as the end. Remove it from the text."
+            )
+        return [*ids, self.eos_token_id]
+
+    @property
+    def _answers_start_with_space(self) -> bool:
+        """Whether the chat template puts a space between its last words and the answer (Vicuna's `ASSISTANT: …`)."""
+        if not hasattr(self, "_space"):
+            turn = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
+            ask = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            answer = {"role": "assistant", "content": [{"type": "text", "text": "xyzzy"}]}
+            full = self.processor.apply_chat_template([*turn, answer], tokenize=False)
+            self._space = full[len(ask) :].startswith(" xyzzy") if full.startswith(ask) else False
+        return self._space
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; joined they are the response (bytes of a split character stand with its last token)."""
+        texts, done = [], ""
+        for end in range(1, len(ids) + 1):
+            so_far = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            is_open = so_far.endswith("\ufffd")
+            texts.append("" if is_open else so_far[len(done) :])
+            done = done if is_open else so_far
+        return texts
+
+    # ---- what architectures do differently ----------------------------------------------------------------------------
+
+    def grids(self, pixels: Mapping[str, Tensor], image_count: int) -> list[tuple[int, int]]:
+        """Rows and columns of every picture's patches, as they stand in the token sequence."""
+        raise NotImplementedError
+
+    def positions(self, encoded: Encoded, segments: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
+        """Position ids of one packed row: the rejected response starts again where the prompt ended."""
+        prompt = len(encoded.prompt_ids)
+        index = torch.arange(len(segments))
+        is_rejected = segments == 2
+        return torch.where(is_rejected, index - len(encoded.response_ids["chosen"]), index) if prompt else index
+
+    def join_pixels(self, pixels: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The pictures of several rows as one model input."""
+        return {name: torch.cat([each[name] for each in pixels]) for name in pixels[0]}
+
+    # ---- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int = 96,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Answers in the order of `samples`; batches hold prompts of like length. Temperature 0 is greedy.
+
+        Sampling draws from a generator seeded by `seed` and the samples' ids, so that the same call gives the same answers.
+        `progress` is called with the number of samples just finished.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        texts = [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
+        order = sorted(range(len(samples)), key=lambda index: (-len(texts[index]), index))
+        answers = [""] * len(samples)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = self.process([samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left")
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(int(_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
+                tokens = self.model.generate(
+                    **{name: value.to(self.device) for name, value in inputs.items()},
+                    **_sampling(temperature, top_p),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=self.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id,
+                )
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[index] = text.strip()
+            if progress:
+                progress(len(batch))
+        self.model.train(was_training)
+        return answers
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def _text_config_name(model: Any) -> str:
+    for name in ("text_config", "llm_config"):
+        if hasattr(model.config, name):
+            return name
+    return ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def resolve(model: str | Path) -> str:
+    """`builtin` becomes the packaged model's folder; anything else stays."""
+    return str(BUILTIN) if str(model) == "builtin" else str(model)
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Family:
+    """A model by hub id, folder or `builtin`, with its processor, as its family.
+
+    A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
+
+    Raises:
+        UserError: there is no such model, or it is not a vision-language model that catpo can run.
+    """
+    path = resolve(model)
+    if adapter is None and (Path(path) / "adapter_config.json").is_file():
+        path, adapter = _adapter_base(Path(path)), path
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"model '{model}' cannot be loaded: {first_line} Give a hub id, a folder made by save_pretrained, or 'builtin'.") from error
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+
+
+def family_of(model: nn.Module, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
+    """The family of a model that is already in memory."""
+    model_type = model_type or model.config.model_type
+    name = model_type if model_type in registry.names("families") else "generic"
+    return registry.load("families", name)(model, processor, model_id=model_id)
+
+
+def _adapter_base(adapter: Path) -> str:
+    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}.")
+    return resolve(base)
+
+
+def _processor_folder(path: str, adapter: str | Path | None) -> str:
+    has_own = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
+    return str(adapter) if has_own else path
+
+
+def _with_adapter(model: Any, adapter: str | Path) -> Any:
+    from peft import PeftModel                                         # only where an adapter is used: peft starts slowly
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"adapter '{adapter}' cannot be put on the model: {str(error).splitlines()[0]}") from error

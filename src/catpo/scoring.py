@@ -1,0 +1,410 @@
+"""`catpo score`: pairs and a reference model in, a reward store out. One teacher-forced pass per pair gives everything.
+
+Knows nothing of how signals become weights (that is decided when the store is read) nor of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from catpo import registry
+from catpo.attention import AttentionRecorder, choose_heads, choose_layers
+from catpo.batching import Batch, pack, response_hidden, run_backbone, unflatten
+from catpo.data import open_data
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.families._base import Encoded, Family
+from catpo.head import token_stats
+from catpo.progress import track
+from catpo.rewards import ResponseRow, RewardStore, RewardWriter
+from catpo.runs import lock, versions
+from catpo.signals._base import Evidence
+from catpo.spec import Spec, check_options, parse
+from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
+
+PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
+QUERIES = ("token", "predictor")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What decides the numbers in a store; kept in it as its provenance."""
+
+    signals: tuple[Spec, ...]
+    layers: str | int | list[int]
+    heads: str
+    query: str
+    patches: str | int
+    """`all`, or the number of one picture (0-based) where a pair has several."""
+
+    def check(self, depth: int) -> None:
+        """Raises UserError for an option that does not exist, before any work is done."""
+        choose_layers(self.layers, depth)
+        choose_heads(self.heads)
+        if self.query not in QUERIES:
+            raise UserError(f"query='{self.query}' is not known. Give 'token' (the row of y_t, as the paper says) or 'predictor' (t-1).")
+        for signal in self.signals:
+            check_options(registry.load("signals", signal.name), signal)
+
+
+def score(
+    *,
+    pairs: str | Path,
+    model: str | Path | Family,
+    output: str | Path,
+    signals: Sequence[str] = PAPER_SIGNALS,
+    layers: str | int | list[int] = "paper",
+    heads: str = "mean",
+    query: str = "token",
+    patches: str | int = "all",
+    hidden: bool = True,
+    maps: bool = True,
+    batch_size: int = 8,
+    shard_size: int = 64,
+    limit: int | None = None,
+    max_length: int | None = None,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: bool = True,
+) -> RewardStore:
+    """Score every response token of a data set's pairs with the reference model.
+
+    A killed run continues where it stopped when the same command is given again, and yields the same store.
+
+    Args:
+        pairs: folder or `name(option=value)` of a data set with pairs.
+        model: the reference: hub id, folder, `builtin`, or a loaded family.
+        output: folder of the store.
+        signals: which signals to keep, e.g. `image_contrast`.
+        layers: decoder layers whose attention counts: `paper` (the 60-70 % depth of the official run), `all`, `last`, a list.
+        heads: `mean`, `max` or `top(k=4)`.
+        query: attention row of the `token` itself (the paper's words) or of its `predictor`, the position before.
+        patches: `all` pictures' patches or those of one picture.
+        hidden: keep the reference's final hidden states, from which training has the exact KL of Eq. 9 without a reference model.
+        maps: keep each token's attention map for the report.
+        limit: score the first so many pairs only.
+
+    Raises:
+        UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
+    """
+    family = model if isinstance(model, Family) else families.load(model, adapter=adapter, device=device, dtype=dtype)
+    settings = ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
+    settings.check(family.depth)
+    chosen_pairs = [check_pair(pair) for pair in _limited(open_data(pairs).pairs(), limit)]
+    if not chosen_pairs:
+        raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
+    return score_pairs(
+        chosen_pairs, family, output, settings, hidden=hidden, maps=maps, batch_size=batch_size, shard_size=shard_size,
+        max_length=max_length, progress=progress,
+    )  # fmt: skip
+
+
+def score_pairs(
+    pairs: Sequence[PreferencePair],
+    family: Family,
+    output: str | Path,
+    settings: ScoreSettings | None = None,
+    *,
+    hidden: bool = True,
+    maps: bool = True,
+    batch_size: int = 8,
+    shard_size: int = 64,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> RewardStore:
+    """`score` on pairs that are in memory already."""
+    settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
+    scorer = PairScorer(family, settings, max_length=max_length)
+    with lock(output):
+        writer = RewardWriter.create_or_resume(
+            output, provenance(family, settings, hidden=hidden, maps=maps), [pair.id for pair in pairs], shard_size=shard_size
+        )
+        done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in writer.missing_shards())
+        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar:
+            for shard in writer.missing_shards():
+                here = writer.pairs_of(shard)
+                scored = {}
+                for batch in _by_length(scorer, pairs[here], batch_size):
+                    others = [_another(pairs, pair) for pair, _ in batch]
+                    for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
+                        scored[response.row.pair_id, response.row.side] = response
+                    bar.advance(len(batch))
+                responses = [scored[pair.id, side] for pair in pairs[here] for side in SIDES]
+                writer.write_shard(
+                    shard,
+                    [response.row for response in responses],
+                    hidden=np.concatenate([response.hidden for response in responses]) if hidden else None,
+                    maps=_joined_maps([response.map for response in responses]) if maps else None,
+                )
+        writer.finish()
+    return RewardStore.open(output)
+
+
+def provenance(family: Family, settings: ScoreSettings, *, hidden: bool, maps: bool) -> dict[str, Any]:
+    """Everything that changes the numbers of a store, as it stands in its `store.json`."""
+    return {
+        "model": family.model_id,
+        "model_hash": family.model_hash,
+        "processor_hash": family.processor_hash,
+        "template_hash": family.template_hash,
+        "signals": [str(signal) for signal in settings.signals],
+        "attention": {
+            "layers": list(choose_layers(settings.layers, family.depth)),
+            "heads": settings.heads,
+            "query": settings.query,
+            "patches": settings.patches,
+        },
+        "hidden": hidden,
+        "maps": maps,
+        "versions": versions(),
+    }
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """One response's row with its arrays."""
+
+    row: ResponseRow
+    hidden: np.ndarray
+    """[tokens, width], float32, or bfloat16 seen as int16."""
+    map: np.ndarray
+    """[tokens, patches] attention, float16."""
+
+
+class PairScorer:
+    """Runs the reference model on batches of pairs and reads the signals."""
+
+    def __init__(self, family: Family, settings: ScoreSettings, *, max_length: int | None = None) -> None:
+        self.family = family
+        self.settings = settings
+        self.max_length = max_length
+        self.signals = [(str(spec), registry.load("signals", spec.name), dict(spec.options)) for spec in settings.signals]
+
+    def encode(self, pair: PreferencePair) -> Encoded:
+        return self.family.encode(pair, max_length=self.max_length)
+
+    @torch.inference_mode()
+    def score_batch(
+        self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: Sequence[PreferencePair]
+    ) -> Iterator[ScoredResponse]:
+        """The signals of a batch; `others` are pairs whose pictures serve as "another picture" to each."""
+        with self.family.recordable_attention():
+            run = TeacherForced(self.family, encoded, self.settings, pairs, others)
+            for number, (each, pair) in enumerate(zip(encoded, pairs, strict=True)):
+                for side_number, side in enumerate(SIDES):
+                    yield self._response(run, number, side_number, each, pair, side)
+
+    def _response(
+        self, run: TeacherForced, number: int, side_number: int, encoded: Encoded, pair: PreferencePair, side: Side
+    ) -> ScoredResponse:
+        evidence = run.evidence(number, side_number)
+        ids = encoded.response_ids[side]
+        pieces = [*self.family.pieces(ids[:-1]), ""]                    # the last is the end-of-sequence token
+        signals = {name: _checked(score(evidence, **options), len(ids), name, pair) for name, score, options in self.signals}
+        row = ResponseRow(
+            pair_id=pair.id,
+            side=side,
+            token_ids=np.array(ids, dtype=np.int32),
+            logps=evidence.logps.cpu().numpy(),
+            signals=signals,
+            labels=token_labels(pieces, pair.response(side), pair.labels.get(side, ())),
+            pieces=pieces,
+            is_special=np.array([False] * (len(ids) - 1) + [True]),
+            grid=[size for grid in encoded.grids for size in grid],
+        )
+        attention = evidence.attention.half().cpu().numpy()
+        return ScoredResponse(row, run.hidden_states(number, side_number), attention)
+
+
+class TeacherForced:
+    """One forward pass of the reference over a batch, and lazily what some signals need beyond it."""
+
+    def __init__(
+        self,
+        family: Family,
+        encoded: Sequence[Encoded],
+        settings: ScoreSettings,
+        pairs: Sequence[PreferencePair],
+        others: Sequence[PreferencePair],
+    ) -> None:
+        self.family, self.encoded, self.settings, self.pairs, self.others = family, encoded, settings, pairs, others
+        self.head = family.head
+        self.batch = self._pack(encoded)
+        recorder = self._recorder()
+        taken: dict[str, Tensor] = {}
+
+        def take(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            taken["embeddings"] = options["inputs_embeds"] if "inputs_embeds" in options else arguments[0]
+
+        handle = family.decoder.register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            with recorder:
+                self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
+        finally:
+            handle.remove()
+        self.embeddings = taken["embeddings"]
+        pairs_count, _, tokens = self.batch["mask"].shape
+        self.attention = recorder.mean().view(pairs_count, 2, tokens, -1) if self._is_shared else recorder.mean()[:, None].reshape(
+            pairs_count, 2, tokens, -1
+        )  # fmt: skip
+
+    @cached_property
+    def logps(self) -> Tensor:
+        return self._token_logps(self.last_hidden, self.batch)
+
+    def evidence(self, number: int, side: int) -> Evidence:
+        """What signals may read of response `side` of pair `number`."""
+        mask = self.batch["mask"][number, side]
+        row = self.batch["row"][number, side]
+        tokens = self.batch["tokens_at"][number, side][mask]
+        keys = self._keys()[row]
+        keys = keys[keys >= 0]
+        return Evidence(
+            token_ids=self.batch["token_ids"][number, side][mask],
+            head=self.head,
+            read_attention=lambda: self.attention[number, side][mask][:, : len(keys)].float(),
+            read_token_embeddings=lambda: self.embeddings[row, tokens].float(),
+            read_patch_features=lambda: self.embeddings[row, keys].float(),
+            read_logps=lambda: self.logps[number, side][mask].float(),
+            read_view_logps=lambda view: self._view_logps(view)[number, side][mask].float(),
+            read_hidden=lambda layer: tuple(self._hidden(layer)[row, at].float() for at in (tokens, keys)),  # type: ignore[arg-type,return-value]
+        )
+
+    def hidden_states(self, number: int, side: int) -> np.ndarray:
+        """Final hidden states that predict the response's tokens, [tokens, width]; bfloat16 comes as int16."""
+        mask = self.batch["mask"][number, side]
+        states = self.last_hidden[self.batch["row"][number, side], self.batch["predictors"][number, side][mask]].cpu()
+        return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.family.shares_prefix
+
+    def _pack(self, encoded: Sequence[Encoded]) -> Batch:
+        return to_device(pack(self.family, encoded, prefix="shared" if self._is_shared else "separate"), self.family.device)
+
+    def _recorder(self) -> AttentionRecorder:
+        queries = self.batch["tokens_at" if self.settings.query == "token" else "predictors"]
+        rows = self.batch["model_inputs"]["input_ids"].shape[0]
+        return AttentionRecorder(
+            queries=queries.reshape(rows, -1),
+            keys=self._keys(),
+            layers=choose_layers(self.settings.layers, self.family.depth),
+            heads=choose_heads(self.settings.heads),
+        )
+
+    def _keys(self) -> Tensor:
+        """Patch positions per row, of all pictures or of the one asked for."""
+        if self.settings.patches == "all":
+            return self.batch["patches"]
+        picture = self.settings.patches
+        spans = []
+        for each in self.encoded:
+            sizes = [rows * columns for rows, columns in each.grids]
+            if not isinstance(picture, int) or not 0 <= picture < len(sizes):
+                raise UserError(f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here).")
+            spans.append((sum(sizes[:picture]), sizes[picture]))
+        rows = self.batch["patches"].shape[0] // len(spans)
+        longest = max(size for _, size in spans)
+        keys = torch.full((len(spans) * rows, longest), -1, device=self.family.device)
+        for row in range(len(keys)):
+            start, size = spans[row // rows]
+            keys[row, :size] = self.batch["patches"][row, start : start + size]
+        return keys
+
+    def _token_logps(self, last_hidden: Tensor, batch: Batch) -> Tensor:
+        stats = token_stats(response_hidden(last_hidden, batch), self.head, batch["token_ids"][batch["mask"]])
+        return unflatten(stats.logps, batch["mask"])
+
+    def _view_logps(self, view: str) -> Tensor:
+        if view != "another":
+            raise UserError(f"There is no view '{view}' of a picture. Known: another.")
+        return self._another_logps
+
+    @cached_property
+    def _another_logps(self) -> Tensor:
+        swapped = [replace(pair, images=other.images) for pair, other in zip(self.pairs, self.others, strict=True)]
+        batch = self._pack([self.family.encode(pair) for pair in swapped])
+        return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)
+
+    def _hidden(self, layer: int) -> Tensor:
+        if layer in (-1, self.family.depth):
+            return self.last_hidden
+        if not -self.family.depth <= layer < self.family.depth:
+            raise UserError(f"layer={layer} does not exist in a decoder of {self.family.depth} layers.")
+        return self._all_hidden[layer % self.family.depth + 1]
+
+    @cached_property
+    def _all_hidden(self) -> tuple[Tensor, ...]:
+        return run_backbone(self.family.unwrapped, self.batch, output_hidden_states=True).hidden_states
+
+
+def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) -> np.ndarray:
+    """Labels of characters as labels of tokens: 1 grounded, 0 hallucinated, -1 neither; a token counts if it overlaps a span."""
+    labels = np.full(len(pieces), -1, dtype=np.int8)
+    text = "".join(pieces)
+    offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
+    start = 0
+    for token, piece in enumerate(pieces):
+        end = start + len(piece)
+        for span in spans:
+            if piece.strip() and start < span.end + offset and end > span.start + offset:
+                labels[token] = 1 if span.label == "grounded" else 0
+        start = end
+    return labels
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Nested tensors on a device; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return {name: to_device(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
+
+
+def _by_length(
+    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int
+) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
+    """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only."""
+    encoded = [(pair, scorer.encode(pair)) for pair in pairs]
+    encoded.sort(key=lambda item: (-item[1].length, item[0].id))
+    for start in range(0, len(encoded), batch_size):
+        yield encoded[start : start + batch_size]
+
+
+def _another(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
+    """A pair with another picture, chosen by this pair's id, so that a shard does not depend on the others."""
+    start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
+    own = [image.digest() for image in pair.images]
+    for step in range(len(pairs)):
+        other = pairs[(start + step) % len(pairs)]
+        if other.id != pair.id and len(other.images) == len(pair.images) and [image.digest() for image in other.images] != own:
+            return other
+    return pair
+
+
+def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> np.ndarray:
+    if values.shape != (tokens,) or not torch.isfinite(values).all():
+        raise UserError(f"pair {pair.id}: signal {signal} gave {tuple(values.shape)} values, not {tokens} finite ones. Please report this pair.")
+    return values.float().cpu().numpy()
+
+
+def _joined_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
+    widest = max(each.shape[1] for each in maps)
+    return np.concatenate([np.pad(each, ((0, 0), (0, widest - each.shape[1]))) for each in maps])
+
+
+def _limited(pairs: Iterable[PreferencePair], limit: int | None) -> Iterator[PreferencePair]:
+    for number, pair in enumerate(pairs):
+        if limit is not None and number >= limit:
+            return
+        yield pair

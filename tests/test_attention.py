@@ -1,0 +1,129 @@
+"""Recorded attention against eager attention with all its maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import llava, pairs
+
+from catpo.attention import AttentionRecorder, choose_heads, choose_layers, recordable
+from catpo.batching import pack, run_backbone
+from catpo.errors import UserError
+
+
+def eager_maps(family, batch):
+    """Every layer's whole attention, [layer, row, head, query, key], from eager attention."""
+    inputs = dict(batch["model_inputs"])
+    mask = inputs["attention_mask"]
+    if mask.ndim == 4:                                                  # eager adds its mask
+        inputs["attention_mask"] = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    family.unwrapped.set_attn_implementation("eager")
+    out = family.unwrapped.base_model(**inputs, use_cache=False, output_attentions=True)
+    family.unwrapped.set_attn_implementation("sdpa")
+    return torch.stack(out.attentions)
+
+
+def record(family, batch, layers, heads="mean"):
+    rows = batch["model_inputs"]["input_ids"].shape[0]
+    recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], layers, choose_heads(heads))
+    with family.recordable_attention(), recorder, torch.no_grad():
+        run_backbone(family.unwrapped, batch)
+    return recorder
+
+
+@pytest.mark.parametrize("prefix", ["shared", "separate"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("heads", ["mean", "max", "top(k=2)"])
+def test_recorded_attention_equals_eager(prefix, padding_side, heads):
+    family = llava()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)], prefix=prefix, padding_side=padding_side)
+    recorder = record(family, batch, (0, 2), heads)
+    with torch.no_grad():
+        maps = eager_maps(family, batch)[[0, 2]]
+    checked = 0
+    for row in range(recorder.queries.shape[0]):
+        tokens = recorder.queries[row][recorder.queries[row] >= 0]
+        patches = recorder.keys[row][recorder.keys[row] >= 0]
+        expected = maps[:, row][:, :, tokens][:, :, :, patches]        # (layer, head, token, patch)
+        if heads == "mean":
+            expected = expected.mean(1)
+        elif heads == "max":
+            expected = expected.amax(1)
+        else:
+            mass = expected.sum(-1)
+            best = mass.topk(2, dim=1).indices
+            expected = torch.stack(
+                [torch.stack([expected[layer, best[layer, :, t], t].mean(0) for t in range(len(tokens))]) for layer in range(2)]
+            )
+        found = recorder.mean()[row][recorder.queries[row] >= 0]
+        torch.testing.assert_close(found, expected.mean(0), rtol=0, atol=1e-4)     # sharp attention
+        checked += len(tokens)
+    assert checked == int(batch["mask"].sum())
+
+
+def test_soft_attention_is_equal_to_1e5():
+    family = llava()
+    for name, parameter in family.unwrapped.named_parameters():
+        if "language_model" in name and ("q_proj" in name or "k_proj" in name):
+            parameter.data /= 12
+    batch = pack(family, [family.encode(pairs(1)[0])])
+    recorder = record(family, batch, (0, 1, 2))
+    with torch.no_grad():
+        expected = eager_maps(family, batch).mean((0, 2))[0][recorder.queries[0]][:, recorder.keys[0]]
+    torch.testing.assert_close(recorder.mean()[0], expected, rtol=0, atol=1e-6)
+
+
+def test_recording_changes_no_output_and_leaves_no_trace():
+    family = llava()
+    batch = pack(family, [family.encode(pair) for pair in pairs(2)])
+    with torch.no_grad():
+        before = run_backbone(family.unwrapped, batch).last_hidden_state
+        recorder = AttentionRecorder(batch["tokens_at"].reshape(2, -1), batch["patches"], (1,))
+        with family.recordable_attention(), recorder:
+            during = run_backbone(family.unwrapped, batch).last_hidden_state
+    assert torch.equal(before, during)
+    assert family.unwrapped.config.get_text_config()._attn_implementation == "sdpa"
+    assert family.unwrapped.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_small_memory_gives_the_same_maps():
+    family = llava()
+    batch = pack(family, [family.encode(pairs(1)[0])])
+    whole = record(family, batch, (1,)).mean()
+    recorder = AttentionRecorder(batch["tokens_at"].reshape(1, -1), batch["patches"], (1,), memory=1)
+    with family.recordable_attention(), recorder, torch.no_grad():
+        run_backbone(family.unwrapped, batch)
+    torch.testing.assert_close(recorder.mean(), whole)
+
+
+def test_a_model_that_does_not_report_is_an_error_that_names_the_layers():
+    family = llava()
+    batch = pack(family, [family.encode(pairs(1)[0])])
+    recorder = AttentionRecorder(batch["tokens_at"].reshape(1, -1), batch["patches"], (1, 2))
+    with recorder, torch.no_grad():                                     # plain sdpa: nothing is recorded
+        run_backbone(family.unwrapped, batch)
+    with pytest.raises(UserError, match=r"layer\(s\) \[1, 2\]"):
+        recorder.mean()
+
+
+def test_layers_are_chosen_by_name_or_number():
+    assert choose_layers("paper", 32) == (19, 20, 21, 22)
+    assert choose_layers("paper", 36) == (21, 22, 23, 24)
+    assert choose_layers("paper", 28) == (16, 17, 18, 19)
+    assert choose_layers("paper", 1) == (0,)
+    assert choose_layers("all", 3) == (0, 1, 2)
+    assert choose_layers([-1, 0], 3) == (0, 2)
+    for wrong in ("first", 3, [0, 9], []):
+        with pytest.raises(UserError, match="does not fit a decoder of 3 layers"):
+            choose_layers(wrong, 3)
+
+
+def test_an_unknown_way_to_join_heads_is_refused():
+    for wrong in ("median", "top", "top(k=0)", "mean(k=1)"):
+        with pytest.raises(UserError, match="heads="):
+            choose_heads(wrong)
+
+
+def test_an_attention_that_cannot_be_recorded_is_refused():
+    with pytest.raises(UserError, match="cannot be recorded"):
+        recordable("no_such_kernel")

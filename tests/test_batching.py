@@ -1,0 +1,129 @@
+"""One row per pair against separate rows, padding, batch order; and what the collator refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import llava, pair, pairs
+
+from catpo.batching import pack, response_hidden, run_backbone, unflatten
+from catpo.errors import UserError
+from catpo.head import token_stats
+from catpo.types import SIDES
+
+
+@pytest.fixture(scope="module")
+def family():
+    return llava()
+
+
+def logps(family, encoded, **options):
+    """log p of every response token, [pairs, 2, tokens]."""
+    batch = pack(family, encoded, **options)
+    with torch.no_grad():
+        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+        return unflatten(token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps, batch["mask"])
+
+
+def plain_logps(family, encoded, side):
+    """The same from a plain forward of prompt and one response, with whole logits."""
+    ids = torch.tensor([encoded.prompt_ids + encoded.response_ids[side]])
+    with torch.no_grad():
+        logits = family.unwrapped(input_ids=ids, **encoded.pixels).logits[0]
+    start = len(encoded.prompt_ids)
+    return logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix": "separate"}, {"padding_side": "left"}, {"prefix": "separate", "padding_side": "left"}])
+def test_every_layout_gives_the_plain_forwards_logps(family, options):
+    encoded = [family.encode(each) for each in pairs(4)]
+    found = logps(family, encoded, **options)
+    for number, each in enumerate(encoded):
+        for side_number, side in enumerate(SIDES):
+            expected = plain_logps(family, each, side)
+            torch.testing.assert_close(found[number, side_number, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(family):
+    encoded = [family.encode(each) for each in pairs(2)]
+    gradients = []
+    for prefix in ("shared", "separate"):
+        batch = pack(family, encoded, prefix=prefix)
+        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+        stats = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]])
+        loss = (unflatten(stats.logps, batch["mask"]) * torch.tensor([1.0, -0.5])[:, None]).sum()
+        parameters = [p for name, p in family.unwrapped.named_parameters() if "language_model" in name or "projector" in name]
+        gradients.append(torch.autograd.grad(loss, parameters))
+    for shared, separate in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-5 * float(separate.abs().max() + 1))
+
+
+def test_batch_of_pairs_equals_one_by_one_in_any_order(family):
+    encoded = [family.encode(each) for each in pairs(4)]
+    together = logps(family, encoded)
+    for number in (2, 0, 3, 1):
+        alone = logps(family, [encoded[number]])[0]
+        torch.testing.assert_close(together[number, :, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rejected_response_does_not_see_the_chosen_one(family):
+    first = family.encode(pair(0, "a cat", "a red square and a dog"))
+    other = family.encode(pair(0, "two people riding a horse on a beach", "a red square and a dog"))
+    torch.testing.assert_close(logps(family, [first])[0, 1, :5], logps(family, [other])[0, 1, :5], rtol=1e-5, atol=1e-5)
+
+
+def test_response_ids_are_those_the_model_would_generate(family):
+    encoded = family.encode(pair(0, "a red square", "a cat"))
+    assert family.tokenizer.decode(encoded.response_ids["chosen"]) == "a red square</s>"
+    assert encoded.response_ids["chosen"][-1] == family.eos_token_id
+    full = family.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe the image"}]},
+         {"role": "assistant", "content": "a red square"}], tokenize=False,
+    )  # fmt: skip
+    whole = family.process([pair(0).images], [full])["input_ids"][0].tolist()
+    assert whole == encoded.prompt_ids + encoded.response_ids["chosen"]
+
+
+def test_pieces_join_to_the_response(family):
+    text = "a café with 猫 cats"
+    ids = family.response_ids("assistant: ", text)
+    assert "".join(family.pieces(ids[:-1])) == text
+
+
+def test_patches_stand_where_the_placeholders_are(family):
+    encoded = family.encode(pair(0))
+    assert encoded.grids == [(4, 4)] and len(encoded.patches) == 16
+    assert {encoded.prompt_ids[position] for position in encoded.patches} == {family.image_token_id}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_response_with_the_image_placeholder_is_refused(family, side):
+    bad = pair(0, **{side: "a <image> cat"}) if side == "chosen" else pair(0, "a dog", "a <image> cat")
+    with pytest.raises(UserError, match=f"pair {bad.id}, {side} response holds the special token '<image>'"):
+        family.encode(bad)
+
+
+def test_a_prompt_with_the_image_placeholder_is_refused(family):
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match="the prompt holds the image placeholder"):
+        family.encode(replace(pair(0), prompt="what is <image> this"))
+
+
+def test_a_pair_that_would_be_truncated_is_refused(family):
+    length = family.encode(pair(0)).length
+    with pytest.raises(UserError, match=r"16 of them image tokens.*max_length=20"):
+        family.encode(pair(0), max_length=20)
+    assert family.encode(pair(0), max_length=length).length == length
+
+
+def test_several_pictures_stand_in_one_prompt(family):
+    from dataclasses import replace
+
+    from tiny import picture
+
+    two = replace(pair(0), images=(picture(1), picture(2)))
+    encoded = family.encode(two)
+    assert encoded.grids == [(4, 4), (4, 4)] and len(encoded.patches) == 32
+    found, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,119 @@
+"""The chunked head against the plain way: whole logits, autograd, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from catpo.head import Head, token_probabilities, token_stats
+
+DIRECTIONS = ["policy||reference", "reference||policy"]
+
+
+def problem(tokens=7, width=5, vocabulary=11, dtype=torch.float64, softcap=None, scale=1.0, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+    head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
+    reference_head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
+    return draw(tokens, width), head, torch.randint(vocabulary, (tokens,), generator=generator), draw(tokens, width), reference_head
+
+
+def plain(hidden, head, tokens, reference_hidden, reference_head, direction):
+    """Log-probs and KL token by token and word by word, from Eq. 9 as it stands."""
+
+    def log_probs(states, head):
+        logits = (states @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
+        logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        return torch.stack([row - torch.log(torch.exp(row).sum()) for row in logits])
+
+    policy, reference = log_probs(hidden, head), log_probs(reference_hidden, reference_head)
+    logps = torch.stack([policy[t, token] for t, token in enumerate(tokens.tolist())])
+    first, second = (policy, reference) if direction == DIRECTIONS[0] else (reference, policy)
+    kl = torch.stack([sum(first[t, v].exp() * (first[t, v] - second[t, v]) for v in range(first.shape[1])) for t in range(len(tokens))])
+    return logps, kl
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("softcap, scale", [(None, 1.0), (3.0, 1.0), (None, 0.5), (2.0, 0.25)])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_logps_kl_and_gradients_equal_the_plain_way(direction, softcap, scale, is_frozen):
+    hidden, head, tokens, reference_hidden, reference_head = problem(softcap=softcap, scale=scale)
+    trained = [hidden] if is_frozen else [hidden, head.weight, head.bias]
+    for tensor in trained:
+        tensor.requires_grad_(True)
+    coefficients = torch.linspace(-1, 2, len(tokens), dtype=torch.float64)
+
+    def gradients(logps, kl):
+        return torch.autograd.grad((coefficients * logps).sum() + (coefficients.flip(0) * kl).sum(), trained)
+
+    expected_logps, expected_kl = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
+    stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, chunk=3)
+    torch.testing.assert_close(stats.logps, expected_logps, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(stats.kl, expected_kl, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(gradients(stats.logps, stats.kl), gradients(expected_logps, expected_kl), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_the_reference_takes_no_gradient():
+    hidden, head, tokens, reference_hidden, reference_head = problem()
+    hidden.requires_grad_(True)
+    reference_hidden.requires_grad_(True)
+    token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head).kl.sum().backward()
+    assert hidden.grad.abs().sum() > 0 and reference_hidden.grad is None
+
+
+def test_kl_to_itself_is_zero_with_zero_gradient():
+    hidden, head, tokens, *_ = problem()
+    hidden.requires_grad_(True)
+    stats = token_stats(hidden, head, tokens, reference_hidden=hidden.detach())
+    stats.kl.sum().backward()
+    assert stats.kl.abs().max() < 1e-12 and hidden.grad.abs().max() < 1e-12
+
+
+def test_the_kl_is_not_computed_when_there_is_no_reference():
+    hidden, head, tokens, *_ = problem()
+    assert token_stats(hidden, head, tokens).kl is None
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 100])
+def test_the_chunk_size_changes_nothing(chunk):
+    hidden, head, tokens, reference_hidden, reference_head = problem()
+    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=7)
+    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=chunk)
+    torch.testing.assert_close(parts.logps, whole.logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-12, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.size = max([self.size, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_no_tokens_by_vocabulary_tensor_ever_exists(is_frozen):
+    hidden, head, tokens, reference_hidden, reference_head = problem(tokens=128, width=8, vocabulary=1000, dtype=torch.float32)
+    hidden.requires_grad_(True)
+    head.weight.requires_grad_(not is_frozen)
+    with LargestTensor() as largest:
+        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=16)
+        (stats.logps.sum() + stats.kl.sum()).backward()
+    assert largest.size == 16 * 1000
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    hidden, head, tokens, *_ = problem(dtype=torch.bfloat16)
+    assert token_stats(hidden, head, tokens).logps.dtype == torch.float32
+
+
+def test_probabilities_at_a_few_words_equal_the_whole_softmax():
+    hidden, head, tokens, *_ = problem()
+    expected = torch.softmax(hidden @ head.weight.T + head.bias, -1)[:, tokens]
+    torch.testing.assert_close(token_probabilities(hidden, head, tokens, chunk=2), expected)
