@@ -1,0 +1,67 @@
+"""A folder of preference pairs on disk: rows, pictures named by their content, provenance. Read back by data set `folder`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from catpo.errors import UserError
+from catpo.runs import append_rows, write_atomic, write_json
+from catpo.types import Picture, PreferencePair
+
+ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
+EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
+
+
+def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance: Mapping[str, Any]) -> None:
+    """Write all pairs with their pictures, and say in pairs.json that they are complete.
+
+    Raises:
+        UserError: the folder holds pairs already, or cannot be written.
+    """
+    folder = Path(folder)
+    if (folder / ROWS).exists():
+        raise UserError(f"{folder} holds pairs already. Choose another folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    append_pairs(folder, pairs)
+    write_json(folder / ABOUT, {"format": 1, **provenance, "complete": True})
+
+
+def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
+    """Add pairs and those of their pictures that are not there yet; gives the new size of the row file in bytes."""
+    return append_rows(folder / ROWS, [_row(folder, pair) for pair in pairs])
+
+
+def _row(folder: Path, pair: PreferencePair) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "images": [_save(folder, picture) for picture in pair.images],
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "labels": {side: [[span.start, span.end, span.label] for span in spans] for side, spans in pair.labels.items()},
+        "meta": dict(pair.meta),
+    }
+
+
+def _save(folder: Path, picture: Picture) -> str:
+    """The picture's bytes as they are, once, under a name made of them."""
+    content = picture.read()
+    path = Path(PICTURES) / f"{Picture(data=content).digest()}.{_extension(content, picture)}"
+    if not (folder / path).exists():
+        (folder / PICTURES).mkdir(exist_ok=True)
+        write_atomic(folder / path, content)
+    return path.as_posix()
+
+
+def _extension(content: bytes, picture: Picture) -> str:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = image.format or "img"
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{picture} is not a picture that can be read ({error}). Replace or remove it.") from error
+    return EXTENSIONS.get(kind, kind.lower())
