@@ -10,8 +10,10 @@ class UserError(Exception):
     """What happened, on which item, and what to do next; shown without a traceback, exit code 2."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of an error message about an unknown word: the closest known word, or all of them.
+
+    `prefix` is put before the closest word, e.g. the section of a recipe.
 
     >>> did_you_mean("alfa", ["alpha", "beta"])
     "Did you mean 'alpha'?"
@@ -21,5 +23,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     if close:
-        return f"Did you mean '{close[0]}'?"
+        return f"Did you mean '{prefix}{close[0]}'?"
     return f"Known: {', '.join(known)}." if known else "None are known."

@@ -1,0 +1,181 @@
+"""The command line: arguments in, one function call, result out. Engines are imported inside the functions: help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from rich.console import Console
+
+from catpo import __version__, config, registry
+from catpo.errors import UserError, did_you_mean
+
+Options = Parameter(name="*")
+Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
+STEPS = Group("The five steps", sort_key=0)
+LOOK = Group("Look", sort_key=1)
+START = Group("Start", sort_key=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits 2 with a message where the user can act, 130 when interrupted."""
+    try:
+        app(arguments)
+    except UserError as error:
+        print(f"catpo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `catpo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fills in what `--config` sets and the command line does not."""
+    given = next((argument.tokens for argument in arguments if argument.name == "--config" and argument.tokens), None)
+    if given is None:
+        return
+    from catpo import recipes
+
+    recipe = recipes.read(given[0].value)[commands[-1]]
+    for argument in arguments:
+        name = argument.field_info.name
+        if name in recipe and not argument.tokens:
+            argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
+
+
+app = App(
+    name="catpo",
+    help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
+    help_epilogue="New here? `catpo demo` runs everything on built-in pictures in minutes.",
+    version=__version__,
+    config=_from_recipe,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+    error_console=Console(stderr=True),
+    suppress_keyboard_interrupt=False,
+    help_format="plaintext",
+    result_action="return_value",
+)
+app["--help"].group = app["--version"].group = START
+
+
+@app.command(group=STEPS, sort_key=1)
+def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = None) -> None:
+    """Make preference pairs: the model answers, wrong words are corrected."""
+    from catpo.pairing import pair
+
+    pair(**config.keywords(options))
+
+
+@app.command(group=STEPS, sort_key=2)
+def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None) -> None:
+    """Score every response token with the reference model, into a reward store."""
+    from catpo.scoring import score
+
+    score(**config.keywords(options))
+
+
+@app.command(group=STEPS, sort_key=3)
+def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None) -> None:
+    """Train a model on preference pairs with token weights."""
+    from catpo.training import train
+
+    result = train(**config.keywords(options))
+    print(f"Trained model: {result.model}")
+
+
+@app.command(group=STEPS, sort_key=4)
+def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
+    """Ask a model the questions of benchmarks and grade its answers."""
+    from catpo.evaluation import evaluate
+
+    evaluate(**config.keywords(options))
+
+
+@app.command(group=STEPS, sort_key=5)
+def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe = None) -> None:
+    """Write one HTML page about pairs, rewards, runs and evaluations."""
+    from catpo.report.build import report
+
+    print(f"Report: {report(**config.keywords(options))}")
+
+
+@app.command(group=LOOK, sort_key=1)
+def inspect(
+    store: Annotated[Path, Parameter(help="Folder of a reward store.")],
+    *,
+    pair: Annotated[str, Parameter(help="Id of the pair, or its beginning.")],
+    signal: Annotated[str, Parameter(help="Colour by this signal, by relevance or by weight.")] = "weight",
+) -> None:
+    """Show the words of one pair, coloured by signal or weight."""
+    from catpo.inspection import inspect_pair
+
+    Console().print(inspect_pair(store, pair, signal=signal))
+
+
+@app.command(group=START, sort_key=1)
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="Folder for everything that is made.")] = Path("catpo-demo"),
+    seeds: Annotated[int, Parameter(help="Repeat with so many seeds; the table then shows mean and spread.")] = 1,
+    seed: Annotated[int, Parameter(help="First seed.")] = 0,
+) -> None:
+    """Run all five steps on built-in pictures with the built-in model, and compare objectives."""
+    from catpo.demo import demo
+
+    demo(output=output, seeds=seeds, seed=seed)
+
+
+@app.command(group=START, sort_key=2)
+def init(
+    folder: Annotated[Path, Parameter(help="Where to write recipe.yaml.")] = Path(),
+    /,
+) -> None:
+    """Write a commented recipe to start from."""
+    from catpo.recipes import starter
+
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: `catpo init FOLDER`.") from error
+    print(f"Wrote {path}. Next: catpo pair --config {path}")
+
+
+@app.command(group=START, sort_key=3)
+def doctor(
+    model: Annotated[str | None, Parameter(help="Also check whether this model can be used.")] = None,
+    /,
+) -> None:
+    """Tell what this machine can run, and why not."""
+    from catpo.doctor import examine, table
+
+    findings = examine(model)
+    Console().print(table(findings))
+    if any(finding.verdict == "missing" for finding in findings):
+        sys.exit(1)
+
+
+@app.command(name="list", group=LOOK, sort_key=2)
+def list_plugins(
+    kind: Annotated[str | None, Parameter(help="families, signals, objectives, datasets, pairings or benchmarks.")] = None,
+    /,
+) -> None:
+    """List what can be named in options: signals, objectives, data sets and so on."""
+    if kind is not None and kind not in registry.PUBLIC_NAMES:
+        raise UserError(f"'{kind}' is not a kind of plugin. {did_you_mean(kind, registry.PUBLIC_NAMES)}")
+    for each in [kind] if kind else registry.PUBLIC_NAMES:
+        print(each)
+        plugins = registry.plugins(each)
+        width = max((len(plugin.name) for plugin in plugins), default=0)
+        for plugin in plugins:
+            print(f"  {plugin.name:{width}}  {plugin.summary}")
