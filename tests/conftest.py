@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("catpo", "beartype.beartype")  # Float[Tensor, "tokens"] is checked here and nowhere else
+install_import_hook("catpo", "checking.checked")  # Float[Tensor, "tokens"] is checked here and nowhere else
 
 ROOT = Path(__file__).resolve().parent.parent
 

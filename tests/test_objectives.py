@@ -140,7 +140,7 @@ def test_weights_on_one_side_leave_the_other_at_one():
     torch.testing.assert_close(catpo.loss(stats(values), weights_on="chosen").losses, catpo.loss(stats({**values, "weights": weights})).losses)
 
 
-@pytest.mark.parametrize("option", [{"reduction": "median"}, {"weights_on": "none"}])
+@pytest.mark.parametrize("option", [{"reduction": "median"}, {"weights_on": "none"}, {"kl_direction": "forward"}])
 def test_unknown_words_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         catpo.loss(stats(table()), **option)
@@ -167,6 +167,7 @@ def test_every_preset_can_be_built(preset):
 
 @pytest.mark.parametrize("text, message", [
     ("catpo(alfa=0.3)", "Did you mean 'alpha'"), ("catpo(preset='papr')", "Did you mean 'paper'"), ("dpp", "Did you mean 'dpo'"),
+    ("dpo(beta='high')", "must be a number"), ("catpo(kl_weight=True)", "must be a number"), ("catpo(preset=3)", "has no preset"),
 ])  # fmt: skip
 def test_unknown_options_presets_and_objectives_are_answered(text, message):
     with pytest.raises(UserError, match=message):

@@ -115,14 +115,14 @@ def _visible(segments: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 lengt
 # ---- the model on a batch -------------------------------------------------------------------------------------------------
 
 
-def response_hidden(last_hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "tokens width"]:
+def response_hidden(last_hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "flat width"]:
     """Final hidden states that predict the response tokens, flat in the order (pair, side, token)."""
     mask = batch["mask"]
     rows = batch["row"][:, :, None].expand_as(mask)[mask]
     return last_hidden[rows, batch["predictors"][mask]]
 
 
-def unflatten(values: Float[Tensor, " tokens"], mask: Bool[Tensor, "pairs 2 tokens"]) -> Float[Tensor, "pairs 2 tokens"]:
+def unflatten(values: Float[Tensor, " flat"], mask: Bool[Tensor, "pairs 2 tokens"]) -> Float[Tensor, "pairs 2 tokens"]:
     """From flat response tokens back to (pair, side, token), 0 in the padding."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 

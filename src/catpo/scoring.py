@@ -193,16 +193,17 @@ class PairScorer:
     def encode(self, pair: PreferencePair) -> Encoded:
         return self.family.encode(pair, max_length=self.max_length)
 
-    @torch.inference_mode()
     def score_batch(
         self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: Sequence[PreferencePair]
-    ) -> Iterator[ScoredResponse]:
+    ) -> list[ScoredResponse]:
         """The signals of a batch; `others` are pairs whose pictures serve as "another picture" to each."""
-        with self.family.recordable_attention():
+        with torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, encoded, self.settings, pairs, others)
-            for number, (each, pair) in enumerate(zip(encoded, pairs, strict=True)):
-                for side_number, side in enumerate(SIDES):
-                    yield self._response(run, number, side_number, each, pair, side)
+            return [
+                self._response(run, number, side_number, each, pair, side)
+                for number, (each, pair) in enumerate(zip(encoded, pairs, strict=True))
+                for side_number, side in enumerate(SIDES)
+            ]
 
     def _response(
         self, run: TeacherForced, number: int, side_number: int, encoded: Encoded, pair: PreferencePair, side: Side
@@ -333,6 +334,9 @@ class TeacherForced:
 
     @cached_property
     def _another_logps(self) -> Tensor:
+        for pair, other in zip(self.pairs, self.others, strict=True):
+            if other is pair:
+                raise UserError(f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out.")
         swapped = [replace(pair, images=other.images) for pair, other in zip(self.pairs, self.others, strict=True)]
         batch = self._pack([self.family.encode(pair) for pair in swapped])
         return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)

@@ -6,13 +6,13 @@ Knows nothing of where the figures come from.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from catpo.errors import UserError
+from catpo.errors import UserError, did_you_mean
 from catpo.head import Direction
 
 
@@ -46,8 +46,14 @@ class PairStats:
         """Where a token exists."""
         return self._read("mask").bool()
 
-    def kl(self, direction: Direction = "policy||reference") -> Float[Tensor, "pairs 2 tokens"]:
-        """KL of the full next-token distributions in nats, with gradient to the policy (Eq. 9)."""
+    def kl(self, direction: str = "policy||reference") -> Float[Tensor, "pairs 2 tokens"]:
+        """KL of the full next-token distributions in nats, with gradient to the policy (Eq. 9).
+
+        Raises:
+            UserError: another direction than the two of `head.Direction`.
+        """
+        if direction not in get_args(Direction):
+            raise UserError(f"kl_direction='{direction}' is not known. {did_you_mean(direction, get_args(Direction))}")
         return self._read(f"kl {direction}")
 
 

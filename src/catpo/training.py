@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
@@ -107,6 +107,7 @@ class CatPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or CatPOConfig(output_dir="catpo-run")
+        set_seed(args.seed)                                            # before an adapter draws its first values
         self.family = _as_family(model, processing_class)
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
@@ -511,7 +512,7 @@ def _save_model(trainer: CatPOTrainer, folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
-    model.save_pretrained(part)
+    type(model).save_pretrained(model, part)                           # the customary key names, unlike the checkpoints'
     trainer.family.processor.save_pretrained(part)
     if folder.exists():
         folder.rename(folder.with_name(".model.old"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from catpo import registry
 from catpo.errors import UserError, did_you_mean
 from catpo.fusion import Fusion
-from catpo.spec import Spec, keyword_options, parse
+from catpo.spec import Spec, check_kind, keyword_options, parse
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,18 @@ def build(text: str | Spec) -> Objective:
     preset = given.pop("preset", None)
     if preset is not None:
         given = {**_preset(loss, spec.name, preset), **given}
-    loss_names = set(keyword_options(loss))
-    fusion_names = {each.name for each in dataclasses.fields(Fusion)}
-    for name in given:
-        if name not in loss_names | fusion_names:
-            raise UserError(f"'{spec.name}' has no option '{name}'. {did_you_mean(name, loss_names | fusion_names | {'preset'})}")
+    loss_names = keyword_options(loss)
+    known = {"preset": "paper", **{each.name: None for each in dataclasses.fields(Fusion)}, **loss_names}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"'{spec.name}' has no option '{name}'. {did_you_mean(name, known)}")
+        check_kind(f"{spec.name}({name}={value!r})", value, known[name])
     options = {name: value for name, value in given.items() if name in loss_names}
     fusion = Fusion(**{name: value for name, value in given.items() if name not in loss_names})
     return Objective(spec, loss, options, fusion)
 
 
-def _preset(loss: Callable[..., Any], objective: str, name: str) -> dict[str, Any]:
+def _preset(loss: Callable[..., Any], objective: str, name: object) -> dict[str, Any]:
     presets = getattr(sys.modules[loss.__module__], "PRESETS", {})      # stands beside the loss in its module
     if name not in presets:
         raise UserError(f"'{objective}' has no preset '{name}'. {did_you_mean(str(name), presets)}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from catpo.errors import UserError, did_you_mean
-from catpo.head import Direction
 from catpo.objectives._base import LossOutput
 from catpo.stats import PairStats
 from catpo.tensors import masked_sum
@@ -24,18 +23,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named settings. `paper` is the default everywhere; `official-code` halves lambda and drops EOS, as the released code does."""
 
-Reduction = Literal["sum", "mean", "weighted_mean"]
-WeightsOn = Literal["both", "chosen", "rejected"]
-
 
 def loss(
     stats: PairStats,
     *,
     beta: float = 0.1,
     kl_weight: float = 0.03,
-    kl_direction: Direction = "policy||reference",
-    reduction: Reduction = "sum",
-    weights_on: WeightsOn = "both",
+    kl_direction: str = "policy||reference",
+    reduction: str = "sum",
+    weights_on: str = "both",
 ) -> LossOutput:
     """Weighted DPO plus weighted KL. Weights are constants, made before training (Eq. 6-7 in `fusion.py`).
 
@@ -66,20 +62,20 @@ def loss(
     return LossOutput(losses, {name: value.detach() for name, value in metrics.items()})
 
 
-def _on_sides(weights: Tensor, weights_on: WeightsOn) -> Tensor:
+def _on_sides(weights: Tensor, weights_on: str) -> Tensor:
     if weights_on == "both":
         return weights
     if weights_on not in ("chosen", "rejected"):
-        raise UserError(f"catpo has no weights_on='{weights_on}'. {did_you_mean(str(weights_on), ('both', 'chosen', 'rejected'))}")
+        raise UserError(f"catpo has no weights_on='{weights_on}'. {did_you_mean(weights_on, ('both', 'chosen', 'rejected'))}")
     side = 0 if weights_on == "chosen" else 1
     return torch.ones_like(weights).index_copy(1, torch.tensor([side], device=weights.device), weights[:, side : side + 1])
 
 
-def _reduced(weights: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
+def _reduced(weights: Tensor, mask: Tensor, reduction: str) -> Tensor:
     if reduction == "sum":
         return weights
     if reduction == "mean":
         return weights / mask.sum(-1, keepdim=True).clamp_min(1)
     if reduction == "weighted_mean":
         return weights / masked_sum(weights, mask)[..., None].clamp_min(1e-12)
-    raise UserError(f"catpo has no reduction='{reduction}'. {did_you_mean(str(reduction), ('sum', 'mean', 'weighted_mean'))}")
+    raise UserError(f"catpo has no reduction='{reduction}'. {did_you_mean(reduction, ('sum', 'mean', 'weighted_mean'))}")

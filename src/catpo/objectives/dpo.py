@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from catpo.errors import UserError
-from catpo.head import Direction
 from catpo.objectives._base import LossOutput
 from catpo.stats import PairStats
 from catpo.tensors import masked_sum
@@ -17,7 +16,7 @@ def loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     kl_weight: float = 0.0,
-    kl_direction: Direction = "policy||reference",
+    kl_direction: str = "policy||reference",
 ) -> LossOutput:
     """-log sigmoid(beta h), h the difference of the log-ratios summed over tokens (Rafailov et al. 2023).
 

@@ -1,0 +1,159 @@
+"""Scoring end to end on a tiny model: the numbers against a plain eager pass, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import llava, pairs, picture
+
+from catpo.errors import UserError
+from catpo.rewards import RewardStore
+from catpo.scoring import ScoreSettings, _another, score_pairs, token_labels
+from catpo.spec import parse
+from catpo.types import SIDES, Span
+
+ALL = ("global_attention", "patch_entropy", "semantic", "image_contrast", "patch_logit", "semantic(embedding='hidden', layer=1)")
+
+
+def settings(signals=ALL, layers="all", heads="mean", query="token", patches="all"):
+    return ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return llava()
+
+
+def whole_pass(family, encoded, side):
+    """Eager attention, embeddings, hidden states and log-probs of prompt and one response, by a plain forward."""
+    ids = torch.tensor([encoded.prompt_ids + encoded.response_ids[side]])
+    model = family.unwrapped
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(input_ids=ids, **encoded.pixels, output_attentions=True, output_hidden_states=True)
+        features = model.get_image_features(encoded.pixels["pixel_values"]).pooler_output[0]
+        embeddings = model.get_input_embeddings()(ids)[0]
+    model.set_attn_implementation("sdpa")
+    start = len(encoded.prompt_ids)
+    logps = out.logits[0].log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
+    return torch.stack(out.attentions)[:, 0], embeddings[start:], features, [h[0] for h in out.hidden_states], logps, start
+
+
+@pytest.mark.parametrize("query", ["token", "predictor"])
+def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query):
+    data = pairs(3)
+    store = score_pairs(data, family, tmp_path / "store", settings(query=query), batch_size=2, progress=False)
+    for pair in data:
+        encoded = family.encode(pair)
+        other = family.encode(replace(pair, images=_another(data, pair).images))
+        for side in SIDES:
+            attentions, tokens, features, hidden, logps, start = whole_pass(family, encoded, side)
+            count = len(encoded.response_ids[side])
+            rows = slice(start, start + count) if query == "token" else slice(start - 1, start + count - 1)
+            attention = attentions.mean((0, 1))[rows][:, encoded.patches].double()
+            share = attention / attention.sum(-1, keepdim=True)
+            entropy = -(share * (share + 1e-12).log()).sum(-1)
+            visual = share.float() @ features
+            deep_visual = share.float() @ hidden[2][encoded.patches]
+            head = family.unwrapped.lm_head.weight.detach()
+            patch_words = (hidden[-1][encoded.patches] @ head.T).softmax(-1)[:, encoded.response_ids[side]]
+            expected = {
+                "global_attention": attention.sum(-1),
+                "patch_entropy": 1 - entropy / math.log(16),
+                "semantic": torch.cosine_similarity(tokens, visual),
+                "image_contrast": logps - whole_pass(family, other, side)[4],
+                "patch_logit": patch_words.amax(0),
+                "semantic(embedding='hidden', layer=1)": torch.cosine_similarity(hidden[2][start : start + count], deep_visual),
+            }
+            stored = store.get(pair.id, side)
+            assert list(stored.token_ids) == encoded.response_ids[side]
+            np.testing.assert_allclose(stored.logps, logps, atol=1e-5)
+            for name, values in expected.items():
+                np.testing.assert_allclose(stored.signals[name], values, atol=1e-4, err_msg=name)     # sharp attention
+            np.testing.assert_allclose(store.maps(pair.id, side), attention, atol=1e-3)
+            np.testing.assert_allclose(store.hidden(pair.id, side), hidden[-1][start - 1 : start + count - 1], atol=1e-4)
+
+
+def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_path):
+    data = pairs(4)
+    one = score_pairs(data, family, tmp_path / "one", settings(), batch_size=1, progress=False)
+    four = score_pairs(data, family, tmp_path / "four", settings(), batch_size=4, progress=False)
+    for pair in data:
+        for side in SIDES:
+            for name in ALL:
+                np.testing.assert_allclose(one.get(pair.id, side).signals[name], four.get(pair.id, side).signals[name], atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):
+    data = pairs(6)
+    undisturbed = score_pairs(data, family, tmp_path / "whole", settings(), shard_size=2, progress=False)
+    from catpo.rewards import RewardWriter
+
+    write, calls = RewardWriter.write_shard, []
+
+    def dies_at_the_second(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(RewardWriter, "write_shard", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        score_pairs(data, family, tmp_path / "killed", settings(), shard_size=2, progress=False)
+    with pytest.raises(UserError, match="1 of 3 shards"):
+        RewardStore.open(tmp_path / "killed")
+    monkeypatch.setattr(RewardWriter, "write_shard", write)
+    resumed = score_pairs(data, family, tmp_path / "killed", settings(), shard_size=2, progress=False)
+    assert resumed.fingerprint == undisturbed.fingerprint
+    for path in sorted((tmp_path / "whole").rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("change, field", [
+    (lambda: (llava(seed=1), settings()), "model_hash"), (lambda: (llava(), settings(layers="last")), "layers"),
+    (lambda: (llava(), settings(query="predictor")), "query"), (lambda: (llava(), settings(signals=ALL[:2])), "signals"),
+])  # fmt: skip
+def test_a_store_of_another_model_or_other_options_is_not_continued(family, tmp_path, change, field):
+    score_pairs(pairs(2), family, tmp_path / "store", settings(), progress=False)
+    other, options = change()
+    with pytest.raises(UserError, match=field):
+        score_pairs(pairs(2), other, tmp_path / "store", options, progress=False)
+
+
+def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
+    data = [replace(pair, images=(picture(10 + n), picture(20 + n))) for n, pair in enumerate(pairs(2))]
+    both = score_pairs(data, family, tmp_path / "both", settings(ALL[:1]), progress=False)
+    parts = [score_pairs(data, family, tmp_path / f"p{n}", settings(ALL[:1], patches=n), progress=False) for n in (0, 1)]
+    for pair in data:
+        whole = both.get(pair.id, "chosen").signals["global_attention"]
+        halves = [part.get(pair.id, "chosen").signals["global_attention"] for part in parts]
+        np.testing.assert_allclose(whole, halves[0] + halves[1], atol=1e-5)
+        assert parts[1].maps(pair.id, "chosen").shape[1] == 16 and both.get(pair.id, "chosen").grid == [4, 4, 4, 4]
+    with pytest.raises(UserError, match="patches=2 asks for a picture it does not have"):
+        score_pairs(data, family, tmp_path / "p2", settings(ALL[:1], patches=2), progress=False)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"layers": [7]}, "decoder of 3 layers"), ({"query": "next"}, "query='next'"), ({"heads": "median"}, "heads="),
+    ({"signals": ("semantc",)}, "Did you mean 'semantic'"), ({"signals": ("semantic(layr=1)",)}, "Did you mean 'layer'"),
+])  # fmt: skip
+def test_unknown_options_are_refused_before_any_work(family, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        settings(**options).check(family.depth)
+
+
+def test_image_contrast_of_a_single_picture_is_an_error(family, tmp_path):
+    with pytest.raises(UserError, match="needs another picture"):
+        score_pairs(pairs(1), family, tmp_path / "store", settings(("image_contrast",)), progress=False)
+
+
+def test_labels_of_characters_become_labels_of_tokens():
+    pieces = [" a", " red", " squ", "are", " and", ""]
+    spans = (Span(6, 12, "grounded"), Span(0, 1, "hallucinated"))
+    assert token_labels(pieces, "a red square and", spans).tolist() == [0, -1, 1, 1, -1, -1]
+    assert token_labels(pieces, "  a red square and", (Span(8, 14, "grounded"),)).tolist() == [-1, -1, 1, 1, -1, -1]

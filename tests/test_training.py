@@ -1,0 +1,280 @@
+"""Training on a tiny model: first-step invariants, equivalent configurations, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import llava, pairs
+
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.rewards import RewardStore
+from catpo.scoring import score_pairs
+from catpo.training import CatPOConfig, CatPOTrainer, dev_split, train
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model on disk, as a user has one."""
+    path = tmp_path_factory.mktemp("model")
+    family = llava()
+    family.model.save_pretrained(path)
+    family.processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "store"
+    score_pairs(pairs(8), families.load(folder), path, progress=False)
+    return path
+
+
+def config(tmp_path, **options):
+    defaults = dict(
+        output_dir=str(tmp_path / "run"), learning_rate=1e-3, per_device_train_batch_size=2, max_steps=4, logging_steps=1, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
+    )  # fmt: skip
+    return CatPOConfig(**{**defaults, **options})
+
+
+def run(folder, tmp_path, count=8, peft_config=None, **options):
+    """Trains and gives the trainer; every step's log is in its state."""
+    trainer = CatPOTrainer(str(folder), config(tmp_path, **options), pairs(count), peft_config=peft_config)
+    trainer.train()
+    return trainer
+
+
+def curve(trainer, name="loss"):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "dpo(kl_weight=0.03)", "catpo", "catpo(preset='no-kl')", "catpo(shared='neutral')"])
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_the_first_loss_is_log_2_and_the_model_learns(folder, store, tmp_path, objective, peft_config):
+    trainer = run(folder, tmp_path, peft_config=peft_config, objective=objective, rewards=str(store), max_steps=6)
+    assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert curve(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
+    if "kl/chosen" in trainer.state.log_history[0]:
+        assert curve(trainer, "kl/chosen")[0] == pytest.approx(0, abs=1e-5)
+        assert curve(trainer, "kl/chosen")[-1] > 1e-4
+    assert curve(trainer, "loss/preference")[-1] < math.log(2)
+    assert curve(trainer, "grad_norm")[0] > 0
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_cached_and_online_reference_give_one_curve(folder, store, tmp_path, peft_config):
+    cached = run(folder, tmp_path, peft_config=peft_config, rewards=str(store))
+    online = run(folder, tmp_path, peft_config=peft_config, rewards=str(store), reference="online")
+    assert curve(cached) == pytest.approx(curve(online), abs=2e-5)
+    assert curve(cached)[-1] != pytest.approx(curve(cached)[0], abs=1e-4)
+
+
+def test_shared_prefix_and_separate_rows_give_one_curve(folder, store, tmp_path):
+    shared = run(folder, tmp_path, rewards=str(store))
+    separate = run(folder, tmp_path, rewards=str(store), prefix="separate")
+    assert curve(shared) == pytest.approx(curve(separate), abs=2e-5)
+
+
+def test_one_batch_of_eight_equals_eight_batches_of_one(folder, store, tmp_path):
+    together = run(folder, tmp_path, rewards=str(store), per_device_train_batch_size=8, max_steps=3)
+    alone = run(folder, tmp_path, rewards=str(store), per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=3)
+    assert curve(together) == pytest.approx(curve(alone), abs=2e-5)
+    assert curve(together, "rewards/margins") == pytest.approx(curve(alone, "rewards/margins"), abs=2e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(folder, store, tmp_path):
+    plain = run(folder, tmp_path, rewards=str(store), peft_config=LORA)
+    checkpointed = run(folder, tmp_path, rewards=str(store), peft_config=LORA, gradient_checkpointing=True)
+    assert curve(plain) == pytest.approx(curve(checkpointed), abs=1e-5)
+
+
+def test_unit_weights_and_no_kl_train_exactly_like_dpo(folder, store, tmp_path):
+    dpo = run(folder, tmp_path, rewards=str(store), objective="dpo")
+    unit = run(folder, tmp_path, rewards=str(store), objective="catpo(kl_weight=0.0, keep=0.0, unselected=1.0, weights_on='chosen')")
+    assert curve(dpo) == pytest.approx(curve(unit), abs=1e-6)
+
+
+def test_weights_are_really_used(folder, store, tmp_path):
+    dpo = run(folder, tmp_path, rewards=str(store), objective="dpo")
+    weighted = run(folder, tmp_path, rewards=str(store), objective="catpo(kl_weight=0.0)")
+    assert curve(dpo)[-1] != pytest.approx(curve(weighted)[-1], abs=1e-3)
+
+
+def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, store, tmp_path):
+    before = families.load(folder).model.state_dict()
+    lora = run(folder, tmp_path, rewards=str(store), peft_config=LORA)
+    for name, value in lora.family.unwrapped.state_dict().items():
+        if "lora" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")]), name
+    full = run(folder, tmp_path, rewards=str(store))
+    changed = {name for name, value in full.family.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all("vision_tower" not in name and "projector" not in name for name in changed)
+    assert any("lm_head" in name for name in changed)
+
+
+def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path):
+    own = run(folder, tmp_path, rewards=str(store), max_steps=4)
+    neutral = run(folder, tmp_path, rewards=str(store), max_steps=4, objective="catpo(shared='neutral')")
+    expected = [RewardStore.open(store).weights(pair.id).net_shared_coefficient for pair in pairs(8)]
+    logged = curve(own, "weights/net_shared")
+    assert min(e for e in expected if e == e) <= logged[0] <= max(e for e in expected if e == e)
+    assert curve(neutral, "weights/net_shared") == pytest.approx([0] * len(logged), abs=1e-6)
+
+
+@pytest.mark.parametrize("lora", ["lora(r=4, alpha=8)", None], ids=["lora", "full"])
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store, tmp_path, lora, monkeypatch):
+    options = dict(
+        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=1, accumulation=2, lora=lora,
+        save_steps=2, logging_steps=1, dev_share=0.25, progress=False,
+    )  # fmt: skip
+    whole = train(output=tmp_path / "whole", **options)
+
+    step, steps = CatPOTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 10:                                            # after the checkpoint of step 4, within step 5
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(output=tmp_path / "killed", **options)
+    monkeypatch.setattr(CatPOTrainer, "training_step", step)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(output=tmp_path / "killed", **options)
+    with pytest.raises(UserError, match="learning_rate"):
+        train(output=tmp_path / "killed", **{**options, "learning_rate": 1e-4}, resume=True)
+    resumed = train(output=tmp_path / "killed", **options, resume=True)
+
+    base, expected, found = (families.load(path).model.state_dict() for path in (folder, whole.model, resumed.model))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert lora or any(not torch.equal(expected[name], base[name]) for name in base)
+    rows = lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps_of, losses_of = ([[row[name] for row in rows(tmp_path / run) if "loss" in row] for run in ("whole", "killed")] for name in ("step", "loss"))
+    assert steps_of[0] == steps_of[1] == [1, 2, 3, 4, 5, 6]
+    assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-5)
+    assert json.loads((tmp_path / "killed" / "catpo.json").read_text())["complete"] is True
+    reloaded = families.load(resumed.model)
+    with torch.no_grad():
+        assert reloaded.generate([_sample()], max_new_tokens=3) == families.load(whole.model).generate([_sample()], max_new_tokens=3)
+
+
+def _sample():
+    from catpo.types import Sample
+
+    return Sample("s", pairs(1)[0].images, "describe the image")
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, store, tmp_path):
+    trainer = run(folder, tmp_path, rewards=str(store), max_steps=1)
+    other = llava(layers=2)
+    other.model.save_pretrained(tmp_path / "other", save_original_format=False)
+    with pytest.raises((UserError, RuntimeError), match="does not hold this model's weights"):
+        trainer._load_from_checkpoint(str(tmp_path / "other"))
+
+
+def test_without_a_store_the_trainer_scores_first(folder, tmp_path):
+    trainer = run(folder, tmp_path, count=2, max_steps=1)
+    assert set(RewardStore.open(tmp_path / "run" / "rewards").pair_ids) == {pair.id for pair in pairs(2)}
+    assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_rows_in_trls_format_are_taken(folder, tmp_path):
+    rows = [
+        {
+            "images": [pair.images[0].open()],
+            "prompt": [{"role": "user", "content": pair.prompt}],
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": pair.chosen}]}],
+            "rejected": pair.rejected,
+        }
+        for pair in pairs(2)
+    ]
+    trainer = CatPOTrainer(str(folder), config(tmp_path, max_steps=1), rows)
+    trainer.train()
+    assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
+    with pytest.raises(UserError, match="row 0 of the data set lacks 'rejected'"):
+        CatPOTrainer(str(folder), config(tmp_path), [{key: value for key, value in rows[0].items() if key != "rejected"}])
+
+
+def test_a_store_of_another_model_is_refused(store, tmp_path):
+    other = llava(seed=5)
+    with pytest.raises(UserError, match="model_hash"):
+        CatPOTrainer(other, config(tmp_path, rewards=str(store)), pairs(2))
+
+
+def test_pairs_that_were_not_scored_are_named(folder, store, tmp_path):
+    unknown = pairs(9)[8]
+    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), [unknown])
+    with pytest.raises(UserError, match=f"pair {unknown.id} is not in the reward store"):
+        trainer.train()
+
+
+def test_stored_token_ids_that_differ_are_named(folder, store, tmp_path):
+    changed = replace(pairs(1)[0], chosen="a red square and a cat")
+    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), [changed])
+    with pytest.raises(UserError, match=r"chosen: the store's token ids differ from the fresh ones at token \d"):
+        trainer.train()
+
+
+def test_a_reference_that_is_not_the_model_is_found_at_the_first_step(folder, store, tmp_path):
+    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), pairs(8))
+    with torch.no_grad():
+        trainer.family.unwrapped.lm_head.weight += 0.05 * torch.randn_like(trainer.family.unwrapped.lm_head.weight)
+    with pytest.raises(UserError, match=r"must be log 2 = 0\.6931 and 0"):
+        trainer.train()
+
+
+def test_a_zero_gradient_is_found_at_the_first_step(folder, store, tmp_path):
+    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store), objective="dpo(beta=0.0)"), pairs(8))
+    with pytest.raises(UserError, match=r"gradient norm is 0\.0"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_pair_and_the_term(folder, store, tmp_path):
+    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store), self_check=False), pairs(8))
+    with torch.no_grad():
+        trainer.family.unwrapped.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match=r"pairs .*not finite: loss/preference"):
+        trainer.train()
+
+
+def test_a_store_without_hidden_states_cannot_serve_the_kl(folder, tmp_path):
+    score_pairs(pairs(2), families.load(folder), tmp_path / "bare", hidden=False, progress=False)
+    with pytest.raises(UserError, match="holds no hidden states"):
+        CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare")), pairs(2))
+    CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare"), objective="catpo(kl_weight=0.0)"), pairs(2)).train()
+
+
+def test_the_dev_set_depends_on_ids_and_seed_only():
+    everything = pairs(8)
+    kept, dev = dev_split(everything, 0.25, 1)
+    again, dev_again = dev_split(everything[::-1], 0.25, 1)
+    assert {pair.id for pair in dev} == {pair.id for pair in dev_again} and len(dev) == 2
+    assert {pair.id for pair in kept} == {pair.id for pair in again}
+    assert dev_split(everything, 0.0, 1)[1] == []
+    with pytest.raises(UserError, match="no preference pairs"):
+        dev_split([], 0.1, 1)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"reference": "cache"}, "reference='cache'"), ({"prefix": "own"}, "prefix='own'"), ({"objective": "catpo(betta=1)"}, "Did you mean 'beta'"),
+])  # fmt: skip
+def test_unknown_options_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        CatPOTrainer(str(folder), config(tmp_path, **options), pairs(2))
+
+
+def test_a_model_without_its_processor_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no processing_class"):
+        CatPOTrainer(llava().model, config(tmp_path), pairs(2))
