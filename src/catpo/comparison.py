@@ -1,0 +1,301 @@
+"""Evaluations side by side: paired differences, and CHAIRi at equal coverage. Reads their files; knows no model.
+
+An evaluation is the folder that `catpo evaluate` wrote: answers.jsonl, grades.jsonl, scores.json. A benchmark's `summarise`
+makes its metrics of summed counts, {group: {count: [resamples]}} -> {metric: [resamples]}: resampling is one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catpo import registry
+from catpo.errors import UserError
+from catpo.intervals import bootstrap_indices, interval
+from catpo.runs import read_json, read_rows
+
+Floats = NDArray[np.float64]
+GROUNDED, HALLUCINATED = "grounded", "hallucinated"
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two models on the same items: `other` minus `base`, resampled item by item."""
+
+    benchmark: str
+    metric: str
+    base: float
+    other: float
+    difference: Estimate
+    item_count: int
+    """Items that both models answered."""
+
+    @property
+    def is_clear(self) -> bool:
+        """The interval of the difference leaves 0 out."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Captions of one model cut after so many objects that all models cover the same share of what is there."""
+
+    model: str
+    benchmark: str
+    cover: float
+    """Share of present objects that the cut captions name, in percent: the smallest Cover among the models."""
+    objects: float
+    """Objects kept per caption to get there; a fraction is a mixture of captions cut at the next lower and higher number."""
+    chair_i: Estimate
+    """Hallucinated share of the objects kept, in percent."""
+    difference: Estimate | None
+    """`chair_i` minus that of the first evaluation, resampled item by item; None for the first."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one folder of `catpo evaluate` holds."""
+
+    path: Path
+    name: str
+    """What tables call it: the folder's name."""
+    scores: Mapping[str, Any] = field(repr=False)
+    """scores.json."""
+    grades: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = field(repr=False)
+    """Benchmark -> (group, item id) -> row of grades.jsonl, in the order graded."""
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Names of the benchmarks with scores."""
+        return list(self.scores.get("benchmarks", {}))
+
+    def metrics(self, benchmark: str) -> dict[str, Estimate]:
+        """Metric -> value and interval, as scores.json says."""
+        metrics = self.scores.get("benchmarks", {}).get(benchmark, {}).get("metrics", {})
+        return {name: Estimate(*(_number(each.get(key)) for key in ("value", "low", "high"))) for name, each in metrics.items()}
+
+    @cached_property
+    def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """(benchmark, item id) -> row of answers.jsonl."""
+        return {(str(row["benchmark"]), str(row["id"])): row for row in read_rows(self.path / "answers.jsonl")}
+
+
+def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluation:
+    """Read scores and grades of one evaluation.
+
+    Args:
+        folder: written by `catpo evaluate`.
+        name: what tables call it; the folder's name if None.
+
+    Raises:
+        UserError: the folder has no finished evaluation, or a row is not as it should be.
+    """
+    folder = Path(folder)
+    if not (folder / "scores.json").is_file():
+        raise UserError(
+            f"{folder} holds no finished evaluation (no scores.json in it). Run `catpo evaluate --output {folder}`."
+        )
+    scores = read_json(folder / "scores.json", made_by="catpo evaluate")
+    grades: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for number, row in enumerate(read_rows(folder / "grades.jsonl"), start=1):
+        if not {"benchmark", "id", "counts"} <= set(row) or not isinstance(row["counts"], dict):
+            raise UserError(f"{folder / 'grades.jsonl'}:{number} has no benchmark, id and counts. Run `catpo evaluate` again.")
+        grades.setdefault(str(row["benchmark"]), {})[str(row.get("group", "")), str(row["id"])] = row
+    return Evaluation(folder, name or folder.resolve().name, scores, grades)
+
+
+def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
+    """Every metric of `other` minus that of `base`, on the items that both answered.
+
+    Both models are resampled with the same items, so what makes an item hard for both cancels.
+
+    Args:
+        base: what is compared with.
+        other: what is compared.
+        resamples: bootstrap draws, within each group of a benchmark.
+        seed: of the draws.
+
+    Returns:
+        One row per benchmark and metric; none for a benchmark whose items or options differ.
+    """
+    rows = []
+    for benchmark in _common([base, other]):
+        keys = _common_items([base, other], benchmark)
+        if not keys:
+            continue
+        before, after = (_resampled(each, benchmark, keys, resamples, seed) for each in (base, other))
+        for metric in before:
+            if metric in after:
+                change = _estimate(after[metric] - before[metric])
+                rows.append(Difference(benchmark, metric, float(before[metric][0]), float(after[metric][0]), change, len(keys)))
+    return rows
+
+
+def at_equal_coverage(evaluations: Sequence[Evaluation], *, resamples: int = 1000, seed: int = 0) -> list[Coverage]:
+    """CHAIRi of each model when all of them say equally much of what is there.
+
+    A model that names fewer objects hallucinates less for that reason alone. So every caption is cut after its first k objects,
+    with k as large as each model needs to reach the smallest Cover among them. The whole procedure is repeated on resampled
+    items for the intervals.
+
+    Args:
+        evaluations: of the same benchmark items; the first is what the others are compared with.
+        resamples: bootstrap draws of items.
+        seed: of the draws.
+
+    Returns:
+        One row per benchmark with captions and evaluation; none where the items are not the same.
+    """
+    rows = []
+    for benchmark in _common(evaluations):
+        keys = _common_items(evaluations, benchmark, is_caption=True)
+        if not keys or len(evaluations) < 2:
+            continue
+        curves = [_Curve.of([evaluation.grades[benchmark][key] for key in keys]) for evaluation in evaluations]
+        times = np.concatenate([np.ones((1, len(keys))), _draws(len(keys), resamples, seed)])  # row 0: every item once
+        sums = [(times @ curve.grounded, times @ curve.hallucinated) for curve in curves]
+        target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (resample)
+        cut = [_cut(grounded, hallucinated, target) for grounded, hallucinated in sums]
+        cover = _percent(target, times @ curves[0].present)
+        for number, (evaluation, (objects, chair_i)) in enumerate(zip(evaluations, cut, strict=True)):
+            difference = _estimate(chair_i - cut[0][1]) if number else None
+            rows.append(
+                Coverage(evaluation.name, benchmark, float(cover[0]), float(objects[0]), _estimate(chair_i), difference)
+            )
+    return rows
+
+
+def coverage_curves(evaluations: Sequence[Evaluation], benchmark: str) -> dict[str, tuple[Floats, Floats]]:
+    """Model -> (Cover, CHAIRi) in percent with captions cut after 1, 2, … objects, [cuts] each; empty without captions."""
+    keys = _common_items(evaluations, benchmark, is_caption=True)
+    curves = {}
+    for evaluation in evaluations if keys else ():
+        curve = _Curve.of([evaluation.grades[benchmark][key] for key in keys])
+        grounded, hallucinated = curve.grounded.sum(0)[1:], curve.hallucinated.sum(0)[1:]
+        curves[evaluation.name] = (_percent(grounded, curve.present.sum()), _percent(hallucinated, grounded + hallucinated))
+    return curves
+
+
+def mentions(row: Mapping[str, Any]) -> list[tuple[str, str]] | None:
+    """Objects of a graded caption in the order named, each once, with `grounded` or `hallucinated`; None for other items."""
+    listed = row.get("mentions")
+    return None if listed is None else [(str(name), str(label)) for name, label in listed]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What captions of one model contain when cut after k objects."""
+
+    grounded: Floats
+    """[items, cuts]: grounded objects among the first k, k = 0, 1, …"""
+    hallucinated: Floats
+    """[items, cuts]"""
+    present: Floats
+    """[items]: objects on the picture."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> _Curve:
+        labels = [[label for _, label in mentions(row) or ()] for row in rows]
+        longest = max((len(each) for each in labels), default=0)
+        counts = {name: np.zeros((len(rows), longest + 1)) for name in (GROUNDED, HALLUCINATED)}
+        for item, each in enumerate(labels):
+            for place, label in enumerate(each, start=1):
+                counts[label][item, place] = 1
+        present = np.array([float(row["counts"]["present"]) for row in rows])
+        return cls(counts[GROUNDED].cumsum(1), counts[HALLUCINATED].cumsum(1), present)
+
+
+def _cut(grounded: Floats, hallucinated: Floats, target: Floats) -> tuple[Floats, Floats]:
+    """Where each row's captions are cut to hold `target` grounded objects, and CHAIRi there.
+
+    The longest such cut is taken; between two whole numbers of objects, counts are mixed linearly.
+
+    Args:
+        grounded: [resamples, cuts], not falling along the cuts.
+        hallucinated: [resamples, cuts].
+        target: [resamples], between the first and the last of `grounded`.
+    """
+    rows = np.arange(len(target))
+    low = (grounded <= target[:, None]).sum(1) - 1
+    high = np.minimum(low + 1, grounded.shape[1] - 1)
+    step = grounded[rows, high] - grounded[rows, low]
+    share = np.divide(target - grounded[rows, low], step, out=np.zeros_like(target), where=step > 0)
+    wrong = hallucinated[rows, low] + share * (hallucinated[rows, high] - hallucinated[rows, low])
+    return low + share, _percent(wrong, wrong + target)
+
+
+def _resampled(
+    evaluation: Evaluation, benchmark: str, keys: Sequence[tuple[str, str]], resamples: int, seed: int
+) -> dict[str, Floats]:
+    """Metric -> [1 + resamples]: its value on every item once, then on each draw of items."""
+    sums: dict[str, dict[str, Floats]] = {}
+    for group in dict.fromkeys(group for group, _ in keys):
+        rows = [evaluation.grades[benchmark][key]["counts"] for key in keys if key[0] == group]
+        names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+        counts = np.array([[float(row.get(name, 0)) for name in names] for row in rows])
+        times = np.concatenate([np.ones((1, len(rows))), _draws(len(rows), resamples, seed)])
+        sums[group] = dict(zip(names, (times @ counts).T, strict=True))
+    return dict(_summarise(benchmark, sums))
+
+
+def _summarise(benchmark: str, sums: Mapping[str, Mapping[str, Floats]]) -> Mapping[str, Floats]:
+    """Metrics of a benchmark from group -> count -> [resamples] sums; its plugin knows how."""
+    return registry.load("benchmarks", benchmark).summarise(sums)
+
+
+def _common(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Benchmarks that all evaluations have, with the same options."""
+
+    def options(evaluation: Evaluation, benchmark: str) -> Any:
+        return evaluation.scores["benchmarks"][benchmark].get("options")
+
+    first, *others = evaluations
+    return [
+        benchmark
+        for benchmark in first.benchmarks
+        if all(benchmark in each.benchmarks and options(each, benchmark) == options(first, benchmark) for each in others)
+    ]
+
+
+def _common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
+    """(group, id) of the items that all evaluations have graded, in the order of the first."""
+    first, *others = (evaluation.grades.get(benchmark, {}) for evaluation in evaluations)
+    return [
+        key
+        for key, row in first.items()
+        if all(key in grades for grades in others) and (not is_caption or mentions(row) is not None)
+    ]
+
+
+def _draws(count: int, resamples: int, seed: int) -> Floats:
+    """How often each item is drawn: [resamples, count]."""
+    drawn = bootstrap_indices(count, resamples=resamples, seed=seed)
+    return np.stack([np.bincount(row, minlength=count) for row in drawn]).astype(np.float64)
+
+
+def _estimate(values: Floats) -> Estimate:
+    """From [1 + resamples], the first of which is no resample."""
+    low, high = interval(values[1:])
+    return Estimate(float(values[0]), low, high)
+
+
+def _percent(part: Floats, whole: Floats) -> Floats:
+    return 100 * np.divide(part, whole, out=np.full_like(np.asarray(part, np.float64), np.nan), where=np.asarray(whole) > 0)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
