@@ -1,0 +1,227 @@
+"""The command line: instant help without torch, messages without tracebacks, recipes that flags win over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catpo import cli, config, registry
+from catpo.errors import UserError
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+COMMANDS = ["", *sorted(command for command in cli.app if not command.startswith("-"))]
+ENGINES = {"pair": "pairing", "score": "scoring", "train": "training", "evaluate": "evaluation"}
+REQUIRED = {
+    "pair": ["--model", "builtin", "--data", "scenes(count=3)", "--output", "out"],
+    "score": ["--pairs", "pairs", "--model", "builtin", "--output", "out"],
+    "train": ["--pairs", "pairs", "--model", "builtin", "--output", "out"],
+    "evaluate": ["--model", "builtin", "--benchmarks", "scenes", "--output", "out"],
+}
+
+Engine = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What an engine was called with; the engines themselves are not imported."""
+    received: dict[str, Any] = {}
+    for name, module in ENGINES.items():
+
+        def engine(**options: Any) -> Any:
+            received.update(options)
+            return types.SimpleNamespace(model="model", path="out")
+
+        fake = types.ModuleType(f"catpo.{module}")
+        setattr(fake, name, engine)
+        monkeypatch.setitem(sys.modules, f"catpo.{module}", fake)
+    return received
+
+
+def run(*arguments: str) -> int:
+    """The exit code of a command."""
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_as_it_was(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    monkeypatch.setenv("TERM", "dumb")
+    assert run(*command.split(), "--help") == 0
+    shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
+    snapshot = SNAPSHOTS / f"help-{command or 'catpo'}.txt"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOTS.mkdir(exist_ok=True)
+        snapshot.write_text(shown, encoding="utf-8")
+    assert snapshot.exists(), f"no {snapshot}; UPDATE_SNAPSHOTS=1 pytest tests/test_cli.py writes it"
+    assert shown == snapshot.read_text(encoding="utf-8"), "UPDATE_SNAPSHOTS=1 pytest tests/test_cli.py accepts the new text"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_takes_less_than_half_a_second_and_no_torch(command: str) -> None:
+    code = (
+        "import os, sys\n"
+        "from catpo.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "spent = os.times()\n"
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
+        "print(spent.user + spent.system, *heavy, file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):  # processor time, and the best of three: another process on the machine is not our slowness
+        arguments = [sys.executable, "-c", code, *command.split(), "--help"]
+        spent, *heavy = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr.split()
+        assert heavy == []
+        seconds.append(float(spent))
+        if min(seconds) < 0.5:
+            return
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_an_engine_gets_the_flags_under_their_own_names(command: str, called: dict[str, Any]) -> None:
+    assert run(command, *REQUIRED[command]) == 0
+    assert set(called) == set(config.hints(config.COMMANDS[command]))
+    assert str(called["output"]) == "out"
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_a_recipe_sets_what_the_command_line_does_not(command: str, called: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dtype: float32\n{command}: {{limit: 5, batch_size: 2}}\n")
+    assert run(command, *REQUIRED[command], "--config", str(recipe), "--batch-size", "3") == 0
+    assert (called["limit"], called["batch_size"], called["dtype"]) == (5, 3, "float32")
+
+
+def test_a_recipe_can_set_everything_that_is_required(called: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: builtin\npairs: here\ntrain: {output: run, lora: null, learning_rate: 1e-6, resume: true, objective: dpo}\n"
+    )
+    assert run("train", "--config", str(recipe), "--no-resume") == 0
+    assert called["lora"] is None
+    assert called["learning_rate"] == 1e-6
+    assert called["resume"] is False
+    assert (called["pairs"], called["output"], called["objective"]) == ("here", Path("run"), "dpo")
+
+
+def test_lists_of_specs_can_be_written_in_several_ways(called: dict[str, Any], tmp_path: Path) -> None:
+    want = ("patch_entropy", "semantic(embedding='hidden')")
+    assert run("score", *REQUIRED["score"], "--signals", "patch_entropy, semantic(embedding='hidden')") == 0
+    assert called["signals"] == want
+    assert run("score", *REQUIRED["score"], "--signals", "patch_entropy", "semantic(embedding='hidden')") == 0
+    assert called["signals"] == want
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("score:\n  signals: patch_entropy, semantic(embedding='hidden')\n")
+    assert run("score", *REQUIRED["score"], "--config", str(recipe)) == 0
+    assert called["signals"] == want
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("all", "all"), ("14", 14), ("19,20", [19, 20]), ("[1, 2]", [1, 2]), ("-1", -1), ("paper", "paper")]
+)
+def test_layers_are_a_word_or_numbers(text: str, value: object, called: dict[str, Any]) -> None:
+    assert run("score", *REQUIRED["score"], f"--layers={text}") == 0
+    assert called["layers"] == value
+
+
+def test_none_means_no_adapter(called: dict[str, Any]) -> None:
+    assert run("train", *REQUIRED["train"], "--lora", "none") == 0
+    assert called["lora"] is None
+
+
+def test_a_user_error_is_a_message_and_exit_code_2(
+    called: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def engine(**_: Any) -> None:
+        raise UserError("pair 7: the picture [red] is missing. Replace it.")
+
+    monkeypatch.setattr(sys.modules["catpo.scoring"], "score", engine)
+    assert run("score", *REQUIRED["score"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "catpo: pair 7: the picture [red] is missing. Replace it.\n"
+    assert shown.out == ""
+
+
+def test_an_interruption_is_exit_code_130(
+    called: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def engine(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["catpo.scoring"], "score", engine)
+    assert run("score", *REQUIRED["score"]) == 130
+    assert "go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tain"], 'Did you mean "train"'),
+        (["train", *REQUIRED["train"], "--learning-rat", "1"], "Did you mean --learning-rate"),
+        (["train", *REQUIRED["train"], "--epochs", "six"], "six"),
+        (["train", *REQUIRED["train"], "--reference", "stored"], "stored"),
+        (["train", "--model", "builtin"], "--pairs"),
+        (["list", "signal"], "Did you mean 'signals'?"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_command_line_names_what_is_wrong(
+    arguments: list[str], message: str, called: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) != 0
+    shown = capsys.readouterr()
+    assert message in " ".join(shown.err.split())
+    assert "Traceback" not in shown.err
+    assert called == {}
+
+
+def test_init_writes_a_recipe_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init") == 0
+    assert "catpo pair --config recipe.yaml" in capsys.readouterr().out
+    assert run("init", "deep/folder") == 0
+    assert (tmp_path / "deep/folder/recipe.yaml").read_text() == (tmp_path / "recipe.yaml").read_text()
+    assert run("init") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_list_shows_plugins_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list", "objectives") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("objectives\n")
+    assert "  dpo " in shown
+    assert run("list") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if not line.startswith(" ")] == list(registry.PUBLIC_NAMES)
+
+
+def test_catpo_runs_as_a_module_and_ends_quietly_in_a_pipe() -> None:
+    version = subprocess.run([sys.executable, "-m", "catpo", "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == "0.1.0"
+    piped = subprocess.run(
+        f"set -o pipefail; {sys.executable} -m catpo list | true",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in piped.stderr
+    assert "BrokenPipe" not in piped.stderr
+
+
+def test_a_missing_recipe_section_still_gets_what_is_set_for_all(called: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 7\n")
+    assert run("train", *REQUIRED["train"], "--config", str(recipe)) == 0
+    assert called["seed"] == 7

@@ -1,0 +1,158 @@
+"""Options have one place, and recipes are strict about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catpo import config, recipes
+from catpo.errors import UserError
+
+ENGINES = {
+    "pair": ("catpo.pairing", "pair"),
+    "score": ("catpo.scoring", "score"),
+    "train": ("catpo.training", "train"),
+    "evaluate": ("catpo.evaluation", "evaluate"),
+    "report": ("catpo.report.build", "report"),
+}
+NOT_ON_THE_COMMAND_LINE = {"progress"}
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_options_are_the_engines_keyword_arguments_with_the_same_defaults(command: str) -> None:
+    module, name = ENGINES[command]
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    engine = {p.name: p.default for p in parameters if p.name not in NOT_ON_THE_COMMAND_LINE}
+    required = inspect.Parameter.empty
+    ours = {
+        f.name: required if f.default is dataclasses.MISSING else f.default
+        for f in dataclasses.fields(config.COMMANDS[command])
+    }
+    assert _comparable(ours) == _comparable(engine)
+
+
+def _comparable(defaults: dict[str, Any]) -> dict[str, Any]:
+    """A folder may be a text or a path, a list a tuple."""
+    return {
+        name: str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
+        for name, value in defaults.items()
+    }
+
+
+@pytest.mark.parametrize("options", config.COMMANDS.values())
+def test_every_option_is_explained_in_one_line(options: type) -> None:
+    documented = config.field_docs(options)
+    for name in config.hints(options):
+        assert documented[name].endswith(".") or documented[name].endswith("none."), (options, name)
+        assert len(documented[name]) < 120
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_in_the_repository_loads(path: Path) -> None:
+    recipe = recipes.read(path)
+    for command, given in recipe.items():
+        config.COMMANDS[command](**given)  # complete: nothing required is missing
+        config.keywords(config.COMMANDS[command](**given))
+
+
+def test_the_starter_recipe_is_complete_and_its_comments_are_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.starter())
+    plain = {command: config.COMMANDS[command](**given) for command, given in recipes.read(path).items()}
+    assert plain["score"].model == "builtin"
+    uncommented = re.sub(r"^  # ([a-z_]+: )", r"  \1", recipes.starter(), flags=re.MULTILINE)
+    assert uncommented != recipes.starter()
+    path.write_text(uncommented)
+    assert {command: config.COMMANDS[command](**given) for command, given in recipes.read(path).items()} == plain
+
+
+def read(tmp_path: Path, text: str | bytes) -> dict[str, dict[str, Any]]:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return recipes.read(path)
+
+
+def test_sections_win_over_what_is_set_for_all(tmp_path: Path) -> None:
+    recipe = read(tmp_path, "model: a\nseed: 3\npair: {seed: 4}\nevaluate: {model: b}\n")
+    assert recipe["pair"] == {"model": "a", "seed": 4}
+    assert recipe["score"] == {"model": "a"}
+    assert recipe["evaluate"] == {"model": "b"}
+    assert recipe["report"] == {}
+
+
+def test_values_get_the_type_of_the_option(tmp_path: Path) -> None:
+    train = read(tmp_path, "train: {learning_rate: 1e-6, epochs: 2, output: a/b, lora: null, resume: true}")["train"]
+    assert train == {"learning_rate": 1e-6, "epochs": 2.0, "output": Path("a/b"), "lora": None, "resume": True}
+    assert isinstance(train["epochs"], float)
+    score = read(tmp_path, "score: {layers: [1, 2], signals: semantic, patches: 0}")["score"]
+    assert score == {"layers": [1, 2], "signals": ("semantic",), "patches": 0}
+    assert read(tmp_path, "report:\n  runs:\n  - a\n  - b\n")["report"] == {"runs": (Path("a"), Path("b"))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {objectve: dpo}", "'train.objectve' is not an option. Did you mean 'train.objective'?"),
+        ("train: {zzz: 1}", "'train.zzz' is not an option. Known: accumulation, "),
+        ("trian: {objective: dpo}", "'trian' is not an option. Did you mean 'train'?"),
+        ("modell: builtin", "'modell' is not an option. Did you mean 'model'?"),
+        ("1: 2", "'1' is not an option."),
+        ("null: 2", "'None' is not an option."),
+        ("output: here", "'output' differs from command to command. Put it into the sections, e.g. 'train.output'."),
+        ("train: {epochs: six}", "'train.epochs' must be a number, not 'six'."),
+        ("train: {epochs: true}", "'train.epochs' must be a number, not True."),
+        ("train: {seed: 1.5}", "'train.seed' must be a whole number, not 1.5."),
+        ("seed: x", "'seed' must be a whole number, not 'x'."),
+        ("train: {resume: 1}", "'train.resume' must be true or false, not 1."),
+        ("train: {objective: 3}", "'train.objective' must be text, not 3."),
+        ("train: {output: ''}", "'train.output' must be a path, not ''."),
+        ("train: {reference: stored}", "'train.reference' must be cached or online, not 'stored'."),
+        ("train: {lora: [1]}", "'train.lora' must be text or null, not [1]."),
+        (
+            "score: {layers: {a: 1}}",
+            "'score.layers' must be text or a whole number or a list, each a whole number, not {'a': 1}.",
+        ),
+        ("score: {signals: [1]}", "'score.signals' must be a list, each text, not [1]."),
+        ("score: [1]", "'score' must be lines of the form `option: value`, not [1]."),
+        ("just text", "must be lines of the form `option: value`, not 'just text'."),
+        ("train: {seed: 1, seed: 2}", "r.yaml, line 1: 'seed' stands twice."),
+        ("model: a\nmodel: b", "r.yaml, line 2: 'model' stands twice."),
+        ("? [a]\n: b", "line 1: a list or mapping cannot be a key."),
+        ("train: {", "r.yaml, line 1: "),
+        ("train: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: &a [*a]", "'a' is not an option"),
+        ("- " * 5000 + "a", "r.yaml"),
+        (b"\xff\xfe\x00", "is not text in UTF-8"),
+        (b"a: \x00", "r.yaml"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_its_place(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text)
+    assert message in str(caught.value)
+    assert "r.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml cannot be read \(No such file or directory\). `catpo init` writes"):
+        recipes.read(tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
+    assert read(tmp_path, "# nothing\n") == {command: {} for command in config.COMMANDS}
+
+
+def test_every_type_of_an_option_has_a_word_for_messages() -> None:
+    for options in config.COMMANDS.values():
+        for name, hint in config.hints(options).items():
+            assert recipes._word(config.arms(hint)[0]), name
+            assert typing.get_origin(hint) is not dict
