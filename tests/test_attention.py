@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llava, pairs
 
 from catpo.attention import AttentionRecorder, choose_heads, choose_layers, recordable
 from catpo.batching import pack, run_backbone
 from catpo.errors import UserError
+from tiny import llava, pairs
 
 
 def eager_maps(family, batch):
     """Every layer's whole attention, [layer, row, head, query, key], from eager attention."""
     inputs = dict(batch["model_inputs"])
     mask = inputs["attention_mask"]
-    if mask.ndim == 4:                                                  # eager adds its mask
+    if mask.ndim == 4:  # eager adds its mask
         inputs["attention_mask"] = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     family.unwrapped.set_attn_implementation("eager")
     out = family.unwrapped.base_model(**inputs, use_cache=False, output_attentions=True)
@@ -44,7 +44,7 @@ def test_recorded_attention_equals_eager(prefix, padding_side, heads):
     for row in range(recorder.queries.shape[0]):
         tokens = recorder.queries[row][recorder.queries[row] >= 0]
         patches = recorder.keys[row][recorder.keys[row] >= 0]
-        expected = maps[:, row][:, :, tokens][:, :, :, patches]        # (layer, head, token, patch)
+        expected = maps[:, row][:, :, tokens][:, :, :, patches]  # (layer, head, token, patch)
         if heads == "mean":
             expected = expected.mean(1)
         elif heads == "max":
@@ -56,7 +56,7 @@ def test_recorded_attention_equals_eager(prefix, padding_side, heads):
                 [torch.stack([expected[layer, best[layer, :, t], t].mean(0) for t in range(len(tokens))]) for layer in range(2)]
             )
         found = recorder.mean()[row][recorder.queries[row] >= 0]
-        torch.testing.assert_close(found, expected.mean(0), rtol=0, atol=1e-4)     # sharp attention
+        torch.testing.assert_close(found, expected.mean(0), rtol=0, atol=1e-4)  # sharp attention
         checked += len(tokens)
     assert checked == int(batch["mask"].sum())
 
@@ -101,7 +101,7 @@ def test_a_model_that_does_not_report_is_an_error_that_names_the_layers():
     family = llava()
     batch = pack(family, [family.encode(pairs(1)[0])])
     recorder = AttentionRecorder(batch["tokens_at"].reshape(1, -1), batch["patches"], (1, 2))
-    with recorder, torch.no_grad():                                     # plain sdpa: nothing is recorded
+    with recorder, torch.no_grad():  # plain sdpa: nothing is recorded
         run_backbone(family.unwrapped, batch)
     with pytest.raises(UserError, match=r"layer\(s\) \[1, 2\]"):
         recorder.mean()

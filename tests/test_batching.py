@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import llava, pair, pairs
 
 from catpo.batching import pack, response_hidden, run_backbone, unflatten
 from catpo.errors import UserError
 from catpo.head import token_stats
 from catpo.types import SIDES
+from tiny import llava, pair, pairs
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def plain_logps(family, encoded, side):
     return logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix": "separate"}, {"padding_side": "left"}, {"prefix": "separate", "padding_side": "left"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prefix": "separate"}, {"padding_side": "left"}, {"prefix": "separate", "padding_side": "left"}]
+)
 def test_every_layout_gives_the_plain_forwards_logps(family, options):
     encoded = [family.encode(each) for each in pairs(4)]
     found = logps(family, encoded, **options)
@@ -74,7 +76,7 @@ def test_the_rejected_response_does_not_see_the_chosen_one(family):
 
 def test_response_ids_are_those_the_model_would_generate(family):
     encoded = family.encode(pair(0, "a red square", "a cat"))
-    assert family.tokenizer.decode(encoded.response_ids["chosen"]) == " a red square</s>"    # the template's own space
+    assert family.tokenizer.decode(encoded.response_ids["chosen"]) == " a red square</s>"  # the template's own space
     assert encoded.response_ids["chosen"][-1] == family.eos_token_id
     full = family.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe the image"}]},

@@ -17,7 +17,13 @@ def problem(tokens=7, width=5, vocabulary=11, dtype=torch.float64, softcap=None,
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
     head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
     reference_head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
-    return draw(tokens, width), head, torch.randint(vocabulary, (tokens,), generator=generator), draw(tokens, width), reference_head
+    return (
+        draw(tokens, width),
+        head,
+        torch.randint(vocabulary, (tokens,), generator=generator),
+        draw(tokens, width),
+        reference_head,
+    )
 
 
 def plain(hidden, head, tokens, reference_hidden, reference_head, direction):
@@ -31,7 +37,9 @@ def plain(hidden, head, tokens, reference_hidden, reference_head, direction):
     policy, reference = log_probs(hidden, head), log_probs(reference_hidden, reference_head)
     logps = torch.stack([policy[t, token] for t, token in enumerate(tokens.tolist())])
     first, second = (policy, reference) if direction == DIRECTIONS[0] else (reference, policy)
-    kl = torch.stack([sum(first[t, v].exp() * (first[t, v] - second[t, v]) for v in range(first.shape[1])) for t in range(len(tokens))])
+    kl = torch.stack(
+        [sum(first[t, v].exp() * (first[t, v] - second[t, v]) for v in range(first.shape[1])) for t in range(len(tokens))]
+    )
     return logps, kl
 
 
@@ -49,7 +57,9 @@ def test_logps_kl_and_gradients_equal_the_plain_way(direction, softcap, scale, i
         return torch.autograd.grad((coefficients * logps).sum() + (coefficients.flip(0) * kl).sum(), trained)
 
     expected_logps, expected_kl = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
-    stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, chunk=3)
+    stats = token_stats(
+        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, chunk=3
+    )
     torch.testing.assert_close(stats.logps, expected_logps, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(stats.kl, expected_kl, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(gradients(stats.logps, stats.kl), gradients(expected_logps, expected_kl), strict=True):

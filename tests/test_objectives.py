@@ -72,7 +72,9 @@ def test_dpo_is_equation_1(seed):
 def test_unit_weights_turn_catpo_into_dpo():
     values = table()
     unit = {**values, "weights": torch.ones_like(values["weights"])}
-    torch.testing.assert_close(catpo.loss(stats(unit), kl_weight=0.0).losses, dpo.loss(stats(values)).losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        catpo.loss(stats(unit), kl_weight=0.0).losses, dpo.loss(stats(values)).losses, rtol=1e-12, atol=0
+    )
     with_kl = dpo.loss(stats(values), kl_weight=0.03).losses
     torch.testing.assert_close(catpo.loss(stats(unit), kl_weight=0.03).losses, with_kl, rtol=1e-12, atol=0)
 
@@ -137,7 +139,9 @@ def test_weights_on_one_side_leave_the_other_at_one():
     values = table()
     weights = values["weights"].clone()
     weights[:, 1] = 1.0
-    torch.testing.assert_close(catpo.loss(stats(values), weights_on="chosen").losses, catpo.loss(stats({**values, "weights": weights})).losses)
+    torch.testing.assert_close(
+        catpo.loss(stats(values), weights_on="chosen").losses, catpo.loss(stats({**values, "weights": weights})).losses
+    )
 
 
 @pytest.mark.parametrize("option", [{"reduction": "median"}, {"weights_on": "none"}, {"kl_direction": "forward"}])
@@ -166,8 +170,10 @@ def test_every_preset_can_be_built(preset):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("catpo(alfa=0.3)", "Did you mean 'alpha'"), ("catpo(preset='papr')", "Did you mean 'paper'"), ("dpp", "Did you mean 'dpo'"),
-    ("dpo(beta='high')", "must be a number"), ("catpo(kl_weight=True)", "must be a number"), ("catpo(preset=3)", "has no preset"),
+    ("catpo(alfa=0.3)", "Did you mean 'alpha'"), ("catpo(preset='papr')", "Did you mean 'paper'"),
+    ("dpp", "Did you mean 'dpo'"),
+    ("dpo(beta='high')", "must be a number"), ("catpo(kl_weight=True)", "must be a number"),
+    ("catpo(preset=3)", "has no preset"),
 ])  # fmt: skip
 def test_unknown_options_presets_and_objectives_are_answered(text, message):
     with pytest.raises(UserError, match=message):

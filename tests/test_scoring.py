@@ -8,15 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import llava, pairs, picture
 
 from catpo.errors import UserError
 from catpo.rewards import RewardStore
 from catpo.scoring import ScoreSettings, _another, score_pairs, token_labels
 from catpo.spec import parse
 from catpo.types import SIDES, Span
+from tiny import llava, pairs, picture
 
-ALL = ("global_attention", "patch_entropy", "semantic", "image_contrast", "patch_logit", "semantic(embedding='hidden', layer=1)")
+ALL = (
+    "global_attention",
+    "patch_entropy",
+    "semantic",
+    "image_contrast",
+    "patch_logit",
+    "semantic(embedding='hidden', layer=1)",
+)
 
 
 def settings(signals=ALL, layers="all", heads="mean", query="token", patches="all"):
@@ -73,7 +80,7 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
             assert list(stored.token_ids) == encoded.response_ids[side]
             np.testing.assert_allclose(stored.logps, logps, atol=1e-5)
             for name, values in expected.items():
-                np.testing.assert_allclose(stored.signals[name], values, atol=1e-4, err_msg=name)     # sharp attention
+                np.testing.assert_allclose(stored.signals[name], values, atol=1e-4, err_msg=name)  # sharp attention
             np.testing.assert_allclose(store.maps(pair.id, side), attention, atol=1e-3)
             np.testing.assert_allclose(store.hidden(pair.id, side), hidden[-1][start - 1 : start + count - 1], atol=1e-4)
 
@@ -85,7 +92,9 @@ def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_
     for pair in data:
         for side in SIDES:
             for name in ALL:
-                np.testing.assert_allclose(one.get(pair.id, side).signals[name], four.get(pair.id, side).signals[name], atol=1e-5)
+                np.testing.assert_allclose(
+                    one.get(pair.id, side).signals[name], four.get(pair.id, side).signals[name], atol=1e-5
+                )
 
 
 def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):

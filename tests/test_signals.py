@@ -14,6 +14,7 @@ from catpo.signals import global_attention, image_contrast, patch_entropy, patch
 from catpo.signals._base import Evidence
 
 TOKENS, PATCHES, WIDTH, VOCABULARY = 5, 6, 4, 9
+READS = ("attention", "token_embeddings", "patch_features", "logps", "view_logps", "hidden")
 
 
 def unread(*_):
@@ -22,7 +23,7 @@ def unread(*_):
 
 def evidence(seed=0, **given):
     """Random evidence; whatever is not given must not be read."""
-    reads = {name: unread for name in ("read_attention", "read_token_embeddings", "read_patch_features", "read_logps", "read_view_logps", "read_hidden")}
+    reads = {f"read_{name}": unread for name in READS}
     for name, value in given.items():
         reads[f"read_{name}"] = value if callable(value) else lambda value=value: value
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +33,7 @@ def evidence(seed=0, **given):
 
 def random_attention(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.softmax(3 * torch.randn(TOKENS, PATCHES + 4, generator=generator), -1)[:, :PATCHES]    # the rest looks at text
+    return torch.softmax(3 * torch.randn(TOKENS, PATCHES + 4, generator=generator), -1)[:, :PATCHES]  # the rest looks at text
 
 
 def rows(tensor):
@@ -127,8 +128,9 @@ def test_patch_logit_is_the_largest_probability_over_patches():
 def test_every_signal_gives_one_finite_value_per_token(name):
     draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(3))
     given = evidence(
-        attention=random_attention(), token_embeddings=draw(TOKENS, WIDTH), patch_features=draw(PATCHES, WIDTH), logps=draw(TOKENS),
-        view_logps=lambda view: draw(TOKENS), hidden=lambda layer: (draw(TOKENS, WIDTH), draw(PATCHES, WIDTH)),
+        attention=random_attention(), token_embeddings=draw(TOKENS, WIDTH), patch_features=draw(PATCHES, WIDTH),
+        logps=draw(TOKENS), view_logps=lambda view: draw(TOKENS),
+        hidden=lambda layer: (draw(TOKENS, WIDTH), draw(PATCHES, WIDTH)),
     )  # fmt: skip
     values = registry.load("signals", name)(given)
     assert values.shape == (TOKENS,) and torch.isfinite(values).all()

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import llava, pairs
 
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.rewards import RewardStore
 from catpo.scoring import score_pairs
-from catpo.training import CatPOConfig, CatPOTrainer, dev_split, train
+from catpo.trainer import CatPOConfig, CatPOTrainer
+from catpo.training import dev_split, train
+from tiny import llava, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 
@@ -39,7 +40,8 @@ def store(folder, tmp_path_factory):
 
 def config(tmp_path, **options):
     defaults = dict(
-        output_dir=str(tmp_path / "run"), learning_rate=1e-3, per_device_train_batch_size=2, max_steps=4, logging_steps=1, use_cpu=True,
+        output_dir=str(tmp_path / "run"), learning_rate=1e-3, per_device_train_batch_size=2, max_steps=4, logging_steps=1,
+        use_cpu=True,
         save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
     )  # fmt: skip
     return CatPOConfig(**{**defaults, **options})
@@ -56,7 +58,9 @@ def curve(trainer, name="loss"):
     return [log[name] for log in trainer.state.log_history if name in log]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "dpo(kl_weight=0.03)", "catpo", "catpo(preset='no-kl')", "catpo(shared='neutral')"])
+@pytest.mark.parametrize(
+    "objective", ["dpo", "dpo(kl_weight=0.03)", "catpo", "catpo(preset='no-kl')", "catpo(shared='neutral')"]
+)
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_the_first_loss_is_log_2_and_the_model_learns(folder, store, tmp_path, objective, peft_config):
     trainer = run(folder, tmp_path, peft_config=peft_config, objective=objective, rewards=str(store), max_steps=6)
@@ -98,7 +102,9 @@ def test_gradient_checkpointing_changes_nothing(folder, store, tmp_path):
 
 def test_unit_weights_and_no_kl_train_exactly_like_dpo(folder, store, tmp_path):
     dpo = run(folder, tmp_path, rewards=str(store), objective="dpo")
-    unit = run(folder, tmp_path, rewards=str(store), objective="catpo(kl_weight=0.0, keep=0.0, unselected=1.0, weights_on='chosen')")
+    unit = run(
+        folder, tmp_path, rewards=str(store), objective="catpo(kl_weight=0.0, keep=0.0, unselected=1.0, weights_on='chosen')"
+    )
     assert curve(dpo) == pytest.approx(curve(unit), abs=1e-6)
 
 
@@ -141,7 +147,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
 
     def dies(self, *args, **kwargs):
         steps.append(1)
-        if len(steps) == 10:                                            # after the checkpoint of step 4, within step 5
+        if len(steps) == 10:  # after the checkpoint of step 4, within step 5
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
@@ -161,13 +167,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert lora or any(not torch.equal(expected[name], base[name]) for name in base)
     rows = lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    steps_of, losses_of = ([[row[name] for row in rows(tmp_path / run) if "loss" in row] for run in ("whole", "killed")] for name in ("step", "loss"))
+    steps_of, losses_of = (
+        [[row[name] for row in rows(tmp_path / run) if "loss" in row] for run in ("whole", "killed")]
+        for name in ("step", "loss")
+    )
     assert steps_of[0] == steps_of[1] == [1, 2, 3, 4, 5, 6]
     assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-5)
     assert json.loads((tmp_path / "killed" / "catpo.json").read_text())["complete"] is True
     reloaded = families.load(resumed.model)
     with torch.no_grad():
-        assert reloaded.generate([_sample()], max_new_tokens=3) == families.load(whole.model).generate([_sample()], max_new_tokens=3)
+        assert reloaded.generate([_sample()], max_new_tokens=3) == families.load(whole.model).generate(
+            [_sample()], max_new_tokens=3
+        )
 
 
 def _sample():
@@ -253,7 +264,9 @@ def test_a_store_without_hidden_states_cannot_serve_the_kl(folder, tmp_path):
     score_pairs(pairs(2), families.load(folder), tmp_path / "bare", hidden=False, progress=False)
     with pytest.raises(UserError, match="holds no hidden states"):
         CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare")), pairs(2))
-    CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare"), objective="catpo(kl_weight=0.0)"), pairs(2)).train()
+    CatPOTrainer(
+        str(folder), config(tmp_path, rewards=str(tmp_path / "bare"), objective="catpo(kl_weight=0.0)"), pairs(2)
+    ).train()
 
 
 def test_the_dev_set_depends_on_ids_and_seed_only():
@@ -268,7 +281,8 @@ def test_the_dev_set_depends_on_ids_and_seed_only():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"reference": "cache"}, "reference='cache'"), ({"prefix": "own"}, "prefix='own'"), ({"objective": "catpo(betta=1)"}, "Did you mean 'beta'"),
+    ({"reference": "cache"}, "reference='cache'"), ({"prefix": "own"}, "prefix='own'"),
+    ({"objective": "catpo(betta=1)"}, "Did you mean 'beta'"),
 ])  # fmt: skip
 def test_unknown_options_are_refused(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from catpo.families._base import Family, family_of
 from catpo.types import Picture, PreferencePair, pair_id
@@ -30,31 +36,48 @@ def tokenizer(special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFas
     bpe.decoder = decoders.ByteLevel()
     names = ["<pad>", "<s>", "</s>", *special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
     )
 
 
-def llava(seed: int = 0, *, heads: int = 4, key_heads: int = 2, layers: int = 3, dtype: torch.dtype = torch.float32, **text: Any) -> Family:
+def llava(
+    seed: int = 0, *, heads: int = 4, key_heads: int = 2, layers: int = 3, dtype: torch.dtype = torch.float32, **text: Any
+) -> Family:
     """A LLaVA of 16 patches and about 100 thousand parameters; attention is made sharp, so that errors would show."""
     torch.manual_seed(seed)
     words = tokenizer()
     image = words.convert_tokens_to_ids("<image>")
     vision = dict(
-        model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=56,
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        image_size=56,
         patch_size=14, projection_dim=32,
     )  # fmt: skip
     decoder = dict(
-        model_type="llama", vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=heads,
+        model_type="llama", vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=key_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **text,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=decoder, image_token_index=image, image_seq_length=16, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=decoder, image_token_index=image, image_seq_length=16, vision_feature_layer=-2
+    )
     model = LlavaForConditionalGeneration(config).to(dtype).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = LlavaProcessor(
-        pictures, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE
+        pictures,
+        words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
     )
     for name, parameter in model.named_parameters():
         if "language_model" in name and ("q_proj" in name or "k_proj" in name):
@@ -71,7 +94,9 @@ def picture(seed: int = 0, width: int = 80, height: int = 60) -> Picture:
     return Picture(data=buffer.getvalue(), name=f"noise {seed}")
 
 
-def pair(seed: int = 0, chosen: str = "a red square and a blue circle", rejected: str = "a red square and a dog on the table") -> PreferencePair:
+def pair(
+    seed: int = 0, chosen: str = "a red square and a blue circle", rejected: str = "a red square and a dog on the table"
+) -> PreferencePair:
     images = (picture(seed),)
     prompt = ["describe the image", "what is the colour of the object"][seed % 2]
     return PreferencePair(pair_id(images, prompt, chosen, rejected), images, prompt, chosen, rejected)

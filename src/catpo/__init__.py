@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from catpo.report.build import report as write_report
     from catpo.rewards import RewardStore as RewardStore
     from catpo.scoring import score as score
-    from catpo.training import CatPOConfig as CatPOConfig
-    from catpo.training import CatPOTrainer as CatPOTrainer
+    from catpo.trainer import CatPOConfig as CatPOConfig
+    from catpo.trainer import CatPOTrainer as CatPOTrainer
     from catpo.training import train as train
 
 __version__ = "0.1.0"
@@ -26,8 +26,8 @@ _LAZY = {
     "train": ("catpo.training", "train"),
     "evaluate": ("catpo.evaluation", "evaluate"),
     "write_report": ("catpo.report.build", "report"),
-    "CatPOConfig": ("catpo.training", "CatPOConfig"),
-    "CatPOTrainer": ("catpo.training", "CatPOTrainer"),
+    "CatPOConfig": ("catpo.trainer", "CatPOConfig"),
+    "CatPOTrainer": ("catpo.trainer", "CatPOTrainer"),
     "RewardStore": ("catpo.rewards", "RewardStore"),
 }
 """Public name -> module and name there. `report` is a package here, hence `write_report`."""

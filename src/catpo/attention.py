@@ -47,7 +47,7 @@ def choose_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, .
         return (depth - 1,)
     chosen = (layers,) if isinstance(layers, int) else layers
     if isinstance(chosen, str) or not chosen or not all(isinstance(layer, int) and -depth <= layer < depth for layer in chosen):
-        raise UserError(f"layers={layers!r} does not fit a decoder of {depth} layers. Give 'paper', 'all', 'last', or numbers below {depth}.")
+        raise UserError(f"layers={layers!r} does not fit a decoder of {depth} layers. Give 'paper', 'all', 'last', or numbers.")
     return tuple(sorted({layer % depth for layer in chosen}))
 
 
@@ -68,7 +68,7 @@ def choose_heads(heads: str) -> Callable[[Float[Tensor, "rows heads tokens patch
 
 
 def _mean_of_top_heads(attention: Tensor, k: int) -> Tensor:
-    mass = attention.sum(-1)                                          # (row, head, token)
+    mass = attention.sum(-1)  # (row, head, token)
     top = mass.topk(min(k, mass.shape[1]), dim=1).indices
     return attention.gather(1, top[..., None].expand(-1, -1, -1, attention.shape[-1])).mean(1)
 
@@ -105,25 +105,27 @@ class AttentionRecorder:
         silent = [layer for layer in self.layers if layer not in self.by_layer]
         if silent:
             raise UserError(
-                f"Attention of decoder layer(s) {silent} could not be recorded: they do not run transformers' attention interface "
-                "(cross-attention or linear-attention layers do not). Choose other `layers`, or a model whose decoder attends to "
-                "image tokens in its own sequence."
+                f"Attention of decoder layer(s) {silent} could not be recorded: they do not run the attention interface "
+                "(cross-attention or linear-attention layers do not). Choose other `layers`, or a model whose decoder attends "
+                "to image tokens in its own sequence."
             )
         return torch.stack([self.by_layer[layer] for layer in self.layers]).mean(0)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
-        if layer not in self.layers or layer in self.by_layer:         # seen: gradient checkpointing runs a layer twice
+        if layer not in self.layers or layer in self.by_layer:  # seen: gradient checkpointing runs a layer twice
             return
         joined = query.new_zeros((*self.queries.shape, self.keys.shape[1]), dtype=torch.float32)
         rows, heads, length = query.shape[0], query.shape[1], key.shape[2]
         step = max(1, self.memory // (rows * heads * length))
         for start in range(0, self.queries.shape[1], step):
             tokens = slice(start, start + step)
-            joined[:, tokens] = self.heads(_probabilities(module, query, key, mask, self.queries[:, tokens], self.keys, options))
+            joined[:, tokens] = self.heads(
+                _probabilities(module, query, key, mask, self.queries[:, tokens], self.keys, options)
+            )
         present = (self.queries >= 0)[:, :, None] & (self.keys >= 0)[:, None, :]
-        self.by_layer[layer] = torch.where(present, joined, 0.0)       # where, not *: a fully masked row is NaN
+        self.by_layer[layer] = torch.where(present, joined, 0.0)  # where, not *: a fully masked row is NaN
 
 
 def _probabilities(
@@ -134,7 +136,7 @@ def _probabilities(
     tokens = queries.shape[1]
     positions = queries.clamp(min=0)
     chosen = query.gather(2, positions[:, None, :, None].expand(rows, heads, tokens, size))
-    grouped = chosen.reshape(rows, key.shape[1], -1, size)             # (row, key head, group x token, size): grouped-query attention
+    grouped = chosen.reshape(rows, key.shape[1], -1, size)  # (row, key head, group x token, size): grouped-query attention
     scaling = options.get("scaling")
     scores = (grouped @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
     scores = scores.reshape(rows, heads, tokens, key.shape[2])
@@ -152,7 +154,7 @@ def _apply_mask(module: nn.Module, scores: Tensor, mask: Tensor | None, position
         mask = mask.expand(rows, mask.shape[1], mask.shape[2], length)
         mask = mask.gather(2, positions[:, None, :, None].expand(rows, mask.shape[1], tokens, length))
         return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    visible = _visible(module, mask, positions, length, options)       # fused kernels may get no mask, or a 2-D padding mask
+    visible = _visible(module, mask, positions, length, options)  # fused kernels may get no mask, or a 2-D padding mask
     return scores.masked_fill(~visible[:, None], float("-inf"))
 
 
@@ -177,15 +179,19 @@ def recordable(base: str) -> str:
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
     if base not in ALL_ATTENTION_FUNCTIONS:
-        raise UserError(f"attention implementation '{base}' cannot be recorded. Load the model with attn_implementation='sdpa'.")
+        raise UserError(
+            f"attention implementation '{base}' cannot be recorded. Load the model with attn_implementation='sdpa'."
+        )
     fused = ALL_ATTENTION_FUNCTIONS[base]
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
         recorder = _active.get()
         if recorder is not None:
             recorder.observe(module, query, key, attention_mask, options)
         return fused(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])   # without it masks are dropped silently
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])  # without it masks are dropped silently
     return name

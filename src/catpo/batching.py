@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
@@ -23,10 +23,10 @@ from catpo.head import Direction, Head, TokenStats, token_stats
 from catpo.rewards import RewardStore
 from catpo.stats import kl_direction
 from catpo.tensors import pad_indices
-from catpo.types import SIDES, PreferencePair
+from catpo.types import SIDES, PreferencePair, Side
 
 Batch = dict[str, Any]
-"""Nested tensors: `model_inputs`, and per (pair, side, token) `row`, `tokens_at`, `predictors`, `token_ids`, `mask`, `weights`, …"""
+"""Nested tensors: `model_inputs`, and per (pair, side, token) `row`, `tokens_at`, `predictors`, `token_ids`, `mask`, …"""
 Prefix = Literal["shared", "separate"]
 
 
@@ -37,11 +37,15 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
     [rows, patches]; positions are those in the padded row, -1 where there is none.
     """
-    rows = [_packed_row(each) for each in encoded] if prefix == "shared" else [row for each in encoded for row in _separate_rows(each)]
+    rows = (
+        [_packed_row(each) for each in encoded]
+        if prefix == "shared"
+        else [row for each in encoded for row in _separate_rows(each)]
+    )
     length = max(len(row.ids) for row in rows)
     shift = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
     sides = [(number, side) for number, row in enumerate(rows) for side in row.sides]
-    moved = lambda positions, number: [position + shift[number] for position in positions]  # noqa: E731
+    moved = lambda positions, number: [position + shift[number] for position in positions]
     tokens_at = pad_indices([moved(rows[number].tokens_at[side], number) for number, side in sides])
     predictors = pad_indices([moved(rows[number].predictors[side], number) for number, side in sides])
     response_ids = pad_indices([each.response_ids[side] for each in encoded for side in SIDES], fill=0)
@@ -132,7 +136,7 @@ def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
     return model.base_model(**batch["model_inputs"], use_cache=False, **options)
 
 
-def add_pair_forward(model: nn.Module) -> None:
+def add_pair_forward(model: Any) -> None:
     """Teach a transformers model to take `pair_batch=`, so that head and KL run inside the wrapped forward (DDP, FSDP, ZeRO).
 
     Without `pair_batch` its forward stays what it was.
@@ -144,8 +148,8 @@ def add_pair_forward(model: nn.Module) -> None:
     def forward(self: Any, *args: Any, pair_batch: Batch | None = None, **options: Any) -> Any:
         return plain(*args, **options) if pair_batch is None else _pair_forward(self, pair_batch, **options)
 
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
-    model._takes_pairs = True  # type: ignore[assignment]
+    model.forward = MethodType(forward, model)
+    model._takes_pairs = True
 
 
 def _pair_forward(
@@ -217,7 +221,7 @@ class PairCollator:
         return stored
 
 
-def rewards_hidden(rewards: RewardStore, pair_id: str, side: str) -> Float[Tensor, "tokens width"]:
+def rewards_hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:
     """The reference's final hidden states of one response, in the precision they were stored in."""
     values = torch.from_numpy(np.array(rewards.hidden(pair_id, side)))
     return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
@@ -232,7 +236,7 @@ def _padded(rows: Sequence[np.ndarray]) -> Float[Tensor, "pairs 2 tokens"]:
 
 def _check_token_ids(rewards: RewardStore, encoded: Encoded) -> None:
     if encoded.pair_id not in rewards:
-        raise UserError(f"pair {encoded.pair_id} is not in the reward store {rewards.path}. Score it first: run `catpo score` on these pairs.")
+        raise UserError(f"pair {encoded.pair_id} is not in the reward store {rewards.path}. Score it first: `catpo score`.")
     for side in SIDES:
         fresh, stored = encoded.response_ids[side], list(rewards.get(encoded.pair_id, side).token_ids)
         if fresh == stored:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from catpo.tensors import arithmetic_dtype
 
@@ -32,7 +32,7 @@ class Head:
     """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def of(cls, model: Any) -> Head:
         """The output head of a transformers model."""
         layer = model.get_output_embeddings()
         text = model.config.get_text_config()
@@ -56,6 +56,10 @@ class Head:
         if self.softcap is not None:
             gradient = gradient * (1 - (logits / self.softcap) ** 2)
         return gradient if self.scale == 1.0 else gradient * self.scale
+
+    def to_hidden(self, gradient: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """From the gradient of `logits(...)` to that of the hidden states."""
+        return self.logits_gradient(gradient, logits).to(dtype) @ self.weight.to(dtype)
 
 
 class TokenStats(NamedTuple):
@@ -82,16 +86,19 @@ def token_stats(
     """
     if reference_head is None:
         reference_head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
-    logps, kl = _TokenStats.apply(hidden, head.weight, head.bias, tokens, reference_hidden, head, reference_head, direction, chunk)
+    logps, kl = _TokenStats.apply(
+        hidden, head.weight, head.bias, tokens, reference_hidden, head, reference_head, direction, chunk
+    )
     return TokenStats(logps, kl if reference_hidden is not None else None)
 
 
 class _TokenStats(torch.autograd.Function):
     """Derivatives by hand, from p = softmax(z), q the reference, l = log p - log q:
-    d logp(y)/dz = onehot(y) - p;  d KL(p||q)/dz = p (l - KL);  d KL(q||p)/dz = p - q."""
+    d logp(y)/dz = onehot(y) - p;  d KL(p||q)/dz = p (l - KL);  d KL(q||p)/dz = p - q.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, reference_hidden: Tensor | None,
         head: Head, reference_head: Head, direction: Direction, chunk: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -109,17 +116,17 @@ class _TokenStats(torch.autograd.Function):
                 kl[part] = _divergence(log_p, log_q, direction)
             if keep_jacobians:
                 p = log_p.exp()
-                to_hidden = lambda gradient: head.logits_gradient(gradient, logits).to(hidden.dtype) @ weight.to(hidden.dtype)  # noqa: B023, E731
-                jacobians[0][part] = to_hidden(_logp_gradient(p, tokens[part]))
+                jacobians[0][part] = head.to_hidden(_logp_gradient(p, tokens[part]), logits, hidden.dtype)
                 if log_q is not None:
-                    jacobians[1][part] = to_hidden(_kl_gradient(p, log_p, log_q, kl[part], direction))
+                    gradient = _kl_gradient(p, log_p, log_q, kl[part], direction)
+                    jacobians[1][part] = head.to_hidden(gradient, logits, hidden.dtype)
         ctx.settings = (head, reference_head, direction, chunk, keep_jacobians)
         saved = jacobians if keep_jacobians else [hidden, weight, bias, tokens, reference_hidden, kl]
         ctx.save_for_backward(*saved)
         return logps, kl
 
     @staticmethod
-    def backward(ctx: Any, logps_gradient: Tensor, kl_gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, logps_gradient: Tensor, kl_gradient: Tensor) -> tuple[Any, ...]:
         head, reference_head, direction, chunk, has_jacobians = ctx.settings
         if has_jacobians:
             sides = zip((logps_gradient, kl_gradient), ctx.saved_tensors, strict=False)
@@ -154,7 +161,7 @@ def _chunks(count: int, size: int) -> list[slice]:
 
 def _divergence(log_p: Tensor, log_q: Tensor, direction: Direction) -> Tensor:
     if direction == "policy||reference":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)                 # KL[pi || ref], Eq. 9
+        return (log_p.exp() * (log_p - log_q)).sum(-1)  # KL[pi || ref], Eq. 9
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 

@@ -24,7 +24,7 @@ from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
-from catpo.progress import track
+from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock, versions
 from catpo.signals._base import Evidence
@@ -51,7 +51,9 @@ class ScoreSettings:
         choose_layers(self.layers, depth)
         choose_heads(self.heads)
         if self.query not in QUERIES:
-            raise UserError(f"query='{self.query}' is not known. Give 'token' (the row of y_t, as the paper says) or 'predictor' (t-1).")
+            raise UserError(
+                f"query='{self.query}' is not known. Give 'token' (the row of y_t, as the paper says) or 'predictor' (t-1)."
+            )
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
 
@@ -90,7 +92,7 @@ def score(
         heads: `mean`, `max` or `top(k=4)`.
         query: attention row of the `token` itself (the paper's words) or of its `predictor`, the position before.
         patches: `all` pictures' patches or those of one picture.
-        hidden: keep the reference's final hidden states, from which training has the exact KL of Eq. 9 without a reference model.
+        hidden: keep the reference's final hidden states, which give training the exact KL of Eq. 9 without a reference model.
         maps: keep each token's attention map for the report.
         limit: score the first so many pairs only.
 
@@ -130,6 +132,7 @@ def score_pairs(
             output, provenance(family, settings, hidden=hidden, maps=maps), [pair.id for pair in pairs], shard_size=shard_size
         )
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in writer.missing_shards())
+        bar: Track[PreferencePair]
         with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar:
             for shard in writer.missing_shards():
                 here = writer.pairs_of(shard)
@@ -210,7 +213,7 @@ class PairScorer:
     ) -> ScoredResponse:
         evidence = run.evidence(number, side_number)
         ids = encoded.response_ids[side]
-        pieces = [*self.family.pieces(ids[:-1]), ""]                    # the last is the end-of-sequence token
+        pieces = [*self.family.pieces(ids[:-1]), ""]  # the last is the end-of-sequence token
         signals = {name: _checked(score(evidence, **options), len(ids), name, pair) for name, score, options in self.signals}
         row = ResponseRow(
             pair_id=pair.id,
@@ -255,9 +258,7 @@ class TeacherForced:
             handle.remove()
         self.embeddings = taken["embeddings"]
         pairs_count, _, tokens = self.batch["mask"].shape
-        self.attention = recorder.mean().view(pairs_count, 2, tokens, -1) if self._is_shared else recorder.mean()[:, None].reshape(
-            pairs_count, 2, tokens, -1
-        )  # fmt: skip
+        self.attention = recorder.mean().reshape(pairs_count, 2, tokens, -1)  # a row holds both sides, or one
 
     @cached_property
     def logps(self) -> Tensor:
@@ -313,7 +314,9 @@ class TeacherForced:
         for each in self.encoded:
             sizes = [rows * columns for rows, columns in each.grids]
             if not isinstance(picture, int) or not 0 <= picture < len(sizes):
-                raise UserError(f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here).")
+                raise UserError(
+                    f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here)."
+                )
             spans.append((sum(sizes[:picture]), sizes[picture]))
         rows = self.batch["patches"].shape[0] // len(spans)
         longest = max(size for _, size in spans)
@@ -336,7 +339,9 @@ class TeacherForced:
     def _another_logps(self) -> Tensor:
         for pair, other in zip(self.pairs, self.others, strict=True):
             if other is pair:
-                raise UserError(f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out.")
+                raise UserError(
+                    f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
+                )
         swapped = [replace(pair, images=other.images) for pair, other in zip(self.pairs, self.others, strict=True)]
         batch = self._pack([self.family.encode(pair) for pair in swapped])
         return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)
@@ -354,7 +359,7 @@ class TeacherForced:
 
 
 def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) -> np.ndarray:
-    """Labels of characters as labels of tokens: 1 grounded, 0 hallucinated, -1 neither; a token counts if it overlaps a span."""
+    """Labels of characters as labels of tokens: 1 grounded, 0 hallucinated, -1 neither; a token overlaps its span."""
     labels = np.full(len(pieces), -1, dtype=np.int8)
     text = "".join(pieces)
     offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
@@ -398,7 +403,9 @@ def _another(pairs: Sequence[PreferencePair], pair: PreferencePair) -> Preferenc
 
 def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> np.ndarray:
     if values.shape != (tokens,) or not torch.isfinite(values).all():
-        raise UserError(f"pair {pair.id}: signal {signal} gave {tuple(values.shape)} values, not {tokens} finite ones. Please report this pair.")
+        raise UserError(
+            f"pair {pair.id}: signal {signal} gave {tuple(values.shape)} values, not {tokens} finite ones. Leave it out."
+        )
     return values.float().cpu().numpy()
 
 

@@ -16,7 +16,6 @@ from catpo.errors import UserError, did_you_mean
 from catpo.head import Direction
 
 
-
 class PairStats:
     """What an objective may read of a batch; all [pairs, 2 (chosen, rejected), tokens], 0 in the padding.
 
@@ -28,12 +27,12 @@ class PairStats:
 
     @property
     def policy_logps(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """log pi(y_t), with gradient."""
+        """Log pi(y_t), with gradient."""
         return self._read("policy_logps")
 
     @property
     def reference_logps(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """log pi_ref(y_t)."""
+        """Log pi_ref(y_t)."""
         return self._read("reference_logps")
 
     @property

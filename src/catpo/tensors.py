@@ -27,7 +27,7 @@ def pad_indices(rows: Sequence[Sequence[int]], *, fill: int = PAD) -> Int[Tensor
     return table
 
 
-def masked_sum(values: Float[Tensor, "... tokens"], mask: Bool[Tensor, "... tokens"]) -> Float[Tensor, "..."]:
+def masked_sum(values: Float[Tensor, "... tokens"], mask: Bool[Tensor, "... tokens"]) -> Float[Tensor, ...]:
     """Sum over the tokens that exist; whatever stands in the padding, NaN included, does not count."""
     return values.masked_fill(~mask, 0.0).sum(-1)
 

@@ -43,11 +43,20 @@ class Picture:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(io.BytesIO(content)) as image:
                     if image.width * image.height > MAX_PIXELS:
-                        raise UserError(f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller.")
+                        raise UserError(
+                            f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
+                        )
                     return ImageOps.exif_transpose(image).convert("RGB")
         except UserError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             raise UserError(f"{self} is not a picture that can be read ({error}). Replace or remove it.") from error
 
     def read(self) -> bytes:
@@ -134,7 +143,9 @@ def check_pair(pair: PreferencePair) -> PreferencePair:
         if not pair.response(side).strip():
             raise UserError(f"pair {pair.id}: the {side} response is empty. Remove the pair or give it a text.")
     if pair.chosen.strip() == pair.rejected.strip():
-        raise UserError(f"pair {pair.id}: chosen and rejected are the same text, so nothing can be learned from it. Remove the pair.")
+        raise UserError(
+            f"pair {pair.id}: chosen and rejected are the same text, so nothing can be learned from it. Remove the pair."
+        )
     if not pair.images:
         raise UserError(f"pair {pair.id} has no picture. Give it at least one.")
     return pair

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from catpo import registry
 from catpo.attention import recordable
-from catpo.errors import UserError
+from catpo.errors import UserError, did_you_mean
 from catpo.head import Head
 from catpo.tensors import fingerprint
 from catpo.types import SIDES, Picture, PreferencePair, Sample, Side
@@ -59,7 +59,7 @@ class Family:
     lora_targets: ClassVar[str] = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     """Linear layers of the decoder, as a regular expression for PEFT; never the vision tower or the projector."""
 
-    def __init__(self, model: nn.Module, processor: Any, *, model_id: str = "in memory", model_hash: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, *, model_id: str = "in memory", model_hash: str | None = None) -> None:
         self.model = model
         self.processor = processor
         self.model_id = model_id
@@ -78,7 +78,7 @@ class Family:
     def processor_hash(self) -> str:
         """Identity of the tokenizer and of every picture-processing setting."""
         image_settings = self.processor.image_processor.to_dict()
-        image_settings.pop("image_processor_type", None)               # torchvision and PIL variants read the same settings
+        image_settings.pop("image_processor_type", None)  # torchvision and PIL variants read the same settings
         text = self.tokenizer.backend_tokenizer.to_str() + json.dumps(image_settings, sort_keys=True, default=str)
         return _hash(text)
 
@@ -113,7 +113,9 @@ class Family:
         for name in ("language_model", "text_model"):
             if hasattr(self.backbone, name):
                 return getattr(self.backbone, name)
-        raise UserError(f"{self.model_id}: no language model found inside {type(self.unwrapped).__name__}. This family is not supported.")
+        raise UserError(
+            f"{self.model_id}: no language model found inside {type(self.unwrapped).__name__}. This family is not supported."
+        )
 
     @property
     def head(self) -> Head:
@@ -173,13 +175,17 @@ class Family:
         patches = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
         grids = self.grids(inputs, len(pair.images))
         if len(patches) != sum(rows * columns for rows, columns in grids):
-            raise UserError(f"pair {pair.id}: {len(patches)} image tokens, but the patches form grids {grids}. The processor and model do not fit.")
-        response_ids = {side: self.response_ids(text, pair.response(side), name=f"pair {pair.id}, {side} response") for side in SIDES}
+            raise UserError(
+                f"pair {pair.id}: {len(patches)} image tokens, but patches form grids {grids}. Processor and model differ."
+            )
+        response_ids = {
+            side: self.response_ids(text, pair.response(side), name=f"pair {pair.id}, {side} response") for side in SIDES
+        }
         encoded = Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs)
         longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
         if max_length is not None and longest > max_length:
             raise UserError(
-                f"pair {pair.id}: {longest} tokens ({len(patches)} of them image tokens) are more than max_length={max_length}. "
+                f"pair {pair.id}: {longest} tokens ({len(patches)} of them image tokens) exceed max_length={max_length}. "
                 "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
             )
         return encoded
@@ -193,9 +199,13 @@ class Family:
         """The model's own chat template around pictures and prompt, up to where the answer starts."""
         placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         if placeholder in prompt:
-            raise UserError(f"{name}: the prompt holds the image placeholder {placeholder}. Remove it; pictures are placed by the chat template.")
+            raise UserError(
+                f"{name}: the prompt holds the image placeholder {placeholder}. Remove it; the chat template places pictures."
+            )
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
 
     def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
         """The tokens the model would generate for `response` after the prompt, with the end-of-sequence token.
@@ -205,7 +215,7 @@ class Family:
         Raises:
             UserError: a special token stands in the response.
         """
-        tail = prompt_text[-200:]                                      # enough context; placeholders are not expanded here
+        tail = prompt_text[-200:]  # enough context; placeholders are not expanded here
         before = self._ids(tail)
         lead = "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
         together = self._ids(tail + lead + response.strip())
@@ -285,7 +295,9 @@ class Family:
         answers = [""] * len(samples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = self.process([samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left")
+            inputs = self.process(
+                [samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left"
+            )
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
                 tokens = self.model.generate(
@@ -346,28 +358,41 @@ def load(
         path, adapter = _adapter_base(Path(path)), path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
         processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"model '{model}' cannot be loaded: {first_line} Give a hub id, a folder made by save_pretrained, or 'builtin'.") from error
+        raise UserError(
+            f"model '{model}' cannot be loaded: {first_line} Give a hub id, a folder made by save_pretrained, or 'builtin'."
+        ) from error
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
 
 
-def family_of(model: nn.Module, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
-    """The family of a model that is already in memory."""
-    model_type = model_type or model.config.model_type
-    name = model_type if model_type in registry.names("families") else "generic"
+def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
+    """The family of a model that is already in memory.
+
+    Raises:
+        UserError: there is none for its `config.model_type`.
+    """
+    name = model_type or str(model.config.model_type)
+    if name not in registry.names("families"):
+        raise UserError(
+            f"'{model_id}' is of type '{name}', for which there is no family. {did_you_mean(name, registry.names('families'))}"
+        )
     return registry.load("families", name)(model, processor, model_id=model_id)
 
 
 def _adapter_base(adapter: Path) -> str:
     base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}.")
+        raise UserError(
+            f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}."
+        )
     return resolve(base)
 
 
@@ -377,7 +402,7 @@ def _processor_folder(path: str, adapter: str | Path | None) -> str:
 
 
 def _with_adapter(model: Any, adapter: str | Path) -> Any:
-    from peft import PeftModel                                         # only where an adapter is used: peft starts slowly
+    from peft import PeftModel  # only where an adapter is used: peft starts slowly
 
     try:
         return PeftModel.from_pretrained(model, str(adapter))

@@ -62,7 +62,7 @@ def build(text: str | Spec) -> Objective:
 
 
 def _preset(loss: Callable[..., Any], objective: str, name: object) -> dict[str, Any]:
-    presets = getattr(sys.modules[loss.__module__], "PRESETS", {})      # stands beside the loss in its module
+    presets = getattr(sys.modules[loss.__module__], "PRESETS", {})  # stands beside the loss in its module
     if name not in presets:
         raise UserError(f"'{objective}' has no preset '{name}'. {did_you_mean(str(name), presets)}")
     return presets[name]

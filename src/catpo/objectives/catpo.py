@@ -46,16 +46,16 @@ def loss(
         UserError: another word for an option.
     """
     weights = _reduced(_on_sides(stats.weights, weights_on), stats.mask, reduction)
-    policy = masked_sum(weights * stats.policy_logps, stats.mask)        # pi^(w), above Eq. 8; (pair, side)
+    policy = masked_sum(weights * stats.policy_logps, stats.mask)  # pi^(w), above Eq. 8; (pair, side)
     reference = masked_sum(weights * stats.reference_logps, stats.mask)
     chosen, rejected = (policy - reference).unbind(1)
-    preference = -F.logsigmoid(beta * (chosen - rejected))               # Eq. 8
+    preference = -F.logsigmoid(beta * (chosen - rejected))  # Eq. 8
     metrics = {"loss/preference": preference, "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
     losses = preference
     if kl_weight:
-        kl = masked_sum(weights * stats.kl(kl_direction), stats.mask)    # Eq. 9; (pair, side)
+        kl = masked_sum(weights * stats.kl(kl_direction), stats.mask)  # Eq. 9; (pair, side)
         regulariser = kl_weight * kl.sum(1)
-        losses = preference + regulariser                                # Eq. 10
+        losses = preference + regulariser  # Eq. 10
         metrics |= {"loss/kl": regulariser, "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
     mass = masked_sum(stats.weights, stats.mask) / stats.mask.sum(-1).clamp_min(1)
     metrics |= {"weights/chosen": mass[:, 0], "weights/rejected": mass[:, 1]}

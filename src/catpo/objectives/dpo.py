@@ -26,14 +26,14 @@ def loss(
     """
     if not 0 <= label_smoothing < 0.5:
         raise UserError(f"dpo(label_smoothing={label_smoothing}) must lie in [0, 0.5).")
-    ratios = masked_sum(stats.policy_logps - stats.reference_logps, stats.mask)          # (pair, side)
+    ratios = masked_sum(stats.policy_logps - stats.reference_logps, stats.mask)  # (pair, side)
     chosen, rejected = ratios.unbind(1)
     margin = chosen - rejected
-    preference = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)   # Eq. 1
+    preference = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)  # Eq. 1
     metrics = {"loss/preference": preference, "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
     losses = preference
     if kl_weight:
-        kl = masked_sum(stats.kl(kl_direction), stats.mask)              # (pair, side)
+        kl = masked_sum(stats.kl(kl_direction), stats.mask)  # (pair, side)
         losses = losses + kl_weight * kl.sum(1)
         metrics |= {"loss/kl": kl_weight * kl.sum(1), "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
     return LossOutput(losses, {name: value.detach() for name, value in metrics.items()})

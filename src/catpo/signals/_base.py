@@ -1,4 +1,4 @@
-"""What a signal may read of one response. Everything is computed when it is first read, so what no signal reads costs nothing."""
+"""What a signal may read of one response. Everything is computed when first read, so what no signal reads costs nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Evidence:
 
     @cached_property
     def logps(self) -> Float[Tensor, " tokens"]:
-        """log p(y_t | picture, prompt, y_<t) in nats."""
+        """Log p(y_t | picture, prompt, y_<t) in nats."""
         return self.read_logps()
 
     def view_logps(self, view: str) -> Float[Tensor, " tokens"]:

@@ -10,4 +10,4 @@ from catpo.signals._base import Evidence
 
 def score(evidence: Evidence) -> Float[Tensor, " tokens"]:
     """Attention mass on all patches, in [0, 1]; the plain softmax scores, not renormalised over patches (else it were 1)."""
-    return evidence.attention.sum(-1)                                   # Eq. 2
+    return evidence.attention.sum(-1)  # Eq. 2

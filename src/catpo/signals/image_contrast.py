@@ -9,5 +9,5 @@ from catpo.signals._base import Evidence
 
 
 def score(evidence: Evidence, *, view: str = "another") -> Float[Tensor, " tokens"]:
-    """log p(y_t | picture) - log p(y_t | another picture), in nats; costs a second forward pass."""
+    """Log p(y_t | picture) - log p(y_t | another picture), in nats; costs a second forward pass."""
     return evidence.logps - evidence.view_logps(view)

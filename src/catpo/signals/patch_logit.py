@@ -10,5 +10,5 @@ from catpo.signals._base import Evidence
 
 
 def score(evidence: Evidence) -> Float[Tensor, " tokens"]:
-    """Largest probability over the patches that the output head gives to the token at a patch's last hidden state, in [0, 1]."""
+    """Largest probability over patches that the output head gives the token at a patch's last hidden state, in [0, 1]."""
     return token_probabilities(evidence.patch_hidden(), evidence.head, evidence.token_ids).amax(0)

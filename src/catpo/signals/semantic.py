@@ -27,6 +27,6 @@ def score(evidence: Evidence, *, embedding: str = "input", layer: int = -1) -> F
     is_input = embedding == "input"
     tokens = evidence.token_embeddings if is_input else evidence.hidden(layer)
     patches = evidence.patch_features if is_input else evidence.patch_hidden(layer)
-    share = evidence.attention / evidence.attention.sum(-1, keepdim=True).clamp_min(1e-30)   # P_t, above Eq. 3
-    visual = share @ patches                                            # v_c, above Eq. 5
-    return F.cosine_similarity(tokens, visual, dim=-1)                  # Eq. 5
+    share = evidence.attention / evidence.attention.sum(-1, keepdim=True).clamp_min(1e-30)  # P_t, above Eq. 3
+    visual = share @ patches  # v_c, above Eq. 5
+    return F.cosine_similarity(tokens, visual, dim=-1)  # Eq. 5

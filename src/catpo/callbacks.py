@@ -1,0 +1,64 @@
+"""What goes on beside the training steps: the first-step check, the metrics file, progress. Knows no objective."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from catpo.errors import UserError
+from catpo.progress import track
+from catpo.runs import append_rows, repair_rows, write_atomic
+
+
+class FirstStepCheck(TrainerCallback):
+    """Stops a run whose first gradient is zero or not finite, since it would train nothing or destroy the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            return
+        squares = [parameter.grad.float().square().sum() for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.stack([each.cpu() for each in squares]).sum().sqrt().item() if squares else 0.0
+        if norm == 0 or not math.isfinite(norm):
+            raise UserError(
+                f"First step: the gradient norm is {norm}, so nothing is learned. Are all weights 0, is the loss constant, "
+                "or are the trained parameters not part of the decoder?"
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log to `metrics.jsonl`, cutting off what a resumed run does again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = [row for row in repair_rows(self.path) if row["step"] <= state.global_step and state.global_step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and state.is_world_process_zero:
+            append_rows(self.path, [{"step": state.global_step, **logs}])
+
+
+class StepProgress(TrainerCallback):
+    """Steps done, rate and remaining time."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = track(state.max_steps, "Training", "steps", done=state.global_step, enabled=state.is_world_process_zero)
+        self.bar.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.__exit__(None)

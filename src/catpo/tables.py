@@ -1,0 +1,26 @@
+"""Results as tables for the terminal. Knows nothing of how they were computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from catpo.quality import Separation, SignalQuality
+
+
+def quality_table(rows: Sequence[SignalQuality]) -> Table:
+    """AUROC of each signal for grounded against hallucinated object tokens, with 95 % intervals."""
+    counts = rows[0].overall if rows else None
+    found = f"{counts.grounded_count} grounded, {counts.hallucinated_count} hallucinated" if counts else "none"
+    table = Table(title=f"Do the signals tell grounded from hallucinated object words? AUROC, 0.5 is chance ({found})")
+    for heading in ("signal", "all", "chosen", "rejected"):
+        table.add_column(heading, justify="left" if heading == "signal" else "right")
+    for row in rows:
+        table.add_row(row.signal, *(_separation(each) for each in (row.overall, row.chosen, row.rejected)))
+    return table
+
+
+def _separation(auroc: Separation) -> str:
+    return "-" if math.isnan(auroc.value) else f"{auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
