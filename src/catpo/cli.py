@@ -70,15 +70,21 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
     """Make preference pairs: the model answers, wrong words are corrected."""
     from catpo.pairing import pair
 
-    pair(**config.keywords(options))
+    print(pair(**config.keywords(options)))
 
 
 @app.command(group=STEPS, sort_key=2)
 def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None) -> None:
     """Score every response token with the reference model, into a reward store."""
+    from catpo.quality import signal_quality
     from catpo.scoring import score
+    from catpo.tables import quality_table
 
-    score(**config.keywords(options))
+    store = score(**config.keywords(options))
+    print(f"Reward store: {options.output} ({len(store)} pairs)")
+    quality = signal_quality(store)
+    if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
+        Console().print(quality_table(quality))
 
 
 @app.command(group=STEPS, sort_key=3)

@@ -42,6 +42,8 @@ class PairOptions:
     """Longest answer, in tokens."""
     batch_size: int = 32
     """Pictures answered at once."""
+    block_size: int = 64
+    """Pictures between two writes; an interrupted run goes on from the last one."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
     dtype: str = "auto"
@@ -197,7 +199,9 @@ class ReportOptions:
     base: Path | None = None
     """The evaluation that the others are compared with."""
     max_pairs: int = 60
-    """Pairs shown at most."""
+    """Pairs shown at most, spread evenly over the store."""
+    title: str = "catpo report"
+    """Title of the page."""
 
 
 COMMANDS: dict[str, type] = {
