@@ -1,0 +1,416 @@
+"""The reward store: raw signals of every response token in shards that are written once and verified when read.
+
+Knows nothing of models. Finished weights are not in it: `RewardStore.weights` makes them with any `Fusion`. The files are
+described in docs/rewards-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors.numpy import save as to_safetensors
+
+from catpo.errors import UserError
+from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse
+from catpo.runs import read_json, write_json
+from catpo.shards import COLUMNS, ResponseRow, Shard, check_row, checksum, to_parquet, token_columns
+from catpo.types import SIDES, Side
+
+FORMAT = 1
+KNOWN_AS = {
+    "model_hash": "model",
+    "processor_hash": "processor",
+    "template_hash": "chat template",
+    "pairs_hash": "set of pairs",
+}
+"""What messages call the fields of `store.json` that are hashes."""
+
+
+class RewardWriter:
+    """Writes a store shard by shard; a killed run goes on with the shards that are missing.
+
+    Hold `catpo.runs.lock(path)` as long as you write.
+
+        with lock(path):
+            writer = RewardWriter.create_or_resume(path, provenance, pair_ids)
+            for shard in writer.missing_shards():
+                writer.write_shard(shard, [row for pair_id in pair_ids[writer.pairs_of(shard)] for row in rows(pair_id)])
+            writer.finish()
+    """
+
+    def __init__(self, path: Path, description: dict[str, Any], pair_ids: Sequence[str]) -> None:
+        self.path = path
+        self.description = description
+        self.pair_ids = list(pair_ids)
+        self.shards = [Shard(path, number) for number in range(_shard_count(description))]
+        self._written = {shard.number for shard in self.shards if shard.is_whole()}
+
+    @classmethod
+    def create_or_resume(
+        cls, path: str | Path, provenance: Mapping[str, Any], pair_ids: Sequence[str], *, shard_size: int = 64
+    ) -> RewardWriter:
+        """A writer for the store at `path`, which may have been begun before.
+
+        Args:
+            path: folder of the store; new, empty, or a store of the same provenance and pairs.
+            provenance: everything that decides the numbers, as JSON: hashes of model, processor and template, `signals`
+                (names of the columns), `hidden` and `maps` (whether these arrays are kept), options, versions.
+            pair_ids: all pairs, in their order.
+            shard_size: pairs per shard.
+
+        Raises:
+            UserError: there is no pair, or one twice; the store was begun with another model, other pairs, or other options.
+        """
+        path = Path(path)
+        description = _describe(provenance, pair_ids, shard_size)
+        if (path / "store.json").exists():
+            stored = read_json(path / "store.json", made_by="catpo score")
+            _check_same(
+                stored,
+                description,
+                f"{path} was begun with",
+                "Give the same again, choose another --output, or delete the folder.",
+            )
+            description.update({"model": stored["model"]} if "model" in stored else {})  # it may have moved since
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(not entry.name.startswith(".") for entry in path.iterdir()):
+                raise UserError(f"{path} holds other files and no reward store. Choose another --output, or empty it.")
+            write_json(path / "store.json", description)
+        (path / "shards").mkdir(exist_ok=True)
+        for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
+            leftover.unlink()  # of a killed run
+        return cls(path, description, pair_ids)
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are still to be written, a damaged one among them."""
+        return [shard.number for shard in self.shards if shard.number not in self._written]
+
+    def pairs_of(self, shard: int) -> slice:
+        """Which pairs, in the order given, a shard holds."""
+        size = self.description["shard_size"]
+        return slice(shard * size, min((shard + 1) * size, len(self.pair_ids)))
+
+    def write_shard(
+        self,
+        shard: int,
+        rows: Sequence[ResponseRow],
+        *,
+        hidden: NDArray[np.generic] | None = None,
+        maps: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Write a whole shard; until this returns, a reader sees none of it.
+
+        Args:
+            shard: its number.
+            rows: chosen and rejected of each of its pairs, in order.
+            hidden: [tokens, width], final hidden states of all rows' tokens; bfloat16 as int16 of the same bits.
+            maps: [tokens, patches], attention over the patches of all rows' tokens, filled with zeros at the end.
+
+        Raises:
+            UserError: a row does not belong here, a length is wrong, a number is not finite, or an array is missing.
+        """
+        expected = [(pair_id, side) for pair_id in self.pair_ids[self.pairs_of(shard)] for side in SIDES]
+        if [(row.pair_id, row.side) for row in rows] != expected:
+            raise UserError(
+                f"shard {shard:05d} must hold chosen and rejected of its {len(expected) // 2} pairs, in their order."
+            )
+        for row in rows:
+            check_row(row, self.description["signals"])
+        arrays = {
+            name: np.ascontiguousarray(array) for name, array in (("hidden", hidden), ("maps", maps)) if array is not None
+        }
+        for name in ("hidden", "maps"):
+            if (name in arrays) != bool(self.description.get(name)):
+                raise UserError(f"shard {shard:05d}: the store was begun with {name}={bool(self.description.get(name))}.")
+        token_count = sum(len(row.token_ids) for row in rows)
+        for name, array in arrays.items():
+            if array.ndim != 2 or len(array) != token_count:
+                raise UserError(f"shard {shard:05d}: {name} has shape {array.shape} for {token_count} tokens.")
+        self.shards[shard].write(to_parquet(rows, self.description["signals"]), to_safetensors(arrays) if arrays else None)
+        self._written.add(shard)
+
+    def finish(self) -> None:
+        """Mark the store complete, so that it can be opened.
+
+        Raises:
+            UserError: shards are missing.
+        """
+        missing = self.missing_shards()
+        if missing:
+            raise UserError(f"{self.path} cannot be finished: {len(missing)} of {len(self.shards)} shards are missing.")
+        self.description["complete"] = True
+        write_json(self.path / "store.json", self.description)
+
+
+class RewardStore:
+    """A complete store, read by pair and side. Signals are in memory; hidden states and maps are read when asked for."""
+
+    def __init__(self, path: Path, provenance: dict[str, Any], shards: list[Shard]) -> None:
+        self.path = path
+        self.provenance: Mapping[str, Any] = provenance
+        """What `store.json` says: model, options, versions."""
+        self._shards = shards
+        table = pa.concat_tables([shard.read_table() for shard in shards]).combine_chunks()
+        self._columns, self._offsets = token_columns(table, [*COLUMNS, *self.signals], path)
+        grid = table["grid"].chunk(0)
+        self._grid, self._grid_offsets = grid.flatten().to_numpy(), grid.offsets.to_numpy()
+        ids, sides = table["pair_id"].to_pylist(), table["side"].to_pylist()
+        self.pair_ids: list[str] = ids[::2]
+        """All pairs, in the order in which they were scored."""
+        if sides != len(ids[::2]) * list(SIDES) or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
+            raise UserError(
+                f"{path}: the shards hold other pairs than store.json says. Score the pairs again into a new folder."
+            )
+        self._row = {(pair_id, side): row for row, (pair_id, side) in enumerate(zip(ids, sides, strict=True))}
+        self._quantiles: dict[bool, dict[str, NDArray[np.floating]]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> RewardStore:
+        """Open a store and verify its token columns against their checksums.
+
+        Raises:
+            UserError: there is no store, it is incomplete, or a shard is damaged.
+        """
+        path = Path(path)
+        if not (path / "store.json").is_file():
+            raise UserError(f"{path} is not a reward store (no store.json in it). `catpo score` makes one.")
+        provenance = read_json(path / "store.json", made_by="catpo score")
+        if provenance.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {provenance.get('format')!r}, this catpo reads {FORMAT}. Score again, or update catpo."
+            )
+        absent = {"signals", "pair_count", "shard_size", "pairs_hash"} - set(provenance)
+        if absent:
+            raise UserError(
+                f"{path}/store.json does not say {', '.join(sorted(absent))}. Score the pairs again into a new folder."
+            )
+        shards = [Shard(path, number) for number in range(_shard_count(provenance))]
+        there = sum(shard.is_there() for shard in shards)
+        if there < len(shards) or not provenance.get("complete"):
+            raise UserError(
+                f"{path} is incomplete: {there} of {len(shards)} shards are there. Run the same `catpo score` again, "
+                "it goes on where it stopped."
+            )
+        return cls(path, provenance, shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RewardStore.open, (self.path,)  # open files do not travel to worker processes
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pair_ids)
+
+    def __contains__(self, pair_id: object) -> bool:
+        return (pair_id, "chosen") in self._row
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids of the pairs."""
+        return iter(self.pair_ids)
+
+    @property
+    def signals(self) -> list[str]:
+        """Names of the stored signals, with their options."""
+        return list(self.provenance["signals"])
+
+    @property
+    def has_hidden(self) -> bool:
+        return bool(self.provenance.get("hidden"))
+
+    @property
+    def has_maps(self) -> bool:
+        return bool(self.provenance.get("maps"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything in the store; where the model lies does not count."""
+        digest = hashlib.blake2b(digest_size=16)
+        known = {field: value for field, value in self.provenance.items() if field != "model"}
+        digest.update(json.dumps(known, sort_keys=True).encode())
+        for shard in self._shards:
+            digest.update(json.dumps(shard.checksums, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def verify(self, expected: Mapping[str, Any]) -> None:
+        """Check that the store was made with what is in use now; only the fields given are compared.
+
+        Raises:
+            UserError: a field differs; names it with both values.
+        """
+        before, now = _flat(self.provenance), _flat(_as_json(expected))
+        next_step = (
+            f"Use {self.provenance.get('model', 'the same')} as it was then, or score the pairs again with `catpo score`."
+        )
+        _check_same({field: before.get(field) for field in now}, now, f"{self.path} was scored with", next_step)
+
+    def get(self, pair_id: str, side: Side) -> ResponseRow:
+        """One response: token ids, signals, reference log-probs, labels, pieces, patch grid.
+
+        Raises:
+            UserError: the pair is not in the store.
+        """
+        row = self._row_of(pair_id, side)
+        tokens = self._tokens(row)
+        columns = self._columns
+        return ResponseRow(
+            pair_id=pair_id,
+            side=side,
+            token_ids=columns["token_ids"][tokens],
+            logps=columns["logps"][tokens],
+            signals={name: columns[name][tokens] for name in self.signals},
+            labels=columns["labels"][tokens],
+            pieces=columns["pieces"][tokens].tolist(),
+            is_special=columns["is_special"][tokens],
+            grid=self._grid[self._grid_offsets[row] : self._grid_offsets[row + 1]].tolist(),
+        )
+
+    def weights(self, pair_id: str, fusion: Fusion | None = None) -> PairWeights:
+        """Weights of a pair's tokens (Eq. 6-7).
+
+        Raises:
+            UserError: the pair is not in the store, or the fusion cannot be made from its signals.
+        """
+        fusion = fusion or Fusion()
+        table = self.quantiles(with_special=fusion.eos == "scored") if fusion.normalise == "quantile" else None
+        chosen, rejected = self._signals_of(pair_id, "chosen"), self._signals_of(pair_id, "rejected")
+        try:
+            return fuse(chosen, rejected, fusion, table)
+        except UserError as error:
+            raise UserError(f"pair {pair_id}: {error}") from error
+
+    def quantiles(self, *, with_special: bool = False) -> dict[str, NDArray[np.floating]]:
+        """Signal -> all its values in the store, sorted; special tokens count only when asked for."""
+        if with_special not in self._quantiles:
+            is_counted = slice(None) if with_special else ~self._columns["is_special"]
+            self._quantiles[with_special] = {name: np.sort(self._columns[name][is_counted]) for name in self.signals}
+        return self._quantiles[with_special]
+
+    def hidden(self, pair_id: str, side: Side) -> NDArray[np.generic]:
+        """The reference's final hidden states, [tokens, width]; bfloat16 comes as int16 of the same bits.
+
+        Raises:
+            UserError: the store holds none, or the shard is damaged.
+        """
+        if not self.has_hidden:
+            raise UserError(
+                f"{self.path} holds no hidden states. Score again with them (`catpo score --hidden`), or train with "
+                "reference='online'."
+            )
+        shard, first, last = self._place(pair_id, side)
+        return shard.tensors.get_slice("hidden")[first:last]
+
+    def maps(self, pair_id: str, side: Side) -> NDArray[np.floating]:
+        """Attention maps, float16 [tokens, patches].
+
+        Raises:
+            UserError: the store holds none, or the shard is damaged.
+        """
+        if not self.has_maps:
+            raise UserError(f"{self.path} holds no attention maps. Score again with them (`catpo score --maps`).")
+        shard, first, last = self._place(pair_id, side)
+        return shard.tensors.get_slice("maps")[first:last, : self._patch_count(pair_id, side)]
+
+    def _patch_count(self, pair_id: str, side: Side) -> int:
+        """Patches that attention was recorded on: of all pictures, or of the one that was asked for."""
+        row = self._row_of(pair_id, side)
+        grid = self._grid[self._grid_offsets[row] : self._grid_offsets[row + 1]]
+        sizes = grid[::2] * grid[1::2]
+        picture = self.provenance.get("attention", {}).get("patches", "all")
+        return int(sizes[picture]) if isinstance(picture, int) else int(sizes.sum())
+
+    def _row_of(self, pair_id: str, side: Side) -> int:
+        try:
+            return self._row[pair_id, side]
+        except KeyError:
+            raise UserError(
+                f"pair {pair_id} ({side}) is not in {self.path}, which holds {len(self)} pairs. Score it with `catpo score`."
+            ) from None
+
+    def _tokens(self, row: int) -> slice:
+        return slice(self._offsets[row], self._offsets[row + 1])
+
+    def _signals_of(self, pair_id: str, side: Side) -> ResponseSignals:
+        tokens = self._tokens(self._row_of(pair_id, side))
+        columns = self._columns
+        return ResponseSignals(
+            token_ids=columns["token_ids"][tokens],
+            is_special=columns["is_special"][tokens],
+            signals={name: columns[name][tokens] for name in self.signals},
+        )
+
+    def _place(self, pair_id: str, side: Side) -> tuple[Shard, int, int]:
+        """The shard of a response, and its first and behind-last token there."""
+        row = self._row_of(pair_id, side)
+        rows_per_shard = 2 * self.provenance["shard_size"]
+        number = row // rows_per_shard
+        start = self._offsets[number * rows_per_shard]
+        return self._shards[number], int(self._offsets[row] - start), int(self._offsets[row + 1] - start)
+
+
+def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size: int) -> dict[str, Any]:
+    """What `store.json` says at the beginning."""
+    if not pair_ids:
+        raise UserError("There is no pair to score.")
+    if shard_size < 1:
+        raise UserError(f"shard_size={shard_size} must be 1 or more.")
+    seen: set[str] = set()
+    for pair_id in pair_ids:
+        if pair_id in seen:
+            raise UserError(f"pair {pair_id} is in the data twice. Remove one of them.")
+        seen.add(pair_id)
+    clash = {"pair_id", "side", "grid", *COLUMNS} & set(provenance["signals"])
+    if clash:
+        raise UserError(
+            f"a signal cannot be called '{clash.pop()}': the reward store has a column of that name. Rename the signal."
+        )
+    return _as_json(
+        {
+            "format": FORMAT,
+            **provenance,
+            "pair_count": len(pair_ids),
+            "shard_size": shard_size,
+            "pairs_hash": _pairs_hash(pair_ids),
+            "complete": False,
+        }
+    )
+
+
+def _pairs_hash(pair_ids: Sequence[str]) -> str:
+    return checksum("\n".join(pair_ids).encode())
+
+
+def _shard_count(description: Mapping[str, Any]) -> int:
+    return -(-description["pair_count"] // description["shard_size"])
+
+
+def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: str, next_step: str) -> None:
+    """Refuse when a field differs; where the model lies may differ as long as its hash is the same."""
+    ignored = {"complete", "model"} if "model_hash" in now else {"complete"}
+    before, after = _flat(stored), _flat(now)
+    for field in [*after, *(field for field in before if field not in after)]:
+        if field.split(".")[0] not in ignored and before.get(field) != after.get(field):
+            name = KNOWN_AS.get(field, field)
+            raise UserError(
+                f"{begun_with} another {name} ({field} is {before.get(field)!r}, now {after.get(field)!r}). {next_step}"
+            )
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under dotted names."""
+    flat = {}
+    for name, value in fields.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read back: tuples are lists."""
+    return json.loads(json.dumps(fields))

@@ -1,0 +1,176 @@
+"""Files of one shard of the reward store: written whole or not at all, verified when read. Knows no model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from catpo.errors import UserError
+from catpo.fusion import ResponseSignals
+from catpo.runs import read_json, write_atomic, write_json
+from catpo.types import Side
+
+COLUMNS = {
+    "token_ids": pa.list_(pa.int32()),
+    "logps": pa.list_(pa.float32()),
+    "labels": pa.list_(pa.int8()),
+    "pieces": pa.list_(pa.string()),
+    "is_special": pa.list_(pa.bool_()),
+}
+"""Columns with one value per token, beside one per signal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseRow(ResponseSignals):
+    """One scored response: what the fusion reads of it, and what training and the report need besides."""
+
+    pair_id: str
+    side: Side
+    logps: NDArray[np.floating]
+    """[tokens], log-probs of the reference model in nats."""
+    labels: NDArray[np.integer]
+    """[tokens], 1 grounded, 0 hallucinated, -1 not labelled."""
+    pieces: Sequence[str]
+    """[tokens], their texts; joined they are the response."""
+    grid: Sequence[int]
+    """Rows and columns of the patches, one after the other for each picture: [rows, columns, rows, columns, …]."""
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of each picture's patches."""
+        return [(int(rows), int(columns)) for rows, columns in zip(self.grid[::2], self.grid[1::2], strict=True)]
+
+
+class Shard:
+    """The files of one shard: arrays, token columns, and last their checksums, which say that the shard is whole."""
+
+    def __init__(self, store: Path, number: int) -> None:
+        self.store = store
+        self.number = number
+        stem = store / "shards" / f"{number:05d}"
+        self.tensors_path, self.parquet_path = stem.with_suffix(".safetensors"), stem.with_suffix(".parquet")
+        self.checksums_path = stem.with_suffix(".json")
+
+    def write(self, parquet: bytes, tensors: bytes | None) -> None:
+        checksums = {self.parquet_path.name: checksum(parquet)}
+        if tensors is not None:
+            checksums[self.tensors_path.name] = checksum(tensors)
+            write_atomic(self.tensors_path, tensors)
+        write_atomic(self.parquet_path, parquet)
+        write_json(self.checksums_path, checksums)
+        self.checksums = checksums
+
+    def is_there(self) -> bool:
+        return self.checksums_path.exists()
+
+    def is_whole(self) -> bool:
+        """Whether every file is there and is what was written."""
+        try:
+            for name in {self.parquet_path.name, *self.checksums}:
+                self._read(name)
+        except UserError:
+            return False
+        return True
+
+    def read_table(self) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self._read(self.parquet_path.name)), use_threads=False)
+
+    @cached_property
+    def tensors(self) -> Any:
+        """The open safetensors file, verified once per process; rows are read through a memory map."""
+        self._read(self.tensors_path.name)
+        return safe_open(self.tensors_path, framework="numpy").__enter__()
+
+    @cached_property
+    def checksums(self) -> dict[str, str]:
+        try:
+            return read_json(self.checksums_path)
+        except UserError as error:
+            raise self._damage(self.checksums_path.name) from error
+
+    def _read(self, name: str) -> bytes:
+        try:
+            content = (self.store / "shards" / name).read_bytes()
+        except OSError as error:
+            raise self._damage(name) from error
+        if checksum(content) != self.checksums.get(name):
+            raise self._damage(name)
+        return content
+
+    def _damage(self, name: str) -> UserError:
+        return UserError(
+            f"{self.store}: shard {self.number:05d} is damaged ({name} is missing or not what was written). Delete "
+            f"{self.store}/shards/{self.number:05d}.* and run the same `catpo score` again: only this shard is scored anew."
+        )
+
+
+def check_row(row: ResponseRow, signals: Sequence[str]) -> None:
+    """Refuse what a later step could not use."""
+    where, tokens = f"pair {row.pair_id}, {row.side}", len(row.token_ids)
+    if not tokens:
+        raise UserError(f"{where}: the response has no tokens. Remove the pair or give it a text.")
+    if set(row.signals) != set(signals):
+        raise UserError(f"{where}: signals {sorted(row.signals)} were scored, but the store holds {sorted(signals)}.")
+    if len(row.grid) % 2:
+        raise UserError(f"{where}: grid {list(row.grid)} is not a row of (rows, columns).")
+    columns: dict[str, Any] = {"logps": row.logps, "labels": row.labels, "pieces": row.pieces, "is_special": row.is_special}
+    for name, values in {**columns, **row.signals}.items():
+        if len(values) != tokens:
+            raise UserError(f"{where}: {name} has {len(values)} values for {tokens} tokens.")
+    for name, values in {"logps": row.logps, **row.signals}.items():
+        if not np.isfinite(values).all():
+            token = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise UserError(
+                f"{where}: {name} is {values[token]} at token {token}. Score in float32 if this was half precision."
+            )
+
+
+def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
+    """The token columns of a shard as a Parquet file, one row per response."""
+    offsets = pa.array(np.cumsum([0, *(len(row.token_ids) for row in rows)], dtype=np.int32))
+
+    def per_token(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
+        if kind.value_type == pa.string():
+            return pa.ListArray.from_arrays(offsets, pa.array([text for each in values for text in each], kind.value_type))
+        return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), kind.value_type))
+
+    columns = {
+        "pair_id": pa.array([row.pair_id for row in rows], pa.string()),
+        "side": pa.array([row.side for row in rows], pa.string()),
+        **{name: per_token(kind, [getattr(row, name) for row in rows]) for name, kind in COLUMNS.items()},
+        **{
+            name: per_token(pa.list_(pa.float32()), [np.asarray(row.signals[name], np.float32) for row in rows])
+            for name in signals
+        },
+        "grid": pa.array([list(row.grid) for row in rows], pa.list_(pa.int32())),
+    }
+    stream = BytesIO()
+    # dictionaries pay for texts only; for numbers they cost time and space
+    pq.write_table(pa.table(columns), stream, compression="zstd", use_dictionary=["pieces.list.element"])
+    return stream.getvalue()
+
+
+def token_columns(table: pa.Table, names: Sequence[str], path: Path) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Every column as one flat array, and where each row begins and ends in it."""
+    columns: dict[str, NDArray[Any]] = {}
+    offsets = table["token_ids"].chunk(0).offsets.to_numpy().astype(np.int64)
+    for name in names:
+        if name not in table.column_names or not np.array_equal(table[name].chunk(0).offsets.to_numpy(), offsets):
+            raise UserError(f"{path}: column {name} is missing or has other lengths than the tokens. Score the pairs again.")
+        columns[name] = np.array(table[name].chunk(0).flatten().to_numpy(zero_copy_only=False))
+    return columns, offsets
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,495 @@
+"""The reward store: what is written is read back; kills, damage and mix-ups are noticed and named."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from catpo.errors import UserError
+from catpo.fusion import Fusion, fuse
+from catpo.rewards import ResponseRow, RewardStore, RewardWriter
+from catpo.runs import lock
+from catpo.types import SIDES
+
+SIGNALS = ["global_attention", "patch_entropy", "semantic(embedding='hidden')"]
+PROVENANCE = {
+    "model": "models/tiny",
+    "model_hash": "m1",
+    "processor_hash": "p1",
+    "template_hash": "t1",
+    "attention": {"layers": (2, 3), "heads": "mean", "query": "token", "patches": "all"},
+    "signals": SIGNALS,
+    "hidden": True,
+    "maps": True,
+    "versions": {"torch": "2.6"},
+}
+PAIRS = [f"pair{number}" for number in range(7)]
+WIDTH, PATCHES = 4, 6
+
+
+def row(pair_id, side):
+    """A response drawn from its id, so that every run writes the same."""
+    rng = np.random.default_rng([*pair_id.encode(), len(side)])
+    count = int(rng.integers(2, 9))
+    return ResponseRow(
+        pair_id=pair_id,
+        side=side,
+        token_ids=np.append(rng.integers(3, 99, count), 2),
+        logps=-rng.random(count + 1).astype(np.float32),
+        signals={name: rng.random(count + 1).astype(np.float32) for name in SIGNALS},
+        labels=rng.integers(-1, 2, count + 1).astype(np.int8),
+        pieces=[*(f" wörd{number}" for number in range(count)), ""],
+        is_special=np.arange(count + 1) == count,
+        grid=[2, 3] if pair_id != "pair3" else [1, 2, 1, 1],
+    )
+
+
+def rows_of(pair_ids):
+    return [row(pair_id, side) for pair_id in pair_ids for side in SIDES]
+
+
+def arrays_of(rows):
+    """Hidden states and maps whose first column is the token id."""
+    ids = np.concatenate([each.token_ids for each in rows])
+    hidden, maps = np.zeros((len(ids), WIDTH), np.int16), np.zeros((len(ids), PATCHES), np.float16)
+    hidden[:, 0], maps[:, 0] = ids, ids
+    return {"hidden": hidden, "maps": maps}
+
+
+def begin(path, pair_ids=PAIRS, shard_size=2, **changes):
+    return RewardWriter.create_or_resume(path, {**PROVENANCE, **changes}, pair_ids, shard_size=shard_size)
+
+
+def write(writer, shards=None):
+    for shard in writer.missing_shards() if shards is None else shards:
+        rows = rows_of(writer.pair_ids[writer.pairs_of(shard)])
+        writer.write_shard(shard, rows, **arrays_of(rows))
+
+
+def whole_store(path, **changes):
+    writer = begin(path, **changes)
+    write(writer)
+    writer.finish()
+    return RewardStore.open(path)
+
+
+def content(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+# Reading back
+
+
+def test_every_response_is_read_back_as_it_was_written(tmp_path):
+    store = whole_store(tmp_path / "store")
+    assert len(store) == 7
+    assert list(store) == store.pair_ids == PAIRS
+    for expected in rows_of(PAIRS):
+        found = store.get(expected.pair_id, expected.side)
+        assert (found.pair_id, found.side) == (expected.pair_id, expected.side)
+        assert list(found.pieces) == expected.pieces
+        assert list(found.grid) == expected.grid
+        for name in ("token_ids", "logps", "labels", "is_special"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        assert list(found.signals) == SIGNALS
+        for name in SIGNALS:
+            np.testing.assert_array_equal(found.signals[name], expected.signals[name])
+    assert store.get("pair3", "chosen").grids == [(1, 2), (1, 1)]
+
+
+def test_hidden_states_and_maps_are_those_of_the_response(tmp_path):
+    store = whole_store(tmp_path / "store")
+    for expected in rows_of(PAIRS):
+        hidden, maps = store.hidden(expected.pair_id, expected.side), store.maps(expected.pair_id, expected.side)
+        assert hidden.dtype == np.int16
+        assert hidden.shape == (len(expected.token_ids), WIDTH)
+        assert maps.dtype == np.float16
+        assert maps.shape == (len(expected.token_ids), 3 if expected.pair_id == "pair3" else 6)  # without the filling
+        np.testing.assert_array_equal(hidden[:, 0], expected.token_ids)
+        np.testing.assert_array_equal(maps[:, 0], expected.token_ids)
+
+
+def test_maps_of_one_picture_are_as_wide_as_its_grid(tmp_path):
+    store = whole_store(tmp_path / "store", attention={"patches": 1}, pair_ids=["pair3"])
+    assert store.maps("pair3", "chosen").shape[1] == 1
+
+
+def test_float_hidden_states_keep_their_type(tmp_path):
+    writer = begin(tmp_path, maps=False, pair_ids=["pair0"])
+    rows = rows_of(["pair0"])
+    hidden = np.random.default_rng(0).random((sum(len(each.token_ids) for each in rows), 3)).astype(np.float32)
+    writer.write_shard(0, rows, hidden=hidden)
+    writer.finish()
+    store = RewardStore.open(tmp_path)
+    np.testing.assert_array_equal(np.concatenate([store.hidden("pair0", side) for side in SIDES]), hidden)
+    assert not store.has_maps
+    with pytest.raises(UserError, match="holds no attention maps"):
+        store.maps("pair0", "chosen")
+
+
+def test_a_store_without_arrays_has_no_safetensors_files_and_says_so(tmp_path):
+    writer = begin(tmp_path, hidden=False, maps=False)
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, rows_of(PAIRS[writer.pairs_of(shard)]))
+    writer.finish()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    store = RewardStore.open(tmp_path)
+    assert not store.has_hidden
+    with pytest.raises(UserError, match=r"holds no hidden states.*reference='online'"):
+        store.hidden("pair0", "chosen")
+
+
+def test_weights_are_the_fusion_of_the_stored_signals(tmp_path):
+    store = whole_store(tmp_path / "store")
+    for fusion in (Fusion(), Fusion(normalise="none", shared="neutral"), Fusion(normalise="quantile", eos="scored")):
+        expected = fuse(row("pair1", "chosen"), row("pair1", "rejected"), fusion, store.quantiles(with_special=True))
+        found = store.weights("pair1", fusion)
+        np.testing.assert_array_equal(found.chosen, expected.chosen)
+        np.testing.assert_array_equal(found.rejected, expected.rejected)
+
+
+def test_quantiles_are_all_values_sorted_and_without_special_tokens(tmp_path):
+    store = whole_store(tmp_path / "store")
+    for name in SIGNALS:
+        text = np.concatenate([each.signals[name][:-1] for each in rows_of(PAIRS)])
+        everything = np.concatenate([each.signals[name] for each in rows_of(PAIRS)])
+        np.testing.assert_array_equal(store.quantiles()[name], np.sort(text))
+        np.testing.assert_array_equal(store.quantiles(with_special=True)[name], np.sort(everything))
+
+
+def test_a_pair_that_was_not_scored_is_named(tmp_path):
+    store = whole_store(tmp_path / "store")
+    assert "pair0" in store
+    assert "other" not in store
+    with pytest.raises(UserError, match=r"pair other \(chosen\) is not in .*store, which holds 7 pairs"):
+        store.get("other", "chosen")
+
+
+def test_a_fusion_of_a_missing_signal_names_the_pair(tmp_path):
+    store = whole_store(tmp_path / "store")
+    with pytest.raises(UserError, match="pair pair2: signal 'patch_logit' was not scored"):
+        store.weights("pair2", Fusion(signals={"patch_logit": 1.0}))
+
+
+def test_a_store_travels_to_a_worker_process(tmp_path):
+    store = whole_store(tmp_path / "store")
+    store.hidden("pair0", "chosen")
+    copy = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copy.hidden("pair4", "rejected"), store.hidden("pair4", "rejected"))
+
+
+def test_other_tools_can_read_the_shards(tmp_path):
+    whole_store(tmp_path / "store")
+    table = pq.read_table(tmp_path / "store" / "shards" / "00001.parquet").to_pylist()
+    assert [(each["pair_id"], each["side"]) for each in table] == [(p, s) for p in ("pair2", "pair3") for s in SIDES]
+    assert "".join(table[0]["pieces"]) == "".join(row("pair2", "chosen").pieces)
+
+
+def test_opening_and_weighing_never_loop_over_tokens_in_python(tmp_path):
+    count, pair_ids = 2500, [f"p{number}" for number in range(20)]
+
+    def long_row(pair_id, side):
+        return ResponseRow(
+            pair_id=pair_id,
+            side=side,
+            token_ids=np.arange(count),
+            logps=np.zeros(count, np.float32),
+            signals={name: np.random.default_rng(0).random(count).astype(np.float32) for name in SIGNALS},
+            labels=np.full(count, -1, np.int8),
+            pieces=["a"] * count,
+            is_special=np.zeros(count, bool),
+            grid=[1, 1],
+        )
+
+    writer = begin(tmp_path, hidden=False, maps=False, pair_ids=pair_ids, shard_size=5)
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, [long_row(pair_id, side) for pair_id in pair_ids[writer.pairs_of(shard)] for side in SIDES])
+    writer.finish()
+    calls = 0
+
+    def count_calls(*_):
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count_calls)
+    try:
+        store = RewardStore.open(tmp_path)
+        store.get("p3", "chosen")
+        store.weights("p7")
+    finally:
+        sys.setprofile(None)
+    assert calls < count * len(pair_ids)  # half of the tokens; most calls are those of the type checks
+
+
+# Resuming
+
+
+def test_a_resumed_run_writes_the_same_bytes_as_an_undisturbed_one(tmp_path):
+    whole_store(tmp_path / "one")
+    write(begin(tmp_path / "two"), shards=[0, 2])
+    again = begin(tmp_path / "two")
+    assert again.missing_shards() == [1, 3]
+    write(again)
+    again.finish()
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert RewardStore.open(tmp_path / "one").fingerprint == RewardStore.open(tmp_path / "two").fingerprint
+
+
+def kill_while_writing(path, file, *, after):
+    """Score in another process that is killed right before (or after) it renames `file` into place."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "src")]!r}
+from pathlib import Path
+import test_rewards as t
+from catpo.runs import lock
+rename = os.replace
+def replace(source, target):
+    if not {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+    if {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+with lock({str(path)!r}):
+    writer = t.begin(Path({str(path)!r}))
+    t.write(writer)
+    writer.finish()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("file", ["00001.safetensors", "00001.parquet", "00001.json", "store.json"])
+def test_a_run_killed_at_any_file_resumes_to_the_same_store(tmp_path, file, after):
+    whole_store(tmp_path / "undisturbed")
+    kill_while_writing(tmp_path / "killed", file, after=after)
+    with pytest.raises(UserError, match="incomplete|not a reward store"):
+        RewardStore.open(tmp_path / "killed")
+    with lock(tmp_path / "killed"):  # the dead process holds it no more
+        writer = begin(tmp_path / "killed")
+        assert (0 in writer.missing_shards()) == (file == "store.json")
+        write(writer)
+        writer.finish()
+    (tmp_path / "killed" / ".lock").unlink()
+    assert content(tmp_path / "undisturbed") == content(tmp_path / "killed")
+
+
+def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
+    with lock(tmp_path / "store"):
+        script = f"from catpo.runs import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
+        second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "is being written by another catpo process" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_hash": "m2"}, "another model .model_hash is 'm1', now 'm2'"),
+        ({"processor_hash": "p2"}, "another processor "),
+        ({"template_hash": "t2"}, "another chat template "),
+        ({"signals": SIGNALS[:2]}, "another signals "),
+        ({"attention": {**PROVENANCE["attention"], "layers": [1]}}, r"another attention.layers .*is \[2, 3\], now \[1\]"),
+        ({"hidden": False}, "another hidden "),
+        ({"versions": {"torch": "2.7"}}, "another versions.torch "),
+        ({"extra": 1}, "another extra .extra is None, now 1"),
+        ({"shard_size": 3}, "another shard_size "),
+        ({"pair_ids": [*PAIRS[:-1], "new"]}, "another set of pairs "),
+        ({"pair_ids": PAIRS[:-1]}, "another pair_count .pair_count is 7, now 6"),
+        ({"pair_ids": PAIRS[::-1]}, "another set of pairs "),
+    ],
+)
+def test_a_store_is_not_continued_with_anything_else(tmp_path, changes, says):
+    write(begin(tmp_path), shards=[0])
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"was begun with {says}.*choose another --output"):
+        begin(tmp_path, **changes)
+    assert content(tmp_path) == before
+
+
+def test_a_model_that_has_moved_is_the_same_model(tmp_path):
+    whole_store(tmp_path / "one")
+    write(begin(tmp_path / "two"), shards=[0])
+    moved = begin(tmp_path / "two", model="elsewhere/tiny")
+    write(moved)
+    moved.finish()
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds other files and no reward store"):
+        begin(tmp_path)
+    assert content(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_only_a_whole_store_can_be_finished(tmp_path):
+    writer = begin(tmp_path)
+    write(writer, shards=[1])
+    with pytest.raises(UserError, match="3 of 4 shards are missing"):
+        writer.finish()
+
+
+def test_a_pair_that_comes_twice_is_named(tmp_path):
+    with pytest.raises(UserError, match="pair pair1 is in the data twice"):
+        begin(tmp_path, pair_ids=[*PAIRS, "pair1"])
+    with pytest.raises(UserError, match="no pair to score"):
+        begin(tmp_path, pair_ids=[])
+
+
+def test_a_signal_may_not_take_the_name_of_a_column(tmp_path):
+    with pytest.raises(UserError, match="cannot be called 'labels'"):
+        begin(tmp_path, signals=["labels"])
+
+
+# What a shard may hold
+
+
+def change(each, **changes):
+    return ResponseRow(**{**vars(each), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"logps": np.zeros(50, np.float32)}, "pair pair0, chosen: logps has 50 values for"),
+        ({"pieces": ["a"]}, "pieces has 1 values for"),
+        ({"signals": {SIGNALS[0]: np.zeros(2, np.float32)}}, "but the store holds"),
+        ({"signals": {name: np.zeros(2, np.float32) for name in SIGNALS}}, "global_attention has 2 values for"),
+        ({"grid": [2]}, "is not a row of"),
+        ({"token_ids": np.array([], dtype=np.int64)}, "the response has no tokens"),
+        ({"pair_id": "pair9"}, "must hold chosen and rejected of its 2 pairs"),
+        ({"side": "rejected"}, "must hold chosen and rejected of its 2 pairs"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path, changes, says):
+    rows = rows_of(PAIRS[:2])
+    with pytest.raises(UserError, match=says):
+        begin(tmp_path).write_shard(0, [change(rows[0], **changes), *rows[1:]], **arrays_of(rows))
+    assert not list((tmp_path / "shards").iterdir())
+
+
+def test_a_number_that_is_not_finite_is_named_with_its_token(tmp_path):
+    rows = rows_of(PAIRS[:2])
+    rows[1].signals["patch_entropy"][1] = np.nan
+    with pytest.raises(UserError, match="pair pair0, rejected: patch_entropy is nan at token 1"):
+        begin(tmp_path).write_shard(0, rows, **arrays_of(rows))
+
+
+def test_arrays_must_be_those_that_the_store_was_begun_with(tmp_path):
+    rows = rows_of(PAIRS[:2])
+    arrays = arrays_of(rows)
+    with pytest.raises(UserError, match="begun with hidden=True"):
+        begin(tmp_path / "a").write_shard(0, rows, maps=arrays["maps"])
+    with pytest.raises(UserError, match="begun with maps=False"):
+        begin(tmp_path / "b", maps=False).write_shard(0, rows, **arrays)
+    with pytest.raises(UserError, match="hidden has shape"):
+        begin(tmp_path / "a").write_shard(0, rows, hidden=arrays["hidden"][1:], maps=arrays["maps"])
+
+
+# Damage
+
+
+def flip(path, position):
+    damaged = bytearray(path.read_bytes())
+    damaged[position] ^= 1
+    path.write_bytes(bytes(damaged))
+
+
+@pytest.mark.parametrize("position", [0, 200, -1])
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_flipped_bit_in_the_columns_is_noticed_when_the_store_is_opened(tmp_path, kind, position):
+    whole_store(tmp_path)
+    file = tmp_path / "shards" / f"00002.{kind}"
+    flip(file, min(position, file.stat().st_size // 2))
+    with pytest.raises(UserError, match=r"shard 00002 is damaged.*Delete .*00002\.\* and run the same `catpo score` again"):
+        RewardStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("position", [0, 40, -1])
+def test_a_flipped_bit_in_the_arrays_is_noticed_when_they_are_read(tmp_path, position):
+    store = whole_store(tmp_path)
+    flip(tmp_path / "shards" / "00001.safetensors", position)
+    store.hidden("pair0", "chosen")
+    with pytest.raises(UserError, match="shard 00001 is damaged"):
+        store.hidden("pair2", "chosen")
+    with pytest.raises(UserError, match="shard 00001 is damaged"):
+        store.maps("pair2", "chosen")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors", "json"])
+def test_a_damaged_or_truncated_or_deleted_shard_is_scored_anew(tmp_path, suffix):
+    whole_store(tmp_path)
+    expected = content(tmp_path)
+    file = tmp_path / "shards" / f"00001.{suffix}"
+    harms = [lambda: flip(file, -1), lambda: file.write_bytes(file.read_bytes()[:-9]), file.unlink]
+    for harm in harms:
+        harm()
+        writer = begin(tmp_path)
+        assert writer.missing_shards() == [1]
+        write(writer)
+        writer.finish()
+        assert content(tmp_path) == expected
+
+
+def test_a_shard_of_another_store_is_noticed(tmp_path):
+    whole_store(tmp_path / "a")
+    whole_store(tmp_path / "b", pair_ids=PAIRS[::-1])
+    for suffix in ("parquet", "safetensors", "json"):
+        (tmp_path / "b" / "shards" / f"00000.{suffix}").replace(tmp_path / "a" / "shards" / f"00000.{suffix}")
+    with pytest.raises(UserError, match="hold other pairs than store.json says"):
+        RewardStore.open(tmp_path / "a")
+
+
+def test_an_incomplete_store_tells_how_much_is_there(tmp_path):
+    write(begin(tmp_path), shards=[0, 1])
+    with pytest.raises(UserError, match="incomplete: 2 of 4 shards are there. Run the same `catpo score` again"):
+        RewardStore.open(tmp_path)
+
+
+def test_what_is_no_store_is_named(tmp_path):
+    with pytest.raises(UserError, match="is not a reward store"):
+        RewardStore.open(tmp_path / "nothing")
+    (tmp_path / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="has format None, this catpo reads 1"):
+        RewardStore.open(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": 1, "signals": []}')
+    with pytest.raises(UserError, match="does not say pair_count, pairs_hash, shard_size"):
+        RewardStore.open(tmp_path)
+
+
+# Provenance
+
+
+def test_verify_names_what_differs_and_ignores_what_was_not_asked(tmp_path):
+    store = whole_store(tmp_path)
+    store.verify({"model_hash": "m1", "model": "moved/elsewhere", "attention": {"layers": (2, 3)}})
+    with pytest.raises(UserError, match=r"was scored with another model \(model_hash is 'm1', now 'm9'\).*models/tiny"):
+        store.verify({"model_hash": "m9"})
+    with pytest.raises(UserError, match=r"another attention.query .*is 'token', now 'predictor'"):
+        store.verify({"attention": {"query": "predictor"}})
+
+
+def test_the_fingerprint_changes_with_the_numbers_and_not_with_the_place_of_the_model(tmp_path):
+    first = whole_store(tmp_path / "a").fingerprint
+    assert whole_store(tmp_path / "b", model="elsewhere").fingerprint == first
+    assert whole_store(tmp_path / "c", template_hash="t2").fingerprint != first
+    writer = begin(tmp_path / "d")
+    write(writer, shards=[1, 2, 3])
+    rows = rows_of(PAIRS[:2])
+    rows[0].signals["patch_entropy"][0] += 0.5
+    writer.write_shard(0, rows, **arrays_of(rows))
+    writer.finish()
+    assert RewardStore.open(tmp_path / "d").fingerprint != first
+
+
+def test_provenance_stands_in_the_file_for_people_to_read(tmp_path):
+    whole_store(tmp_path)
+    said = json.loads((tmp_path / "store.json").read_text())
+    assert said["model"] == "models/tiny"
+    assert said["attention"]["layers"] == [2, 3]
+    assert said["complete"] is True
