@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,10 @@ def row(pair_id, side):
 
 def rows_of(pair_ids):
     return [row(pair_id, side) for pair_id in pair_ids for side in SIDES]
+
+
+def change(each, **changes):
+    return ResponseRow(**{**vars(each), **changes})
 
 
 def arrays_of(rows):
@@ -189,6 +194,22 @@ def test_other_tools_can_read_the_shards(tmp_path):
     table = pq.read_table(tmp_path / "store" / "shards" / "00001.parquet").to_pylist()
     assert [(each["pair_id"], each["side"]) for each in table] == [(p, s) for p in ("pair2", "pair3") for s in SIDES]
     assert "".join(table[0]["pieces"]) == "".join(row("pair2", "chosen").pieces)
+
+
+def test_the_code_in_the_documentation_runs(tmp_path, root, monkeypatch, capsys):
+    text = (root / "docs" / "rewards-format.md").read_text(encoding="utf-8")
+    plain = ["global_attention", "patch_entropy", "semantic"]
+    writer = begin(tmp_path / "store", hidden=False, maps=False, signals=plain)
+    for shard in writer.missing_shards():
+        rows = rows_of(PAIRS[writer.pairs_of(shard)])
+        writer.write_shard(shard, [change(r, signals=dict(zip(plain, r.signals.values(), strict=True))) for r in rows])
+    writer.finish()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert "patch_entropy" in capsys.readouterr().out
 
 
 def test_opening_and_weighing_never_loop_over_tokens_in_python(tmp_path):
@@ -347,10 +368,6 @@ def test_a_signal_may_not_take_the_name_of_a_column(tmp_path):
 
 
 # What a shard may hold
-
-
-def change(each, **changes):
-    return ResponseRow(**{**vars(each), **changes})
 
 
 @pytest.mark.parametrize(
