@@ -224,6 +224,17 @@ def test_a_store_of_another_model_is_refused(store, tmp_path):
         CatPOTrainer(other, config(tmp_path, rewards=str(store)), pairs(2))
 
 
+def test_a_store_of_another_processor_or_template_is_refused(folder, store, tmp_path):
+    family = families.load(folder)
+    family.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    with pytest.raises(UserError, match="processor_hash"):
+        CatPOTrainer(family, config(tmp_path, rewards=str(store)), pairs(2))
+    family = families.load(folder)
+    family.processor.chat_template = family.processor.chat_template + " "
+    with pytest.raises(UserError, match="template_hash"):
+        CatPOTrainer(family, config(tmp_path, rewards=str(store)), pairs(2))
+
+
 def test_pairs_that_were_not_scored_are_named(folder, store, tmp_path):
     unknown = pairs(9)[8]
     trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), [unknown])
