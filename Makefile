@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all demo clean
+.PHONY: help install check format test test-all demo bench clean
 
 help:
 	@echo "make demo      pair, score, train, evaluate and report on built-in pictures"
 	@echo "make test      tests (seconds each);  make test-all  adds the slow ones"
+	@echo "make bench     speed and memory against TRL; OUT=FILE keeps the figures, CASE=NAME runs one case"
 	@echo "make check     format, lint, types, imports, spelling"
 	@echo "make install   the virtual environment in $(VENV), made on the first use of any of these"
 
@@ -43,6 +44,9 @@ test-all: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/catpo demo
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.run $(if $(CASE),--case $(CASE)) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -134,6 +134,13 @@ def test_a_store_of_another_model_or_other_options_is_not_continued(family, tmp_
         score_pairs(pairs(2), other, tmp_path / "store", options, progress=False)
 
 
+def test_other_labels_are_not_mixed_into_a_store(family, tmp_path):
+    score_pairs(pairs(2), family, tmp_path / "store", settings(ALL[:1]), progress=False)
+    relabelled = [replace(pair, labels={"chosen": (Span(0, 1, "grounded"),)}) for pair in pairs(2)]
+    with pytest.raises(UserError, match="labels_hash"):
+        score_pairs(relabelled, family, tmp_path / "store", settings(ALL[:1]), progress=False)
+
+
 def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
     data = [replace(pair, images=(picture(10 + n), picture(20 + n))) for n, pair in enumerate(pairs(2))]
     both = score_pairs(data, family, tmp_path / "both", settings(ALL[:1]), progress=False)

@@ -226,6 +226,11 @@ class RewardStore:
         return bool(self.provenance.get("hidden"))
 
     @property
+    def has_labels(self) -> bool:
+        """Whether any token is known to be grounded or hallucinated."""
+        return bool((self._columns["labels"] >= 0).any())
+
+    @property
     def has_maps(self) -> bool:
         return bool(self.provenance.get("maps"))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,8 @@ def score_pairs(
     settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
     scorer = PairScorer(family, settings, max_length=max_length)
     with lock(output):
-        writer = RewardWriter.create_or_resume(
-            output, provenance(family, settings, hidden=hidden, maps=maps), [pair.id for pair in pairs], shard_size=shard_size
-        )
+        made_of = provenance(family, settings, hidden=hidden, maps=maps) | {"labels_hash": _labels_hash(pairs)}
+        writer = RewardWriter.create_or_resume(output, made_of, [pair.id for pair in pairs], shard_size=shard_size)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in writer.missing_shards())
         bar: Track[PreferencePair]
         with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar:
@@ -371,6 +370,14 @@ def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) ->
                 labels[token] = 1 if span.label == "grounded" else 0
         start = end
     return labels
+
+
+def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
+    """Identity of the token labels, which a pair's id does not cover."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        digest.update(repr([(side, [astuple(span) for span in pair.labels.get(side, ())]) for side in SIDES]).encode())
+    return digest.hexdigest()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

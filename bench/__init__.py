@@ -1,0 +1,1 @@
+"""Speed and memory against the peers, in one run: `make bench`."""
