@@ -1,0 +1,90 @@
+"""The doctor tells what is missing and how to get it, and is content where nothing is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import tiny
+from catpo import cli, doctor
+
+
+def by_part(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
+    return {finding.part: finding for finding in findings}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    family = tiny.llava()
+    family.unwrapped.save_pretrained(folder)
+    family.processor.save_pretrained(folder)
+    return folder
+
+
+def test_nothing_is_missing_where_the_tests_run() -> None:
+    found = by_part(doctor.examine())
+    assert [finding for finding in found.values() if finding.verdict == "missing"] == []
+    assert {"python", "torch", "transformers", "memory", "disk", "built-in model", "cpu"} <= set(found)
+
+
+def test_a_version_outside_the_range_is_named_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "4.1.0" if name == "transformers" else version(name))
+    finding = by_part(doctor.examine())["transformers"]
+    assert finding.verdict == "missing"
+    assert "4.1.0" in finding.text
+    assert "pip install 'transformers<6,>=5.8'" in finding.text
+
+
+def test_what_only_an_extra_needs_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> str:
+        if name in ("torchvision", "peft"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor, "version", none)
+    found = by_part(doctor.examine())
+    assert found["torchvision"].verdict == "note"
+    assert "pip install 'catpo[vlm]'" in found["torchvision"].text
+    assert found["peft"].verdict == "missing"
+
+
+def test_a_model_that_can_be_used_is_said_to_be_so(model: Path) -> None:
+    found = by_part(doctor.examine(str(model)))
+    assert [found[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
+    assert "LlavaForConditionalGeneration" in found["model"].text
+
+
+def test_a_model_without_a_family_or_a_processor_is_said_to_be_so(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert by_part(doctor.examine(str(tmp_path)))["processor"].verdict == "missing"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "cannot build" in by_part(doctor.examine(str(tmp_path)))["model"].text
+    (tmp_path / "config.json").write_text("{}")
+    assert by_part(doctor.examine(str(tmp_path)))["model"].verdict == "missing"
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    assert "catpo doctor some/base" in by_part(doctor.examine(str(tmp_path)))["model"].text
+
+
+@pytest.mark.parametrize(("gigabytes", "verdict"), [(1e-5, "missing"), (1e-3, "note"), (1, "ok")])
+def test_size_is_held_against_memory(gigabytes: float, verdict: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_largest_memory", lambda: int(gigabytes * 1e9))
+    assert by_part(doctor.examine(str(model)))["size"].verdict == verdict
+
+
+def test_something_missing_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [doctor.Finding("torch", "missing", "not installed: pip install 'torch[x]'")]
+    monkeypatch.setattr(doctor, "examine", lambda model: findings)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor"])
+    assert end.value.code == 1
+    assert "pip install 'torch[x]'" in " ".join(capsys.readouterr().out.split())
+    assert "catpo.doctor" in sys.modules
