@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from catpo import config, recipes
+from catpo import config, recipes, registry
 from catpo.errors import UserError
+from catpo.objectives import _base as objectives
+from catpo.spec import Spec, check_options, parse
 
 ENGINES = {
     "pair": ("catpo.pairing", "pair"),
@@ -22,7 +25,7 @@ ENGINES = {
     "evaluate": ("catpo.evaluation", "evaluate"),
     "report": ("catpo.report.build", "report"),
 }
-NOT_ON_THE_COMMAND_LINE = {"progress"}
+NOT_ON_THE_COMMAND_LINE = {"progress", "fusion"}
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
@@ -57,10 +60,27 @@ def test_every_option_is_explained_in_one_line(options: type) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_in_the_repository_loads(path: Path) -> None:
-    recipe = recipes.read(path)
-    for command, given in recipe.items():
-        config.COMMANDS[command](**given)  # complete: nothing required is missing
-        config.keywords(config.COMMANDS[command](**given))
+    sections = set(yaml.safe_load(path.read_text())) & set(config.COMMANDS)
+    assert {"score", "train", "evaluate", "report"} <= sections
+    for command in sections:
+        options = config.COMMANDS[command](**recipes.read(path)[command])  # complete: nothing required is missing
+        for name, value in config.keywords(options).items():
+            for spec in _specs(name, value):
+                _check_spec(name, spec)
+
+
+def _specs(name: str, value: Any) -> list[Spec]:
+    if name in config.SPEC_LISTS:
+        return [parse(item) for item in value]
+    return [parse(value)] if name in ("objective", "method") else []
+
+
+def _check_spec(name: str, spec: Spec) -> None:
+    if name == "objective":
+        objectives.build(spec)
+    else:
+        kind = {"signals": "signals", "benchmarks": "benchmarks", "method": "pairings"}[name]
+        check_options(registry.load(kind, spec.name), spec)
 
 
 def test_the_starter_recipe_is_complete_and_its_comments_are_the_defaults(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = 
 def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
     """Ask a model the questions of benchmarks and grade its answers."""
     from catpo.evaluation import evaluate
+    from catpo.tables import scores_table
 
-    evaluate(**config.keywords(options))
+    Console().print(scores_table(evaluate(**config.keywords(options))))
+    print(f"Answers and scores: {options.output}")
 
 
 @app.command(group=STEPS, sort_key=5)

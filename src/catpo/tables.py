@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -19,6 +20,19 @@ def quality_table(rows: Sequence[SignalQuality]) -> Table:
         table.add_column(heading, justify="left" if heading == "signal" else "right")
     for row in rows:
         table.add_row(row.signal, *(_separation(each) for each in (row.overall, row.chosen, row.rejected)))
+    return table
+
+
+def scores_table(scores: Mapping[str, Any]) -> Table:
+    """Every metric of an evaluation (`scores.json`), with its 95 % interval."""
+    table = Table("benchmark", "metric")
+    for heading in ("value", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for name, benchmark in scores["benchmarks"].items():
+        for metric, figure in benchmark["metrics"].items():
+            is_known = figure["value"] is not None and not math.isnan(figure["value"])
+            value = f"{figure['value']:.1f}" if is_known else "-"
+            table.add_row(name, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
     return table
 
 

@@ -1,0 +1,26 @@
+"""What the terminal shows of results."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+
+from catpo.tables import scores_table
+
+
+def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> None:
+    figures = {
+        "chair_i": {"value": 31.24, "low": 28.0, "high": 34.96},
+        "cog": {"value": math.nan, "low": math.nan, "high": math.nan},
+        "cover": {"value": None, "low": None, "high": None},
+    }
+    console = Console(width=80, record=True, file=None)
+    with console.capture() as capture:
+        console.print(scores_table({"benchmarks": {"scenes": {"metrics": figures}}}))
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capture.get().splitlines() if "scenes" in line]
+    assert rows == [
+        ["scenes", "chair_i", "31.2", "28.0 to 35.0"],
+        ["scenes", "cog", "-", "-"],
+        ["scenes", "cover", "-", "-"],
+    ]
