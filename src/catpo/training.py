@@ -121,7 +121,7 @@ def train(
             eval_strategy="epoch" if dev_pairs else "no",
             dataloader_num_workers=workers,
             bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
+            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             report_to=report_to,
             disable_tqdm=True,
             use_cpu=family.device.type == "cpu",
@@ -133,8 +133,9 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         write_json(output / "catpo.json", _provenance(trainer, settings, len(train_pairs), len(dev_pairs), is_complete=False))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        _save_model(trainer, output / "model")
+        with families.quiet():
+            trainer.train(resume_from_checkpoint=checkpoint)
+            _save_model(trainer, output / "model")
         write_json(output / "catpo.json", _provenance(trainer, settings, len(train_pairs), len(dev_pairs), is_complete=True))
     return TrainingResult(output, output / "model", _last_metrics(output))
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from catpo import registry
 from catpo.attention import recordable
@@ -358,9 +359,10 @@ def load(
         path, adapter = _adapter_base(Path(path)), path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with quiet():
+            loaded = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
@@ -385,6 +387,18 @@ def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_
             f"'{model_id}' is of type '{name}', for which there is no family. {did_you_mean(name, registry.names('families'))}"
         )
     return registry.load("families", name)(model, processor, model_id=model_id)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break ours."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 def _adapter_base(adapter: Path) -> str:
