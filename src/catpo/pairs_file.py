@@ -54,7 +54,7 @@ def _save(folder: Path, picture: Picture) -> str:
     path = Path(PICTURES) / f"{Picture(data=content).digest()}.{_extension(content, picture)}"
     if not (folder / path).exists():
         (folder / PICTURES).mkdir(exist_ok=True)
-        write_atomic(folder / path, content)
+        write_atomic(folder / path, content, is_durable=False)
     return path.as_posix()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Iterator
-from typing import Generic, TextIO, TypeVar
+from io import TextIOBase
+from typing import Any, Generic, TextIO, TypeVar, overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +16,26 @@ LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""
 
 
+@overload
+def track(
+    work: int,
+    description: str,
+    unit: str = ...,
+    *,
+    done: int = ...,
+    enabled: bool = ...,
+    stream: TextIO | TextIOBase | None = ...,
+) -> Track[int]: ...
+@overload
+def track(
+    work: Collection[Item],
+    description: str,
+    unit: str = ...,
+    *,
+    done: int = ...,
+    enabled: bool = ...,
+    stream: TextIO | TextIOBase | None = ...,
+) -> Track[Item]: ...
 def track(
     work: int | Collection[Item],
     description: str,
@@ -22,7 +43,7 @@ def track(
     *,
     done: int = 0,
     enabled: bool = True,
-    stream: TextIO | None = None,
+    stream: TextIO | TextIOBase | None = None,
 ) -> Track[Item]:
     """Show progress over a collection, or over a number of things that you count yourself.
 
@@ -47,14 +68,14 @@ class Track(Generic[Item]):
         *,
         done: int,
         enabled: bool,
-        stream: TextIO | None,
+        stream: TextIO | TextIOBase | None,
     ) -> None:
         self.items: Collection[Item] = () if isinstance(work, int) else work
         self.total = work if isinstance(work, int) else len(work)
         self.description, self.unit, self.enabled = description, unit, enabled
         self.count = self.before = done
         self.note = ""
-        self.stream = stream or sys.stderr
+        self.stream: Any = stream or sys.stderr
         self.bar: Progress | None = None
 
     def __enter__(self) -> Track[Item]:
@@ -114,7 +135,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _bar(stream: TextIO) -> Progress:
+def _bar(stream: Any) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

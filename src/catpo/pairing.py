@@ -1,0 +1,240 @@
+"""`catpo pair`: a model answers, a pairing method makes preference pairs of its answers. Knows no method by name.
+
+Works in blocks: a block's answers depend on the options and its samples alone, and its pairs are on disk before the next
+begins. A killed run therefore goes on where it stopped and ends with the same files as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from catpo import registry
+from catpo.data import open_data
+from catpo.datasets._base import Dataset
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.families._base import Family
+from catpo.pairings._base import Dropped
+from catpo.pairs_file import ABOUT, ROWS, append_pairs
+from catpo.progress import track
+from catpo.runs import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
+from catpo.spec import Spec, check_options, parse
+from catpo.types import Picture, PreferencePair, Sample
+
+BLOCKS = "blocks.jsonl"
+"""One row per finished block, while the work goes on."""
+
+
+@dataclass(frozen=True)
+class PairingResult:
+    """What `pair` made."""
+
+    folder: Path
+    asked: int
+    """Samples that the model answered."""
+    kept: int
+    """Pairs."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> answers that gave no pair."""
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]))
+        return f"{self.kept} pairs of {self.asked} answers in {self.folder}" + (f" (not used: {reasons})" if reasons else "")
+
+
+def pair(
+    *,
+    model: str | Path | Family,
+    data: str | Path | Dataset,
+    output: str | Path,
+    method: str | Spec = "corrected",
+    limit: int | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 96,
+    batch_size: int = 32,
+    block_size: int = 64,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> PairingResult:
+    """Let a model answer a data set's samples and write preference pairs: the answers against corrected ones.
+
+    Args:
+        model: hub id, folder, `builtin`, or a loaded family.
+        data: folder or `name(option=value)` of a data set with samples.
+        output: folder for pairs.jsonl, images/ and pairs.json; opened again by its path wherever pairs are asked for.
+        method: how a pair is made of an answer, e.g. `corrected(counts=True)`, `reference`.
+        limit: ask for the first so many samples only.
+        seed: of sampling, and of choices the method makes.
+        temperature: of sampling; 0 is greedy.
+        top_p: sample from the likeliest tokens of this total probability.
+        max_new_tokens: where an answer is cut.
+        batch_size: answers at once.
+        block_size: answers between two writes.
+        adapter: LoRA adapter put on the model.
+        device: `cpu`, `cuda`, ...; None takes what there is.
+        dtype: of the weights; `auto` is the checkpoint's own.
+        progress: show it on stderr.
+
+    Raises:
+        UserError: bad model, data or option; the output was begun with others, or another process writes it; no pair came out.
+    """
+    spec = parse(method)
+    dataset = open_data(data)
+    samples = list(islice(dataset.samples(), limit))
+    _check_counts(samples, data, limit=limit, batch_size=batch_size, block_size=block_size)
+    maker = _Maker(spec, dataset.vocabulary, seed)
+    maker(samples[0], "")  # a wrong option or a truth that is not there shows before any answer is paid for
+    decoding: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
+    begun = {
+        "format": 1,
+        "method": str(spec),
+        "data": str(data) if not isinstance(data, Dataset) else data.name,
+        "data_hash": _hash_samples(samples),
+        "seed": seed,
+        "decoding": {**decoding, "block_size": block_size},
+    }
+    with lock(output) as folder:
+        _check_begun(folder, begun)
+        family = families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        begun |= {"model": family.model_id, "model_hash": family.model_hash}
+        _check_begun(folder, begun)
+        if not (folder / ABOUT).exists():
+            write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
+        work = _Work(folder, samples, block_size)
+        if not read_json(folder / ABOUT)["complete"]:
+            work.run(lambda block: family.generate(block, seed=seed, **decoding), maker, progress)
+        return work.finish()
+
+
+class _Maker:
+    """The pairing method with its options; each sample has random numbers of its own."""
+
+    def __init__(self, spec: Spec, vocabulary: Mapping[str, str] | None, seed: int) -> None:
+        self.make: Callable[..., PreferencePair | Dropped] = registry.load("pairings", spec.name)
+        self.options = check_options(self.make, spec)
+        self.vocabulary, self.seed = vocabulary, seed
+
+    def __call__(self, sample: Sample, answer: str) -> PreferencePair | Dropped:
+        return self.make(sample, answer, random.Random(f"{self.seed}/{sample.id}"), self.vocabulary, **self.options)
+
+
+class _Work:
+    """The blocks of one output folder."""
+
+    def __init__(self, folder: Path, samples: Sequence[Sample], block_size: int) -> None:
+        self.folder, self.samples = folder, samples
+        self.blocks = [samples[start : start + block_size] for start in range(0, len(samples), block_size)]
+
+    def run(self, generate: Callable[[Sequence[Sample]], list[str]], maker: _Maker, progress: bool) -> None:
+        """Do the blocks that are not done."""
+        done = self._resume()
+        seen = {row["id"] for row in read_rows(self.folder / ROWS)}
+        asked = sum(len(block) for block in self.blocks[:done])
+        with track(len(self.samples), "Pairing", "answers", done=asked, enabled=progress) as bar:
+            for number, lazy in enumerate(self.blocks[done:], start=done):
+                block = [_held(sample) for sample in lazy]
+                pairs, dropped = _pairs_of(block, generate(block), maker, seen)
+                size = append_pairs(self.folder, pairs)
+                row = {"block": number, "asked": len(block), "kept": len(pairs), "dropped": dropped, "bytes": size}
+                append_rows(self.folder / BLOCKS, [row])
+                bar.advance(len(block), note=f"{len(seen)} pairs")
+
+    def _resume(self) -> int:
+        """How many blocks are done; what an unfinished one left behind is cut off."""
+        rows = repair_rows(self.folder / BLOCKS)
+        size, path = (rows[-1]["bytes"] if rows else 0), self.folder / ROWS
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise UserError(f"{path} is shorter than when its last block was written. Remove {self.folder} and start again.")
+        if found > size:
+            os.truncate(path, size)
+        return len(rows)
+
+    def finish(self) -> PairingResult:
+        """Sum up, say that all is there, and remove the notes on blocks."""
+        about = read_json(self.folder / ABOUT, made_by="catpo pair")
+        if not about["complete"]:
+            dropped: Counter[str] = Counter()
+            rows = read_rows(self.folder / BLOCKS)
+            for row in rows:
+                dropped.update(row["dropped"])
+            counts = {
+                "asked": len(self.samples),
+                "kept": sum(row["kept"] for row in rows),
+                "dropped": dict(sorted(dropped.items())),
+            }
+            if not counts["kept"]:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+                raise UserError(
+                    f"none of {len(self.samples)} answers gave a pair ({reasons}). "
+                    f"Give more --data or a higher --temperature, and another --output than {self.folder}."
+                )
+            about |= {"counts": counts, "complete": True}
+            write_json(self.folder / ABOUT, about)
+        (self.folder / BLOCKS).unlink(missing_ok=True)
+        return PairingResult(self.folder, **about["counts"])
+
+
+def _held(sample: Sample) -> Sample:
+    """The sample with its pictures in memory: they are wanted three times, for the answer, the pair's id and its file."""
+    images = tuple(Picture(data=image.read(), name=image.name or str(image.path)) for image in sample.images)
+    return replace(sample, images=images)
+
+
+def _pairs_of(
+    block: Sequence[Sample], answers: Sequence[str], maker: _Maker, seen: set[str]
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """A block's pairs, and how many answers gave none, by reason; `seen` ids grow."""
+    pairs: list[PreferencePair] = []
+    dropped: Counter[str] = Counter()
+    for sample, answer in zip(block, answers, strict=True):
+        made = maker(sample, answer)
+        if isinstance(made, Dropped):
+            dropped[made.reason] += 1
+        elif made.id in seen:
+            dropped["same as another pair"] += 1
+        else:
+            seen.add(made.id)
+            pairs.append(made)
+    return pairs, dict(dropped)
+
+
+def _check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
+    """Refuse to go on with other options than those the folder was begun with."""
+    if (folder / ABOUT).exists():
+        old = read_json(folder / ABOUT, made_by="catpo pair")
+        check_same({key: old.get(key) for key in begun}, begun, where=folder)
+    elif (folder / ROWS).exists():
+        raise UserError(f"{folder} holds pairs that `catpo pair` did not write. Choose another --output.")
+
+
+def _hash_samples(samples: Sequence[Sample]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        digest.update(f"{sample.id}\0{sample.prompt}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _check_counts(samples: Sequence[Sample], data: Any, *, limit: int | None, batch_size: int, block_size: int) -> None:
+    for name, value in {"limit": limit, "batch_size": batch_size, "block_size": block_size}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be 1 or more.")
+    if not samples:
+        raise UserError(f"{data} holds no samples to answer. Give it pictures.")
