@@ -1,0 +1,241 @@
+"""What the documents say is so: commands exist, examples run, links lead somewhere, equations stand where the map says."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+import catpo
+import tiny
+from catpo import cli, config, registry
+from catpo.fusion import Fusion
+from catpo.pairs_file import write_pairs
+from catpo.recipes import starter
+from catpo.spec import keyword_options
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+COMMANDS = {command for command in cli.app if not command.startswith("-")}
+PLUGIN_PAGES = sorted((ROOT / "docs").glob("add-a*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def console_lines() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for text in blocks(page, "console"):
+            yield from ((page.name, line[2:]) for line in text.splitlines() if line.startswith("$ "))
+
+
+def relative(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# ---- commands and links ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("page", "line"), list(console_lines()))
+def test_every_command_in_the_documents_is_understood(
+    page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-run").mkdir()
+    (tmp_path / "my-run" / "recipe.yaml").write_text(starter())
+    program, *tokens = shlex.split(line)
+    assert program == "catpo"
+    cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("recipes/*.yaml")], ids=relative)
+def test_every_command_named_in_a_text_exists(page: Path) -> None:
+    named = re.findall(r"(?:`|^#\s+|\$ |-m )catpo ([a-z]+)\b(?!=)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(named) <= COMMANDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_make_target_named_exists(page: Path) -> None:
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_file_named_exists(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|docs|recipes|tools|bench)/[\w./-]+\.\w+)", page.read_text(encoding="utf-8"))
+    ours = {f"src/catpo/{path}" for path in plugin_examples()}
+    assert [path for path in named if not (ROOT / path).exists() and path not in ours] == []
+
+
+def plugin_examples() -> set[str]:
+    """Files that the pages about plugins tell the reader to write, as they would be called inside catpo."""
+    return {
+        f"{entry_points(page)[0].removeprefix('catpo.')}/{name}"
+        for page in PLUGIN_PAGES
+        for name in re.findall(r"^# lookout/(\w+\.py)$", page.read_text(), flags=re.MULTILINE)
+    }
+
+
+def entry_points(page: Path) -> tuple[str, dict[str, str]]:
+    """Group and entries of a page's piece of pyproject.toml."""
+    (table,) = blocks(page, "toml")
+    (group,) = re.findall(r'^\[project.entry-points."([\w.]+)"\]$', table, flags=re.MULTILINE)
+    return group, dict(re.findall(r'^(\w+) = "([\w.]+)"$', table, flags=re.MULTILINE))
+
+
+def test_version_and_changes_are_told() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == catpo.__version__
+    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- examples -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, builtin: Path) -> Path:
+    """What the examples start from: pairs, their rewards, a model of a family that catpo does not know."""
+    folder = tmp_path_factory.mktemp("made")
+    write_pairs(folder / "pairs", tiny.pairs(), {})
+    catpo.score(pairs=str(folder / "pairs"), model="builtin", output=folder / "rewards", progress=False)
+    family = tiny.llava()
+    parts = family.unwrapped.config
+    settings = VipLlavaConfig(
+        vision_config=parts.vision_config.to_dict(),
+        text_config=parts.text_config.to_dict(),
+        image_token_index=family.image_token_id,
+        image_seq_length=16,
+        vision_feature_layers=[-2, -3],
+    )
+    model = VipLlavaForConditionalGeneration(settings)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder / "vip-llava")
+    family.processor.save_pretrained(folder / "vip-llava")
+    return folder
+
+
+@pytest.fixture
+def workplace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("pairs", "rewards", "vip-llava"):
+        shutil.copytree(made / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=relative)
+def test_the_python_examples_run(page: Path, workplace: Path) -> None:
+    shutil.rmtree(workplace / "runs", ignore_errors=True)
+    names: dict[str, Any] = {}
+    for text in blocks(page, "python"):
+        exec(compile(text, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PLUGIN_PAGES, ids=relative)
+def test_each_example_of_a_plugin_works_as_a_package_of_its_own(
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = workplace / "site"
+    kind, plugins = entry_points(page)
+    examples, programs = [], []
+    for text in blocks(page, "python"):
+        (examples if text.startswith("# lookout/") else programs).append(text)
+    for text in examples:
+        path = site / text.split("\n", 1)[0].removeprefix("# ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (site / "lookout-0.1.dist-info").mkdir()
+    (site / "lookout-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lookout\nVersion: 0.1\n")
+    lines = [f"{name} = {module}" for name, module in plugins.items()]
+    (site / "lookout-0.1.dist-info" / "entry_points.txt").write_text(f"[{kind}]\n" + "\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(site)
+    for name in plugins:
+        assert name in registry.names(kind.removeprefix("catpo."))
+    assert programs
+    for text in programs:
+        exec(compile(text, page.name, "exec"), {})
+
+
+# ---- the paper map --------------------------------------------------------------------------------------------------------
+
+MAP = (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8")
+EQUATIONS = re.findall(r"^\| (Eq\. [\d, -]+) \| [^|]+ \| `([\w.]+)` \| `([\w./]+)::(\w+)` \|$", MAP, flags=re.MULTILINE)
+DEFAULTS = re.findall(r"\| `(\w+) (\w+)=([^`]+)` \|", MAP)
+
+
+def numbers(text: str) -> set[int]:
+    """Equations named in a text: `Eq. 6-7, 11` is 6, 7 and 11.
+
+    >>> sorted(numbers("as in Eq. 6-7, 11; and Eq. 2"))
+    [2, 6, 7, 11]
+    """
+    found = set()
+    for each in re.findall(r"Eq\. ([\d, -]*\d)", text):
+        for part in each.replace(" ", "").split(","):
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_the_map_has_every_equation_of_the_paper() -> None:
+    assert set().union(*(numbers(equation) for equation, *_ in EQUATIONS)) == set(range(1, 12))
+
+
+@pytest.mark.parametrize(("equation", "function", "file", "test"), EQUATIONS)
+def test_the_function_cites_its_equation_and_the_test_exists(equation: str, function: str, file: str, test: str) -> None:
+    module, name = function.rsplit(".", 1)
+    source = Path(str(import_module(module).__file__)).read_text(encoding="utf-8")
+    (node,) = [each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef) and each.name == name]
+    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+    assert numbers(equation) <= numbers("\n".join(lines))
+    assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("test", re.findall(r"`(tests/\w+\.py::\w+)`", MAP))
+def test_every_test_named_in_the_map_exists(test: str) -> None:
+    file, name = test.split("::")
+    assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_the_map_has_many_defaults() -> None:
+    assert len(DEFAULTS) > 20
+
+
+@pytest.mark.parametrize(("of", "option", "value"), DEFAULTS)
+def test_the_defaults_in_the_map_are_in_force(of: str, option: str, value: str) -> None:
+    assert _default(of, option) == ast.literal_eval(value.replace("\\", ""))
+
+
+def _default(of: str, option: str) -> Any:
+    if of in config.COMMANDS:
+        return next(field.default for field in dataclasses.fields(config.COMMANDS[of]) if field.name == option)
+    if of == "fusion":
+        return getattr(Fusion(), option)
+    kind = next(kind for kind in registry.PUBLIC_NAMES if of in registry.names(kind))
+    return keyword_options(registry.load(kind, of))[option]
+
+
+@pytest.mark.parametrize("objective", sorted(set(re.findall(r"`(catpo\([^`]+\))`", MAP))))
+def test_the_objectives_named_in_the_map_can_be_built(objective: str) -> None:
+    from catpo.objectives._base import build
+
+    assert inspect.isfunction(build(objective).loss)
