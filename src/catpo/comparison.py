@@ -1,12 +1,11 @@
 """Evaluations side by side: paired differences, and CHAIRi at equal coverage. Reads their files; knows no model.
 
-An evaluation is the folder that `catpo evaluate` wrote: answers.jsonl, grades.jsonl, scores.json. A benchmark's `summarise`
-makes its metrics of summed counts, {group: {count: [resamples]}} -> {metric: [resamples]}: resampling is one product.
+An evaluation is the folder that `catpo evaluate` wrote: answers.jsonl, grades.jsonl, scores.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,8 @@ from catpo.intervals import bootstrap_indices, interval
 from catpo.runs import read_json, read_rows
 
 Floats = NDArray[np.float64]
+Summarise = Callable[[Mapping[str, Mapping[str, Floats]]], Mapping[str, Floats]]
+"""A benchmark's metrics of summed counts: {group: {count: sums}} -> {metric: values}."""
 GROUNDED, HALLUCINATED = "grounded", "hallucinated"
 
 
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two models on the same items: `other` minus `base`, resampled item by item."""
+    """One metric of two models on the same items: `other` minus `base`, resampled together."""
 
     benchmark: str
     metric: str
@@ -63,7 +64,7 @@ class Coverage:
     chair_i: Estimate
     """Hallucinated share of the objects kept, in percent."""
     difference: Estimate | None
-    """`chair_i` minus that of the first evaluation, resampled item by item; None for the first."""
+    """`chair_i` minus that of the first evaluation, resampled together; None for the first."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Evaluation:
         """(benchmark, item id) -> row of answers.jsonl."""
         return {(str(row["benchmark"]), str(row["id"])): row for row in read_rows(self.path / "answers.jsonl")}
 
+    def labels(self, benchmark: str) -> dict[str, list[tuple[str, str]]]:
+        """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
+        rows = self.grades.get(benchmark, {})
+        return {item: named for (_, item), row in rows.items() if (named := mentions(row)) is not None}
+
 
 def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluation:
     """Read scores and grades of one evaluation.
@@ -112,21 +118,21 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
     scores = read_json(folder / "scores.json", made_by="catpo evaluate")
     grades: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for number, row in enumerate(read_rows(folder / "grades.jsonl"), start=1):
-        if not {"benchmark", "id", "counts"} <= set(row) or not isinstance(row["counts"], dict):
-            raise UserError(f"{folder / 'grades.jsonl'}:{number} has no benchmark, id and counts. Run `catpo evaluate` again.")
-        grades.setdefault(str(row["benchmark"]), {})[str(row.get("group", "")), str(row["id"])] = row
+        if not {"benchmark", "id", "group", "picture", "counts"} <= set(row) or not isinstance(row["counts"], dict):
+            raise UserError(f"{folder / 'grades.jsonl'}:{number} is not a graded answer. Run `catpo evaluate` again.")
+        grades.setdefault(str(row["benchmark"]), {})[str(row["group"]), str(row["id"])] = row
     return Evaluation(folder, name or folder.resolve().name, scores, grades)
 
 
 def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
     """Every metric of `other` minus that of `base`, on the items that both answered.
 
-    Both models are resampled with the same items, so what makes an item hard for both cancels.
+    Both models are resampled with the same pictures, so what makes a picture hard for both cancels.
 
     Args:
         base: what is compared with.
         other: what is compared.
-        resamples: bootstrap draws, within each group of a benchmark.
+        resamples: bootstrap draws of pictures.
         seed: of the draws.
 
     Returns:
@@ -137,7 +143,11 @@ def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 
         keys = _common_items([base, other], benchmark)
         if not keys:
             continue
-        before, after = (_resampled(each, benchmark, keys, resamples, seed) for each in (base, other))
+        summarise = registry.load("benchmarks", benchmark).summarise
+        before, after = (
+            resample(summarise, [each.grades[benchmark][key] for key in keys], resamples=resamples, seed=seed)
+            for each in (base, other)
+        )
         for metric in before:
             if metric in after:
                 change = _estimate(after[metric] - before[metric])
@@ -150,33 +160,34 @@ def at_equal_coverage(evaluations: Sequence[Evaluation], *, resamples: int = 100
 
     A model that names fewer objects hallucinates less for that reason alone. So every caption is cut after its first k objects,
     with k as large as each model needs to reach the smallest Cover among them. The whole procedure is repeated on resampled
-    items for the intervals.
+    pictures for the intervals.
 
     Args:
         evaluations: of the same benchmark items; the first is what the others are compared with.
-        resamples: bootstrap draws of items.
+        resamples: bootstrap draws of pictures.
         seed: of the draws.
 
     Returns:
         One row per benchmark with captions and evaluation; none where the items are not the same.
     """
-    rows = []
+    found = []
     for benchmark in _common(evaluations):
         keys = _common_items(evaluations, benchmark, is_caption=True)
         if not keys or len(evaluations) < 2:
             continue
-        curves = [_Curve.of([evaluation.grades[benchmark][key] for key in keys]) for evaluation in evaluations]
-        times = np.concatenate([np.ones((1, len(keys))), _draws(len(keys), resamples, seed)])  # row 0: every item once
-        sums = [(times @ curve.grounded, times @ curve.hallucinated) for curve in curves]
-        target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (resample)
+        graded = [[evaluation.grades[benchmark][key] for key in keys] for evaluation in evaluations]
+        draws = _Draws.of(graded[0], resamples, seed)
+        curves = [_Curve.of(rows) for rows in graded]
+        sums = [(draws.sum(curve.grounded), draws.sum(curve.hallucinated)) for curve in curves]
+        target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (draw)
         cut = [_cut(grounded, hallucinated, target) for grounded, hallucinated in sums]
-        cover = _percent(target, times @ curves[0].present)
+        cover = _percent(target, draws.sum(curves[0].present))
         for number, (evaluation, (objects, chair_i)) in enumerate(zip(evaluations, cut, strict=True)):
             difference = _estimate(chair_i - cut[0][1]) if number else None
-            rows.append(
+            found.append(
                 Coverage(evaluation.name, benchmark, float(cover[0]), float(objects[0]), _estimate(chair_i), difference)
             )
-    return rows
+    return found
 
 
 def coverage_curves(evaluations: Sequence[Evaluation], benchmark: str) -> dict[str, tuple[Floats, Floats]]:
@@ -238,23 +249,54 @@ def _cut(grounded: Floats, hallucinated: Floats, target: Floats) -> tuple[Floats
     return low + share, _percent(wrong, wrong + target)
 
 
-def _resampled(
-    evaluation: Evaluation, benchmark: str, keys: Sequence[tuple[str, str]], resamples: int, seed: int
+def resample(
+    summarise: Summarise, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Floats]:
-    """Metric -> [1 + resamples]: its value on every item once, then on each draw of items."""
+    """Metric -> [1 + resamples]: its value on all rows, then on each bootstrap draw.
+
+    Pictures are drawn, not items: answers about one picture are not independent. The same pictures give the same draws, so
+    two models' values can be subtracted draw by draw.
+
+    Args:
+        summarise: of the benchmark.
+        rows: of grades.jsonl.
+        resamples: how many draws.
+        seed: of the draws.
+    """
+    draws = _Draws.of(rows, resamples, seed)
     sums: dict[str, dict[str, Floats]] = {}
-    for group in dict.fromkeys(group for group, _ in keys):
-        rows = [evaluation.grades[benchmark][key]["counts"] for key in keys if key[0] == group]
-        names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-        counts = np.array([[float(row.get(name, 0)) for name in names] for row in rows])
-        times = np.concatenate([np.ones((1, len(rows))), _draws(len(rows), resamples, seed)])
-        sums[group] = dict(zip(names, (times @ counts).T, strict=True))
-    return dict(_summarise(benchmark, sums))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        places = [place for place, row in enumerate(rows) if row["group"] == group]
+        for name in rows[places[0]]["counts"]:
+            counts = np.zeros(len(rows))
+            counts[places] = [rows[place]["counts"][name] for place in places]
+            sums.setdefault(group, {})[name] = draws.sum(counts)
+    return dict(summarise(sums))
 
 
-def _summarise(benchmark: str, sums: Mapping[str, Mapping[str, Floats]]) -> Mapping[str, Floats]:
-    """Metrics of a benchmark from group -> count -> [resamples] sums; its plugin knows how."""
-    return registry.load("benchmarks", benchmark).summarise(sums)
+@dataclass(frozen=True)
+class _Draws:
+    """Bootstrap draws of whole pictures; the first takes every picture once."""
+
+    picture: NDArray[np.int64]
+    """[rows]: number of each row's picture."""
+    times: Floats
+    """[1 + resamples, pictures]: how often each is drawn."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> _Draws:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(row["picture"] for row in rows))}
+        drawn = bootstrap_indices(len(numbers), resamples=resamples, seed=seed)
+        times = np.ones((1 + resamples, len(numbers)))
+        for number, pictures in enumerate(drawn, start=1):
+            times[number] = np.bincount(pictures, minlength=len(numbers))
+        return cls(np.array([numbers[row["picture"]] for row in rows], dtype=np.int64), times)
+
+    def sum(self, values: Floats) -> Floats:
+        """[rows] or [rows, columns] -> [1 + resamples] or [1 + resamples, columns]."""
+        by_picture = np.zeros((self.times.shape[1], *values.shape[1:]))
+        np.add.at(by_picture, self.picture, values)
+        return self.times @ by_picture
 
 
 def _common(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -281,20 +323,14 @@ def _common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_capti
     ]
 
 
-def _draws(count: int, resamples: int, seed: int) -> Floats:
-    """How often each item is drawn: [resamples, count]."""
-    drawn = bootstrap_indices(count, resamples=resamples, seed=seed)
-    return np.stack([np.bincount(row, minlength=count) for row in drawn]).astype(np.float64)
-
-
 def _estimate(values: Floats) -> Estimate:
     """From [1 + resamples], the first of which is no resample."""
     low, high = interval(values[1:])
     return Estimate(float(values[0]), low, high)
 
 
-def _percent(part: Floats, whole: Floats) -> Floats:
-    return 100 * np.divide(part, whole, out=np.full_like(np.asarray(part, np.float64), np.nan), where=np.asarray(whole) > 0)
+def _percent(part: Floats, whole: Floats | float) -> Floats:
+    return 100 * np.divide(part, whole, out=np.full(part.shape, np.nan), where=np.asarray(whole) > 0)
 
 
 def _number(value: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ def words(pieces: Sequence[str], is_special: Sequence[bool] | NDArray[np.bool_],
             starts.append(token)
     labels = np.full(len(pieces), -1) if labels is None else np.asarray(labels)
     merged = []
-    for first, end in zip(starts, [*starts[1:], len(pieces)], strict=True):
+    for first, end in pairwise([*starts, len(pieces)]):
         text = "".join(pieces[first:end])
         body = text.lstrip()
         within = set(labels[first:end].tolist())

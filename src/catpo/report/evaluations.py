@@ -1,0 +1,276 @@
+"""Evaluations for the page: a table per benchmark, CHAIRi at equal coverage, answers that changed. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from catpo.comparison import (
+    HALLUCINATED,
+    Coverage,
+    Difference,
+    Estimate,
+    Evaluation,
+    at_equal_coverage,
+    coverage_curves,
+    mentions,
+    paired_differences,
+)
+from catpo.data import open_data
+from catpo.datasets._base import Dataset
+from catpo.errors import UserError
+from catpo.objects import mentions as find_mentions
+from catpo.report.pictures import Album
+from catpo.report.plots import Series, curves
+from catpo.types import Picture
+
+MAX_CHANGED = 12
+"""Changed answers shown per model and way."""
+LABELS = {
+    "chair_i": "CHAIRi",
+    "chair_s": "CHAIRs",
+    "cover": "Cover",
+    "cog": "Cog",
+    "objects": "objects per caption",
+    "words": "words per caption",
+    "f1": "F1",
+}
+"""What tables call metrics; others are called by their names."""
+MAIN_OF_A_SPLIT = ("/accuracy", "/f1")
+LOWER_IS_BETTER = ("chair", "cog", "repetition", "unparsed")
+HIGHER_IS_BETTER = ("cover", "accuracy", "precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's value of one metric."""
+
+    value: Estimate
+    difference: Difference | None
+    """Against the base; None for the base itself, or where items differ."""
+    tone: str
+    """`better`, `worse`, or empty where the difference is not clear or the metric has no good side."""
+
+
+@dataclass(frozen=True)
+class BenchmarkTable:
+    """One benchmark over all models."""
+
+    name: str
+    options: str
+    item_count: int
+    models: list[str]
+    rows: list[tuple[str, list[Cell | None]]]
+    """(label of the metric, a cell per model): what is shown at once."""
+    more_rows: list[tuple[str, list[Cell | None]]]
+    """The same for what is folded away: of each split all but its accuracy and F1."""
+    coverage: list[Coverage]
+    drawing: Markup | None
+    """Cover against CHAIRi as captions are cut."""
+
+    @property
+    def lead(self) -> int:
+        """How many rows stand before that of equal coverage: all up to Cover."""
+        labels = [label for label, _ in self.rows]
+        return labels.index("Cover") + 1 if "Cover" in labels else len(labels)
+
+    @property
+    def has_differences(self) -> bool:
+        return any(cell is not None and cell.difference is not None for _, cells in self.rows for cell in cells)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of an answer."""
+
+    text: str
+    label: str
+    """grounded, hallucinated, or empty."""
+
+
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """An item that one model answered with hallucinations and the other without."""
+
+    model: str
+    benchmark: str
+    item: str
+    way: str
+    """`fixed`: the base hallucinated and the model does not; `broken`: the other way round."""
+    prompt: str
+    before: list[Part]
+    after: list[Part]
+    image: int | None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How many captions changed, and the first of them."""
+
+    counts: list[tuple[str, str, int, int]]
+    """(model, benchmark, fixed, broken)."""
+    answers: list[ChangedAnswer]
+
+
+def benchmark_tables(
+    evaluations: Sequence[Evaluation], colours: Mapping[str, int], *, resamples: int = 1000
+) -> list[BenchmarkTable]:
+    """A table per benchmark; the first evaluation is the base."""
+    base, *others = evaluations
+    differences = {
+        (other.name, row.benchmark, row.metric): row
+        for other in others
+        for row in paired_differences(base, other, resamples=resamples)
+    }
+    return [_table(name, evaluations, differences, colours, resamples) for name in _benchmarks(evaluations)]
+
+
+def _table(
+    benchmark: str,
+    evaluations: Sequence[Evaluation],
+    differences: Mapping[tuple[str, str, str], Difference],
+    colours: Mapping[str, int],
+    resamples: int,
+) -> BenchmarkTable:
+    having = [evaluation for evaluation in evaluations if benchmark in evaluation.benchmarks]
+    values = {evaluation.name: evaluation.metrics(benchmark) for evaluation in having}
+    rows: list[tuple[str, list[Cell | None]]] = []
+    more_rows: list[tuple[str, list[Cell | None]]] = []
+    for metric in dict.fromkeys(metric for metrics in values.values() for metric in metrics):
+        cells: list[Cell | None] = []
+        for evaluation in having:
+            difference = differences.get((evaluation.name, benchmark, metric))
+            value = values[evaluation.name].get(metric)
+            cells.append(None if value is None else Cell(value, difference, tone(metric, difference)))
+        is_main = "/" not in metric or metric.endswith(MAIN_OF_A_SPLIT)
+        (rows if is_main else more_rows).append((metric_label(metric), cells))
+    about = having[0].scores["benchmarks"][benchmark]
+    same = [each for each in having if each.scores["benchmarks"][benchmark].get("options") == about.get("options")]
+    coverage = [row for row in at_equal_coverage(same, resamples=resamples) if row.benchmark == benchmark]
+    return BenchmarkTable(
+        benchmark,
+        str(about.get("options", benchmark)),
+        int(about.get("items", 0)),
+        [evaluation.name for evaluation in having],
+        rows,
+        more_rows,
+        coverage,
+        _coverage_drawing(same, benchmark, colours) if coverage else None,
+    )
+
+
+def _coverage_drawing(evaluations: Sequence[Evaluation], benchmark: str, colours: Mapping[str, int]) -> Markup:
+    lines = [
+        Series(cover, chair_i, colours[name]) for name, (cover, chair_i) in coverage_curves(evaluations, benchmark).items()
+    ]
+    description = "CHAIRi over Cover, one line per model, as captions are cut after one object, two objects and so on"
+    return curves(lines, x="Cover, %", y="CHAIRi, %", description=description, markers=True)
+
+
+def metric_label(metric: str) -> str:
+    """What tables call a metric.
+
+    >>> metric_label("chair_i"), metric_label("random/yes_ratio")
+    ('CHAIRi', 'yes ratio (random)')
+    """
+    split, _, name = metric.rpartition("/")
+    label = LABELS.get(name, name.replace("_", " "))
+    return f"{label} ({split})" if split else label
+
+
+def tone(metric: str, difference: Difference | None) -> str:
+    """Whether a clear difference is good or bad."""
+    if difference is None or not difference.is_clear:
+        return ""
+    side = good_side(metric)
+    if not side:
+        return ""
+    return "better" if difference.difference.value * side > 0 else "worse"
+
+
+def good_side(metric: str) -> int:
+    """1 where more is better, -1 where less is better, 0 where neither.
+
+    >>> good_side("chair_i"), good_side("accuracy"), good_side("length")
+    (-1, 1, 0)
+    """
+    words = metric.lower().replace("/", "_").split("_")
+    if any(word.startswith(LOWER_IS_BETTER) for word in words):
+        return -1
+    return 1 if any(word.startswith(HIGHER_IS_BETTER) for word in words) else 0
+
+
+def _benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
+    return list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.benchmarks))
+
+
+# ---- answers that changed -------------------------------------------------------------------------------------------------
+
+
+def changed_answers(evaluations: Sequence[Evaluation], album: Album) -> Changes:
+    """Captions with a hallucinated object on one side only, base (the first) against each other model."""
+    base, *others = evaluations
+    counts, answers = [], []
+    for benchmark in base.benchmarks:
+        ways = {other.name: _ways(base, other, benchmark) for other in others}
+        shown = {item for each in ways.values() for items in each.values() for item in items[:MAX_CHANGED]}
+        dataset = _open(base, benchmark) if shown else None
+        pictures = _pictures(evaluations, dataset, shown)
+        vocabulary = dataset.vocabulary if dataset else None
+        for other in others:
+            found = ways[other.name]
+            if any(found.values()):
+                counts.append((other.name, benchmark, len(found["fixed"]), len(found["broken"])))
+            for way, items in found.items():
+                for item in items[:MAX_CHANGED]:
+                    prompt = str(base.answers.get((benchmark, item), {}).get("prompt", ""))
+                    before, after = (list(_marked(each, benchmark, item, vocabulary)) for each in (base, other))
+                    image = album.add(pictures[item], side=288) if item in pictures else None
+                    answers.append(ChangedAnswer(other.name, benchmark, item, way, prompt, before, after, image))
+    return Changes(counts, answers)
+
+
+def _ways(base: Evaluation, other: Evaluation, benchmark: str) -> dict[str, list[str]]:
+    """Ids of captions by how they changed."""
+    ways: dict[str, list[str]] = {"fixed": [], "broken": []}
+    for (group, item), row in base.grades.get(benchmark, {}).items():
+        before, after = mentions(row), mentions(other.grades.get(benchmark, {}).get((group, item), {}))
+        if before is None or after is None:
+            continue
+        was, now = (any(label == HALLUCINATED for _, label in each) for each in (before, after))
+        if was != now:
+            ways["fixed" if was else "broken"].append(item)
+    return ways
+
+
+def _marked(evaluation: Evaluation, benchmark: str, item: str, vocabulary: Mapping[str, str] | None) -> Iterator[Part]:
+    """An answer with its object words labelled as they were graded."""
+    text = str(evaluation.answers.get((benchmark, item), {}).get("answer", ""))
+    labels = dict(evaluation.labels(benchmark).get(item, ()))
+    end = 0
+    for mention in find_mentions(text, vocabulary):
+        if mention.object in labels:
+            yield Part(text[end : mention.start], "")
+            yield Part(text[mention.start : mention.end], labels[mention.object])
+            end = mention.end
+    yield Part(text[end:], "")
+
+
+def _open(evaluation: Evaluation, benchmark: str) -> Dataset | None:
+    """The data set behind a benchmark, where it can be had again."""
+    try:
+        return open_data(evaluation.scores["benchmarks"][benchmark]["data"])
+    except (KeyError, UserError):
+        return None
+
+
+def _pictures(evaluations: Sequence[Evaluation], dataset: Dataset | None, wanted: Container[str]) -> dict[str, Picture]:
+    """Item id -> picture; none where the models were shown others (`shuffled`)."""
+    if dataset is None or any(evaluation.scores.get("shuffled") for evaluation in evaluations):
+        return {}
+    try:
+        return {sample.id: sample.images[0] for sample in dataset.samples() if sample.id in wanted and sample.images}
+    except UserError:
+        return {}

@@ -1,0 +1,170 @@
+"""Drawings of the report as SVG for a page: histograms, training curves, coverage against CHAIRi. Knows numbers only, no names.
+
+A drawing holds no text that comes from a user: the page writes legends itself, where they are escaped. Colours are
+`var(--series-0)` … and `currentColor`, so that the page's style decides about light and dark.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.style import context
+from numpy.typing import ArrayLike
+
+SERIES_COUNT = 8
+"""Colours of the page; a ninth line begins again with the first, dashed."""
+INK, FAINT = "#010203", "#040506"
+"""Stand for `currentColor` and `var(--line)` until the drawing is finished."""
+SERIES = tuple(f"#0708{number:02x}" for number in range(SERIES_COUNT))
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {each: f"var(--series-{n})" for n, each in enumerate(SERIES)}
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "catpo",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.formatter.limits": (-4, 5),
+    "axes.unicode_minus": True,
+    "lines.linewidth": 1.6,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a drawing."""
+
+    x: ArrayLike
+    y: ArrayLike
+    colour: int
+    """Number of the page's series colour; lines of one model have the same everywhere."""
+
+
+def histogram(groups: Sequence[ArrayLike], *, label: str, description: str, bins: int = 24) -> Markup:
+    """Outlined histograms on the same bins, each as a share of its own group, so that a small group is seen.
+
+    Args:
+        groups: [values] each; drawn in series colours 0, 1, …; an empty one is left out.
+        label: of the horizontal axis.
+        description: what a screen reader says.
+        bins: how many.
+    """
+    values = [np.asarray(group, dtype=np.float64) for group in groups]
+    everything = np.concatenate(values) if values else np.empty(0)
+    edges = np.histogram_bin_edges(everything, bins) if len(everything) else np.linspace(0, 1, 2)
+
+    def draw(axes: Any) -> None:
+        for number, group in enumerate(values):
+            if len(group):
+                heights = 100 * np.histogram(group, edges)[0] / len(group)
+                axes.stairs(heights, edges, color=SERIES[number % SERIES_COUNT], linewidth=1.5)
+                axes.stairs(heights, edges, color=SERIES[number % SERIES_COUNT], fill=True, alpha=0.12)
+        axes.set_xlabel(label)
+        axes.set_ylabel("% of tokens")
+        axes.set_ylim(bottom=0)
+
+    return _svg(draw, description, size=(3.4, 2.1))
+
+
+def curves(lines: Sequence[Series], *, x: str, y: str, description: str, markers: bool = False, zero: bool = False) -> Markup:
+    """Lines over a common axis; points that are not finite are left out.
+
+    Args:
+        lines: with their colours.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        description: what a screen reader says.
+        markers: mark each point, the last one larger.
+        zero: draw the line y = 0.
+    """
+
+    def draw(axes: Any) -> None:
+        if zero:
+            axes.axhline(0, color=INK, linewidth=0.7)
+        for line in lines:
+            xs, ys = np.asarray(line.x, dtype=np.float64), np.asarray(line.y, dtype=np.float64)
+            is_finite = np.isfinite(xs) & np.isfinite(ys)
+            xs, ys = xs[is_finite], ys[is_finite]
+            look = {"color": SERIES[line.colour % SERIES_COUNT], "linestyle": DASHES[line.colour // SERIES_COUNT % len(DASHES)]}
+            axes.plot(xs, ys, marker="o" if markers or len(xs) == 1 else "", markersize=2.5, **look)
+            if markers and len(xs):
+                axes.plot(xs[-1:], ys[-1:], marker="o", markersize=6, **look)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+
+    return _svg(draw, description, size=(3.4, 2.1) if not markers else (5.2, 3.2))
+
+
+def _svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]) -> Markup:
+    """A drawing as an `<svg>` element: same numbers, same bytes."""
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        draw(axes)
+        stream = StringIO()
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return Markup(_for_a_page(stream.getvalue(), description))
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with context(["default", STYLE]):
+        yield
+
+
+def _for_a_page(svg: str, description: str) -> str:
+    """The file of matplotlib as an element that a page with a strict content policy shows: no style rules, ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\s+xmlns:xlink=\"[^\"]*\"", "", svg, flags=re.S)
+    svg = re.sub(r' style="([^"]*)"', lambda match: _attributes(match[1]), svg)
+    svg = svg.replace("xlink:href", "href")
+    prefix = f"p{zlib.crc32(svg.encode()):x}-"
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}\1"', svg)
+    svg = re.sub(r'href="#([^"]*)"', rf'href="#{prefix}\1"', svg)
+    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}\1)", svg)
+    for colour, name in PAGE_COLOURS.items():
+        svg = svg.replace(colour, name)
+    width, height = (float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) for side in ("width", "height"))  # type: ignore[index]
+    svg = re.sub(r'\b(width|height)="[\d.]+pt"', "", svg, count=2)
+    title = escape(description)
+    opening = f'<svg class="plot" role="img" aria-label="{title}" stroke-linejoin="round" width="{width:g}" height="{height:g}"'
+    svg = svg.replace("<svg", opening, 1)
+    return re.sub(r"(<svg[^>]*>)", lambda match: f"{match[1]}<title>{title}</title>", svg, count=1)
+
+
+def _attributes(style: str) -> str:
+    """`fill: none; stroke: red` as ` fill="none" stroke="red"`: a content policy forbids style attributes."""
+    found = []
+    for rule in style.split(";"):
+        name, _, value = (part.strip() for part in rule.partition(":"))
+        if name == "font":
+            found.append(("font-size", value.split("px")[0].split()[-1]))
+        elif name and value and name not in ("font-family", "font-stretch", "font-variant"):
+            found.append((name, value))
+    return "".join(f' {name}="{escape(value)}"' for name, value in found)
