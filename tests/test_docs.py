@@ -21,6 +21,7 @@ import catpo
 import tiny
 from catpo import cli, config, registry
 from catpo.fusion import Fusion
+from catpo.objectives._base import build
 from catpo.pairs_file import write_pairs
 from catpo.recipes import starter
 from catpo.spec import keyword_options
@@ -136,15 +137,15 @@ def made(tmp_path_factory: pytest.TempPathFactory, builtin: Path) -> Path:
 
 @pytest.fixture
 def workplace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("pairs", "rewards", "vip-llava"):
+    for name in ("pairs", "vip-llava"):
         shutil.copytree(made / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=relative)
-def test_the_python_examples_run(page: Path, workplace: Path) -> None:
-    shutil.rmtree(workplace / "runs", ignore_errors=True)
+def test_the_python_examples_run(page: Path, workplace: Path, made: Path) -> None:
+    shutil.copytree(made / "rewards", workplace / "rewards")
     names: dict[str, Any] = {}
     for text in blocks(page, "python"):
         exec(compile(text, page.name, "exec"), names)
@@ -236,6 +237,4 @@ def _default(of: str, option: str) -> Any:
 
 @pytest.mark.parametrize("objective", sorted(set(re.findall(r"`(catpo\([^`]+\))`", MAP))))
 def test_the_objectives_named_in_the_map_can_be_built(objective: str) -> None:
-    from catpo.objectives._base import build
-
     assert inspect.isfunction(build(objective).loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -65,8 +66,6 @@ def test_our_own_plugin_cannot_be_replaced_from_outside(monkeypatch: pytest.Monk
 
 
 def test_listing_imports_no_plugin() -> None:
-    import subprocess
-
     code = "import sys; from catpo import registry as r; [r.plugins(k) for k in r.PUBLIC_NAMES]; print(sorted(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'catpo.objectives.dpo'" not in shown
