@@ -48,9 +48,10 @@ EQUAL = "CHAIRi at equal Cover"
 class DemoSettings:
     """How much is done; the defaults take under five minutes on two cores."""
 
-    pictures: int = 400
+    pictures: int = 300
     held_out: int = 500
-    epochs: float = 2
+    question_scenes: int = 100
+    epochs: float = 1
     learning_rate: float = 3e-5
     batch_size: int = 8
 
@@ -111,10 +112,10 @@ def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) 
             resume=True,
         )
         models[name] = str(run.model)
+    benchmark = f"scenes(count={settings.held_out}, questions=1, question_scenes={settings.question_scenes})"
     for name, model in models.items():
-        evaluate(
-            model=model, benchmarks=[f"scenes(count={settings.held_out}, questions=1)"], output=folder / "evaluations" / name
-        )
+        console.print(f"[bold]{name}[/] on {settings.held_out} held-out scenes", highlight=False)
+        evaluate(model=model, benchmarks=[benchmark], output=folder / "evaluations" / name)
     evaluations = [folder / "evaluations" / name for name in models]
     report(
         output=folder / "report.html",

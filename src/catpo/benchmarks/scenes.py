@@ -34,6 +34,7 @@ class Benchmark(_Base):
     Args:
         count: how many scenes.
         questions: yes/no questions per scene, split and answer (at most); 0 asks for captions only.
+        question_scenes: ask them about the first so many scenes only; None: about all.
         captions: ask for captions; False asks questions only.
         seed: which stream of scenes.
         split: `test`; `train` shows how a model does on scenes it may have seen.
@@ -45,6 +46,7 @@ class Benchmark(_Base):
         *,
         count: int = 500,
         questions: int = 3,
+        question_scenes: int | None = None,
         captions: bool = True,
         seed: int = 0,
         split: str = "test",
@@ -52,14 +54,16 @@ class Benchmark(_Base):
     ) -> None:
         if not captions and not questions:
             raise UserError("scenes(captions=False, questions=0) asks nothing. Leave one of them out.")
-        self.captions = captions
+        if question_scenes is not None and question_scenes < 1:
+            raise UserError(f"scenes(question_scenes={question_scenes}) must be 1 or more; questions=0 asks none.")
+        self.captions, self.question_scenes = captions, question_scenes
         given = {"count": count, "seed": seed, "split": split, "questions": int(questions)} | ({"size": size} if size else {})
         self.data = f"scenes({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def items(self, samples: Sequence[Sample], vocabulary: Mapping[str, str] | None = None) -> list[Item]:
         """All captions, then all questions."""
         captions = [Item(sample.id, sample, CAPTIONS, sample.id) for sample in samples] if self.captions else []
-        return captions + [item for sample in samples for item in _questions(sample)]
+        return captions + [item for sample in samples[: self.question_scenes] for item in _questions(sample)]
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a caption against the scene's, or an answer against the right one."""
