@@ -52,7 +52,7 @@ class DemoSettings:
     held_out: int = 500
     question_scenes: int = 100
     epochs: float = 1
-    learning_rate: float = 3e-5
+    learning_rate: float = 5e-5
     batch_size: int = 8
 
 
@@ -174,6 +174,6 @@ def next_commands(folder: Path) -> list[str]:
     return [
         f"catpo inspect {folder / 'rewards'} --pair {store.pair_ids[0]}",
         f"catpo train --pairs {folder / 'pairs'} --rewards {folder / 'rewards'} --model builtin --output my-run --lora none "
-        "--objective \"catpo(alpha=0.2, shared='neutral')\" --learning-rate 3e-5 --epochs 2 --batch-size 8 --accumulation 1",
+        "--objective \"catpo(alpha=0.2, shared='neutral')\" --learning-rate 5e-5 --epochs 1 --batch-size 8 --accumulation 1",
         "catpo evaluate --model my-run/model --benchmarks 'scenes(count=500)' --output my-evaluation",
     ]
