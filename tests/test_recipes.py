@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from catpo import cli, recipes
+from catpo.demo import OBJECTIVES, DemoSettings
 from catpo.rewards import RewardStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
@@ -40,6 +41,14 @@ def test_the_demo_recipe_runs(
     cli.main(["inspect", str(folder / "rewards"), "--pair", store.pair_ids[0]])
     words = json.loads((folder / "pairs" / "pairs.jsonl").read_text().splitlines()[0])["chosen"]
     assert re.findall(r"\w+", words)[0] in capsys.readouterr().out
+
+
+def test_the_recipe_does_what_the_demo_does() -> None:
+    recipe, settings = recipes.read(RECIPE), DemoSettings()
+    assert recipe["pair"]["data"] == f"scenes(count={settings.pictures})"
+    train = {name: recipe["train"][name] for name in ("learning_rate", "epochs", "batch_size")}
+    assert train == {name: getattr(settings, name) for name in train}
+    assert recipe["train"]["objective"] in OBJECTIVES.values()
 
 
 def test_the_commands_in_the_recipes_comment_are_its_sections() -> None:
