@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from catpo import registry
-from catpo.benchmarks._base import Benchmark, Floats, Item
+from catpo.benchmarks._base import Benchmark, Item
+from catpo.comparison import resample
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.intervals import bootstrap_indices, interval
+from catpo.intervals import interval
 from catpo.progress import track
 from catpo.runs import (
     append_rows,
@@ -339,7 +338,7 @@ def _grade_row(folder: Path, task: _Task, item: Item, answers: Mapping[tuple[str
 
 def _scores(task: _Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     metrics = {}
-    for name, values in resample(type(task.benchmark), rows).items():
+    for name, values in resample(task.benchmark.summarise, rows, resamples=RESAMPLES).items():
         numbers = (float(values[0]), *interval(values[1:]))
         metrics[name] = {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), numbers, strict=True)}
     return {
@@ -349,24 +348,3 @@ def _scores(task: _Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "pictures": len({row["picture"] for row in rows}),
         "metrics": metrics,
     }
-
-
-def resample(
-    benchmark: type[Benchmark], rows: Sequence[Mapping[str, Any]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, Floats]:
-    """Metric -> [1 + resamples]: its value, then its value on each bootstrap draw of pictures.
-
-    Pictures are drawn, not items: answers about one picture are not independent. The same pictures give the same draws, so
-    two models' values can be subtracted draw by draw.
-    """
-    pictures = {name: place for place, name in enumerate(dict.fromkeys(row["picture"] for row in rows))}
-    drawn = bootstrap_indices(len(pictures), resamples=resamples, seed=seed)
-    times = np.ones((1 + resamples, len(pictures)))  # how often each picture is drawn
-    times[1:] = [np.bincount(draw, minlength=len(pictures)) for draw in drawn]
-    groups: dict[str, dict[str, Floats]] = {}
-    for row in rows:
-        counts = groups.setdefault(row["group"], {name: np.zeros(len(pictures)) for name in row["counts"]})
-        for name, count in row["counts"].items():
-            counts[name][pictures[row["picture"]]] += count
-    sums = {group: {name: times @ counts for name, counts in some.items()} for group, some in groups.items()}
-    return benchmark.summarise(sums)

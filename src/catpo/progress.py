@@ -25,7 +25,7 @@ def track(
     done: int = ...,
     enabled: bool = ...,
     stream: TextIO | TextIOBase | None = ...,
-) -> Track[int]: ...
+) -> Track[Any]: ...
 @overload
 def track(
     work: Collection[Item],

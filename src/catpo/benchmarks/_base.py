@@ -18,7 +18,7 @@ from catpo.types import Sample
 
 Floats = NDArray[np.float64]
 Sums = Mapping[str, Mapping[str, Floats]]
-"""Group -> count -> sums, any shape: one number, or one per bootstrap resample."""
+"""Group -> count -> sums, [1 + resamples] or any other shape but a single number."""
 
 CAPTIONS = "captions"
 """The group of captions; questions have the name of their split."""
@@ -125,8 +125,8 @@ def caption_metrics(sums: Mapping[str, Floats], *, has_tempting: bool = True) ->
         "chair_s": percent(sums["hallucinated_captions"], sums["captions"]),
         "cover": percent(sums["covered"], sums["present"]),
         "cog": percent(sums["tempted"], sums["objects"]),
-        "objects": percent(sums["objects"], sums["captions"]) / 100,
-        "words": percent(sums["words"], sums["captions"]) / 100,
+        "objects": ratio(sums["objects"], sums["captions"]),
+        "words": ratio(sums["words"], sums["captions"]),
         "repetition": percent(sums["repeated_runs"], sums["word_runs"]),
     }
     return metrics if has_tempting else {name: value for name, value in metrics.items() if name != "cog"}
@@ -176,5 +176,10 @@ def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
 
 def percent(part: Floats, whole: Floats) -> Floats:
     """100 · part / whole; not a number where whole is 0."""
+    return 100 * ratio(part, whole)
+
+
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """Part / whole; not a number where whole is 0."""
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
-    return 100 * np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
