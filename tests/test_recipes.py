@@ -48,6 +48,7 @@ def test_the_recipe_does_what_the_demo_does() -> None:
     assert recipe["pair"]["data"] == f"scenes(count={settings.pictures})"
     train = {name: recipe["train"][name] for name in ("learning_rate", "epochs", "batch_size")}
     assert train == {name: getattr(settings, name) for name in train}
+    assert train == {name: float(recipes.FOR_BUILTIN[name]) for name in train}
     assert recipe["train"]["objective"] in OBJECTIVES.values()
 
 

@@ -20,6 +20,8 @@ from catpo.errors import UserError, did_you_mean
 
 OWN_KEYS = frozenset({"output", "limit"})
 """Options that mean another thing in each section, so that a recipe cannot set them for all."""
+FOR_BUILTIN = {"lora": "null", "learning_rate": "5e-5", "epochs": 1, "batch_size": 8, "accumulation": 1}
+"""How the built-in model is trained, as in the demo."""
 
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -41,12 +43,15 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def starter(folder: str | Path = "runs/first") -> str:
-    """A recipe to start from: what must be set is set, the rest stands there as comments with its default."""
+    """A recipe to start from: what must be set is set, the rest stands there as comments with its default.
+
+    Training is set for the built-in model, since the defaults are those of the paper's 7B models.
+    """
     folder = Path(folder)
-    required: dict[str, dict[str, object]] = {
-        "pair": {"data": "scenes(count=400)", "output": folder / "pairs"},
+    given: dict[str, dict[str, object]] = {
+        "pair": {"data": "scenes(count=300)", "output": folder / "pairs"},
         "score": {"pairs": folder / "pairs", "output": folder / "rewards"},
-        "train": {"pairs": folder / "pairs", "rewards": folder / "rewards", "output": folder / "train"},
+        "train": {"pairs": folder / "pairs", "rewards": folder / "rewards", "output": folder / "train", **FOR_BUILTIN},
         "evaluate": {"model": folder / "train" / "model", "benchmarks": "[scenes]", "output": folder / "evaluation"},
         "report": {"pairs": folder / "pairs", "rewards": folder / "rewards", "runs": f"[{folder / 'train'}]",
                    "evaluations": f"[{folder / 'evaluation'}]", "output": folder / "report"},
@@ -62,8 +67,10 @@ def starter(folder: str | Path = "runs/first") -> str:
         lines += ["", f"{command}:"]
         documented = field_docs(options)
         for field in dataclasses.fields(options):
-            if field.name in required[command]:
-                lines += [f"  # {documented[field.name]}", f"  {field.name}: {required[command][field.name]}"]
+            if field.name in given[command]:
+                is_tuned = command == "train" and field.name in FOR_BUILTIN
+                note = f" For the built-in model; the default is {_as_yaml(field.default)}." if is_tuned else ""
+                lines += [f"  # {documented[field.name]}{note}", f"  {field.name}: {given[command][field.name]}"]
             elif field.default is not MISSING:
                 lines += [f"  # {documented[field.name]}", f"  # {field.name}: {_as_yaml(field.default)}"]
     return "\n".join(lines) + "\n"
