@@ -1,0 +1,358 @@
+"""The report as a file: self-contained, safe, complete, and its numbers those of the engines."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from catpo.comparison import Coverage, Difference, Estimate
+from catpo.errors import UserError
+from catpo.fusion import Fusion
+from catpo.quality import signal_quality
+from catpo.report.build import report
+from catpo.report.evaluations import BenchmarkTable, Cell
+from catpo.report.heatmap import heatmap
+from catpo.report.page import embed, policy
+from catpo.report.plots import Series, curves, histogram
+from catpo.report.verdicts import evaluation_verdicts
+from catpo.rewards import RewardStore
+from catpo.runs import read_rows
+from report_fixtures import GRID, HOSTILE, SIGNALS, make_evaluation, make_pairs, make_run, make_store
+
+HOSTILE_NAME = "<img src=x onerror=alert(1)> {{7*7}} & 'run'"
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the text of the page by element."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.open, self.scripts = [], "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.open.remove(tag)
+        if tag in ("th", "td", "p", "li"):
+            self.text += " "
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "style" not in self.open:
+            self.text += data
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+    def flat(self):
+        return " ".join(self.text.split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Everything a report can be made of, hostile texts among it."""
+    folder = tmp_path_factory.mktemp("report")
+    pairs = make_pairs(folder / "pairs", 4, hostile=True)
+    make_store(folder / "rewards", pairs)
+    make_run(folder / "runs" / "dpo", objective="dpo", net=0)
+    make_run(folder / "runs" / HOSTILE_NAME, objective=HOSTILE, seed=1)
+    for name, wrong in (("base", 0.4), ("dpo", 0.15), (HOSTILE_NAME, 0.3)):
+        make_evaluation(folder / "evaluations" / name, wrong=wrong, seed=len(name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def path(made):
+    return report(
+        output=made,
+        rewards=made / "rewards",
+        pairs=made / "pairs",
+        runs=[made / "runs" / "dpo", made / "runs" / HOSTILE_NAME],
+        evaluations=[made / "evaluations" / name for name in ("base", "dpo", HOSTILE_NAME)],
+        title=f"Report {HOSTILE_NAME}",
+    )
+
+
+@pytest.fixture(scope="module")
+def page(path):
+    return Page(path)
+
+
+# ---- one safe file ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing(path, page):
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "meta-refresh")
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
+    text = path.read_text(encoding="utf-8")
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert "fetch(" not in text and "XMLHttpRequest" not in text and "innerHTML" not in text and "eval(" not in text
+
+
+def test_the_content_policy_lets_in_this_script_and_style_only(path, page):
+    content = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    text = path.read_text(encoding="utf-8")
+    style = re.search(r"<style>(.*?)</style>", text, re.S)[1]
+    assert content == policy(style, page.scripts[1])
+    assert "default-src 'none'" in content and "unsafe" not in content
+    assert len(page.scripts) == 2
+    assert not [a for _, a in page.tags if "style" in a or any(name.startswith("on") for name in a)]
+
+
+def test_hostile_texts_are_text(page):
+    for name in ("hacked=1", HOSTILE_NAME):
+        assert not any(name in str(value) for tag, a in page.tags if tag in ("script", "img") for value in a.values())
+    assert f"Report {' '.join(HOSTILE_NAME.split())}" in page.flat()
+    assert HOSTILE in page.data["pairs"][0]["prompt"] or any(HOSTILE in pair["prompt"] for pair in page.data["pairs"])
+    assert [tag for tag, a in page.tags if tag == "img" and "onerror" in a] == []
+
+
+def test_embedded_json_cannot_end_its_element():
+    value = {"</script>": ["<!--", "\u2028\u2029&", float("nan"), np.float64(2.5), "\ud800"]}
+    text = embed(value)
+    assert not re.search(r"[<>&\u2028\u2029]", text)
+    assert json.loads(text) == {"</script>": ["<!--", "\u2028\u2029&", None, 2.5, "?"]}
+
+
+def test_the_same_input_gives_the_same_page(made, path, tmp_path):
+    options = {"rewards": made / "rewards", "pairs": made / "pairs", "evaluations": [made / "evaluations" / "base"]}
+    pages = [report(output=tmp_path / name, **options).read_bytes() for name in ("a.html", "b.html")]
+    assert pages[0] == pages[1]
+
+
+def test_the_report_reaches_no_torch():
+    check = (
+        "import sys, catpo.report.build, catpo.inspection; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_sixty_pairs_stay_small(tmp_path):
+    pairs = make_pairs(tmp_path / "pairs", 60)
+    path = report(output=tmp_path / "r.html", rewards=make_store(tmp_path / "rewards", pairs), pairs=tmp_path / "pairs")
+    assert path.stat().st_size < 2_000_000
+    assert len(Page(path).data["pairs"]) == 60
+
+
+# ---- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_what_the_store_holds(made, page):
+    store = RewardStore.open(made / "rewards")
+    data = page.data
+    assert [pair["id"] for pair in data["pairs"]] == store.pair_ids
+    assert data["signals"] == SIGNALS and data["can_fuse"]
+    for pair in data["pairs"]:
+        weights = store.weights(pair["id"])
+        assert pair["shared"] == weights.shared_count
+        for side in ("chosen", "rejected"):
+            row, shown = store.get(pair["id"], side), pair["sides"][side]
+            assert shown["pieces"] == list(row.pieces) and shown["token_labels"] == row.labels.tolist()
+            for name in SIGNALS:
+                np.testing.assert_allclose(shown["signals"][name], row.signals[name], rtol=1e-6)
+            assert shown["maps"]["grids"] == [list(GRID)]
+        assert len(pair["images"]) == 1 and data["images"][pair["images"][0]].startswith("data:image/webp;base64,")
+
+
+def test_auroc_and_net_coefficient_are_those_of_the_engines(made, page):
+    store = RewardStore.open(made / "rewards")
+    for row in signal_quality(store, Fusion()):
+        assert f"{row.signal} {row.overall.value:.3f}" in page.flat()
+    net = np.mean([store.weights(pair_id).net_shared_coefficient for pair_id in store])
+    assert f"net coefficient of shared-prefix tokens is {net:+.2f}" in page.flat().replace("−", "-")
+
+
+def test_the_tables_hold_the_scores_and_their_differences(made, page):
+    scores = json.loads((made / "evaluations" / "base" / "scores.json").read_text())
+    for metric in ("chair_i", "cover"):
+        value = scores["benchmarks"]["scenes"]["metrics"][metric]
+        assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in page.flat()
+    assert "CHAIRi at equal coverage" in page.flat() and "better" in page.flat()
+
+
+def test_changed_answers_are_shown_both_ways_with_their_pictures(made, page):
+    rows = {
+        name: {row["id"]: row for row in read_rows(made / "evaluations" / name / "grades.jsonl") if "mentions" in row}
+        for name in ("base", "dpo")
+    }
+    is_wrong = {name: {key: row["counts"]["hallucinated"] > 0 for key, row in some.items()} for name, some in rows.items()}
+    fixed = [key for key in is_wrong["base"] if is_wrong["base"][key] and not is_wrong["dpo"][key]]
+    broken = [key for key in is_wrong["base"] if not is_wrong["base"][key] and is_wrong["dpo"][key]]
+    assert fixed and f"dpo scenes {len(fixed)} {len(broken)}" in page.flat()
+    assert fixed[0] in page.flat()
+    items = [a for tag, a in page.tags if tag == "article" and a["data-model"] == "dpo"]
+    assert len([a for a in items if a["data-way"] == "fixed"]) == min(12, len(fixed))
+    assert any(tag == "img" and "data-image" in a for tag, a in page.tags)
+
+
+def test_drawings_are_named_for_screen_readers(page):
+    drawings = [a for tag, a in page.tags if tag == "svg"]
+    assert len(drawings) > 8
+    assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_given_is_a_page_of_notes(tmp_path):
+    page = Page(report(output=tmp_path))
+    for note in ("No pairs", "No evaluations", "No training runs"):
+        assert note in page.flat()
+
+
+@pytest.mark.parametrize("part", ["pairs", "rewards", "runs", "evaluations"])
+def test_each_part_alone_makes_a_page(made, tmp_path, part):
+    options = {
+        "pairs": made / "pairs",
+        "rewards": made / "rewards",
+        "runs": [made / "runs" / "dpo"],
+        "evaluations": [made / "evaluations" / "base"],
+    }
+    page = Page(report(output=tmp_path / "one.html", **{part: options[part]}))
+    sections = {a["id"] for tag, a in page.tags if tag == "section"}
+    expected = {"pairs": {"pairs"}, "rewards": {"pairs", "signals"}, "runs": {"training"}, "evaluations": {"evaluation"}}
+    assert sections == {"overview"} | expected[part]
+
+
+def test_a_store_without_maps_labels_or_the_papers_signals_makes_a_page(tmp_path):
+    pairs = make_pairs(tmp_path / "pairs", 3)
+    store = make_store(tmp_path / "rewards", pairs, signals=["patch_logit"], maps=False, labels=False)
+    page = Page(report(output=tmp_path, rewards=store, pairs=tmp_path / "pairs"))
+    for note in ("No weights", "No attention maps", "No AUROC"):
+        assert note in page.flat()
+    fused = Page(report(output=tmp_path, rewards=store, fusion=Fusion(signals={"patch_logit": 1.0})))
+    assert "No weights" not in fused.flat() and fused.data["can_fuse"]
+
+
+def test_pairs_that_the_source_does_not_have_are_shown_without_pictures(tmp_path):
+    store = make_store(tmp_path / "rewards", make_pairs(tmp_path / "pairs", 3))
+    make_pairs(tmp_path / "others", 2, hostile=True)
+    page = Page(report(output=tmp_path, rewards=store, pairs=tmp_path / "others"))
+    assert "without picture" in page.flat()
+
+
+def test_a_broken_picture_is_a_note(tmp_path):
+    store = make_store(tmp_path / "rewards", make_pairs(tmp_path / "pairs", 2))
+    picture = sorted((tmp_path / "pairs" / "images").iterdir())[0]
+    picture.write_bytes(b"not a picture")
+    assert picture.name in Page(report(output=tmp_path, rewards=store, pairs=tmp_path / "pairs")).flat()
+
+
+def test_evaluations_on_other_items_are_shown_without_differences(made, tmp_path):
+    other = make_evaluation(tmp_path / "other", options="scenes(count=41)")
+    page = Page(report(output=tmp_path, evaluations=[made / "evaluations" / "base", other]))
+    assert "equal coverage" not in page.flat()
+
+
+def test_max_pairs_takes_them_from_the_whole_store(made, tmp_path):
+    page = Page(report(output=tmp_path, rewards=made / "rewards", max_pairs=2))
+    ids = RewardStore.open(made / "rewards").pair_ids
+    assert [pair["id"] for pair in page.data["pairs"]] == [ids[0], ids[-1]]
+
+
+def test_the_base_comes_first_by_folder_or_by_name(made, tmp_path):
+    folders = [made / "evaluations" / name for name in ("base", "dpo")]
+    for base in (folders[1], "dpo"):
+        page = Page(report(output=tmp_path, evaluations=folders, base=base))
+        assert "the difference to dpo" in page.flat()
+
+
+def test_a_folder_that_holds_nothing_is_named(tmp_path):
+    for option in ("runs", "evaluations"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+            report(output=tmp_path, **{option: [tmp_path]})
+    with pytest.raises(UserError, match="not a reward store"):
+        report(output=tmp_path, rewards=tmp_path)
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def table(chair, cover, cut):
+    """A table of base and one model; each argument is a difference with its interval."""
+
+    def cells(metric, start, change):
+        difference = Difference("b", metric, start, start + change[0], Estimate(*change), 100)
+        return [Cell(Estimate(start, 0, 0), None, ""), Cell(Estimate(start + change[0], 0, 0), difference, "")]
+
+    coverage = [
+        Coverage("base", "b", 60.0, 3.0, Estimate(20.0, 18, 22), None),
+        Coverage("catpo", "b", 60.0, 3.0, Estimate(20.0 + cut[0], 0, 0), Estimate(*cut)),
+    ]
+    rows = [("CHAIRi", cells("chair_i", 24.1, chair)), ("Cover", cells("cover", 73.0, cover))]
+    return BenchmarkTable("b", "b", 100, ["base", "catpo"], rows, [], coverage, None)
+
+
+def test_a_clear_gain_that_lasts_at_equal_coverage_is_called_one():
+    (sentence,) = evaluation_verdicts([table((-8.8, -10.9, -6.7), (-2.1, -3, -1), (-5, -7, -3))])
+    assert sentence == (
+        "catpo cut CHAIRi from 24.1 to 15.3 (difference −8.8, 95 % interval −10.9 to −6.7); lowered Cover from 73.0 to 70.9 "
+        "(difference −2.1, 95 % interval −3.0 to −1.0). At equal coverage (every model cut to name 60.0 % of what is there) "
+        "its CHAIRi is 15.0 against 20.0 (difference −5.0, 95 % interval −7.0 to −3.0): the gain is not from saying less."
+    )
+
+
+def test_a_gain_that_is_gone_at_equal_coverage_is_told_so():
+    (sentence,) = evaluation_verdicts([table((-8.8, -10.9, -6.7), (-40, -45, -35), (-1, -3, 1))])
+    assert sentence.endswith("saying less may explain the gain.")
+
+
+def test_an_unclear_difference_is_no_gain():
+    (sentence,) = evaluation_verdicts([table((-0.8, -2.9, 1.3), (0.1, -1, 1), (-1, -3, 1))])
+    assert "left CHAIRi about where it was, 24.1 and 23.3" in sentence
+    assert "the gain" not in sentence
+
+
+# ---- maps and drawings -----------------------------------------------------------------------------------------------
+
+
+def test_a_heatmap_keeps_each_tokens_map_to_one_part_in_255():
+    maps = np.random.default_rng(0).random((3, 10)) * [[1], [0.01], [0]]
+    found = heatmap(maps, [(2, 3), (2, 2)])
+    levels = np.frombuffer(base64.b64decode(found.data), np.uint8).reshape(3, 10)
+    assert (np.abs(levels / 255 * np.array(found.peaks)[:, None] - maps) <= maps.max(1, keepdims=True) / 250).all()
+    assert found.grids == [(2, 3), (2, 2)] and found.peaks[2] == 0
+
+
+def test_pooled_maps_are_means_of_blocks_that_may_be_cut_off_at_the_edge():
+    maps = np.arange(15, dtype=float).reshape(1, 15)  # 3 x 5
+    found = heatmap(maps, [(3, 5)], pool=2)
+    levels = np.frombuffer(base64.b64decode(found.data), np.uint8) / 255 * found.peaks[0]
+    grid = maps.reshape(3, 5)
+    expected = [grid[r : r + 2, c : c + 2].mean() for r in (0, 2) for c in (0, 2, 4)]
+    assert found.grids == [(2, 3)]
+    np.testing.assert_allclose(levels, expected, atol=0.05)
+
+
+def test_a_map_of_another_size_than_its_grid_is_refused():
+    with pytest.raises(ValueError, match="7 patches, the grids 6"):
+        heatmap(np.zeros((1, 7)), [(2, 3)])
+
+
+def test_drawings_need_no_style_and_repeat_exactly():
+    def draw():
+        lines = [Series([1, 2, 3], [0.5, float("nan"), 0.1], 0), Series([1, 2], [2, 3], 9), Series([1], [1], 3)]
+        return curves(lines, x="step", y="loss", description='a "quoted" <name>', zero=True)
+
+    drawing = draw()
+    assert drawing == draw()
+    assert "style" not in drawing and "<metadata" not in drawing and "#0" not in drawing
+    assert 'aria-label="a &quot;quoted&quot; &lt;name&gt;"' in drawing
+    assert "var(--series-0)" in drawing and "currentColor" in drawing
+    assert histogram([[], [1.0, 1.0]], label="x", description="d") and histogram([], label="x", description="d")
