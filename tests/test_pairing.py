@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import tarfile
 import time
 
 import pytest
@@ -338,23 +337,3 @@ def test_the_built_in_model_makes_pairs_and_a_second_run_makes_the_same(builtin,
     for made in open_data(tmp_path / "a").pairs():
         assert all(span.label == "grounded" for span in made.labels["chosen"])
         assert any(span.label == "hallucinated" for span in made.labels["rejected"])
-
-
-def test_human_captions_of_photographs_against_the_built_in_models_answers(builtin, shared, tmp_path):
-    flickr = shared / "real-data" / "flickr8k"
-    captions: dict[str, list[str]] = {}
-    for line in (flickr / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
-        name, caption = line.split("\t")
-        captions.setdefault(name.split("#")[0], []).append(caption)
-    (tmp_path / "photos").mkdir()
-    rows = []
-    with tarfile.open(flickr / "images_160px_q80.tar") as tar:
-        for member in tar:
-            name = member.name.rsplit("/", 1)[-1]
-            if name in captions and len(rows) < 6:
-                (tmp_path / "photos" / name).write_bytes(tar.extractfile(member).read())
-                rows.append({"image": name, "references": captions[name]})
-    (tmp_path / "photos" / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = pair(model="builtin", data=tmp_path / "photos", output=tmp_path / "out", method="reference", progress=False)
-    assert result.kept == 6
-    assert {made.chosen for made in open_data(tmp_path / "out").pairs()} == {row["references"][0].strip() for row in rows}

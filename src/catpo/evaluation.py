@@ -150,22 +150,6 @@ def grade_answers(
         return _grade(folder, tasks)
 
 
-def format_scores(scores: Mapping[str, Any]) -> str:
-    """Scores as lines for the terminal: metric, value, 95 % interval."""
-    lines = []
-    for name, benchmark in scores["benchmarks"].items():
-        lines.append(
-            f"{benchmark['options']}: {scores['model']}, {benchmark['items']} answers on {benchmark['pictures']} pictures"
-        )
-        width = max(map(len, benchmark["metrics"]))
-        for metric, each in benchmark["metrics"].items():
-            value, low, high = (f"{each[key]:.1f}" if each[key] is not None else "-" for key in ("value", "low", "high"))
-            lines.append(f"  {metric:<{width}}  {value:>6}   {low} to {high}")
-        if name != list(scores["benchmarks"])[-1]:
-            lines.append("")
-    return "\n".join(lines)
-
-
 # ---- what is asked --------------------------------------------------------------------------------------------------------
 
 
