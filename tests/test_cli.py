@@ -32,15 +32,22 @@ Engine = Callable[..., dict[str, Any]]
 def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What an engine was called with; the engines themselves are not imported."""
     received: dict[str, Any] = {}
+    results = {
+        "pair": "12 pairs",
+        "score": [],
+        "train": types.SimpleNamespace(model="out/model"),
+        "evaluate": {"benchmarks": {}},
+    }
     for name, module in ENGINES.items():
 
-        def engine(**options: Any) -> Any:
+        def engine(*, _result: Any = results[name], **options: Any) -> Any:
             received.update(options)
-            return types.SimpleNamespace(model="model", path="out")
+            return _result
 
         fake = types.ModuleType(f"catpo.{module}")
         setattr(fake, name, engine)
         monkeypatch.setitem(sys.modules, f"catpo.{module}", fake)
+    monkeypatch.setattr("catpo.quality.signal_quality", lambda store: [])
     return received
 
 

@@ -21,7 +21,7 @@ class Dataset:
         Raises:
             UserError: this data set has none.
         """
-        raise UserError(f"{self.name} has no samples to answer, only finished pairs. Give it to `catpo score` or `catpo train`.")
+        raise UserError(f"{self.name} has no samples to answer, only finished pairs. Give it to `catpo score`.")
 
     def pairs(self) -> Iterator[PreferencePair]:
         """Preference pairs, in a fixed order.
@@ -29,4 +29,4 @@ class Dataset:
         Raises:
             UserError: this data set has none.
         """
-        raise UserError(f"{self.name} has no preference pairs. Make some first: `catpo pair --data {self.name} --output pairs`.")
+        raise UserError(f"{self.name} has no preference pairs. Make some: `catpo pair --data {self.name} --output pairs`.")
