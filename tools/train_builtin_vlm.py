@@ -1,7 +1,10 @@
-"""Train the built-in VLM from nothing on built-in pictures, on a CPU, reproducibly.
+r"""Train the built-in VLM from nothing on built-in pictures, on a CPU, reproducibly.
 
-    python tools/train_builtin_vlm.py --run runs/vlm --output src/catpo/assets/vlm
+    python tools/train_builtin_vlm.py --run runs/first --output runs/first/final
+    python tools/train_builtin_vlm.py --start runs/first/final --seed 1 --vision-steps 150 --vision-lr 1e-2 --lr 7e-4 \
+        --steps 700 --check-every 350 --run runs/second --output src/catpo/assets/vlm
 
+The packaged weights were made by these two commands, one after the other (docs/lab-notes.md has the log).
 First the vision tower alone learns which object each patch shows (a linear head, thrown away afterwards), then everything
 learns captions and answers together. The captions name tempting absent objects (`catpo/scenery/captions.py`): the model
 learns to see, and to hallucinate as its teachers do. Prints scores on held-out scenes as it goes; all in RUN/log.jsonl.

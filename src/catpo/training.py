@@ -121,11 +121,11 @@ def train(
             eval_strategy="epoch" if dev_pairs else "no",
             dataloader_num_workers=workers,
             bf16=bf16,
-            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             report_to=report_to,
             disable_tqdm=True,
             use_cpu=family.device.type == "cpu",
         )
+        config.gradient_checkpointing = gradient_checkpointing  # as an argument, newer transformers warn even of False
         trainer = CatPOTrainer(
             family, config, train_pairs, dev_pairs or None, peft_config=lora_config(lora, family) if lora else None,
             callbacks=[MetricsFile(output / "metrics.jsonl"), *([StepProgress()] if progress else [])],
