@@ -70,6 +70,7 @@ def measure(options: argparse.Namespace, output: str) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
+        "bf16": False,  # TRL would switch it on
         "disable_tqdm": True,
         "seed": 0,
         "beta": 0.1,

@@ -1,6 +1,7 @@
 """The report as a file: self-contained, safe, complete, and its numbers those of the engines."""
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from catpo.comparison import Coverage, Difference, Estimate
+from catpo.comparison import Coverage, Difference, Estimate, at_equal_coverage, load_evaluation
 from catpo.errors import UserError
 from catpo.fusion import Fusion
 from catpo.quality import signal_quality
@@ -292,19 +293,19 @@ def table(chair, cover, cut):
         return [Cell(Estimate(start, 0, 0), None, ""), Cell(Estimate(start + change[0], 0, 0), difference, "")]
 
     coverage = [
-        Coverage("base", "b", 60.0, 3.0, Estimate(20.0, 18, 22), None),
-        Coverage("catpo", "b", 60.0, 3.0, Estimate(20.0 + cut[0], 0, 0), Estimate(*cut)),
+        Coverage("base", "b", 60.0, 3.0, Estimate(20.0, 18, 22), True, None),
+        Coverage("catpo", "b", 60.0, 3.0, Estimate(20.0 + cut[0], 0, 0), False, Estimate(*cut)),
     ]
     rows = [("CHAIRi", cells("chair_i", 24.1, chair)), ("Cover", cells("cover", 73.0, cover))]
-    return BenchmarkTable("b", "b", 100, ["base", "catpo"], rows, [], coverage, None)
+    return BenchmarkTable("b", "b", 100, ["base", "catpo"], rows, [], coverage, None, None)
 
 
 def test_a_clear_gain_that_lasts_at_equal_coverage_is_called_one():
     (sentence,) = evaluation_verdicts([table((-8.8, -10.9, -6.7), (-2.1, -3, -1), (-5, -7, -3))])
     assert sentence == (
         "catpo cut CHAIRi from 24.1 to 15.3 (difference −8.8, 95 % interval −10.9 to −6.7); lowered Cover from 73.0 to 70.9 "
-        "(difference −2.1, 95 % interval −3.0 to −1.0). At equal coverage (every model cut to name 60.0 % of what is there) "
-        "its CHAIRi is 15.0 against 20.0 (difference −5.0, 95 % interval −7.0 to −3.0): the gain is not from saying less."
+        "(difference −2.1, 95 % interval −3.0 to −1.0). At equal coverage (60.0 %) its CHAIRi "
+        "is 15.0 against 20.0 (difference −5.0, 95 % interval −7.0 to −3.0): the gain is not from saying less."
     )
 
 
@@ -317,6 +318,24 @@ def test_an_unclear_difference_is_no_gain():
     (sentence,) = evaluation_verdicts([table((-0.8, -2.9, 1.3), (0.1, -1, 1), (-1, -3, 1))])
     assert "left CHAIRi about where it was, 24.1 and 23.3" in sentence
     assert "the gain" not in sentence
+
+
+def test_the_lowest_model_at_equal_coverage_is_named_with_its_lead():
+    found = table((-8, -10, -6), (0, -1, 1), (-5, -7, -3))
+    third = Coverage("dpo", "b", 60.0, 3.0, Estimate(14.0, 0, 0), True, Estimate(-6, -8, -4))
+    for lead, ending in ((Estimate(-1, -3, 1), "; which of the two is better is not clear."), (Estimate(-1, -1.5, -0.5), ").")):
+        best = dataclasses.replace(third, difference=lead)
+        sentence = evaluation_verdicts([dataclasses.replace(found, coverage=[*found.coverage, third], lead_of_best=best)])[0]
+        assert "dpo has the lowest CHAIRi of 3 models, 14.0; catpo comes next with 15.0 (difference −1.0" in sentence
+        assert sentence.endswith(ending)
+
+
+def test_the_lead_of_the_best_is_its_difference_to_the_next(made, page):
+    loaded = [load_evaluation(made / "evaluations" / name) for name in ("base", "dpo", HOSTILE_NAME)]
+    values = {row.model: row.chair_i.value for row in at_equal_coverage(loaded)}
+    best, following = sorted(values, key=values.__getitem__)[:2]
+    assert f"{best} has the lowest CHAIRi of 3 models, {values[best]:.1f}; {following} comes next" in page.flat()
+    assert f"(difference −{values[following] - values[best]:.1f}, 95 % interval" in page.flat()
 
 
 # ---- maps and drawings -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl", reason="TRL is a development dependency")
 STEPS = 20
 COMMON = dict(
     per_device_train_batch_size=2, learning_rate=5e-4, logging_steps=1, max_steps=STEPS, save_strategy="no", report_to=[],
-    use_cpu=True,
+    use_cpu=True, bf16=False,
     disable_tqdm=True, lr_scheduler_type="cosine", warmup_steps=2, seed=11, max_grad_norm=1.0, beta=0.1,
 )  # fmt: skip
 

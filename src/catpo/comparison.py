@@ -63,6 +63,8 @@ class Coverage:
     """Objects kept per caption to get there; a fraction is a mixture of captions cut at the next lower and higher number."""
     chair_i: Estimate
     """Hallucinated share of the objects kept, in percent."""
+    is_cut: bool
+    """False for the model of smallest Cover, whose captions stay whole."""
     difference: Estimate | None
     """`chair_i` minus that of the first evaluation, resampled together; None for the first."""
 
@@ -182,10 +184,17 @@ def at_equal_coverage(evaluations: Sequence[Evaluation], *, resamples: int = 100
         target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (draw)
         cut = [_cut(grounded, hallucinated, target) for grounded, hallucinated in sums]
         cover = _percent(target, draws.sum(curves[0].present))
-        for number, (evaluation, (objects, chair_i)) in enumerate(zip(evaluations, cut, strict=True)):
-            difference = _estimate(chair_i - cut[0][1]) if number else None
+        for number, (evaluation, curve, (objects, chair_i)) in enumerate(zip(evaluations, curves, cut, strict=True)):
             found.append(
-                Coverage(evaluation.name, benchmark, float(cover[0]), float(objects[0]), _estimate(chair_i), difference)
+                Coverage(
+                    model=evaluation.name,
+                    benchmark=benchmark,
+                    cover=float(cover[0]),
+                    objects=float(objects[0]),
+                    chair_i=_estimate(chair_i),
+                    is_cut=float(objects[0]) < curve.grounded.shape[1] - 1,
+                    difference=_estimate(chair_i - cut[0][1]) if number else None,
+                )
             )
     return found
 

@@ -91,6 +91,11 @@ class _Content:
     notes: list[str] = field(default_factory=list)
     """What is missing, and why."""
 
+    @property
+    def has_held_out(self) -> bool:
+        """Some run has logged pairs kept out of training."""
+        return any(run.last("eval_rewards/margins") is not None for run in self.runs)
+
 
 def _add_pairs(content: _Content, rewards: str | Path | None, pairs: str | Path | None, max_pairs: int, fusion: Fusion) -> None:
     if pairs is not None:

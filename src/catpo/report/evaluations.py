@@ -67,6 +67,8 @@ class BenchmarkTable:
     more_rows: list[tuple[str, list[Cell | None]]]
     """The same for what is folded away: of each split all but its accuracy and F1."""
     coverage: list[Coverage]
+    lead_of_best: Coverage | None
+    """The lowest CHAIRi at equal coverage, its difference being that to the next lowest; None with fewer than three models."""
     drawing: Markup | None
     """Cover against CHAIRi as captions are cut."""
 
@@ -157,8 +159,19 @@ def _table(
         rows,
         more_rows,
         coverage,
+        _lead_of_best(same, coverage, resamples),
         _coverage_drawing(same, benchmark, colours) if coverage else None,
     )
+
+
+def _lead_of_best(evaluations: Sequence[Evaluation], coverage: Sequence[Coverage], resamples: int) -> Coverage | None:
+    """The lowest CHAIRi at equal coverage against the next lowest; the others still decide how much is cut."""
+    if len(coverage) < 3:
+        return None
+    ranked = sorted(range(len(coverage)), key=lambda place: coverage[place].chair_i.value)
+    next_first = [evaluations[place] for place in (ranked[1], ranked[0], *ranked[2:])]
+    rows = at_equal_coverage(next_first, resamples=resamples)
+    return next(row for row in rows if row.benchmark == coverage[0].benchmark and row.model == coverage[ranked[0]].model)
 
 
 def _coverage_drawing(evaluations: Sequence[Evaluation], benchmark: str, colours: Mapping[str, int]) -> Markup:

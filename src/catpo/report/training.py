@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from catpo.errors import UserError
@@ -80,11 +81,11 @@ def load_run(folder: Path, name: str) -> Run:
 
 
 def training_curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[tuple[str, Markup]]:
-    """(title, drawing) of every metric that a run has logged."""
+    """(title, drawing) of every metric that a run has logged more than once."""
     drawings = []
     for metric, title in CURVES.items():
         lines = [line for run in runs if (line := run.series(metric, colours[run.name])) is not None]
-        if lines:
+        if any(len(np.atleast_1d(line.x)) > 1 for line in lines):
             drawings.append(
                 (
                     title,

@@ -59,7 +59,21 @@ def evaluation_verdicts(tables: Sequence[BenchmarkTable]) -> list[str]:
             sentence = f"{model} {said[0]}" + "".join(f"; {clause}" for clause in said[1:])
             cut = next((row for row in table.coverage if row.model == model and row.difference is not None), None)
             sentences.append(f"{sentence}.{_equal_coverage(cut, table, cells.get(CHAIR))}")
-    return sentences
+    return [sentence for table in tables for sentence in _ranking(table)] + sentences
+
+
+def _ranking(table: BenchmarkTable) -> list[str]:
+    """Who hallucinates least when all say equally much, and whether that is clear."""
+    best = table.lead_of_best
+    if best is None or best.difference is None:
+        return []
+    following = min((row for row in table.coverage if row.model != best.model), key=lambda row: row.chair_i.value)
+    clear = "" if best.difference.high < 0 else "; which of the two is better is not clear"
+    return [
+        f"At equal coverage (every model cut to name {number(best.cover)} % of what is there) {best.model} has the lowest {CHAIR} "
+        f"of {len(table.coverage)} models, {number(best.chair_i.value)}; {following.model} comes next with "
+        f"{number(following.chair_i.value)} ({between(best.difference)}){clear}."
+    ]
 
 
 def _main(cells: dict[str, Cell | None]) -> list[tuple[str, Cell]]:
@@ -87,7 +101,7 @@ def _equal_coverage(cut: Coverage | None, table: BenchmarkTable, chair: Cell | N
         return ""
     base = next(row for row in table.coverage if row.benchmark == cut.benchmark and row.difference is None)
     said = (
-        f" At equal coverage (every model cut to name {number(cut.cover)} % of what is there) its {CHAIR} is "
+        f" At equal coverage ({number(cut.cover)} %) its {CHAIR} is "
         f"{number(cut.chair_i.value)} against {number(base.chair_i.value)} ({between(cut.difference)})"
     )
     gained = chair is not None and chair.difference is not None and chair.difference.difference.high < 0
