@@ -70,8 +70,8 @@ def _ranking(table: BenchmarkTable) -> list[str]:
     following = min((row for row in table.coverage if row.model != best.model), key=lambda row: row.chair_i.value)
     clear = "" if best.difference.high < 0 else "; which of the two is better is not clear"
     return [
-        f"At equal coverage (every model cut to name {number(best.cover)} % of what is there) {best.model} has the lowest {CHAIR} "
-        f"of {len(table.coverage)} models, {number(best.chair_i.value)}; {following.model} comes next with "
+        f"At equal coverage (every model cut to name {number(best.cover)} % of what is there) {best.model} has the lowest "
+        f"{CHAIR} of {len(table.coverage)} models, {number(best.chair_i.value)}; {following.model} comes next with "
         f"{number(following.chair_i.value)} ({between(best.difference)}){clear}."
     ]
 
