@@ -142,7 +142,7 @@ def scores_of(evaluations: Sequence[Path]) -> dict[str, dict[str, float]]:
 def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSettings) -> Table:
     """The comparison; with several seeds, mean ± standard deviation over seeds."""
     table = Table(title=f"{settings.held_out} held-out scenes, greedy answers (percent; Cover and yes/no: higher is better)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True, min_width=max(map(len, rows)))
     for column in [*METRICS, EQUAL]:
         table.add_column(column, justify="right")
     for model, values in rows.items():
