@@ -66,6 +66,7 @@ def measure(options: argparse.Namespace, output: str) -> dict[str, Any]:
         "per_device_train_batch_size": options.pairs,
         "max_steps": options.steps + 1,
         "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",  # their defaults differ
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
