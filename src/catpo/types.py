@@ -85,6 +85,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class PatchGrid:
+    """Patches of a picture, or of one tile of it, in rows: as they stand in the prompt and as they lie on the picture."""
+
+    picture: int
+    """Number of the picture in its pair, from 0."""
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Left, top, right and bottom of the part of the picture that the patches show, as shares of its width and height."""
+    row_end: int = 0
+    """Image tokens after each row that show nothing (LLaVA-NeXT's newline); they are no patches."""
+    end: int = 0
+    """Image tokens after the last row that show nothing."""
+
+    @property
+    def size(self) -> int:
+        """Number of patches."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Span:
     """A labelled stretch of a response, in characters: `response[start:end]`."""
 
