@@ -97,8 +97,7 @@ def _peer(options: argparse.Namespace, pairs: list[PreferencePair], common: dict
     from trl import DPOConfig, DPOTrainer
 
     family = families.load(options.model)
-    for part in family.frozen_parts():
-        part.requires_grad_(False)
+    family.freeze_vision()
     message = [{"role": Value("string"), "content": Value("string")}]
     features = Features({"images": List(ImageFeature()), "prompt": message, "chosen": message, "rejected": message})
     rows = Dataset.from_list([_row(pair) for pair in pairs], features=features)

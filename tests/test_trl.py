@@ -56,8 +56,7 @@ def ours(folder, output, **options):
 def theirs(folder, output):
     """TRL on the same weights, with the same parts frozen."""
     family = families.load(folder)
-    for part in family.frozen_parts():
-        part.requires_grad_(False)
+    family.freeze_vision()
     reference = copy.deepcopy(family.model)
     arguments = trl.DPOConfig(output_dir=str(output), max_length=None, **COMMON)
     return trl.DPOTrainer(

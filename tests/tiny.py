@@ -30,7 +30,7 @@ TEMPLATE = (
 )
 
 
-def tokenizer(special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFast:
+def tokenizer(special: tuple[str, ...] = ("<image>",), extra: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def tokenizer(special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFas
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=extra or {"image_token": "<image>"},
     )
 
 

@@ -37,30 +37,27 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
     [rows, patches]; positions are those in the padded row, -1 where there is none.
     """
-    rows = (
-        [_packed_row(each) for each in encoded]
-        if prefix == "shared"
-        else [row for each in encoded for row in _separate_rows(each)]
-    )
+    rows = [row for each in encoded for row in _rows(family, each, prefix)]
     length = max(len(row.ids) for row in rows)
     shift = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
     sides = [(number, side) for number, row in enumerate(rows) for side in row.sides]
     moved = lambda positions, number: [position + shift[number] for position in positions]
+    padded = lambda values, fill: pad_indices([[fill] * count + row for count, row in zip(shift, values, strict=True)], fill=fill)
     tokens_at = pad_indices([moved(rows[number].tokens_at[side], number) for number, side in sides])
     predictors = pad_indices([moved(rows[number].predictors[side], number) for number, side in sides])
     response_ids = pad_indices([each.response_ids[side] for each in encoded for side in SIDES], fill=0)
-    segments = pad_indices([[-1] * shift[number] + row.segments for number, row in enumerate(rows)])
-    ids = pad_indices([[0] * shift[number] + row.ids for number, row in enumerate(rows)], fill=0)
-    source = [each for each in encoded for _ in range(1 if prefix == "shared" else 2)]
-    positions = torch.zeros_like(ids)
-    for number, (row, each) in enumerate(zip(rows, source, strict=True)):
-        positions[number, shift[number] : shift[number] + len(row.ids)] = family.positions(each, torch.tensor(row.segments))
+    segments = padded([row.segments for row in rows], -1)
     model_inputs = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "attention_mask": _visible(segments) if prefix == "shared" else (segments >= 0).long(),
-        **family.join_pixels([each.pixels for each in source]),
+        "input_ids": padded([row.ids for row in rows], 0),
+        "attention_mask": (segments >= 0).long(),
+        **{name: padded([row.inputs[name] for row in rows], 0) for name in rows[0].inputs},
+        **family.join_pixels([row.source.pixels for row in rows]),
     }
+    if rows[0].positions is not None:
+        model_inputs["position_ids"] = _padded_positions([row.positions for row in rows], shift, length)
+    if prefix == "shared":
+        visible = _visible(segments, padded([row.blocks for row in rows], -1))
+        model_inputs["attention_mask"] = family.attention_masks(visible, padded([row.index for row in rows], 0))
     pairs = len(encoded)
     return {
         "model_inputs": model_inputs,
@@ -69,51 +66,101 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         "predictors": predictors.view(pairs, 2, -1),
         "token_ids": response_ids.view(pairs, 2, -1),
         "mask": (tokens_at >= 0).view(pairs, 2, -1),
-        "patches": pad_indices([moved(each.patches, number) for number, each in enumerate(source)]),
+        "patches": pad_indices([moved(row.source.patches, number) for number, row in enumerate(rows)]),
         "pair_ids": [each.pair_id for each in encoded],
     }
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row before padding; positions count from its start."""
+    """One row before padding; places count from its start."""
 
+    source: Encoded
+    sides: tuple[Side, ...]
     ids: list[int]
     segments: list[int]
     """0 prompt, 1 chosen, 2 rejected."""
-    sides: tuple[str, ...]
-    tokens_at: dict[str, list[int]]
-    predictors: dict[str, list[int]]
-    """Position whose hidden state predicts the token: the one before, or the prompt's last for a first token."""
+    index: list[int]
+    """Place of each token in its own sequence: every response starts again where the prompt ended."""
+    blocks: list[int]
+    """Tokens of the same block >= 0 see each other whatever their order."""
+    positions: Int[Tensor, "*axes length"] | None
+    """Position ids; None leaves them to the model."""
+    inputs: dict[str, list[int]]
+    """Further model inputs with one value per token."""
+
+    @property
+    def tokens_at(self) -> dict[Side, list[int]]:
+        """Where each response stands."""
+        number = {side: SIDES.index(side) + 1 for side in self.sides}
+        return {side: [at for at, segment in enumerate(self.segments) if segment == number[side]] for side in self.sides}
+
+    @property
+    def predictors(self) -> dict[Side, list[int]]:
+        """Position whose hidden state predicts the token: the one before, or the prompt's last for a first token."""
+        last = len(self.source.prompt_ids) - 1
+        return {side: [last, *places[:-1]] for side, places in self.tokens_at.items()}
 
 
-def _packed_row(encoded: Encoded) -> _Row:
-    prompt, chosen, rejected = encoded.prompt_ids, encoded.response_ids["chosen"], encoded.response_ids["rejected"]
-    start, middle, end = len(prompt), len(prompt) + len(chosen), len(prompt) + len(chosen) + len(rejected)
-    tokens_at = {"chosen": list(range(start, middle)), "rejected": list(range(middle, end))}
-    predictors = {side: [start - 1, *positions[:-1]] for side, positions in tokens_at.items()}
-    segments = [0] * start + [1] * len(chosen) + [2] * len(rejected)
-    return _Row([*prompt, *chosen, *rejected], segments, SIDES, tokens_at, predictors)
+def _rows(family: Family, encoded: Encoded, prefix: Prefix) -> list[_Row]:
+    """One row with both responses, or one for each."""
+    return [_row(family, encoded, sides) for sides in ([SIDES] if prefix == "shared" else [("chosen",), ("rejected",)])]
 
 
-def _separate_rows(encoded: Encoded) -> list[_Row]:
+def _row(family: Family, encoded: Encoded, sides: tuple[Side, ...]) -> _Row:
     start = len(encoded.prompt_ids)
-    rows = []
-    for side in SIDES:
-        response = encoded.response_ids[side]
-        at = list(range(start, start + len(response)))
-        ids, segments = [*encoded.prompt_ids, *response], [0] * start + [1] * len(response)
-        rows.append(_Row(ids, segments, (side,), {side: at}, {side: [start - 1, *at[:-1]]}))
-    return rows
+    responses = [(SIDES.index(side) + 1, encoded.response_ids[side]) for side in sides]
+    count = sum(len(ids) for _, ids in responses)
+    index = [*range(start), *(start + place for _, ids in responses for place in range(len(ids)))]
+    fill = {name: [family.response_inputs.get(name, 0)] * count for name in encoded.prompt_inputs}
+    return _Row(
+        source=encoded,
+        sides=sides,
+        ids=[*encoded.prompt_ids, *(token for _, ids in responses for token in ids)],
+        segments=[0] * start + [number for number, ids in responses for _ in ids],
+        index=index,
+        blocks=[*family.prompt_blocks(encoded), *[-1] * count],
+        positions=_positions(family.prompt_positions(encoded), index),
+        inputs={name: [*values, *fill[name]] for name, values in encoded.prompt_inputs.items()},
+    )
 
 
-def _visible(segments: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
-    """Which key each query sees: causal, its own segment and the prompt; padding sees itself, so that no row is empty."""
+def _positions(prompt: Int[Tensor, "*axes prompt"] | None, index: Sequence[int]) -> Int[Tensor, "*axes length"] | None:
+    """Every response goes on one step after the furthest position of the prompt, on all axes."""
+    if prompt is None:
+        return None
+    start = prompt.shape[-1]
+    response = torch.tensor(index[start:], dtype=torch.long) - start + int(prompt.max()) + 1
+    return torch.cat([prompt, response.expand(*prompt.shape[:-1], -1)], dim=-1)
+
+
+def _padded_positions(rows: Sequence[Tensor], shift: Sequence[int], length: int) -> Int[Tensor, "*axes rows length"]:
+    table = torch.zeros(*rows[0].shape[:-1], len(rows), length, dtype=torch.long)
+    for number, (row, begin) in enumerate(zip(rows, shift, strict=True)):
+        table[..., number, begin : begin + row.shape[-1]] = row
+    return table
+
+
+def _visible(
+    segments: Int[Tensor, "rows length"], blocks: Int[Tensor, "rows length"]
+) -> Bool[Tensor, "rows 1 length length"]:
+    """Which key each query sees: earlier ones of its own segment and of the prompt, and all of its block.
+
+    Padding sees itself, so that no row is empty.
+    """
     query, key = segments[:, :, None], segments[:, None, :]
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
-    return (visible | torch.eye(length, dtype=torch.bool))[:, None]
+    own = causal & (key >= 0) & (query >= 0) & ((key == 0) | (key == query))
+    block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
+    return (own | block | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Nested tensors on a device; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return {name: to_device(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
 
 
 # ---- the model on a batch -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from catpo import registry
 from catpo.attention import AttentionRecorder, choose_heads, choose_layers
-from catpo.batching import Batch, pack, response_hidden, run_backbone, unflatten
+from catpo.batching import Batch, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
@@ -27,6 +27,7 @@ from catpo.head import token_stats
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock, versions
+from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.spec import Spec, check_options, parse
 from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
@@ -126,6 +127,8 @@ def score_pairs(
 ) -> RewardStore:
     """`score` on pairs that are in memory already."""
     settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
+    if pairs:
+        check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length)
     with lock(output):
         made_of = provenance(family, settings, hidden=hidden, maps=maps) | {"labels_hash": _labels_hash(pairs)}
@@ -223,7 +226,7 @@ class PairScorer:
             labels=token_labels(pieces, pair.response(side), pair.labels.get(side, ())),
             pieces=pieces,
             is_special=np.array([False] * (len(ids) - 1) + [True]),
-            grid=[size for grid in encoded.grids for size in grid],
+            grids=encoded.grids,
         )
         attention = evidence.attention.half().cpu().numpy()
         return ScoredResponse(row, run.hidden_states(number, side_number), attention)
@@ -311,7 +314,7 @@ class TeacherForced:
         picture = self.settings.patches
         spans = []
         for each in self.encoded:
-            sizes = [rows * columns for rows, columns in each.grids]
+            sizes = _patches_by_picture(each)
             if not isinstance(picture, int) or not 0 <= picture < len(sizes):
                 raise UserError(
                     f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here)."
@@ -380,13 +383,6 @@ def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Nested tensors on a device; what is no tensor stays."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {name: to_device(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
-
-
 def _by_length(
     scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
@@ -414,6 +410,13 @@ def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> 
             f"pair {pair.id}: signal {signal} gave {tuple(values.shape)} values, not {tokens} finite ones. Leave it out."
         )
     return values.float().cpu().numpy()
+
+
+def _patches_by_picture(encoded: Encoded) -> list[int]:
+    sizes = [0] * (1 + max(grid.picture for grid in encoded.grids))
+    for grid in encoded.grids:
+        sizes[grid.picture] += grid.size
+    return sizes
 
 
 def _joined_maps(maps: Sequence[np.ndarray]) -> np.ndarray:

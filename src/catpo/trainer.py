@@ -20,6 +20,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from catpo.attention import choose_layers
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
 from catpo.callbacks import FirstStepCheck
 from catpo.errors import UserError
@@ -31,6 +32,7 @@ from catpo.objectives._base import LossOutput, Objective
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
 from catpo.scoring import score_pairs
+from catpo.selfcheck import check_family
 from catpo.spec import parse
 from catpo.stats import PairStats, kl_direction, requirements
 from catpo.tensors import masked_sum
@@ -109,6 +111,8 @@ class CatPOTrainer(Trainer):
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
+        if train_pairs:
+            check_family(self.family, train_pairs[0], choose_layers("paper", self.family.depth))
         self.rewards = self._open_rewards(args, [*(train_pairs or []), *(eval_pairs or [])])
         self._prepare_model(args, peft_config, ref_model)
         collator = PairCollator(
@@ -169,8 +173,7 @@ class CatPOTrainer(Trainer):
             add_pair_forward(self.reference_model)
         model.requires_grad_(True)
         if not args.train_vision:
-            for part in self.family.frozen_parts():
-                part.requires_grad_(False)
+            self.family.freeze_vision()
         # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from catpo import registry
 from catpo.attention import recordable
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import UserError
 from catpo.head import Head
 from catpo.tensors import fingerprint
-from catpo.types import SIDES, Picture, PreferencePair, Sample, Side
+from catpo.types import SIDES, PatchGrid, Picture, PreferencePair, Sample, Side
 
+TOKEN_INPUTS = ("mm_token_type_ids", "token_type_ids")
+"""Model inputs beside the ids that have one value per token."""
 BUILTIN = Path(__file__).parent.parent / "assets" / "vlm"
 """The packaged model, called `builtin` on the command line."""
 
@@ -41,11 +46,13 @@ class Encoded:
     response_ids: Mapping[Side, list[int]]
     """The tokens the model would have generated for the text, end-of-sequence token included."""
     patches: list[int]
-    """Positions in the prompt that hold the image features, in order."""
-    grids: list[tuple[int, int]]
-    """Rows and columns of each picture's patches."""
+    """Positions in the prompt that hold image features of a picture's parts, in order; newline and border tokens are none."""
+    grids: list[PatchGrid]
+    """How the patches lie on the pictures, grid after grid; together they have as many as `patches`."""
     pixels: Mapping[str, Tensor] = field(default_factory=dict)
     """What the processor made of the pictures."""
+    prompt_inputs: Mapping[str, list[int]] = field(default_factory=dict)
+    """Further model inputs with one value per prompt token (`mm_token_type_ids`, `token_type_ids`)."""
 
     @property
     def length(self) -> int:
@@ -55,10 +62,12 @@ class Encoded:
 class Family:
     """A loaded VLM with its processor. Subclasses override what their architecture does differently."""
 
-    shares_prefix: ClassVar[bool] = True
+    shares_prefix: bool = True
     """Whether chosen and rejected may stand in one row behind one prompt (positions restart, own 4-D mask)."""
-    lora_targets: ClassVar[str] = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    """Linear layers of the decoder, as a regular expression for PEFT; never the vision tower or the projector."""
+    needs_check: bool = False
+    """Whether the model has to be compared with eager attention before it is used."""
+    response_inputs: ClassVar[Mapping[str, int]] = {}
+    """Value of a `prompt_inputs` entry on response tokens, where it is not 0."""
 
     def __init__(self, model: Any, processor: Any, *, model_id: str = "in memory", model_hash: str | None = None) -> None:
         self.model = model
@@ -131,30 +140,56 @@ class Family:
     def image_token_id(self) -> int:
         return self.unwrapped.config.image_token_id
 
-    @property
+    @cached_property
     def eos_token_id(self) -> int:
-        """The token that ends a response."""
+        """The token that ends a response: of those that stop generation, the one the chat template puts after an answer."""
         ids = self.unwrapped.generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in ids or ids == [None] else ids[0]
+        stops = [each for each in (ids if isinstance(ids, list) else [ids]) if each is not None]
+        after_answer = self._ids(self._after_answer)[:1]
+        for candidate in (*after_answer, self.tokenizer.eos_token_id, *stops):
+            if candidate in stops or (not stops and candidate is not None):
+                return candidate
+        raise UserError(f"{self.model_id} names no token that ends a response. Set eos_token_id in its generation_config.json.")
+
+    @property
+    def lora_targets(self) -> str:
+        """Linear layers of the decoder as a regular expression for PEFT; never the vision tower, projector or head."""
+        decoder = next(name for name, module in self.unwrapped.named_modules() if module is self.decoder)
+        linear = {name.rsplit(".", 1)[-1] for name, module in self.decoder.named_modules() if isinstance(module, nn.Linear)}
+        routing = {"gate", "router"}  # of a mixture of experts
+        return rf"{re.escape(decoder)}\..*\.({'|'.join(sorted(linear - routing))})"
 
     @property
     def device(self) -> torch.device:
         return next(self.unwrapped.parameters()).device
 
     def frozen_parts(self) -> Iterator[nn.Module]:
-        """Vision tower and projector: what stays as it is when the decoder trains."""
-        for name in ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "embed_vision"):
-            if hasattr(self.backbone, name):
-                yield getattr(self.backbone, name)
+        """Vision tower and projector, by whatever names: all of the backbone but the decoder. They stay when it trains."""
+        yield from (part for part in self.backbone.children() if part is not self.decoder)
+
+    def freeze_vision(self) -> None:
+        """Vision tower, projector and image tokens of their own (LLaVA-NeXT's newline) take no gradient any more."""
+        trained = {id(parameter) for parameter in self.decoder.parameters()}
+        for parameter in self.backbone.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad_(False)
 
     @contextmanager
     def recordable_attention(self) -> Iterator[None]:
         """Inside, the decoder's attention can be recorded; the vision tower keeps its own, and afterwards all is as before."""
-        config = self.unwrapped.config.get_text_config()
-        before = config._attn_implementation
-        base = before if before != "eager" else "eager"
-        self.unwrapped.set_attn_implementation({_text_config_name(self.unwrapped): recordable(base)})
+        with self._attention(recordable(self.unwrapped.config.get_text_config()._attn_implementation)):
+            yield
+
+    @contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Inside, the decoder computes whole attention maps: for comparisons only."""
+        with self._attention("eager"):
+            yield
+
+    @contextmanager
+    def _attention(self, implementation: str) -> Iterator[None]:
+        before = self.unwrapped.config.get_text_config()._attn_implementation
+        self.unwrapped.set_attn_implementation({_text_config_name(self.unwrapped): implementation})
         try:
             yield
         finally:
@@ -166,23 +201,21 @@ class Family:
         """A pair as token ids, pixels and patch positions; nothing is ever truncated.
 
         Raises:
-            UserError: the response holds a special token, the pair is longer than `max_length`, or the image tokens do not
+            UserError: a text holds a special token, the pair is longer than `max_length`, or the image tokens do not
                 match the picture; names the pair.
         """
         text = self.prompt_text(pair.prompt, len(pair.images), name=f"pair {pair.id}")
-        inputs = self.process([pair.images], [text])
+        pictures = [picture.open() for picture in pair.images]
+        inputs = self._processed([pictures], [text])
         prompt_ids = inputs.pop("input_ids")[0].tolist()
         inputs.pop("attention_mask", None)
-        patches = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
-        grids = self.grids(inputs, len(pair.images))
-        if len(patches) != sum(rows * columns for rows, columns in grids):
-            raise UserError(
-                f"pair {pair.id}: {len(patches)} image tokens, but patches form grids {grids}. Processor and model differ."
-            )
+        per_token = {name: inputs.pop(name)[0].tolist() for name in TOKEN_INPUTS if name in inputs}
+        grids = self.grids(prompt_ids, inputs, [picture.size for picture in pictures])
+        patches = self._patches(prompt_ids, grids, pair.id)
         response_ids = {
             side: self.response_ids(text, pair.response(side), name=f"pair {pair.id}, {side} response") for side in SIDES
         }
-        encoded = Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs)
+        encoded = Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs, per_token)
         longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
         if max_length is not None and longest > max_length:
             raise UserError(
@@ -191,22 +224,68 @@ class Family:
             )
         return encoded
 
+    def _patches(self, prompt_ids: Sequence[int], grids: Sequence[PatchGrid], pair_id: str) -> list[int]:
+        """Positions of the patches: image tokens without those that end a row or a picture."""
+        tokens = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
+        is_patch = [
+            each
+            for grid in grids
+            for each in [*([True] * grid.columns + [False] * grid.row_end) * grid.rows, *[False] * grid.end]
+        ]
+        if len(tokens) != len(is_patch):
+            raise UserError(
+                f"pair {pair_id}: {len(tokens)} image tokens, but patches form grids "
+                f"{[(grid.rows, grid.columns) for grid in grids]}. Processor and model differ."
+            )
+        return [position for position, counts in zip(tokens, is_patch, strict=True) if counts]
+
     def process(self, images: Sequence[Sequence[Picture]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
-        """The processor's output for prompts with pictures; the chat template has already set special tokens."""
-        pictures = [[picture.open() for picture in group] for group in images]
-        return dict(self.processor(images=pictures, text=list(texts), return_tensors="pt", add_special_tokens=False, **options))
+        """The processor's output for prompts with pictures."""
+        return self._processed([[picture.open() for picture in group] for group in images], texts, **options)
+
+    def _processed(self, pictures: Sequence[Sequence[Image]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
+        lacks_bos = any(self._begins_without_bos(text) for text in texts)  # all of them: they share a template
+        nested = [list(group) for group in pictures]
+        return dict(
+            self.processor(images=nested, text=list(texts), return_tensors="pt", add_special_tokens=lacks_bos, **options)
+        )
+
+    def _begins_without_bos(self, text: str) -> bool:
+        """Whether the tokenizer has to put the begin-of-sequence token: some chat templates write it, some leave it out."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and not text.startswith(bos)
 
     def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
-        """The model's own chat template around pictures and prompt, up to where the answer starts."""
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if placeholder in prompt:
-            raise UserError(
-                f"{name}: the prompt holds the image placeholder {placeholder}. Remove it; the chat template places pictures."
-            )
+        """The model's own chat template around pictures and prompt, up to where the answer starts.
+
+        Raises:
+            UserError: the prompt holds a special token, or the model has no chat template.
+        """
+        self._refuse_special(prompt, f"{name}: the prompt")
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        return self._chat([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, **options)
+        except ValueError as error:  # there is none
+            raise UserError(
+                f"{self.model_id} has no chat template, so its prompts are not known. Use an instruction-tuned checkpoint, or "
+                "put chat_template.jinja beside its processor."
+            ) from error
+
+    def _refuse_special(self, text: str, name: str) -> None:
+        found = next((token for token in self._special_tokens if token in text), None)
+        if found is not None:
+            raise UserError(
+                f"{name} holds the special token {found!r}, which would be read as an image or as the end. Remove it from the "
+                "text; pictures are placed by the chat template."
+            )
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        return sorted({image, *self.tokenizer.all_special_tokens} - {None, ""})
 
     def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
         """The tokens the model would generate for `response` after the prompt, with the end-of-sequence token.
@@ -216,29 +295,31 @@ class Family:
         Raises:
             UserError: a special token stands in the response.
         """
+        self._refuse_special(response, name)
         tail = prompt_text[-200:]  # enough context; placeholders are not expanded here
         before = self._ids(tail)
         lead = "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
         together = self._ids(tail + lead + response.strip())
         ids = together[len(before) :] if together[: len(before)] == before else self._ids(lead + response.strip())
-        special = [token for token in ids if token in set(self.tokenizer.all_special_ids) or token == self.image_token_id]
-        if special:
-            raise UserError(
-                f"{name} holds the special token {self.tokenizer.convert_ids_to_tokens(special[0])!r}, which would be read as "
-                "an image or as the end. Remove it from the text."
-            )
         return [*ids, self.eos_token_id]
 
-    @property
+    @cached_property
     def _answers_start_with_space(self) -> bool:
         """Whether the chat template puts a space between its last words and the answer (Vicuna's `ASSISTANT: …`)."""
-        if not hasattr(self, "_space"):
-            turn = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
-            ask = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            answer = {"role": "assistant", "content": [{"type": "text", "text": "xyzzy"}]}
-            full = self.processor.apply_chat_template([*turn, answer], tokenize=False)
-            self._space = full[len(ask) :].startswith(" xyzzy") if full.startswith(ask) else False
-        return self._space
+        return self._around_answer[0].startswith(" ")
+
+    @property
+    def _after_answer(self) -> str:
+        return self._around_answer[1]
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
+        """What the chat template writes between its generation prompt and an answer, and after the answer."""
+        turn = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
+        ask = self._chat(turn, add_generation_prompt=True)
+        full = self._chat([*turn, {"role": "assistant", "content": [{"type": "text", "text": "xyzzy"}]}])
+        before, found, after = full[len(ask) :].partition("xyzzy") if full.startswith(ask) else ("", "", "")
+        return (before, after) if found else ("", "")
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -255,20 +336,46 @@ class Family:
 
     # ---- what architectures do differently ----------------------------------------------------------------------------
 
-    def grids(self, pixels: Mapping[str, Tensor], image_count: int) -> list[tuple[int, int]]:
-        """Rows and columns of every picture's patches, as they stand in the token sequence."""
+    def grids(
+        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[PatchGrid]:
+        """The patches of every picture in the order of the image tokens; `sizes` are (width, height) of the pictures."""
         raise NotImplementedError
 
-    def positions(self, encoded: Encoded, segments: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
-        """Position ids of one packed row: the rejected response starts again where the prompt ended."""
-        prompt = len(encoded.prompt_ids)
-        index = torch.arange(len(segments))
-        is_rejected = segments == 2
-        return torch.where(is_rejected, index - len(encoded.response_ids["chosen"]), index) if prompt else index
+    def prompt_positions(self, encoded: Encoded) -> Int[Tensor, "*axes prompt"]:
+        """Position ids of the prompt; three rows of them for multi-axis rotary positions. The response goes on from the last."""
+        return torch.arange(len(encoded.prompt_ids))
+
+    def prompt_blocks(self, encoded: Encoded) -> list[int]:
+        """Prompt tokens of one block (a number >= 0) see each other whatever their order; -1 stands in no block."""
+        return [-1] * len(encoded.prompt_ids)
 
     def join_pixels(self, pixels: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The pictures of several rows as one model input."""
-        return {name: torch.cat([each[name] for each in pixels]) for name in pixels[0]}
+        """The pictures of several rows as one model input; tiles and borders that some rows lack are filled with zeros."""
+        return {name: _concatenate([each[name] for each in pixels]) for name in pixels[0]}
+
+    def attention_masks(
+        self, visible: Bool[Tensor, "rows 1 length length"], index: Int[Tensor, "rows length"]
+    ) -> Tensor | dict[str, Tensor]:
+        """The masks of a packed batch as the decoder takes them; sliding windows count from `index`, the place in the response.
+
+        A decoder with layers of both kinds takes one mask per kind, by the names in its `layer_types`.
+        """
+        config = self.unwrapped.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = set(getattr(config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
+        if "sliding_attention" not in kinds and (window is None or kinds):
+            return self._mask(visible)
+        near = (index[:, :, None] - index[:, None, :] < window)[:, None]
+        sliding = self._mask(visible & near)
+        return {"full_attention": self._mask(visible), "sliding_attention": sliding} if kinds else sliding
+
+    def _mask(self, visible: Bool[Tensor, "rows 1 length length"]) -> Tensor:
+        """As booleans for fused attention; as numbers to add for eager attention."""
+        if not self.unwrapped.config.get_text_config()._attn_implementation.endswith("eager"):
+            return visible
+        dtype = self.unwrapped.dtype
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     # ---- generation ---------------------------------------------------------------------------------------------------
 
@@ -315,6 +422,16 @@ class Family:
                 progress(len(batch))
         self.model.train(was_training)
         return answers
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Along the first axis; the others are filled up with zeros to the longest."""
+    sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, tensors[0].ndim)]
+    filled = []
+    for tensor in tensors:
+        missing = [amount for axis in reversed(range(1, tensor.ndim)) for amount in (0, sizes[axis - 1] - tensor.shape[axis])]
+        filled.append(nn.functional.pad(tensor, missing) if any(missing) else tensor)
+    return torch.cat(filled)
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
@@ -376,17 +493,10 @@ def load(
 
 
 def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
-    """The family of a model that is already in memory.
-
-    Raises:
-        UserError: there is none for its `config.model_type`.
-    """
+    """The family of a model that is already in memory, by its `config.model_type`; the generic one if it has none of its own."""
     name = model_type or str(model.config.model_type)
-    if name not in registry.names("families"):
-        raise UserError(
-            f"'{model_id}' is of type '{name}', for which there is no family. {did_you_mean(name, registry.names('families'))}"
-        )
-    return registry.load("families", name)(model, processor, model_id=model_id)
+    known = set(registry.names("families")) - {"generic"}
+    return registry.load("families", name if name in known else "generic")(model, processor, model_id=model_id)
 
 
 @contextmanager
