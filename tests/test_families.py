@@ -20,7 +20,7 @@ from catpo.selfcheck import check_family
 from catpo.types import Picture, Sample
 
 EVERY = list(BUILDERS)
-MANY_PICTURES = [name for name in EVERY if name != "paligemma"]
+MANY_PICTURES = [name for name in EVERY if not name.startswith("paligemma")]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,122 @@ def test_teacher_forcing_sees_what_generation_saw(family, name):
     assert greedy_surprise(family(name), sized_pair(0)) < 1e-4
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("paligemma")])
+def test_response_tokens_are_those_of_the_whole_conversation(family, name):
+    """The chat template around question and answer, tokenised at once, has the prompt's and the response's tokens."""
+    ours, one = family(name), sized_pair(0)
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.prompt}]},
+        {"role": "assistant", "content": [{"type": "text", "text": one.chosen}]},
+    ]
+    encoded = ours.encode(one)
+    whole = ours.process([one.images], [ours.processor.apply_chat_template(turns, tokenize=False)])["input_ids"][0].tolist()
+    together = [*encoded.prompt_ids, *encoded.response_ids["chosen"]]
+    assert whole[: len(together)] == together
+    assert together[-1] == ours.eos_token_id and ours.eos_token_id not in together[len(encoded.prompt_ids) : -1]
+    assert "".join(ours.pieces(encoded.response_ids["chosen"][:-1])).strip() == one.chosen
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_prompt_begins_with_one_bos_token(family, name):
+    ours = family(name)
+    ids = ours.encode(sized_pair(0)).prompt_ids
+    assert ids.count(ours.tokenizer.bos_token_id) == (0 if ours.tokenizer.bos_token is None else 1)
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_text_with_an_image_or_end_token_is_refused(family, name, field):
+    ours, one = family(name), sized_pair(0)
+    for special in (ours.tokenizer.convert_ids_to_tokens(ours.image_token_id), ours.tokenizer.eos_token):
+        with pytest.raises(UserError, match=f"pair {one.id}.*special token"):
+            ours.encode(replace(one, **{field: f"a {special} cat"}))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_lora_targets_are_all_linear_layers_of_the_decoder_and_no_other(family, name):
+    ours = family(name)
+    modules = dict(ours.unwrapped.named_modules())
+    matched = {name for name in modules if re.fullmatch(ours.lora_targets, name)}
+    inside = {id(module) for module in ours.decoder.modules()}
+    linear = {name for name, module in modules.items() if id(module) in inside and isinstance(module, torch.nn.Linear)}
+    assert matched == linear and len(matched) >= 21  # 7 in each of 3 layers
+
+
+def test_a_pair_longer_than_the_window_of_paligemma_2_is_refused(family):
+    long = replace(sized_pair(0), chosen="a cat and a dog " * 30)
+    with pytest.raises(UserError, match="sliding window"):
+        difference_from_plain(family("paligemma2"), [long], "shared")
+
+
+# ---- models without a family of their own ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, shares_prefix", [("vipllava", True), ("aya_vision", True), ("glm4v", False)])
+def test_an_unknown_model_is_compared_with_eager_attention_and_then_used(name, shares_prefix):
+    """GLM-4V has positions in three axes that only the model itself knows: it gets two rows."""
+    ours = build(name)
+    assert ours.needs_check
+    check_family(ours, sized_pair(0), range(3))
+    assert not ours.needs_check and ours.shares_prefix == shares_prefix
+    prefix = "shared" if shares_prefix else "separate"
+    logps, attention = difference_from_plain(ours, [sized_pair(number) for number in range(3)], prefix)
+    assert logps < 1e-4 and attention < 1e-4
+    assert greedy_surprise(ours, sized_pair(0)) < 1e-4
+
+
+def test_layers_without_attention_are_named_and_others_can_be_chosen():
+    ours = build("lfm2_vl")  # its first layer is a convolution
+    with pytest.raises(UserError, match=r"layers \[0\] return no attention maps.*layers=\[1, 2\]"):
+        check_family(ours, sized_pair(0), range(3))
+    check_family(ours, sized_pair(0), [1, 2])
+    assert not ours.shares_prefix  # the convolution would see the other response
+
+
+def test_a_model_that_looks_at_the_picture_elsewhere_is_refused():
+    with pytest.raises(UserError, match="type 'mllama'.*family of its own"):
+        check_family(build("mllama"), sized_pair(0), range(3))
+
+
+def test_image_tokens_that_carry_no_picture_are_refused():
+    ours = build("vipllava")
+    ours.backbone.multi_modal_projector.linear_2.weight.data.zero_()
+    with pytest.raises(UserError, match="do not carry the picture"):
+        check_family(ours, sized_pair(0), range(3))
+
+
+def test_an_unknown_model_whose_attention_is_not_what_it_seems_is_refused():
+    """A layer that scales its scores in eager attention only, as soft caps are: fused attention does not know."""
+    ours = build("vipllava")
+    attention = ours.decoder.layers[1].self_attn
+    plain = attention.forward
+
+    def forward(*arguments, **options):
+        attention.scaling = 0.5 if attention.config._attn_implementation == "eager" else 0.25
+        return plain(*arguments, **options)
+
+    attention.forward = forward
+    with pytest.raises(UserError, match="attention to the picture cannot be read: .* off the plain forward|log-probs cannot"):
+        check_family(ours, sized_pair(0), range(3))
+
+
+def test_an_unknown_model_with_a_head_of_its_own_making_is_refused():
+    ours = build("vipllava")
+    plain = ours.unwrapped.forward
+
+    def forward(*arguments, **options):
+        output = plain(*arguments, **options)
+        output.logits = output.logits * 0.5
+        return output
+
+    ours.unwrapped.forward = forward
+    with pytest.raises(UserError, match="log-probs cannot be read"):
+        check_family(ours, sized_pair(0), range(3))
+
+
+# ---- where the patches are ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_patches_lie_where_the_picture_changes(name):
     """Noise in one corner of the picture changes the features of that corner's patches only, in every grid that shows it.
@@ -123,14 +239,9 @@ def as_pair(pixels):
 
 def features(family, encoded):
     """Patch features as they enter the language model, [patches, width]."""
-    taken = {}
-    handle = family.decoder.register_forward_pre_hook(
-        lambda module, arguments, options: taken.update(options), with_kwargs=True
-    )
-    with torch.no_grad():
+    with family.decoder_inputs() as taken:
         plain_outputs(family, encoded, "chosen")
-    handle.remove()
-    return taken["inputs_embeds"][0, encoded.patches]
+    return taken["embeddings"][0, encoded.patches]
 
 
 def covered(grid, row, column, corner, share=0.4):

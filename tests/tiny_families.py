@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers as tf
 from tiny import tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from catpo.families._base import Family, family_of
 
@@ -17,7 +18,7 @@ END = "<|end|>"
 def build(name: str, seed: int = 0, *, sharp: float = 12.0) -> Family:
     """A model of about 100 thousand parameters; `sharp` scales queries and keys, so that errors of attention would show."""
     torch.manual_seed(seed)
-    model, processor = BUILDERS[name]()
+    model, processor = (BUILDERS | OTHERS)[name]()
     model.eval()
     model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(END)
     model.generation_config.pad_token_id = 0
@@ -31,15 +32,22 @@ def build(name: str, seed: int = 0, *, sharp: float = 12.0) -> Family:
 def chat(image: str, *, bos: str = "", system: str = "") -> str:
     """A chat template in which every picture is written as `image`."""
     return (
-        bos + system + "{% for m in messages %}{{ m['role'] + ':\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        bos
+        + system
+        + "{% for m in messages %}{{ m['role'] + ':\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
         "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
         "{% endif %}{{ '" + END + "\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
     )
 
 
 def words(**tokens: str) -> Any:
-    """A tokenizer that knows the family's tokens by their attribute names (`image_token="<image>"`)."""
-    return tokenizer((END, *dict.fromkeys(tokens.values())), extra=tokens)
+    """A tokenizer that knows the family's tokens by their attribute names (`image_token="<image>"`).
+
+    It puts a begin-of-sequence token of its own, as Llama's do; some chat templates write one as well.
+    """
+    made = tokenizer((END, *dict.fromkeys(tokens.values())), extra=tokens)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.bos_token_id)])
+    return made
 
 
 def text(kind: str | None, tokens: Any, **more: Any) -> dict[str, Any]:
@@ -162,9 +170,7 @@ def internvl() -> tuple[Any, Any]:
         vision_config=vision(image_size=[56, 56], patch_size=[14, 14]), text_config=text("qwen2", tokens),
         image_token_id=tokens.context_image_token_id, image_seq_length=4, downsample_ratio=0.5,
     )  # fmt: skip
-    pictures = tf.GotOcr2ImageProcessor(
-        size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    pictures = tf.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=4)
     return tf.InternVLForConditionalGeneration(config), tf.InternVLProcessor(
         pictures, tokens, tf.InternVLVideoProcessor(), image_seq_length=4, chat_template=chat("<IMG_CONTEXT>\n")
     )
@@ -212,19 +218,29 @@ def gemma3() -> tuple[Any, Any]:
     pictures = tf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     model = tf.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # made as zeros
-    return model, tf.Gemma3Processor(
-        pictures, tokens, image_seq_length=4, chat_template=chat("<start_of_image>", bos="<s>")
-    )
+    return model, tf.Gemma3Processor(pictures, tokens, image_seq_length=4, chat_template=chat("<start_of_image>", bos="<s>"))
 
 
 def paligemma() -> tuple[Any, Any]:
+    return with_prefix(dict(model_type="gemma"))
+
+
+def paligemma2() -> tuple[Any, Any]:
+    """Gemma 2 decoder: soft caps on attention scores and logits, every other layer with a sliding window."""
+    return with_prefix(
+        dict(model_type="gemma2", sliding_window=64, query_pre_attn_scalar=16, attn_logit_softcapping=5.0,
+             final_logit_softcapping=3.0)
+    )  # fmt: skip
+
+
+def with_prefix(decoder: dict[str, Any]) -> tuple[Any, Any]:
     tokens = words(image_token="<image>")
     pictures = tf.SiglipImageProcessor(size={"height": 56, "width": 56})
     pictures.image_seq_length = 16
     processor = tf.PaliGemmaProcessor(pictures, tokens)
     config = tf.PaliGemmaConfig(
         vision_config=vision(model_type="siglip_vision_model", image_size=56, projection_dim=64, vision_use_head=False),
-        text_config=text("gemma", tokens, head_dim=16), image_token_index=tokens.image_token_id, projection_dim=64,
+        text_config=text(None, tokens, head_dim=16) | decoder, image_token_index=tokens.image_token_id, projection_dim=64,
         hidden_size=64,
     )  # fmt: skip
     return tf.PaliGemmaForConditionalGeneration(config), processor
@@ -257,10 +273,81 @@ def vipllava() -> tuple[Any, Any]:
     )  # fmt: skip
 
 
+def aya_vision() -> tuple[Any, Any]:
+    """A decoder of parallel blocks whose layers differ: three with a sliding window and rotary positions, one with neither."""
+    names = dict(start_of_img_token="<soi>", end_of_img_token="<eoi>", img_patch_token="<patch>", img_line_break_token="<line>")
+    tokens = words(image_token="<image>", **names, tile_token="TILE", tile_global_token="TILE_GLOBAL", tile="<patch>")
+    config = tf.AyaVisionConfig(
+        vision_config=vision(model_type="siglip_vision_model", image_size=56, vision_use_head=False),
+        text_config=text("cohere2", tokens, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+        image_token_index=tokens.tile_id,
+    )  # fmt: skip
+    pictures = tf.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=False)
+    return tf.AyaVisionForConditionalGeneration(config), tf.AyaVisionProcessor(
+        pictures, tokens, patch_size=14, img_size=56, downsample_factor=2, chat_template=chat("<image>"), **names
+    )
+
+
+def glm4v() -> tuple[Any, Any]:
+    """Positions in three axes that catpo knows nothing of."""
+    tokens = words(
+        image_token="<|image|>", video_token="<|video|>", begin="<|begin_of_image|>", finish="<|end_of_image|>",
+        begin_video="<|begin_of_video|>", finish_video="<|end_of_video|>",
+    )  # fmt: skip
+    tower = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=14, out_hidden_size=64, image_size=56)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = tf.Glm4vConfig(
+        text_config=text(None, tokens, rope_parameters=rope), vision_config=tower, image_token_id=tokens.image_token_id,
+        video_token_id=tokens.video_token_id, image_start_token_id=tokens.begin_id, image_end_token_id=tokens.finish_id,
+        video_start_token_id=tokens.begin_video_id, video_end_token_id=tokens.finish_video_id,
+    )  # fmt: skip
+    pictures = tf.Glm4vImageProcessor(patch_size=14, size={"shortest_edge": 112 * 56, "longest_edge": 112 * 112 * 2})
+    return tf.Glm4vForConditionalGeneration(config), tf.Glm4vProcessor(
+        pictures, tokens, tf.Glm4vVideoProcessor(patch_size=14),
+        chat_template=chat("<|begin_of_image|><|image|><|end_of_image|>"),
+    )  # fmt: skip
+
+
+def lfm2_vl() -> tuple[Any, Any]:
+    """Convolutions between the attention layers, which mix neighbours of a row whatever the mask says."""
+    tokens = words(
+        image_token="<image>", image_start_token="<|image_start|>", image_end_token="<|image_end|>",
+        image_thumbnail="<|img_thumbnail|>",
+    )  # fmt: skip
+    config = tf.Lfm2VlConfig(
+        text_config=text("lfm2", tokens, layer_types=["conv", "full_attention", "full_attention"]),
+        vision_config=vision(model_type="siglip2_vision_model", num_patches=64, vision_use_head=False),
+        image_token_id=tokens.image_token_id, projector_hidden_size=48,
+    )  # fmt: skip
+    pictures = tf.Lfm2VlImageProcessor(
+        encoder_patch_size=14, downsample_factor=2, do_image_splitting=False, min_image_tokens=4, max_image_tokens=16,
+        max_num_patches=64, tile_size=56,
+    )  # fmt: skip
+    return tf.Lfm2VlForConditionalGeneration(config), tf.Lfm2VlProcessor(pictures, tokens, chat_template=chat("<image>"))
+
+
+def mllama() -> tuple[Any, Any]:
+    """Looks at the picture in cross-attention layers: its one image token carries nothing."""
+    tokens = words(image_token="<|image|>", python_token="<|python_tag|>")
+    config = tf.MllamaConfig(
+        vision_config=dict(
+            hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4, intermediate_size=48,
+            vision_output_dim=64, image_size=56, patch_size=14, intermediate_layers_indices=[0], max_num_tiles=4,
+        ),
+        text_config=text(None, tokens, cross_attention_layers=[1]) | dict(num_hidden_layers=3),
+        image_token_index=tokens.image_token_id,
+    )  # fmt: skip
+    pictures = tf.MllamaImageProcessor(size={"height": 56, "width": 56}, max_image_tiles=4)
+    return tf.MllamaForConditionalGeneration(config), tf.MllamaProcessor(pictures, tokens, chat_template=chat("<|image|>"))
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     build.__name__: build
     for build in (
         llava, pixtral, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, idefics3, smolvlm, gemma3,
-        paligemma, mistral3, vipllava,
+        paligemma, paligemma2, mistral3, vipllava,
     )
 }  # fmt: skip
+"""Of every family, and one without a family of its own."""
+OTHERS: dict[str, Callable[[], tuple[Any, Any]]] = {build.__name__: build for build in (aya_vision, glm4v, lfm2_vl, mllama)}
+"""More model types without a family of their own."""

@@ -7,6 +7,7 @@ the layers asked for. No [length, length] map exists at any time. Knows nothing 
 from __future__ import annotations
 
 import contextvars
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,11 +179,10 @@ def recordable(base: str) -> str:
     name = f"catpo_{base}"
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
-    if base not in ALL_ATTENTION_FUNCTIONS:
+    if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
         raise UserError(
             f"attention implementation '{base}' cannot be recorded. Load the model with attn_implementation='sdpa'."
         )
-    fused = ALL_ATTENTION_FUNCTIONS[base]
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -190,6 +190,9 @@ def recordable(base: str) -> str:
         recorder = _active.get()
         if recorder is not None:
             recorder.observe(module, query, key, attention_mask, options)
+        fused = (
+            ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else sys.modules[type(module).__module__].eager_attention_forward
+        )
         return fused(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(name, attend)

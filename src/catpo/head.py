@@ -5,6 +5,8 @@ No [tokens, vocabulary] tensor outlives a chunk, forward or backward. Knows noth
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,8 +38,9 @@ class Head:
         """The output head of a transformers model."""
         layer = model.get_output_embeddings()
         text = model.config.get_text_config()
-        scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-        return cls(layer.weight, getattr(layer, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
+        given = {name: getattr(text, name, None) for name in _applied(type(model))}
+        scale = given.get("logit_scale") or 1.0 / (given.get("logits_scaling") or 1.0)
+        return cls(layer.weight, getattr(layer, "bias", None), scale, given.get("final_logit_softcapping"))
 
     def frozen_copy(self) -> Head:
         """The head as it is now, for a reference that must not follow the training."""
@@ -60,6 +63,17 @@ class Head:
     def to_hidden(self, gradient: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """From the gradient of `logits(...)` to that of the hidden states."""
         return self.logits_gradient(gradient, logits).to(dtype) @ self.weight.to(dtype)
+
+
+@functools.cache
+def _applied(model: type) -> tuple[str, ...]:
+    """What a model class does to its logits, of what its decoder's configuration may name.
+
+    Read off its `forward`: in transformers 5.23 PaliGemma caps the logits of a Gemma 2 decoder, but AyaVision leaves those of
+    its Cohere decoder unscaled, although the decoder alone would scale them.
+    """
+    source = inspect.getsource(model.forward)  # type: ignore[attr-defined]
+    return tuple(name for name in ("logit_scale", "logits_scaling", "final_logit_softcapping") if name in source)
 
 
 class TokenStats(NamedTuple):

@@ -247,17 +247,8 @@ class TeacherForced:
         self.head = family.head
         self.batch = self._pack(encoded)
         recorder = self._recorder()
-        taken: dict[str, Tensor] = {}
-
-        def take(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            taken["embeddings"] = options["inputs_embeds"] if "inputs_embeds" in options else arguments[0]
-
-        handle = family.decoder.register_forward_pre_hook(take, with_kwargs=True)
-        try:
-            with recorder:
-                self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
-        finally:
-            handle.remove()
+        with recorder, family.decoder_inputs() as taken:
+            self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
         pairs_count, _, tokens = self.batch["mask"].shape
         self.attention = recorder.mean().reshape(pairs_count, 2, tokens, -1)  # a row holds both sides, or one

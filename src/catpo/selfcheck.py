@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,68 +19,118 @@ from catpo.batching import Batch, pack, response_hidden, run_backbone, to_device
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
+from catpo.tensors import arithmetic_dtype
 from catpo.types import PreferencePair
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest difference of an attention probability, or of a log-prob, by precision; 0.05 in half precision."""
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError)
+"""What models raise when they do not take masks, positions or rows of ours."""
+PER_TOKEN = ("row", "predictors", "token_ids", "mask")
+Outputs = dict[str, Tensor]
 _log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def check_family(family: Family, pair: PreferencePair, layers: Sequence[int]) -> None:
-    """Compare a model of unknown type with eager attention on one pair, and find out whether it can share the prefix.
+def check_family(family: Family, pair: PreferencePair, layers: Sequence[int] = ()) -> None:
+    """Compare a model of unknown type with its own eager forward on one pair, and find out whether it can share the prefix.
 
-    Costs one layer's [heads, length, length] map of one response at a time. Afterwards `family.shares_prefix` is what was found.
+    `layers` are those whose attention will be recorded. Costs one layer's [heads, length, length] map of one response at a
+    time. Afterwards `family.shares_prefix` is what was found.
 
     Raises:
-        UserError: recorded attention or log-probs differ from eager attention; says by how much.
+        UserError: pictures do not enter the decoder, or recorded attention or log-probs differ from eager attention; says by
+            how much.
     """
     if not family.needs_check:
         return
     encoded = family.encode(pair)
-    tolerance = TOLERANCE.get(family.unwrapped.dtype, 0.05)
     family.shares_prefix = False
-    eager, recorded = _eager(family, encoded, layers), _recorded(family, encoded, layers)
-    for what, ours, plain in zip(("attention to the picture", "log-probs"), recorded, eager, strict=True):
-        difference = float((ours - plain).abs().max())
-        if not difference <= tolerance:
-            raise UserError(
-                f"{family.model_id} is of type '{family.unwrapped.config.model_type}', which catpo knows only generically, and "
-                f"its {what} cannot be read: {difference:.2g} off eager attention on pair {pair.id}. It needs a family of its "
-                "own: docs/add-a-family.md."
-            )
-    family.shares_prefix = True
     try:
-        shared = _recorded(family, encoded, layers)
-        family.shares_prefix = all(
-            float((ours - plain).abs().max()) <= tolerance for ours, plain in zip(shared, recorded, strict=True)
-        )
-    except (RuntimeError, ValueError, IndexError, TypeError):  # masks or positions of this shape are not taken
-        family.shares_prefix = False
+        _check_pictures_enter(family, encoded)
+        eager, recorded = _eager(family, encoded, layers), _recorded(family, encoded, layers)
+    except FAILURES as error:
+        raise _unknown(family, f"the model cannot be run on rows of catpo's making ({error})") from error
+    for what, plain in eager.items():
+        difference = float((recorded[what] - plain).abs().max())
+        if not difference <= _tolerance(family):
+            raise _unknown(family, f"its {what} cannot be read: {difference:.2g} off the plain forward on pair {pair.id}")
+    family.shares_prefix = _can_share(family, encoded, layers, recorded)
     family.needs_check = False
     _log.info("%s: eager attention agrees; prefix shared: %s", family.model_id, family.shares_prefix)
 
 
-def _recorded(family: Family, encoded: Encoded, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _unknown(family: Family, problem: str) -> UserError:
+    return UserError(
+        f"{family.model_id} is of type '{family.unwrapped.config.model_type}', which catpo knows only generically, and {problem}. "
+        "It needs a family of its own: docs/add-a-family.md."
+    )
+
+
+def _tolerance(family: Family) -> float:
+    return TOLERANCE.get(family.unwrapped.dtype, 0.05)
+
+
+def _can_share(family: Family, encoded: Encoded, layers: Sequence[int], separate: Outputs) -> bool:
+    """By trying: some models mix tokens whatever the mask says (convolutions), or take no positions."""
+    family.shares_prefix = True
+    other = replace(encoded, response_ids={**encoded.response_ids, "chosen": encoded.response_ids["chosen"][::-1]})
+    try:
+        shared, leaked = (_recorded(family, each, layers) for each in (encoded, other))
+    except FAILURES:
+        return False
+    is_same = all(float((shared[what] - values).abs().max()) <= _tolerance(family) for what, values in separate.items())
+    rejected = len(encoded.response_ids["rejected"])
+    leak = max(float((leaked[what][-rejected:] - values[-rejected:]).abs().max()) for what, values in shared.items())
+    return is_same and leak <= _tolerance(family) / 100  # the same kernels on the same shapes
+
+
+def _check_pictures_enter(family: Family, encoded: Encoded) -> None:
+    """What the decoder reads at the patches has to be the picture's: it changes with the pixels, at every patch."""
+    pixels = {name: values.flip(-1) if values.is_floating_point() else values for name, values in encoded.pixels.items()}
+    inputs = []
+    for each in (encoded, replace(encoded, pixels=pixels)):
+        batch = _packed(family, each)
+        with family.decoder_inputs() as taken:
+            run_backbone(family.unwrapped, batch)
+        inputs.append(taken["embeddings"][0, batch["patches"][0]])
+    if not bool((inputs[0] != inputs[1]).any(-1).all()):
+        raise UserError(
+            f"{family.model_id}: its image tokens do not carry the picture into the decoder's own sequence (models with "
+            "cross-attention look at it elsewhere), so there is nothing to score. Choose another model."
+        )
+
+
+def _recorded(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
     batch = _packed(family, encoded)
     rows = len(batch["model_inputs"]["input_ids"])
     recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], tuple(layers))
     with family.recordable_attention(), recorder:
-        hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-    attention = recorder.mean().reshape(*batch["mask"].shape, -1)[batch["mask"]]
-    return attention, _logps(family, hidden, batch)
+        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+    found = {"log-probs": token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps}
+    if layers:
+        found["attention to the picture"] = recorder.mean().reshape(*batch["mask"].shape, -1)[batch["mask"]]
+    return found
 
 
-def _eager(family: Family, encoded: Encoded, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _eager(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
+    """The model's own forward with its own head."""
     batch = _packed(family, encoded)
+    logps = []
     with family.eager_attention(), _attention_outputs(family.decoder, layers, batch) as seen:
-        hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-    if len(seen) != len(layers):
+        logits = family.unwrapped(**batch["model_inputs"], use_cache=False).logits
+    for row, predictors, ids, mask in zip(*(batch[name].flatten(0, 1) for name in PER_TOKEN), strict=True):
+        chosen = logits[row, predictors[mask]].to(arithmetic_dtype(logits.dtype))
+        logps.append(chosen.log_softmax(-1).gather(1, ids[mask][:, None])[:, 0])
+    if set(seen) != set(layers):
         raise UserError(
-            f"{family.model_id}: only {len(seen)} of {len(layers)} decoder layers return attention maps, so nothing can be "
-            "compared (cross-attention and linear-attention layers do not). This model cannot be scored."
+            f"{family.model_id}: decoder layers {sorted(set(layers) - set(seen))} return no attention maps (cross-attention and "
+            f"linear-attention layers have none). Score with others, e.g. layers={sorted(seen) or 'none of these'}."
         )
-    return torch.stack(list(seen.values())).mean(0)[batch["mask"]], _logps(family, hidden, batch)
+    found = {"log-probs": torch.cat(logps)}
+    if layers:
+        found["attention to the picture"] = torch.stack([seen[layer] for layer in layers]).mean(0)[batch["mask"]]
+    return found
 
 
 @contextmanager
@@ -106,7 +157,3 @@ def _attention_outputs(decoder: nn.Module, layers: Sequence[int], batch: Batch) 
 
 def _packed(family: Family, encoded: Encoded) -> Batch:
     return to_device(pack(family, [encoded], prefix="shared" if family.shares_prefix else "separate"), family.device)
-
-
-def _logps(family: Family, hidden: Tensor, batch: Batch) -> Tensor:
-    return token_stats(response_hidden(hidden, batch), family.head, batch["token_ids"][batch["mask"]]).logps

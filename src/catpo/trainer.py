@@ -20,7 +20,6 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from catpo.attention import choose_layers
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
 from catpo.callbacks import FirstStepCheck
 from catpo.errors import UserError
@@ -112,7 +111,7 @@ class CatPOTrainer(Trainer):
         self.direction = kl_direction(self.needs)
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
-            check_family(self.family, train_pairs[0], choose_layers("paper", self.family.depth))
+            check_family(self.family, train_pairs[0])
         self.rewards = self._open_rewards(args, [*(train_pairs or []), *(eval_pairs or [])])
         self._prepare_model(args, peft_config, ref_model)
         collator = PairCollator(

@@ -175,6 +175,20 @@ class Family:
                 parameter.requires_grad_(False)
 
     @contextmanager
+    def decoder_inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, what enters the language model is kept as `embeddings` [rows, length, width], picture features in place."""
+        taken: dict[str, Tensor] = {}
+
+        def take(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            taken["embeddings"] = options["inputs_embeds"] if "inputs_embeds" in options else arguments[0]
+
+        handle = self.decoder.register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            yield taken
+        finally:
+            handle.remove()
+
+    @contextmanager
     def recordable_attention(self) -> Iterator[None]:
         """Inside, the decoder's attention can be recorded; the vision tower keeps its own, and afterwards all is as before."""
         with self._attention(recordable(self.unwrapped.config.get_text_config()._attn_implementation)):
@@ -364,7 +378,8 @@ class Family:
         config = self.unwrapped.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         kinds = set(getattr(config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
-        if "sliding_attention" not in kinds and (window is None or kinds):
+        has_window = window is not None and ("sliding_attention" in kinds or not kinds)
+        if not has_window or int(index.max()) < window:
             return self._mask(visible)
         near = (index[:, :, None] - index[:, None, :] < window)[:, None]
         sliding = self._mask(visible & near)

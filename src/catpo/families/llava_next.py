@@ -22,9 +22,7 @@ class Family(_base.Family):
         side = config.vision_config.image_size // config.vision_config.patch_size
         grids = []
         for picture, (height, width) in enumerate(pixels["image_sizes"].tolist()):
-            tiles = get_anyres_image_grid_shape(
-                (height, width), config.image_grid_pinpoints, config.vision_config.image_size
-            )
+            tiles = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
             rows, columns = unpadded((height, width), tiles[0] * side, tiles[1] * side)
             grids += [PatchGrid(picture, side, side), PatchGrid(picture, rows, columns, row_end=1)]
         return grids

@@ -1,4 +1,4 @@
-"""PaliGemma: no chat template, positions from 1, and a prompt that sees itself in both directions."""
+"""PaliGemma 1 and 2: no chat template, positions from 1, and a prompt that sees itself in both directions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from catpo.errors import UserError
 from catpo.families import _base
 from catpo.families._base import Encoded
 from catpo.types import PatchGrid
@@ -49,3 +50,14 @@ class Family(_base.Family):
 
     def prompt_blocks(self, encoded: Encoded) -> list[int]:
         return [0] * len(encoded.prompt_ids)
+
+    def attention_masks(
+        self, visible: Bool[Tensor, "rows 1 length length"], index: Int[Tensor, "rows length"]
+    ) -> Tensor | dict[str, Tensor]:
+        masks = super().attention_masks(visible, index)
+        if isinstance(masks, dict):
+            raise UserError(
+                f"A row has {int(index.max()) + 1} tokens, more than the decoder's sliding window. PaliGemma takes one mask for "
+                "all layers (transformers 5.23), so such pairs cannot share their prompt. Drop them: max_length."
+            )
+        return masks
