@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from tiny import pair, picture
 from torch import Tensor
 
 from catpo.attention import AttentionRecorder
@@ -14,6 +13,7 @@ from catpo.batching import pack, response_hidden, run_backbone, unflatten
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
 from catpo.types import SIDES, PreferencePair, pair_id
+from tiny import pair, picture
 
 SIZES = [(160, 60), (60, 110), (90, 90), (200, 120)]
 """Width and height of the pictures: wide, high, square, large; no two have the same patches in every family."""
@@ -60,7 +60,7 @@ def is_prefix_model(family: Family) -> bool:
 
 @torch.no_grad()
 def packed_outputs(family: Family, encoded: Sequence[Encoded], prefix: str, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Log-probs [pairs, 2, tokens] and attention [pairs, 2, tokens, patches] of all layers' mean, the way catpo computes them."""
+    """Log-probs [pairs, 2, tokens] and mean attention of all layers [pairs, 2, tokens, patches], as catpo computes them."""
     batch = pack(family, encoded, prefix=prefix, padding_side=side)
     rows = len(batch["model_inputs"]["input_ids"])
     recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], tuple(range(family.depth)))

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 import catpo
+import family_table
 import tiny
+import tiny_families
 from catpo import cli, config, registry
 from catpo.fusion import Fusion
 from catpo.objectives._base import build
@@ -119,18 +120,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, builtin: Path) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_pairs(folder / "pairs", tiny.pairs(), {})
     catpo.score(pairs=str(folder / "pairs"), model="builtin", output=folder / "rewards", progress=False)
-    family = tiny.llava()
-    parts = family.unwrapped.config
-    settings = VipLlavaConfig(
-        vision_config=parts.vision_config.to_dict(),
-        text_config=parts.text_config.to_dict(),
-        image_token_index=family.image_token_id,
-        image_seq_length=16,
-        vision_feature_layers=[-2, -3],
-    )
-    model = VipLlavaForConditionalGeneration(settings)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    model.save_pretrained(folder / "vip-llava")
+    family = tiny_families.build("vipllava")
+    family.model.save_pretrained(folder / "vip-llava")
     family.processor.save_pretrained(folder / "vip-llava")
     return folder
 
@@ -238,3 +229,7 @@ def _default(of: str, option: str) -> Any:
 @pytest.mark.parametrize("objective", sorted(set(re.findall(r"`(catpo\([^`]+\))`", MAP))))
 def test_the_objectives_named_in_the_map_can_be_built(objective: str) -> None:
     assert inspect.isfunction(build(objective).loss)
+
+
+def test_the_table_of_families_is_what_is_measured() -> None:
+    assert family_table.table() in family_table.PAGE.read_text(), "python tests/family_table.py"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from family_checks import SIZES, difference_from_plain, greedy_surprise, plain_outputs, sized_pair
 from PIL import Image
-from tiny_families import BUILDERS, build
 
 from catpo import registry
 from catpo.errors import UserError
-from catpo.families._base import load
 from catpo.selfcheck import check_family
-from catpo.types import Picture, Sample
+from catpo.types import Picture
+from family_checks import SIZES, difference_from_plain, greedy_surprise, plain_outputs, sized_pair
+from tiny_families import BUILDERS, build
 
 EVERY = list(BUILDERS)
 MANY_PICTURES = [name for name in EVERY if not name.startswith("paligemma")]

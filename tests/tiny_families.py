@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tiny import tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from catpo.families._base import Family, family_of
+from tiny import tokenizer
 
 END = "<|end|>"
 

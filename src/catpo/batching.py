@@ -42,19 +42,20 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
     shift = [length - len(row.ids) if padding_side == "left" else 0 for row in rows]
     sides = [(number, side) for number, row in enumerate(rows) for side in row.sides]
     moved = lambda positions, number: [position + shift[number] for position in positions]
-    padded = lambda values, fill: pad_indices([[fill] * count + row for count, row in zip(shift, values, strict=True)], fill=fill)
+    padded = lambda rows, fill: pad_indices([[fill] * begin + row for begin, row in zip(shift, rows, strict=True)], fill=fill)
     tokens_at = pad_indices([moved(rows[number].tokens_at[side], number) for number, side in sides])
     predictors = pad_indices([moved(rows[number].predictors[side], number) for number, side in sides])
     response_ids = pad_indices([each.response_ids[side] for each in encoded for side in SIDES], fill=0)
     segments = padded([row.segments for row in rows], -1)
-    model_inputs = {
+    model_inputs: Batch = {
         "input_ids": padded([row.ids for row in rows], 0),
         "attention_mask": (segments >= 0).long(),
         **{name: padded([row.inputs[name] for row in rows], 0) for name in rows[0].inputs},
         **family.join_pixels([row.source.pixels for row in rows]),
     }
-    if rows[0].positions is not None:
-        model_inputs["position_ids"] = _padded_positions([row.positions for row in rows], shift, length)
+    positions = [row.positions for row in rows if row.positions is not None]
+    if positions:
+        model_inputs["position_ids"] = _padded_positions(positions, shift, length)
     if prefix == "shared":
         visible = _visible(segments, padded([row.blocks for row in rows], -1))
         model_inputs["attention_mask"] = family.attention_masks(visible, padded([row.index for row in rows], 0))
@@ -104,7 +105,8 @@ class _Row:
 
 def _rows(family: Family, encoded: Encoded, prefix: Prefix) -> list[_Row]:
     """One row with both responses, or one for each."""
-    return [_row(family, encoded, sides) for sides in ([SIDES] if prefix == "shared" else [("chosen",), ("rejected",)])]
+    sides: list[tuple[Side, ...]] = [SIDES] if prefix == "shared" else [(side,) for side in SIDES]
+    return [_row(family, encoded, each) for each in sides]
 
 
 def _row(family: Family, encoded: Encoded, sides: tuple[Side, ...]) -> _Row:

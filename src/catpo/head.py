@@ -38,7 +38,7 @@ class Head:
         """The output head of a transformers model."""
         layer = model.get_output_embeddings()
         text = model.config.get_text_config()
-        given = {name: getattr(text, name, None) for name in _applied(type(model))}
+        given = {name: getattr(text, name, None) for name in _applied(model.__class__)}
         scale = given.get("logit_scale") or 1.0 / (given.get("logits_scaling") or 1.0)
         return cls(layer.weight, getattr(layer, "bias", None), scale, given.get("final_logit_softcapping"))
 
@@ -66,13 +66,13 @@ class Head:
 
 
 @functools.cache
-def _applied(model: type) -> tuple[str, ...]:
+def _applied(model: Any) -> tuple[str, ...]:
     """What a model class does to its logits, of what its decoder's configuration may name.
 
     Read off its `forward`: in transformers 5.23 PaliGemma caps the logits of a Gemma 2 decoder, but AyaVision leaves those of
     its Cohere decoder unscaled, although the decoder alone would scale them.
     """
-    source = inspect.getsource(model.forward)  # type: ignore[attr-defined]
+    source = inspect.getsource(model.forward)
     return tuple(name for name in ("logit_scale", "logits_scaling", "final_logit_softcapping") if name in source)
 
 

@@ -62,8 +62,8 @@ def check_family(family: Family, pair: PreferencePair, layers: Sequence[int] = (
 
 def _unknown(family: Family, problem: str) -> UserError:
     return UserError(
-        f"{family.model_id} is of type '{family.unwrapped.config.model_type}', which catpo knows only generically, and {problem}. "
-        "It needs a family of its own: docs/add-a-family.md."
+        f"{family.model_id} is of type '{family.unwrapped.config.model_type}', which catpo knows only generically, and "
+        f"{problem}. It needs a family of its own: docs/add-a-family.md."
     )
 
 
@@ -124,8 +124,8 @@ def _eager(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
         logps.append(chosen.log_softmax(-1).gather(1, ids[mask][:, None])[:, 0])
     if set(seen) != set(layers):
         raise UserError(
-            f"{family.model_id}: decoder layers {sorted(set(layers) - set(seen))} return no attention maps (cross-attention and "
-            f"linear-attention layers have none). Score with others, e.g. layers={sorted(seen) or 'none of these'}."
+            f"{family.model_id}: decoder layers {sorted(set(layers) - set(seen))} return no attention maps (cross-attention "
+            f"and linear-attention layers have none). Score with others, e.g. layers={sorted(seen) or 'none of these'}."
         )
     found = {"log-probs": torch.cat(logps)}
     if layers:

@@ -356,8 +356,11 @@ class Family:
         """The patches of every picture in the order of the image tokens; `sizes` are (width, height) of the pictures."""
         raise NotImplementedError
 
-    def prompt_positions(self, encoded: Encoded) -> Int[Tensor, "*axes prompt"]:
-        """Position ids of the prompt; three rows of them for multi-axis rotary positions. The response goes on from the last."""
+    def prompt_positions(self, encoded: Encoded) -> Int[Tensor, "*axes prompt"] | None:
+        """Position ids of the prompt, three rows of them for multi-axis rotary positions; None leaves them to the model.
+
+        The response goes on one step after the furthest.
+        """
         return torch.arange(len(encoded.prompt_ids))
 
     def prompt_blocks(self, encoded: Encoded) -> list[int]:
@@ -378,8 +381,8 @@ class Family:
         config = self.unwrapped.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         kinds = set(getattr(config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
-        has_window = window is not None and ("sliding_attention" in kinds or not kinds)
-        if not has_window or int(index.max()) < window:
+        has_window = "sliding_attention" in kinds or not kinds
+        if window is None or not has_window or int(index.max()) < window:
             return self._mask(visible)
         near = (index[:, :, None] - index[:, None, :] < window)[:, None]
         sliding = self._mask(visible & near)
@@ -508,7 +511,7 @@ def load(
 
 
 def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
-    """The family of a model that is already in memory, by its `config.model_type`; the generic one if it has none of its own."""
+    """The family of a model in memory, by its `config.model_type`; the generic one if it has none of its own."""
     name = model_type or str(model.config.model_type)
     known = set(registry.names("families")) - {"generic"}
     return registry.load("families", name if name in known else "generic")(model, processor, model_id=model_id)

@@ -1,4 +1,4 @@
-"""Positions in three axes (time, height, width), as all Qwen-VL models have them; patches are merged by two in each direction."""
+"""Positions in three axes (time, height, width), as all Qwen-VL models have them; 2 x 2 patches are merged to one."""
 
 from __future__ import annotations
 

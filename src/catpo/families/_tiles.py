@@ -18,7 +18,8 @@ def center_crop(image_processor: Any, size: tuple[int, int]) -> Box:
     """The part of a picture of this (width, height) that remains when it is resized and the middle is cut out.
 
     >>> from types import SimpleNamespace as Settings
-    >>> clip = Settings(do_resize=True, size={"shortest_edge": 336}, do_center_crop=True, crop_size={"height": 336, "width": 336})
+    >>> square = {"height": 336, "width": 336}
+    >>> clip = Settings(do_resize=True, size={"shortest_edge": 336}, do_center_crop=True, crop_size=square)
     >>> center_crop(clip, (672, 336))
     (0.25, 0.0, 0.75, 1.0)
     """

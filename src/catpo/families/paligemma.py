@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Family(_base.Family):
         return "", ""
 
     def prompt_positions(self, encoded: Encoded) -> Int[Tensor, " prompt"]:
-        return super().prompt_positions(encoded) + 1
+        return torch.arange(len(encoded.prompt_ids)) + 1
 
     def prompt_blocks(self, encoded: Encoded) -> list[int]:
         return [0] * len(encoded.prompt_ids)
@@ -57,7 +58,7 @@ class Family(_base.Family):
         masks = super().attention_masks(visible, index)
         if isinstance(masks, dict):
             raise UserError(
-                f"A row has {int(index.max()) + 1} tokens, more than the decoder's sliding window. PaliGemma takes one mask for "
-                "all layers (transformers 5.23), so such pairs cannot share their prompt. Drop them: max_length."
+                f"A row has {int(index.max()) + 1} tokens, more than the decoder's sliding window. PaliGemma takes one mask "
+                "for all layers (transformers 5.23), so such pairs cannot share their prompt. Drop them: max_length."
             )
         return masks
