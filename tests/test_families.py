@@ -122,6 +122,14 @@ def test_a_pair_longer_than_the_window_of_paligemma_2_is_refused(family):
         difference_from_plain(family("paligemma2"), [long], "shared")
 
 
+def test_idefics3_without_tiles_has_one_grid():
+    ours = build("idefics3")
+    ours.processor.image_processor.do_image_splitting = False
+    assert ours.encode(sized_pair(0)).grids == [PatchGrid(0, 2, 2)]
+    logps, attention = difference_from_plain(ours, [sized_pair(0), sized_pair(1, pictures=2)], "shared")
+    assert logps < 1e-4 and attention < 1e-4
+
+
 # ---- models without a family of their own ---------------------------------------------------------------------------------
 
 
