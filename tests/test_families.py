@@ -13,7 +13,7 @@ from PIL import Image
 from catpo import registry
 from catpo.errors import UserError
 from catpo.selfcheck import check_family
-from catpo.types import Picture
+from catpo.types import PatchGrid, Picture
 from family_checks import SIZES, difference_from_plain, greedy_surprise, plain_outputs, sized_pair
 from tiny_families import BUILDERS, build
 
