@@ -17,7 +17,7 @@ from catpo.objects import mentions
 from catpo.pairs_file import write_pairs
 from catpo.rewards import ResponseRow, RewardWriter
 from catpo.runs import append_rows, versions, write_json
-from catpo.types import SIDES, PreferencePair, Sample, Span, pair_id
+from catpo.types import SIDES, PatchGrid, PreferencePair, Sample, Span, pair_id
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "image_contrast", "patch_logit"]
 GRID = (6, 6)
@@ -100,7 +100,7 @@ def _row(pair: PreferencePair, side: str, signals: Sequence[str], with_labels: b
         labels=np.array([*labels, -1], np.int8),
         pieces=[*pieces, ""],
         is_special=np.array([False] * len(pieces) + [True]),
-        grid=list(GRID),
+        grids=[PatchGrid(0, *GRID)],
     )
 
 

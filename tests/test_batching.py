@@ -94,7 +94,7 @@ def test_pieces_join_to_the_response(family):
 
 def test_patches_stand_where_the_placeholders_are(family):
     encoded = family.encode(pair(0))
-    assert encoded.grids == [(4, 4)] and len(encoded.patches) == 16
+    assert [(grid.rows, grid.columns) for grid in encoded.grids] == [(4, 4)] and len(encoded.patches) == 16
     assert {encoded.prompt_ids[position] for position in encoded.patches} == {family.image_token_id}
 
 
@@ -108,7 +108,7 @@ def test_a_response_with_the_image_placeholder_is_refused(family, side):
 def test_a_prompt_with_the_image_placeholder_is_refused(family):
     from dataclasses import replace
 
-    with pytest.raises(UserError, match="the prompt holds the image placeholder"):
+    with pytest.raises(UserError, match="the prompt holds the special token"):
         family.encode(replace(pair(0), prompt="what is <image> this"))
 
 
@@ -126,6 +126,6 @@ def test_several_pictures_stand_in_one_prompt(family):
 
     two = replace(pair(0), images=(picture(1), picture(2)))
     encoded = family.encode(two)
-    assert encoded.grids == [(4, 4), (4, 4)] and len(encoded.patches) == 32
+    assert [grid.picture for grid in encoded.grids] == [0, 1] and len(encoded.patches) == 32
     found, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from catpo.fusion import Fusion
 from catpo.intervals import auroc
 from catpo.quality import FINAL, signal_quality
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
-from catpo.types import SIDES
+from catpo.types import SIDES, PatchGrid
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "good", "noise"]
 
@@ -34,7 +34,7 @@ def store_of(path, pair_count=40, *, labelled=True, signals=SIGNALS):
                     labels=np.append(labels, -1).astype(np.int8) if labelled else np.full(10, -1, np.int8),
                     pieces=["x"] * 10,
                     is_special=np.arange(10) == 9,
-                    grid=[1, 2],
+                    grids=[PatchGrid(0, 1, 2)],
                 )
             )
     writer = RewardWriter.create_or_resume(path, {"signals": signals}, [f"p{n}" for n in range(pair_count)], shard_size=100)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from catpo.fusion import Fusion
 from catpo.quality import signal_quality
 from catpo.report.build import report
 from catpo.report.evaluations import BenchmarkTable, Cell
-from catpo.report.heatmap import heatmap
+from catpo.report.heatmap import canvas, compose, heatmap
 from catpo.report.page import embed, policy
 from catpo.report.plots import Series, curves, histogram
 from catpo.report.verdicts import evaluation_verdicts
 from catpo.rewards import RewardStore
 from catpo.runs import read_rows
+from catpo.types import PatchGrid
 from report_fixtures import GRID, HOSTILE, SIGNALS, make_evaluation, make_pairs, make_run, make_store
 
 HOSTILE_NAME = "<img src=x onerror=alert(1)> {{7*7}} & 'run'"
@@ -343,7 +345,7 @@ def test_the_lead_of_the_best_is_its_difference_to_the_next(made, page):
 
 def test_a_heatmap_keeps_each_tokens_map_to_one_part_in_255():
     maps = np.random.default_rng(0).random((3, 10)) * [[1], [0.01], [0]]
-    found = heatmap(maps, [(2, 3), (2, 2)])
+    found = heatmap(maps, [PatchGrid(0, 2, 3), PatchGrid(1, 2, 2)])
     levels = np.frombuffer(base64.b64decode(found.data), np.uint8).reshape(3, 10)
     assert (np.abs(levels / 255 * np.array(found.peaks)[:, None] - maps) <= maps.max(1, keepdims=True) / 250).all()
     assert found.grids == [(2, 3), (2, 2)] and found.peaks[2] == 0
@@ -351,7 +353,7 @@ def test_a_heatmap_keeps_each_tokens_map_to_one_part_in_255():
 
 def test_pooled_maps_are_means_of_blocks_that_may_be_cut_off_at_the_edge():
     maps = np.arange(15, dtype=float).reshape(1, 15)  # 3 x 5
-    found = heatmap(maps, [(3, 5)], pool=2)
+    found = heatmap(maps, [PatchGrid(0, 3, 5)], pool=2)
     levels = np.frombuffer(base64.b64decode(found.data), np.uint8) / 255 * found.peaks[0]
     grid = maps.reshape(3, 5)
     expected = [grid[r : r + 2, c : c + 2].mean() for r in (0, 2) for c in (0, 2, 4)]
@@ -361,7 +363,38 @@ def test_pooled_maps_are_means_of_blocks_that_may_be_cut_off_at_the_edge():
 
 def test_a_map_of_another_size_than_its_grid_is_refused():
     with pytest.raises(ValueError, match="7 patches, the grids 6"):
-        heatmap(np.zeros((1, 7)), [(2, 3)])
+        heatmap(np.zeros((1, 7)), [PatchGrid(0, 2, 3)])
+
+
+TILINGS = {
+    "an overview and three tiles": [PatchGrid(0, 2, 2), *(PatchGrid(0, 2, 2, (n / 3, 0, (n + 1) / 3, 1)) for n in range(3))],
+    "the middle": [PatchGrid(0, 3, 3, (0.25, 0.1, 0.75, 0.9))],
+    "one grid": [PatchGrid(0, 3, 5)],
+    "sizes that do not divide": [PatchGrid(0, 3, 4), PatchGrid(0, 5, 7)],
+}
+
+
+@pytest.mark.parametrize("grids", TILINGS.values(), ids=TILINGS)
+def test_the_map_of_a_picture_has_each_patchs_attention_where_the_patch_lies(grids):
+    rng = np.random.default_rng(0)
+    parts = [rng.random((2, grid.size)) for grid in grids]
+    found, (rows, columns) = compose(parts, grids), canvas(grids)
+    expected = np.zeros((2, rows, columns))
+    for part, grid in zip(parts, grids, strict=True):
+        left, top, right, bottom = grid.box
+        tall, wide = (bottom - top) / grid.rows, (right - left) / grid.columns
+        for patch, (row, column) in product(range(grid.size), product(range(rows), range(columns))):
+            y, x = top + patch // grid.columns * tall, left + patch % grid.columns * wide
+            high = max(0.0, min(y + tall, (row + 1) / rows) - max(y, row / rows))
+            broad = max(0.0, min(x + wide, (column + 1) / columns) - max(x, column / columns))
+            expected[:, row, column] += part[:, patch] * (high * broad) / (tall * wide)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(found.sum((1, 2)), sum(part.sum(1) for part in parts))  # no attention is lost
+
+
+def test_a_map_of_one_grid_is_that_grid():
+    maps = np.arange(6.0).reshape(1, 6)
+    np.testing.assert_allclose(compose([maps], [PatchGrid(0, 2, 3)]), maps.reshape(1, 2, 3))
 
 
 def test_drawings_need_no_style_and_repeat_exactly():

@@ -16,7 +16,7 @@ from catpo.errors import UserError
 from catpo.fusion import Fusion, fuse
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock
-from catpo.types import SIDES
+from catpo.types import SIDES, PatchGrid
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic(embedding='hidden')"]
 PROVENANCE = {
@@ -32,6 +32,7 @@ PROVENANCE = {
 }
 PAIRS = [f"pair{number}" for number in range(7)]
 WIDTH, PATCHES = 4, 6
+TILE = PatchGrid(0, 1, 2, (1 / 3, 0.0, 2 / 3, 0.5))
 
 
 def row(pair_id, side):
@@ -47,7 +48,7 @@ def row(pair_id, side):
         labels=rng.integers(-1, 2, count + 1).astype(np.int8),
         pieces=[*(f" wörd{number}" for number in range(count)), ""],
         is_special=np.arange(count + 1) == count,
-        grid=[2, 3] if pair_id != "pair3" else [1, 2, 1, 1],
+        grids=[PatchGrid(0, 2, 3)] if pair_id != "pair3" else [TILE, PatchGrid(1, 1, 1)],
     )
 
 
@@ -99,13 +100,12 @@ def test_every_response_is_read_back_as_it_was_written(tmp_path):
         found = store.get(expected.pair_id, expected.side)
         assert (found.pair_id, found.side) == (expected.pair_id, expected.side)
         assert list(found.pieces) == expected.pieces
-        assert list(found.grid) == expected.grid
+        assert found.grids == expected.grids
         for name in ("token_ids", "logps", "labels", "is_special"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         assert list(found.signals) == SIGNALS
         for name in SIGNALS:
             np.testing.assert_array_equal(found.signals[name], expected.signals[name])
-    assert store.get("pair3", "chosen").grids == [(1, 2), (1, 1)]
 
 
 def test_hidden_states_and_maps_are_those_of_the_response(tmp_path):
@@ -225,7 +225,7 @@ def test_opening_and_weighing_never_loop_over_tokens_in_python(tmp_path):
             labels=np.full(count, -1, np.int8),
             pieces=["a"] * count,
             is_special=np.zeros(count, bool),
-            grid=[1, 1],
+            grids=[PatchGrid(0, 1, 1)],
         )
 
     writer = begin(tmp_path, hidden=False, maps=False, pair_ids=pair_ids, shard_size=5)
@@ -377,7 +377,6 @@ def test_a_signal_may_not_take_the_name_of_a_column(tmp_path):
         ({"pieces": ["a"]}, "pieces has 1 values for"),
         ({"signals": {SIGNALS[0]: np.zeros(2, np.float32)}}, "but the store holds"),
         ({"signals": {name: np.zeros(2, np.float32) for name in SIGNALS}}, "global_attention has 2 values for"),
-        ({"grid": [2]}, "is not a row of"),
         ({"token_ids": np.array([], dtype=np.int64)}, "the response has no tokens"),
         ({"pair_id": "pair9"}, "must hold chosen and rejected of its 2 pairs"),
         ({"side": "rejected"}, "must hold chosen and rejected of its 2 pairs"),

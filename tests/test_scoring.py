@@ -149,7 +149,9 @@ def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
         whole = both.get(pair.id, "chosen").signals["global_attention"]
         halves = [part.get(pair.id, "chosen").signals["global_attention"] for part in parts]
         np.testing.assert_allclose(whole, halves[0] + halves[1], atol=1e-5)
-        assert parts[1].maps(pair.id, "chosen").shape[1] == 16 and both.get(pair.id, "chosen").grid == [4, 4, 4, 4]
+        assert parts[1].maps(pair.id, "chosen").shape[1] == 16 and [
+            grid.size for grid in both.get(pair.id, "chosen").grids
+        ] == [16, 16]
     with pytest.raises(UserError, match="patches=2 asks for a picture it does not have"):
         score_pairs(data, family, tmp_path / "p2", settings(ALL[:1], patches=2), progress=False)
 

@@ -143,9 +143,7 @@ def _padded_positions(rows: Sequence[Tensor], shift: Sequence[int], length: int)
     return table
 
 
-def _visible(
-    segments: Int[Tensor, "rows length"], blocks: Int[Tensor, "rows length"]
-) -> Bool[Tensor, "rows 1 length length"]:
+def _visible(segments: Int[Tensor, "rows length"], blocks: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
     """Which key each query sees: earlier ones of its own segment and of the prompt, and all of its block.
 
     Padding sees itself, so that no row is empty.

@@ -21,10 +21,10 @@ from safetensors.numpy import save as to_safetensors
 from catpo.errors import UserError
 from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse
 from catpo.runs import read_json, write_json
-from catpo.shards import COLUMNS, ResponseRow, Shard, check_row, checksum, to_parquet, token_columns
+from catpo.shards import COLUMNS, ResponseRow, Shard, as_grids, check_row, checksum, grid_column, to_parquet, token_columns
 from catpo.types import SIDES, Side
 
-FORMAT = 1
+FORMAT = 2
 KNOWN_AS = {
     "model_hash": "model",
     "processor_hash": "processor",
@@ -161,8 +161,7 @@ class RewardStore:
         self._shards = shards
         table = pa.concat_tables([shard.read_table() for shard in shards]).combine_chunks()
         self._columns, self._offsets = token_columns(table, [*COLUMNS, *self.signals], path)
-        grid = table["grid"].chunk(0)
-        self._grid, self._grid_offsets = grid.flatten().to_numpy(), grid.offsets.to_numpy()
+        self._grids, self._grid_offsets = grid_column(table)
         ids, sides = table["pair_id"].to_pylist(), table["side"].to_pylist()
         self.pair_ids: list[str] = ids[::2]
         """All pairs, in the order in which they were scored."""
@@ -257,7 +256,7 @@ class RewardStore:
         _check_same({field: before.get(field) for field in now}, now, f"{self.path} was scored with", next_step)
 
     def get(self, pair_id: str, side: Side) -> ResponseRow:
-        """One response: token ids, signals, reference log-probs, labels, pieces, patch grid.
+        """One response: token ids, signals, reference log-probs, labels, pieces, patch grids.
 
         Raises:
             UserError: the pair is not in the store.
@@ -274,7 +273,7 @@ class RewardStore:
             labels=columns["labels"][tokens],
             pieces=columns["pieces"][tokens].tolist(),
             is_special=columns["is_special"][tokens],
-            grid=self._grid[self._grid_offsets[row] : self._grid_offsets[row + 1]].tolist(),
+            grids=as_grids(self._grids_of(row)),
         )
 
     def weights(self, pair_id: str, fusion: Fusion | None = None) -> PairWeights:
@@ -325,11 +324,12 @@ class RewardStore:
 
     def _patch_count(self, pair_id: str, side: Side) -> int:
         """Patches that attention was recorded on: of all pictures, or of the one that was asked for."""
-        row = self._row_of(pair_id, side)
-        grid = self._grid[self._grid_offsets[row] : self._grid_offsets[row + 1]]
-        sizes = grid[::2] * grid[1::2]
-        picture = self.provenance.get("attention", {}).get("patches", "all")
-        return int(sizes[picture]) if isinstance(picture, int) else int(sizes.sum())
+        only = self.provenance.get("attention", {}).get("patches", "all")
+        pictures, rows, columns = self._grids_of(self._row_of(pair_id, side))[:, :3].T
+        return int((rows * columns)[pictures == only if isinstance(only, int) else slice(None)].sum())
+
+    def _grids_of(self, row: int) -> NDArray[np.float64]:
+        return self._grids[self._grid_offsets[row] : self._grid_offsets[row + 1]]
 
     def _row_of(self, pair_id: str, side: Side) -> int:
         try:
@@ -371,7 +371,7 @@ def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size
         if pair_id in seen:
             raise UserError(f"pair {pair_id} is in the data twice. Remove one of them.")
         seen.add(pair_id)
-    clash = {"pair_id", "side", "grid", *COLUMNS} & set(provenance["signals"])
+    clash = {"pair_id", "side", "grids", *COLUMNS} & set(provenance["signals"])
     if clash:
         raise UserError(
             f"a signal cannot be called '{clash.pop()}': the reward store has a column of that name. Rename the signal."

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from catpo.errors import UserError
 from catpo.fusion import ResponseSignals
 from catpo.runs import read_json, write_atomic, write_json
-from catpo.types import Side
+from catpo.types import PatchGrid, Side
 
 COLUMNS = {
     "token_ids": pa.list_(pa.int32()),
@@ -29,6 +29,13 @@ COLUMNS = {
     "is_special": pa.list_(pa.bool_()),
 }
 """Columns with one value per token, beside one per signal."""
+
+
+GRID = {
+    **dict.fromkeys(("picture", "rows", "columns"), pa.int32()),
+    **dict.fromkeys(("left", "top", "right", "bottom"), pa.float64()),
+}
+"""Fields of a `PatchGrid` in the column `grids`; its separator tokens are no patches and have no place in a map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +50,8 @@ class ResponseRow(ResponseSignals):
     """[tokens], 1 grounded, 0 hallucinated, -1 not labelled."""
     pieces: Sequence[str]
     """[tokens], their texts; joined they are the response."""
-    grid: Sequence[int]
-    """Rows and columns of the patches, one after the other for each picture: [rows, columns, rows, columns, …]."""
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """(rows, columns) of each picture's patches."""
-        return [(int(rows), int(columns)) for rows, columns in zip(self.grid[::2], self.grid[1::2], strict=True)]
+    grids: Sequence[PatchGrid]
+    """How the patches lie on the pictures, in the order of the patches."""
 
 
 class Shard:
@@ -122,8 +124,6 @@ def check_row(row: ResponseRow, signals: Sequence[str]) -> None:
         raise UserError(f"{where}: the response has no tokens. Remove the pair or give it a text.")
     if set(row.signals) != set(signals):
         raise UserError(f"{where}: signals {sorted(row.signals)} were scored, but the store holds {sorted(signals)}.")
-    if len(row.grid) % 2:
-        raise UserError(f"{where}: grid {list(row.grid)} is not a row of (rows, columns).")
     columns: dict[str, Any] = {"logps": row.logps, "labels": row.labels, "pieces": row.pieces, "is_special": row.is_special}
     for name, values in {**columns, **row.signals}.items():
         if len(values) != tokens:
@@ -153,12 +153,29 @@ def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
             name: per_token(pa.list_(pa.float32()), [np.asarray(row.signals[name], np.float32) for row in rows])
             for name in signals
         },
-        "grid": pa.array([list(row.grid) for row in rows], pa.list_(pa.int32())),
+        "grids": pa.array([[_grid_fields(grid) for grid in row.grids] for row in rows], pa.list_(pa.struct(GRID))),
     }
     stream = BytesIO()
     # dictionaries pay for texts only; for numbers they cost time and space
     pq.write_table(pa.table(columns), stream, compression="zstd", use_dictionary=["pieces.list.element"])
     return stream.getvalue()
+
+
+def _grid_fields(grid: PatchGrid) -> dict[str, float]:
+    return dict(zip(GRID, (grid.picture, grid.rows, grid.columns, *grid.box), strict=True))
+
+
+def grid_column(table: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Column `grids` as [grids, fields], and where each row begins and ends in it."""
+    column = table["grids"].chunk(0)
+    fields = column.flatten()
+    values = [fields.field(name).to_numpy(zero_copy_only=False) for name in GRID]
+    return np.stack(values, axis=1).astype(np.float64), column.offsets.to_numpy().astype(np.int64)
+
+
+def as_grids(fields: NDArray[np.float64]) -> list[PatchGrid]:
+    """Rows of `grid_column`."""
+    return [PatchGrid(int(row[0]), int(row[1]), int(row[2]), tuple(row[3:].tolist())) for row in fields]
 
 
 def token_columns(table: pa.Table, names: Sequence[str], path: Path) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:

@@ -15,10 +15,10 @@ from catpo.data import open_data
 from catpo.display import Word, words
 from catpo.errors import UserError
 from catpo.fusion import Fusion, find_signal, normalise, shared_prefix
-from catpo.report.heatmap import heatmap, pool_for
+from catpo.report.heatmap import heatmap, places, pool_for
 from catpo.report.pictures import Album
 from catpo.rewards import RewardStore
-from catpo.types import SIDES, PreferencePair, Side
+from catpo.types import SIDES, PatchGrid, PreferencePair, Side
 
 MAPS_BUDGET = 3_000_000
 """Bytes of the page that attention maps may take; above, patches are joined."""
@@ -135,23 +135,19 @@ def _stored_response(
     return response
 
 
-def _maps(store: RewardStore, pair_id: str, side: Side, grids: list[tuple[int, int]], pool: int) -> dict[str, Any] | None:
+def _maps(store: RewardStore, pair_id: str, side: Side, grids: Sequence[PatchGrid], pool: int) -> dict[str, Any] | None:
     """Attention maps of a response; the picture they begin with, where attention was recorded on one only."""
     if not store.has_maps:
         return None
     only = store.provenance.get("attention", {}).get("patches", "all")
-    first, grids = (only, grids[only : only + 1]) if isinstance(only, int) else (0, grids)
-    try:
-        drawn = heatmap(store.maps(pair_id, side), grids, pool=pool)
-    except ValueError:  # a store whose grids are not known
-        return None
-    return {"grids": drawn.grids, "data": drawn.data, "peaks": drawn.peaks, "first": first}
+    recorded = [grid for grid in grids if only in ("all", grid.picture)]
+    drawn = heatmap(store.maps(pair_id, side), recorded, pool=pool)
+    return {"grids": drawn.grids, "data": drawn.data, "peaks": drawn.peaks, "first": recorded[0].picture}
 
 
 def _pool(store: RewardStore, pair_ids: Sequence[str]) -> int:
     rows = [store.get(pair_id, side) for pair_id in pair_ids for side in SIDES]
-    patches = [sum(height * width for height, width in row.grids) for row in rows]
-    return pool_for(patches, [len(row.token_ids) for row in rows], MAPS_BUDGET)
+    return pool_for([places(row.grids) for row in rows], [len(row.token_ids) for row in rows], MAPS_BUDGET)
 
 
 def _plain_pair(pair: PreferencePair, album: Album) -> dict[str, Any]:
