@@ -16,6 +16,8 @@ from catpo.errors import UserError
 from catpo.progress import track
 from catpo.runs import append_rows, repair_rows, write_atomic
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class FirstStepCheck(TrainerCallback):
     """Stops a run whose first gradient is zero or not finite, since it would train nothing or destroy the model."""
@@ -33,6 +35,20 @@ class FirstStepCheck(TrainerCallback):
                 f"First step: the gradient norm is {norm}, so nothing is learned. Are all weights 0, is the loss constant, "
                 "or are the trained parameters not part of the decoder?"
             )
+
+
+class KeepSpecialTokens(TrainerCallback):
+    """transformers' Trainer writes the tokenizer's special tokens over the model's: what ends a response would change."""
+
+    def __init__(self, model: Any) -> None:
+        text = model.config.get_text_config()
+        configs = (text, model.generation_config)
+        self.configs = [(config, {name: getattr(config, name, None) for name in SPECIAL_TOKENS}) for config in configs]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for config, tokens in self.configs:
+            for name, token in tokens.items():
+                setattr(config, name, token)
 
 
 class MetricsFile(TrainerCallback):

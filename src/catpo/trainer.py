@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
-from catpo.callbacks import FirstStepCheck
+from catpo.callbacks import FirstStepCheck, KeepSpecialTokens
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
@@ -125,7 +125,11 @@ class CatPOTrainer(Trainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=self.family.processor,
-            callbacks=[*(callbacks or []), *([FirstStepCheck(self.family.model)] if args.self_check else [])],
+            callbacks=[
+                *(callbacks or []),
+                KeepSpecialTokens(self.family.unwrapped),
+                *([FirstStepCheck(self.family.model)] if args.self_check else []),
+            ],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it

@@ -143,13 +143,18 @@ class Family:
     @cached_property
     def eos_token_id(self) -> int:
         """The token that ends a response: of those that stop generation, the one the chat template puts after an answer."""
-        ids = self.unwrapped.generation_config.eos_token_id
-        stops = [each for each in (ids if isinstance(ids, list) else [ids]) if each is not None]
+        stops = self.stop_ids
         after_answer = self._ids(self._after_answer)[:1]
         for candidate in (*after_answer, self.tokenizer.eos_token_id, *stops):
             if candidate in stops or (not stops and candidate is not None):
                 return candidate
         raise UserError(f"{self.model_id} names no token that ends a response. Set eos_token_id in its generation_config.json.")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every token that ends generation."""
+        ids = self.unwrapped.generation_config.eos_token_id
+        return [each for each in (ids if isinstance(ids, list) else [ids]) if each is not None]
 
     @property
     def lora_targets(self) -> str:
@@ -430,7 +435,7 @@ class Family:
                     **{name: value.to(self.device) for name, value in inputs.items()},
                     **_sampling(temperature, top_p),
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=self.eos_token_id,
+                    eos_token_id=self.stop_ids or self.eos_token_id,
                     pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id,
                 )
             new = tokens[:, inputs["input_ids"].shape[1] :]
