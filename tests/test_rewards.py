@@ -471,9 +471,12 @@ def test_what_is_no_store_is_named(tmp_path):
     with pytest.raises(UserError, match="is not a reward store"):
         RewardStore.open(tmp_path / "nothing")
     (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(UserError, match="has format None, this catpo reads 1"):
+    with pytest.raises(UserError, match="has format None, this catpo reads 2"):
         RewardStore.open(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 1, "signals": []}')
+    with pytest.raises(UserError, match="has format 1, this catpo reads 2. Score again"):
+        RewardStore.open(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": 2, "signals": []}')
     with pytest.raises(UserError, match="does not say pair_count, pairs_hash, shard_size"):
         RewardStore.open(tmp_path)
 
