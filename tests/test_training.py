@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from catpo.data import dev_split
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.rewards import RewardStore
 from catpo.scoring import score_pairs
 from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.training import dev_split, train
+from catpo.training import train
 from tiny import llava, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")

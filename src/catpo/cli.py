@@ -127,6 +127,48 @@ def inspect(
     Console().print(inspect_pair(store, pair, signal=signal))
 
 
+data = App(name="data", help="Check and convert data sets.", group=LOOK, sort_key=3)
+app.command(data)
+
+
+@data.command
+def check(
+    source: Annotated[str, Parameter(help="Folder, file, or a data set such as rlhf_v(source='openbmb/RLHF-V-Dataset').")],
+    /,
+    *,
+    model: Annotated[str | None, Parameter(help="Count in the tokens of this model: hub id or folder.")] = None,
+    max_length: Annotated[int | None, Parameter(help="Name pairs with more tokens in prompt and longer response.")] = None,
+    limit: Annotated[int | None, Parameter(help="Read the first so many rows only.")] = None,
+    json: Annotated[bool, Parameter(help="Print everything as JSON.")] = False,
+) -> None:
+    """Count pairs, tokens and pictures, and name every bad row at once; exits 1 if there are any."""
+    from json import dumps
+
+    from catpo.datacheck import check_data
+    from catpo.tables import data_tables
+
+    report = check_data(source, model=model, max_length=max_length, limit=limit)
+    if json:
+        print(dumps(report.as_json(), indent=1, ensure_ascii=False))
+    else:
+        Console().print(*data_tables(report), sep="\n")
+    if report.problems:
+        sys.exit(1)
+
+
+@data.command
+def convert(
+    source: Annotated[str, Parameter(help="Any data set with pairs.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for pairs.jsonl and the pictures.")],
+) -> None:
+    """Write a data set's pairs as a folder of pictures and one .jsonl."""
+    from catpo.datacheck import convert_data
+
+    print(f"Wrote {convert_data(source, output)} pairs to {output}")
+
+
 @app.command(group=START, sort_key=1)
 def demo(
     *,

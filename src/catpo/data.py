@@ -1,15 +1,26 @@
-"""Open a data set by what a user writes: `scenes(count=400)`, or a path. Knows no data set by name."""
+"""Open a data set by what a user writes: `scenes(count=400)`, or a path; and take a part of it. Knows no data set by name.
+
+Options of every data set, beside its own: `limit`, `where='field=value'`, `max_words`, and `part='train'` or `'dev'` with
+`dev_share` and `dev_seed`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from catpo import registry
-from catpo.datasets._base import Dataset
+from catpo.datasets._base import Dataset, Scanned
 from catpo.errors import UserError, did_you_mean
-from catpo.spec import Spec, check_options, parse
+from catpo.spec import Spec, check_kind, check_options, keyword_options, parse
+from catpo.types import SIDES, PreferencePair, Sample
+
+DEV_SHARE, DEV_SEED = 0.1, 42
 
 
 def open_data(text: str | Path | Spec | Dataset) -> Dataset:
@@ -26,13 +37,114 @@ def open_data(text: str | Path | Spec | Dataset) -> Dataset:
     """
     if isinstance(text, Dataset):
         return text
+    request = _request(text)
+    dataset = request.make(*request.arguments, **request.options)
+    return dataset if request.part.is_all else _PartOf(dataset, request.part)
+
+
+def scan(text: str | Path) -> Iterator[Scanned]:
+    """Every row of a data set with its place, bad ones as the error they raise.
+
+    Raises:
+        UserError: there is no such data set, or it cannot be read at all.
+    """
+    request = _request(text)
+    rows = request.make.scan(*request.arguments, **request.options)
+    return islice((row for row in rows if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit)
+
+
+def dev_split(pairs: Sequence[PreferencePair], share: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Pairs for training and for the dev set; which pair goes where depends on its id and the seed only.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"dev_share={share} must lie in [0, 1).")
+    order = sorted(pairs, key=lambda pair: hashlib.blake2b(f"{seed}/{pair.id}".encode()).digest())
+    held_out = {pair.id for pair in order[: int(len(order) * share)]}
+    kept = [pair for pair in pairs if pair.id not in held_out]
+    if not kept:
+        raise UserError("There are no preference pairs to train on.")
+    return kept, [pair for pair in pairs if pair.id in held_out]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of a data set are taken; the options that every data set has."""
+
+    limit: int | None = None
+    """The first so many."""
+    where: str = ""
+    """`field=value` in a pair's `meta`."""
+    max_words: int | None = None
+    """The longest response, in words."""
+    part: str = "all"
+    """`train`, `dev`, or `all`."""
+    dev_share: float = DEV_SHARE
+    dev_seed: int = DEV_SEED
+
+    def __post_init__(self) -> None:
+        if self.part not in ("all", "train", "dev"):
+            raise UserError(f"part='{self.part}' is not known. {did_you_mean(str(self.part), ('train', 'dev', 'all'))}")
+        for name in ("limit", "max_words"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name}={value!r} must be a whole number, 1 or more.")
+        if self.where and "=" not in self.where:
+            raise UserError(f"where='{self.where}' must have the form field=value, e.g. where='ds_name=COCO'.")
+
+    @property
+    def is_all(self) -> bool:
+        return self == Part()
+
+    def has(self, row: PreferencePair | Sample) -> bool:
+        """Whether a row fits `where` and `max_words`."""
+        field, _, value = self.where.partition("=")
+        meta: Mapping[str, Any] = row.meta if isinstance(row, PreferencePair) else row.truth
+        if self.where and str(meta.get(field.strip())) != value.strip():
+            return False
+        if self.max_words is None or not isinstance(row, PreferencePair):
+            return True
+        return all(len(row.response(side).split()) <= self.max_words for side in SIDES)
+
+
+class _PartOf(Dataset):
+    """Some of another data set's rows."""
+
+    def __init__(self, whole: Dataset, part: Part) -> None:
+        self.whole, self.part = whole, part
+        self.name, self.vocabulary = whole.name, whole.vocabulary
+
+    def samples(self) -> Iterator[Sample]:
+        return islice(filter(self.part.has, self.whole.samples()), self.part.limit)
+
+    def pairs(self) -> Iterator[PreferencePair]:
+        pairs: Iterator[PreferencePair] = filter(self.part.has, self.whole.pairs())
+        if self.part.part != "all":
+            train, dev = dev_split(list(pairs), self.part.dev_share, self.part.dev_seed)
+            pairs = iter(train if self.part.part == "train" else dev)
+        return islice(pairs, self.part.limit)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a user's text asks for."""
+
+    make: type[Dataset]
+    arguments: tuple[str, ...]
+    options: dict[str, Any]
+    part: Part
+
+
+def _request(text: str | Path | Spec) -> _Request:
     if isinstance(text, Path):
-        return _open("folder", str(text))
+        return _made(Spec("folder", {"source": str(text)}))
     spec = _spec(text)
     if spec is not None and spec.name in registry.names("datasets"):
-        return _open_spec(spec)
+        return _made(spec)
     if Path(str(text)).exists():
-        return _open("folder", str(text))
+        return _made(Spec("folder", {"source": str(text)}))
     raise _unknown(str(text), spec)
 
 
@@ -47,20 +159,29 @@ def _spec(text: str | Spec) -> Spec | None:
         return None
 
 
-def _open_spec(spec: Spec) -> Dataset:
+def _made(spec: Spec) -> _Request:
+    make = registry.load("datasets", spec.name)
     options = dict(spec.options)
     source = options.pop("source", None)
     if source is not None and not isinstance(source, str):
         raise UserError(f"{spec.name}: source={source!r} must be a path in quotes.")
-    return _open(spec.name, source, options)
-
-
-def _open(name: str, source: str | None, options: dict[str, Any] | None = None) -> Dataset:
-    make = registry.load("datasets", name)
-    checked = check_options(make, Spec(name, options or {}))
     if source is not None and "source" not in inspect.signature(make).parameters:
-        raise UserError(f"'{name}' reads no file, so it has no option 'source'.")
-    return make(source, **checked) if source is not None else make(**checked)
+        raise UserError(f"'{spec.name}' reads no file, so it has no option 'source'.")
+    part = _taken(spec.name, options, make)
+    checked = check_options(make, Spec(spec.name, options))
+    if "sources" in checked:
+        checked["sources"] = [open_data(each) for each in checked["sources"]]
+    return _Request(make, () if source is None else (source,), checked, part)
+
+
+def _taken(name: str, options: dict[str, Any], make: Callable[..., Any]) -> Part:
+    """Removes from the options those of every data set, as far as the plugin has none of that name."""
+    own = keyword_options(make)
+    common = {field: default for field, default in vars(Part()).items() if field not in own}
+    given = {field: options.pop(field) for field in common if field in options}
+    for field, value in given.items():
+        check_kind(f"{name}({field}={value!r})", value, common[field])
+    return Part(**given)
 
 
 def _unknown(text: str, spec: Spec | None) -> UserError:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from catpo.quality import Separation, SignalQuality
@@ -34,6 +35,20 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
             value = f"{figure['value']:.1f}" if is_known else "-"
             table.add_row(name, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
     return table
+
+
+def data_tables(report: Any) -> list[Table | str]:
+    """What `catpo data check` found: counts, lengths, and every problem with its row."""
+    counts = f"{report.rows} rows: {report.pairs} pairs, {report.samples} samples, {report.pictures} different pictures"
+    lengths = Table("", "least", "median", "most", "")
+    for name, found in report.lengths.items():
+        lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most), found.unit)
+    problems = Table("problem", "where", "what", title=f"{len(report.problems)} problems")
+    for problem in report.problems:
+        problems.add_row(problem.kind, escape(problem.where), escape(problem.what))
+    shown: list[Table | str] = [escape(f"{report.name}: {counts}")]
+    shown += [lengths] if report.lengths else []
+    return [*shown, problems if report.problems else "No problems found."]
 
 
 def _separation(auroc: Separation) -> str:

@@ -5,7 +5,6 @@ Knows nothing of a step; that is `trainer.py`.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from catpo.callbacks import MetricsFile, StepProgress
-from catpo.data import open_data
+from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
@@ -158,22 +157,6 @@ def lora_config(text: str | Spec, family: Family) -> LoraConfig:
 
 def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
-
-
-def dev_split(pairs: Sequence[PreferencePair], share: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Pairs for training and for the dev set; which pair goes where depends on its id and the seed only.
-
-    Raises:
-        UserError: nothing is left to train on.
-    """
-    if not 0 <= share < 1:
-        raise UserError(f"dev_share={share} must lie in [0, 1).")
-    order = sorted(pairs, key=lambda pair: hashlib.blake2b(f"{seed}/{pair.id}".encode()).digest())
-    held_out = {pair.id for pair in order[: int(len(order) * share)]}
-    kept = [pair for pair in pairs if pair.id not in held_out]
-    if not kept:
-        raise UserError("There are no preference pairs to train on.")
-    return kept, [pair for pair in pairs if pair.id in held_out]
 
 
 def _last_metrics(output: Path) -> dict[str, float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image, ImageOps
 
@@ -24,12 +24,13 @@ MAX_PIXELS = 100_000_000
 class Picture:
     """A picture that is opened only when it is needed.
 
-    Give either `path` or `data` (the encoded bytes); `name` is what messages call it.
+    Give one of `path`, `data` (the encoded bytes) and `load` (gives them when needed); `name` is what messages call it.
     """
 
     path: Path | None = None
     data: bytes | None = None
     name: str = ""
+    load: Callable[[], bytes] | None = None
 
     def open(self) -> Image.Image:
         """The picture as RGB, rotated as viewers show it (EXIF), first frame of an animation.
@@ -67,9 +68,8 @@ class Picture:
         """
         if self.data is not None:
             return self.data
-        assert self.path is not None
         try:
-            content = self.path.read_bytes()
+            content = self.load() if self.load is not None else cast(Path, self.path).read_bytes()
         except OSError as error:
             raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
         if not content:

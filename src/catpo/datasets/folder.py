@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from catpo.datasets import _base
+from catpo.datasets._base import Row
 from catpo.errors import UserError
 from catpo.runs import read_json
 from catpo.types import SIDES, Picture, PreferencePair, Sample, Span, check_pair, pair_id
@@ -25,7 +26,6 @@ DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "labels", "meta", "references", "truth")
 USUAL_FILES = ("pairs.jsonl", "data.jsonl")
 LABELS = ("grounded", "hallucinated")
-Made = TypeVar("Made")
 
 
 class Dataset(_base.Dataset):
@@ -57,11 +57,9 @@ class Dataset(_base.Dataset):
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise UserError(f"folder: limit={limit!r} must be a whole number, 1 or more.")
         self.name = str(source)
-        self.file = _row_file(Path(source))
-        self.root = self.file.parent
-        _check_finished(self.file)
+        reader = _reader(Path(source), prompt)
+        self.file, self.root = reader.file, reader.file.parent
         self.vocabulary = _vocabulary(self.root, vocabulary)
-        reader = _Reader(self.file, self.root.resolve(), prompt)
         rows = list(islice(reader.rows(), limit))
         self._pairs = [row for row in rows if isinstance(row, PreferencePair)]
         self._samples = [row for row in rows if isinstance(row, Sample)]
@@ -76,6 +74,19 @@ class Dataset(_base.Dataset):
         """The rows with chosen and rejected."""
         return iter(self._pairs) if self._pairs else super().pairs()
 
+    @classmethod
+    def scan(
+        cls, source: str | Path, *, limit: int | None = None, prompt: str = DEFAULT_PROMPT, **options: Any
+    ) -> Iterator[_base.Scanned]:
+        """Every line, bad ones too."""
+        return islice(_reader(Path(source), prompt).scan(), limit)
+
+
+def _reader(source: Path, prompt: str) -> _Reader:
+    file = _row_file(source)
+    _check_finished(file)
+    return _Reader(file, file.parent.resolve(), prompt)
+
 
 @dataclass
 class _Reader:
@@ -87,17 +98,29 @@ class _Reader:
     prompt: str
 
     def rows(self) -> Iterator[PreferencePair | Sample]:
-        """Each line's pair or sample; blank lines are skipped."""
+        """Each line's pair or sample; the first bad line ends it."""
+        for _, made in self.scan():
+            if isinstance(made, UserError):
+                raise made
+            yield made
+
+    def scan(self) -> Iterator[_base.Scanned]:
+        """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
         seen: dict[str, int] = {}
         for number, line in self._lines():
-            row = _Row(f"{self.file}:{number}", _object(line, f"{self.file}:{number}"))
-            made = self._pair(row) if row.is_pair else self._sample(row, number)
-            if made.id in seen:
-                raise UserError(
-                    f"{row.where}: id '{made.id}' is that of line {seen[made.id]}. Remove the row or give it another id."
-                )
+            where = f"{self.file}:{number}"
+            try:
+                row = _Row(where, _object(line, where))
+                made = self._pair(row) if row.is_pair else self._sample(row, number)
+                if made.id in seen:
+                    raise UserError(
+                        f"{where}: id '{made.id}' is that of line {seen[made.id]}. Remove the row or give it another id."
+                    )
+            except UserError as error:
+                yield where, error
+                continue
             seen[made.id] = number
-            yield made
+            yield where, made
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -137,30 +160,11 @@ class _Reader:
         names = [row.text(field)] if field == "image" else row.texts(field)
         if not names:
             raise row.error(field, "is an empty list. Give at least one picture")
-        return tuple(Picture(path=self._inside(name, row, field), name=f"{name} ({row.where})") for name in names)
-
-    def _inside(self, name: str, row: _Row, field: str) -> Path:
-        """The picture's path, which must not leave the folder, neither by its text nor by a link."""
-        is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or PureWindowsPath(name).drive
-        if is_absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
-            raise row.error(field, f"'{name}' leaves the folder. Give a path relative to {self.root}, inside it")
-        try:
-            path = (self.root / name).resolve()
-            if not path.is_relative_to(self.root):
-                raise row.error(field, f"'{name}' is a link that leads out of the folder. Put the picture itself inside")
-            if not path.is_file():
-                raise row.error(field, f"'{name}' is not a file in {self.root}. Check the name")
-        except (OSError, ValueError, RuntimeError) as error:  # NUL in the name, a name too long, a loop of links
-            raise row.error(field, f"{name!r} is not a usable path ({error})") from error
-        return path
+        return tuple(row.picture(field, name, self.root) for name in names)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One JSON object with its place in the file; each reader names the field it does not like."""
-
-    where: str
-    values: Mapping[str, Any]
+class _Row(Row):
+    """One JSON object with its place in the file."""
 
     @property
     def is_pair(self) -> bool:
@@ -170,34 +174,12 @@ class _Row:
             raise UserError(f"{self.where}: field '{has[0]}' stands without '{other}'. A pair needs both, a sample neither.")
         return bool(has)
 
-    def error(self, field: str, problem: str) -> UserError:
-        return UserError(f"{self.where}: field '{field}' {problem}.")
-
-    def text(self, field: str, default: str | None = None) -> str:
-        """A text that is not blank."""
-        if field not in self.values and default is not None:
-            return default
-        return self._checked(field, self.values.get(field))
-
-    def texts(self, field: str) -> list[str]:
-        """A list of texts that are not blank; none if the field is not there."""
-        values = self.values.get(field, [])
-        if not isinstance(values, list):
-            raise self.error(field, "must be a list of texts")
-        return [self._checked(field, value) for value in values]
-
-    def mapping(self, field: str) -> dict[str, Any]:
-        value = self.values.get(field, {})
-        if not isinstance(value, dict):
-            raise self.error(field, "must be an object: {...}")
-        return value
-
     def identity(self) -> str:
         """The row's own id, or nothing."""
         value = self.values.get("id")
         if value is None:
             return ""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self._checked("id", value)
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self.checked("id", value)
 
     def truth(self) -> dict[str, Any]:
         """What is known of the picture; lists of objects must be that."""
@@ -234,24 +216,6 @@ class _Row:
             if close:
                 raise self.error(key, f"is not known. Did you mean '{close[0]}'? Rename it")
         return extra
-
-    def named(self, make: Callable[[], Made]) -> Made:
-        """What `make` gives; its own complaint gets the place in the file put in front."""
-        try:
-            return make()
-        except UserError as error:
-            raise UserError(f"{self.where}: {error}") from error
-
-    def _checked(self, field: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise self.error(field, "is missing" if value is None else f"must be a text, not {type(value).__name__}")
-        if not value.strip():
-            raise self.error(field, "is empty")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise self.error(field, f"holds half a character (a lone surrogate at {error.start})") from error
-        return value
 
 
 def _row_file(source: Path) -> Path:

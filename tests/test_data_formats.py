@@ -1,0 +1,419 @@
+"""Every format of preference data: real files written here, with drawn pictures and invented texts."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from catpo.cli import main
+from catpo.data import open_data
+from catpo.datacheck import check_data, convert_data
+from catpo.errors import UserError
+
+
+def png(colour="red", size=(12, 8)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+COLOURS = ["red", "green", "blue", "white", "black"]
+TEXTS = [(f"Question {n}?", f"A good answer {n}.", f"A worse reply {n}, with a cat.") for n in range(5)]
+ANSWERS = [{"question": q, "chosen": c, "rejected": r} for q, c, r in TEXTS]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in COLOURS:
+        (tmp_path / f"{name}.png").write_bytes(png(name))
+    return tmp_path
+
+
+def parquet(path, rows, features=None):
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return path
+
+
+def cell(colour):
+    return {"bytes": png(colour), "path": f"{colour}.png"}
+
+
+def expect_all(pairs):
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == TEXTS
+    for pair, colour in zip(pairs, COLOURS, strict=True):
+        assert [image.open().getpixel((0, 0)) for image in pair.images] == [Image.new("RGB", (1, 1), colour).getpixel((0, 0))]
+        assert pair.images[0].open().size == (12, 8)
+
+
+# ---- RLHF-V ---------------------------------------------------------------------------------------------------------------
+
+
+def rlhf_v_rows(flat):
+    return [
+        {"ds_name": "RLHF-V", "image": cell(colour), "idx": number, "origin_dataset": ["LLaVA", "VQAv2"][number % 2],
+         **(answers if flat else {"text": json.dumps(answers)})}
+        for number, (colour, answers) in enumerate(zip(COLOURS, ANSWERS, strict=True))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["text column", "flat columns"])
+@pytest.mark.parametrize("typed", [False, True], ids=["plain struct", "image feature"])
+def test_rlhf_v_rows_become_pairs(tmp_path, flat, typed):
+    rows = rlhf_v_rows(flat)
+    features = None
+    if typed:
+        features = Features({**Dataset.from_list(rows).features, "image": ImageFeature()})
+    parquet(tmp_path / "rows.parquet", rows, features)
+    pairs = list(open_data(f"rlhf_v(source={str(tmp_path)!r})").pairs())
+    expect_all(pairs)
+    assert pairs[1].meta == {"ds_name": "RLHF-V", "idx": 1, "origin_dataset": "VQAv2"}
+
+
+def test_pictures_of_a_table_are_read_when_they_are_opened(tmp_path):
+    pairs = list(open_data(f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rlhf_v_rows(True)))!r})").pairs())
+    assert all(pair.images[0].data is None for pair in pairs)
+
+
+def test_a_streamed_table_gives_the_same_pairs(tmp_path):
+    source = parquet(tmp_path / "a.parquet", rlhf_v_rows(False))
+    whole = list(open_data(f"rlhf_v(source={str(source)!r})").pairs())
+    assert [pair.id for pair in open_data(f"rlhf_v(source={str(source)!r}, streaming=True)").pairs()] == [p.id for p in whole]
+
+
+BAD = {
+    "text is not valid JSON": {"text": "{question"},
+    "field 'question' is missing": {"text": json.dumps({"chosen": "a", "rejected": "b"})},
+    "field 'chosen' is empty": {"text": json.dumps({**ANSWERS[0], "chosen": " "})},
+    "chosen and rejected are the same": {"text": json.dumps({**ANSWERS[0], "rejected": ANSWERS[0]["chosen"]})},
+    "field 'rejected' must be a text, not int": {"text": json.dumps({**ANSWERS[0], "rejected": 3})},
+    "field 'image_path' is missing": {"image": None},
+}
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_a_bad_row_is_named_with_its_number(tmp_path, says):
+    rows = rlhf_v_rows(False)
+    rows[3] = {**rows[3], **BAD[says]}
+    source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rows))!r})"
+    with pytest.raises(UserError, match=f"row 3.*{says.split(' is not')[0]}"):
+        list(open_data(source).pairs())
+    report = check_data(source)
+    assert report.pairs == 4 and [problem.where for problem in report.problems] == [f"{tmp_path / 'a.parquet'}, row 3"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_explained(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"rlhf_v: 'nobody/nothing' cannot be read \(.*id of a data set on the hub"):
+        open_data("rlhf_v(source='nobody/nothing')")
+
+
+def test_a_folder_without_tables_is_explained(tmp_path):
+    with pytest.raises(UserError, match="no Parquet or JSON files in it"):
+        open_data(f"trl(source={str(tmp_path)!r})")
+
+
+# ---- TRL ------------------------------------------------------------------------------------------------------------------
+
+
+def message(role, text, parts=False):
+    content = [{"type": "image", "text": None}, {"type": "text", "text": text}] if parts else text
+    return {"role": role, "content": content}
+
+
+SHAPES = {
+    "plain": lambda q, c, r: {"prompt": q, "chosen": c, "rejected": r},
+    "conversational": lambda q, c, r: {
+        "prompt": [message("user", q)], "chosen": [message("assistant", c)], "rejected": [message("assistant", r)]
+    },
+    "with parts": lambda q, c, r: {
+        "prompt": [message("user", q, True)], "chosen": [message("assistant", c, True)],
+        "rejected": [message("assistant", r, True)],
+    },
+    "with a system message": lambda q, c, r: {
+        "prompt": [message("system", "Be brief."), message("user", q)],
+        "chosen": [message("assistant", c)], "rejected": [message("assistant", r)],
+    },
+    "implicit prompt": lambda q, c, r: {
+        "chosen": [message("user", q), message("assistant", c)], "rejected": [message("user", q), message("assistant", r)]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_trl_rows_become_pairs(tmp_path, shape, column):
+    rows = [
+        {column: [cell(colour)] if column == "images" else cell(colour), **SHAPES[shape](*texts)}
+        for colour, texts in zip(COLOURS, TEXTS, strict=True)
+    ]
+    feature = List(ImageFeature()) if column == "images" else ImageFeature()
+    features = Features({**Dataset.from_list(rows).features, column: feature})
+    expect_all(list(open_data(f"trl(source={str(parquet(tmp_path / 'a.parquet', rows, features))!r})").pairs()))
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_trl_json_names_pictures_in_a_folder(photos, suffix):
+    rows = [{"images": [f"{colour}.png"], **SHAPES["plain"](*texts)} for colour, texts in zip(COLOURS, TEXTS, strict=True)]
+    (photos / "rows").mkdir()
+    file = photos / "rows" / f"a.{suffix}"
+    file.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    expect_all(list(open_data(f"trl(source={str(file)!r}, images={str(photos)!r})").pairs()))
+    with pytest.raises(UserError, match=r"row 0.*'red.png' is not a file in"):
+        list(open_data(f"trl(source={str(file)!r})").pairs())
+
+
+def test_a_saved_data_set_has_splits(tmp_path):
+    rows = [{"image": cell(c), **SHAPES["plain"](*texts)} for c, texts in zip(COLOURS, TEXTS, strict=True)]
+    DatasetDict({"dev": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    expect_all(list(open_data(f"trl(source={str(tmp_path / 'saved')!r}, split='dev')").pairs()))
+    with pytest.raises(UserError, match="no split 'train' but dev"):
+        open_data(f"trl(source={str(tmp_path / 'saved')!r})")
+
+
+def test_several_turns_are_refused_with_the_row(tmp_path):
+    turns = [message("user", "a"), message("assistant", "b"), message("user", "c")]
+    rows = [
+        {"image": cell("red"), "prompt": turns, "chosen": [message("assistant", "d")], "rejected": [message("assistant", "e")]}
+    ]
+    with pytest.raises(UserError, match="row 0.*one question with one answer"):
+        list(open_data(f"trl(source={str(parquet(tmp_path / 'a.parquet', rows))!r})").pairs())
+
+
+def test_a_picture_outside_the_folder_is_refused(photos):
+    file = photos / "a.json"
+    file.write_text(json.dumps([{"image": "../secret.png", **SHAPES["plain"](*TEXTS[0])}]))
+    for name in ("trl", "llava"):
+        with pytest.raises(UserError, match=r"row 0.*'\.\./secret.png' leaves the folder"):
+            list(open_data(f"{name}(source={str(file)!r})").pairs())
+
+
+# ---- LLaVA-style JSON -----------------------------------------------------------------------------------------------------
+
+
+def human(text):
+    return {"from": "human", "value": f"<image>\n{text}"}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+FORMATS = {
+    "povid": lambda c, q, good, bad: {
+        "id": 1, "image": f"{c}.png", "conversations": [human(q), gpt(good)], "rejected_conversations": [human(q), gpt(bad)]
+    },
+    "llama-factory": lambda c, q, good, bad: {
+        "images": [f"{c}.png"], "conversations": [human(q)], "chosen": gpt(good), "rejected": gpt(bad)
+    },
+    "ms-swift": lambda c, q, good, bad: {
+        "images": [f"{c}.png"], "rejected_response": bad,
+        "messages": [message("user", f"<image>{q}"), message("assistant", good)],
+    },
+    "seva": lambda c, q, good, bad: {"image": f"{c}.png", "question": q, "chosen": good, "reject": bad},
+    "mdpo": lambda c, q, good, bad: {"img_path": f"{c}.png", "prompt": q, "chosen": good, "rejected": bad},
+    "bpo": lambda c, q, good, bad: {
+        "image": f"{c}.png", "prompt": q, "completions": [{"score": 0.2, "response": bad}, {"score": 1, "response": good}]
+    },
+    "vlfeedback": lambda c, q, good, bad: {
+        "img_path": f"{c}.png", "prompt": q,
+        "completions": [
+            {"response": bad, "annotations": {"Helpfulness": {"Rating": "3"}, "Visual Faithfulness": {"Rating": "2"}}},
+            {"response": good, "annotations": {"Helpfulness": {"Rating": "5"}, "Visual Faithfulness": {"Rating": "4"}}},
+            {"response": "Not rated.", "annotations": {"Helpfulness": {"Rating": "N/A"}}},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_llava_style_rows_become_pairs(photos, name):
+    rows = [FORMATS[name](colour, *texts) for colour, texts in zip(COLOURS, TEXTS, strict=True)]
+    (photos / "a.json").write_text(json.dumps(rows))
+    expect_all(list(open_data(f"llava(source={str(photos / 'a.json')!r})").pairs()))
+
+
+def test_vlfeedback_as_the_library_gives_it_becomes_pairs(tmp_path):
+    """A list of objects comes back as an object of lists."""
+    rating = {"Helpfulness": {"Rating": Value("string")}}
+    features = Features(
+        {
+            "prompt": Value("string"),
+            "image": ImageFeature(),
+            "completions": {"response": List(Value("string")), "annotations": List(rating)},
+        }
+    )
+    row = {
+        "prompt": TEXTS[0][0], "image": cell("red"),
+        "completions": {
+            "response": ["good one", "bad one", "middling"], "annotations": [{"Helpfulness": {"Rating": r}} for r in "513"]
+        },
+    }  # fmt: skip
+    pairs = list(open_data(f"llava(source={str(parquet(tmp_path / 'a.parquet', [row], features))!r})").pairs())
+    assert [(p.chosen, p.rejected) for p in pairs] == [
+        ("good one", "bad one"),
+        ("good one", "middling"),
+        ("middling", "bad one"),
+    ]
+    wide = open_data(f"llava(source={str(tmp_path / 'a.parquet')!r}, min_gap=3.0)")
+    assert [(pair.chosen, pair.rejected) for pair in wide.pairs()] == [("good one", "bad one")]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_ha_dpo_has_lists_of_texts_and_pictures_by_number(photos, keyed):
+    (photos / "VG_100K").mkdir()
+    (photos / "VG_100K" / "7.jpg").write_bytes(png("blue"))
+    texts = {"chosen": ["good a", "good b", "good c"], "rejected": ["bad a", "bad b"]}
+    (photos / "desc_data.json").write_text(json.dumps({"7": texts} if keyed else [{"image_id": 7, **texts}]))
+    chosen = set()
+    for seed in range(8):
+        (pair,) = open_data(f"llava(source={str(photos / 'desc_data.json')!r}, seed={seed})").pairs()
+        assert pair.prompt == "Describe this image in detail." and pair.rejected in texts["rejected"]
+        assert pair.images[0].open().getpixel((0, 0)) == (0, 0, 255)
+        chosen.add(pair.chosen)
+    assert len(chosen) > 1 and chosen <= set(texts["chosen"])
+
+
+def test_real_captions_with_scores_make_ranked_pairs(shared, tmp_path):
+    """Captions of three real models for the same pictures, scored by their length: the loader's numbers are counted by hand."""
+    folder = shared / "real-data" / "text"
+    by_picture = {}
+    for path in sorted(folder.glob("pope_caption_Instruction1_*.json")):
+        decoder, text = json.JSONDecoder(), path.read_text()
+        at = 0
+        while at < len(text.rstrip()):
+            row, at = decoder.raw_decode(text, at)
+            while at < len(text) and text[at].isspace():
+                at += 1
+            by_picture.setdefault(row.get("image_id", row.get("image")), []).append(str(row.get("caption", row.get("answer"))))
+    chosen = [captions for captions in by_picture.values() if len(captions) == 3][:50]
+    rows = [
+        {
+            "image": "red.png",
+            "prompt": f"Describe picture {n}.",
+            "completions": [{"score": len(c), "response": c} for c in captions],
+        }
+        for n, captions in enumerate(chosen)
+    ]
+    (tmp_path / "red.png").write_bytes(png())
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    expected = sum(len(a) != len(b) for c in chosen for a, b in ((c[0], c[1]), (c[0], c[2]), (c[1], c[2])))
+    pairs = list(open_data(f"llava(source={str(tmp_path / 'a.json')!r})").pairs())
+    assert len(chosen) == 50 and len(pairs) == expected
+    assert all(len(pair.chosen) > len(pair.rejected) - 3 for pair in pairs)
+
+
+# ---- parts and mixtures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path):
+    return str(parquet(tmp_path / "a.parquet", rlhf_v_rows(True)))
+
+
+def test_every_data_set_can_be_limited_and_filtered(table):
+    assert len(list(open_data(f"rlhf_v(source={table!r}, limit=2)").pairs())) == 2
+    found = list(open_data(f"rlhf_v(source={table!r}, where='origin_dataset=VQAv2')").pairs())
+    assert [pair.meta["idx"] for pair in found] == [1, 3]
+    assert list(open_data(f"rlhf_v(source={table!r}, max_words=6)").pairs()) == []
+    for option, says in (("limit=0", "whole number"), ("where='x'", "field=value"), ("part='tset'", "Known: all, dev, train")):
+        with pytest.raises(UserError, match=says):
+            open_data(f"rlhf_v(source={table!r}, {option})")
+
+
+def test_train_and_dev_part_a_data_set_by_id_and_seed(tmp_path):
+    rows = [{"image": cell("red"), "prompt": f"q{n}", "chosen": f"a{n}", "rejected": "b"} for n in range(40)]
+    source = str(parquet(tmp_path / "a.parquet", rows))
+    read = lambda part, seed=42: {
+        pair.id for pair in open_data(f"trl(source={source!r}, part={part!r}, dev_seed={seed})").pairs()
+    }
+    train, dev = read("train"), read("dev")
+    assert len(train) == 36 and len(dev) == 4 and not train & dev
+    assert read("dev", 1) != dev
+
+
+def test_a_mixture_has_the_proportions_asked_for_and_repeats_itself(tmp_path):
+    sources = []
+    for name, count in (("x", 30), ("y", 30)):
+        rows = [{"image": cell("red"), "prompt": f"{name}{n}", "chosen": "a", "rejected": "b"} for n in range(count)]
+        sources.append(f"trl(source={str(parquet(tmp_path / f'{name}.parquet', rows))!r})")
+    mix = lambda **options: [
+        pair.prompt
+        for pair in open_data(f"mix(sources={sources!r}, {', '.join(f'{k}={v!r}' for k, v in options.items())})").pairs()
+    ]
+    first = mix(weights=[3, 1], count=20, seed=1)
+    assert [sum(prompt[0] == name for prompt in first) for name in "xy"] == [15, 5]
+    assert first == mix(weights=[3, 1], count=20, seed=1) != mix(weights=[3, 1], count=20, seed=2)
+    assert len(mix(weights=[3, 1])) == 40  # all 30 of x, 10 of y
+    with pytest.raises(UserError, match="50 pairs are asked of .* which has 30"):
+        mix(count=100)
+    with pytest.raises(UserError, match="2 positive numbers"):
+        mix(weights=[1])
+
+
+# ---- checking and converting ----------------------------------------------------------------------------------------------
+
+
+def test_a_check_names_all_problems_at_once(photos, capsys):
+    (photos / "broken.png").write_bytes(png()[:40])
+    good = {"image": "red.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+    rows = [
+        good, {**good, "chosen": ""}, {**good, "image": "none.png"}, "not json", {**good, "image": "broken.png"},
+        {**good, "id": "again"}, {**good, "rejected": "A bird."}, {**good, "image": "blue.png"},
+    ]  # fmt: skip
+    (photos / "pairs.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", str(photos), "--json"])
+    assert stop.value.code == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["pairs"] == 4 and report["pictures"] == 2
+    assert [(problem["where"].rsplit(":", 1)[1], problem["kind"]) for problem in report["problems"]] == [
+        ("2", "unusable row"), ("3", "unusable row"), ("4", "unusable row"), ("5", "broken picture"), ("6", "duplicate pair"),
+        ("7", "duplicate chosen response"),
+    ]  # fmt: skip
+    assert report["lengths"]["chosen"] == {"unit": "words", "least": 2, "median": 2.0, "most": 2}
+
+
+def test_a_check_counts_the_models_tokens(photos, builtin, capsys):
+    rows = [
+        {"image": "red.png", "prompt": "What is this?", "chosen": "A cat.", "rejected": "A dog and a bird on a table."},
+        {"image": "blue.png", "prompt": "What is this?", "chosen": "An owl.", "rejected": "<image> here"},
+    ]
+    (photos / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = check_data(photos, model="builtin", max_length=10)
+    assert [problem.kind for problem in report.problems] == ["over-long", "unusable row"]
+    assert report.lengths["picture"].unit == "image tokens" and report.lengths["picture"].most > 16
+    assert report.lengths["rejected"].most > report.lengths["chosen"].most
+    with pytest.raises(UserError, match="needs a model"):
+        check_data(photos, max_length=10)
+
+
+def test_a_data_set_without_problems_leaves_with_0(table, capsys):
+    main(["data", "check", f"rlhf_v(source={table!r})"])
+    out = capsys.readouterr().out
+    assert "5 pairs" in out and "No problems found." in out
+
+
+def test_a_converted_data_set_reads_back_the_same(table, tmp_path, capsys):
+    main(["data", "convert", f"rlhf_v(source={table!r})", "--output", str(tmp_path / "folder")])
+    before, after = list(open_data(f"rlhf_v(source={table!r})").pairs()), list(open_data(str(tmp_path / "folder")).pairs())
+    assert [(a.id, a.prompt, a.chosen, a.rejected, a.meta) for a in after] == [
+        (b.id, b.prompt, b.chosen, b.rejected, b.meta) for b in before
+    ]
+    assert [a.images[0].read() for a in after] == [b.images[0].read() for b in before]
+    with pytest.raises(UserError, match="holds pairs already"):
+        convert_data(f"rlhf_v(source={table!r})", tmp_path / "folder")
+
+
+def test_a_conversion_that_stops_halfway_counts_as_unfinished(tmp_path):
+    rows = rlhf_v_rows(True)
+    rows[4]["chosen"] = ""
+    source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rows))!r})"
+    with pytest.raises(UserError, match="row 4"):
+        convert_data(source, tmp_path / "folder")
+    with pytest.raises(UserError):
+        open_data(str(tmp_path / "folder"))

