@@ -16,6 +16,7 @@ from catpo.errors import UserError, did_you_mean
 
 Options = Parameter(name="*")
 Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
+DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
 STEPS = Group("The five steps", sort_key=0)
 LOOK = Group("Look", sort_key=1)
 START = Group("Start", sort_key=2)
@@ -73,9 +74,17 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
     print(pair(**config.keywords(options)))
 
 
+def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions) -> None:
+    from catpo.plan import plan, plan_tables
+
+    Console().print(*plan_tables(plan(command, config.keywords(options))), sep="\n")
+
+
 @app.command(group=STEPS, sort_key=2)
-def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None) -> None:
+def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Score every response token with the reference model, into a reward store."""
+    if dry_run:
+        return _show_plan("score", options)
     from catpo.quality import signal_quality
     from catpo.scoring import score
     from catpo.tables import quality_table
@@ -88,8 +97,10 @@ def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = 
 
 
 @app.command(group=STEPS, sort_key=3)
-def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None) -> None:
+def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Train a model on preference pairs with token weights."""
+    if dry_run:
+        return _show_plan("train", options)
     from catpo.training import train
 
     result = train(**config.keywords(options))

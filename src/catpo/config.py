@@ -88,6 +88,10 @@ class ScoreOptions:
     """LoRA adapter to put on the model."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
+    quantization: str | None = None
+    """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
+    attention: str | None = None
+    """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
     device: str | None = None
     """cpu, cuda, …; the best there is if left out."""
 
@@ -146,6 +150,10 @@ class TrainOptions:
     """Use the first so many pairs only."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
+    quantization: str | None = None
+    """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
+    attention: str | None = None
+    """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
     bf16: bool = False
     """Compute in bfloat16 where it is safe."""
     gradient_checkpointing: bool = False

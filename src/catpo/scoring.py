@@ -77,6 +77,8 @@ def score(
     max_length: int | None = None,
     adapter: str | Path | None = None,
     dtype: str = "auto",
+    quantization: str | None = None,
+    attention: str | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> RewardStore:
@@ -100,7 +102,11 @@ def score(
     Raises:
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
-    family = model if isinstance(model, Family) else families.load(model, adapter=adapter, device=device, dtype=dtype)
+    family = (
+        model
+        if isinstance(model, Family)
+        else families.load(model, adapter=adapter, device=device, dtype=dtype, quantization=quantization, attention=attention)
+    )
     settings = ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
     settings.check(family.depth)
     chosen_pairs = [check_pair(pair) for pair in _limited(open_data(pairs).pairs(), limit)]

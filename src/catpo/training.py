@@ -62,6 +62,8 @@ def train(
     workers: int = 0,
     limit: int | None = None,
     dtype: str = "auto",
+    quantization: str | None = None,
+    attention: str | None = None,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     report_to: str = "none",
@@ -95,7 +97,11 @@ def train(
                 return TrainingResult(output, output / "model", _last_metrics(output))
         everything = list(open_data(pairs).pairs()) if isinstance(pairs, str | Path) else pairs
         train_pairs, dev_pairs = dev_split([check_pair(pair) for pair in everything][:limit], dev_share, seed)
-        family = families.load(model, device=device, dtype=dtype)
+        if quantization is not None and lora is None:
+            raise UserError(
+                "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
+            )
+        family = families.load(model, device=device, dtype=dtype, quantization=quantization, attention=attention)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,

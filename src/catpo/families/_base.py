@@ -7,6 +7,7 @@ Knows nothing of rewards, losses or stores.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,13 @@ import torch
 from jaxtyping import Bool, Int
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import logging
 
 from catpo import registry
@@ -485,11 +492,15 @@ def load(
     adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str = "auto",
+    quantization: str | None = None,
+    attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Family:
     """A model by hub id, folder or `builtin`, with its processor, as its family.
 
     A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
+    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attention` is an implementation that transformers
+    knows, e.g. `sdpa`, `flex_attention` or `eager`.
 
     Raises:
         UserError: there is no such model, or it is not a vision-language model that catpo can run.
@@ -497,11 +508,14 @@ def load(
     path = resolve(model)
     if adapter is None and (Path(path) / "adapter_config.json").is_file():
         path, adapter = _adapter_base(Path(path)), path
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantization is not None:
+        options |= {"quantization_config": quantized(quantization, path, dtype)}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with quiet():
             loaded = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
             )
         processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -513,6 +527,50 @@ def load(
         loaded = _with_adapter(loaded, adapter)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+
+
+def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | None = None) -> Family:
+    """The family of a model whose weights are not loaded: shapes, names and the real processor, for plans and checks.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = resolve(model)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config, dtype=precision)
+        if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
+            empty.generation_config = GenerationConfig.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"model '{model}' cannot be planned with: {first_line} Give a hub id, a folder, or 'builtin'."
+        ) from error
+    return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
+
+
+def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
+    """4-bit NF4 for the decoder's linear layers; vision tower, projector and head stay as they are.
+
+    Raises:
+        UserError: another word than `4bit`, or bitsandbytes is not installed.
+    """
+    if quantization != "4bit":
+        raise UserError(f"quantization='{quantization}' is not known. Give '4bit', or leave it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
+    plan = blueprint(path, dtype=dtype)
+    frozen = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=plan.unwrapped.dtype if plan.unwrapped.dtype != torch.float32 else torch.bfloat16,
+        llm_int8_skip_modules=[name for name, module in plan.unwrapped.named_modules() if id(module) in frozen],
+    )
 
 
 def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:

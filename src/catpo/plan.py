@@ -1,0 +1,308 @@
+"""`--dry-run`: what scoring or training would do and need, without loading weights. The model is built on no device ("meta").
+
+Sizes are in bytes. Weights, trained parameters, optimiser and store follow from shapes; activations are an estimate for
+decoders of Llama's build (docs/dry-run.md has the formulas and how far they were off).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from peft import get_peft_model
+from rich.table import Table
+from torch import nn
+
+from catpo.attention import choose_layers
+from catpo.data import dev_split, open_data
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.families._base import Encoded, Family
+from catpo.head import CHUNK
+from catpo.objectives import _base as objectives
+from catpo.spec import parse
+from catpo.stats import kl_direction, requirements
+from catpo.training import lora_config
+from catpo.types import SIDES, PreferencePair, check_pair
+
+SAMPLE = 64
+"""Pairs that are encoded to learn how long they are, spread evenly."""
+NF4_BITS = 4.127
+"""Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
+ADAMW_MOMENTS = 2
+MAX_STEP_COPIES = 4
+"""Vocabulary-sized temporaries of one chunk that live at once: logits, log p, log q, gradient."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per pair over the sample."""
+
+    least: int
+    median: float
+    most: int
+    mean: float
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Lengths:
+        return cls(min(values), median(values), max(values), sum(values) / len(values))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command would do."""
+
+    command: str
+    model: str
+    parameters: int
+    trained_parameters: int
+    pairs: int
+    dev_pairs: int
+    tokens: Mapping[str, Lengths]
+    """prompt (image tokens included), image, chosen, rejected, row: what one pair takes in a batch."""
+    steps: int
+    """Optimiser steps, or batches of scoring."""
+    token_passes: float
+    """Tokens that go through the decoder, forward, over the whole run."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes on the device, by part."""
+    store: Mapping[str, int] = field(default_factory=dict)
+    """Bytes on disk, by part; a little less after compression."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(command: str, options: Mapping[str, Any]) -> Plan:
+    """The plan of `score` or `train` with the options of that command, as the command line or a recipe gives them.
+
+    Raises:
+        UserError: what the command itself would refuse: model, data, objective, or options that do not fit.
+    """
+    family = families.blueprint(options["model"], dtype=options["dtype"], quantization=options["quantization"])
+    everything = [check_pair(pair) for pair in open_data(options["pairs"]).pairs()][: options["limit"]]
+    if not everything:
+        raise UserError(f"{options['pairs']} holds no preference pairs.")
+    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in _spread(everything)]
+    return _score(family, everything, encoded, options) if command == "score" else _train(family, everything, encoded, options)
+
+
+def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any]) -> Plan:
+    choose_layers(options["layers"], family.depth)
+    row = _row_length(family, encoded)
+    tokens = max(each for each in row) * options["batch_size"]
+    memory = {
+        "weights": weight_bytes(family, options["quantization"]),
+        "activations": tokens * _Decoder(family).largest_layer,
+        "attention mask": options["batch_size"] * max(row) ** 2,
+        "head chunk": _chunk_bytes(family),
+    }
+    return Plan(
+        command="score",
+        model=str(options["model"]),
+        parameters=_count(family.unwrapped),
+        trained_parameters=0,
+        pairs=len(pairs),
+        dev_pairs=0,
+        tokens=_tokens(encoded, row),
+        steps=math.ceil(len(pairs) / options["batch_size"]),
+        token_passes=len(pairs) * sum(row) / len(row),
+        memory=memory,
+        store=store_bytes(family, encoded, len(pairs), len(options["signals"]), options["hidden"], options["maps"]),
+    )
+
+
+def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any]) -> Plan:
+    kept, dev = dev_split(pairs, options["dev_share"], options["seed"])
+    row = _row_length(family, encoded)
+    weights = weight_bytes(family, options["quantization"])
+    head = family.head.weight.numel() * family.head.weight.element_size()
+    trained, trained_bytes = _trained(family, options["lora"])
+    tokens = max(row) * options["batch_size"]
+    decoder = _Decoder(family)
+    objective = objectives.build(parse(options["objective"]))
+    keeps_kl = bool(kl_direction(requirements(objective.loss, objective.options)))
+    is_online = options["reference"] == "online"
+    memory = {
+        "weights": weights,
+        "reference": weights if is_online and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
+        "adapter": trained_bytes if options["lora"] else 0,
+        "gradients": trained_bytes,
+        "optimiser": ADAMW_MOMENTS * trained_bytes,
+        "activations": tokens * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
+        "attention mask": options["batch_size"] * max(row) ** 2,
+        "head chunk": _chunk_bytes(family),
+    }
+    passes = options["epochs"] * len(kept) / (options["batch_size"] * options["accumulation"])
+    steps = options["max_steps"] if options["max_steps"] > 0 else math.ceil(passes)
+    per_step = options["batch_size"] * options["accumulation"] * sum(row) / len(row)
+    return Plan(
+        command="train",
+        model=str(options["model"]),
+        parameters=_count(family.unwrapped),
+        trained_parameters=trained,
+        pairs=len(kept),
+        dev_pairs=len(dev),
+        tokens=_tokens(encoded, row),
+        steps=steps,
+        token_passes=steps * per_step * (2 if is_online else 1),
+        memory={name: size for name, size in memory.items() if size},
+        store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
+    )
+
+
+# ---- lengths --------------------------------------------------------------------------------------------------------------
+
+
+def _spread(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    step = max(1, len(pairs) // SAMPLE)
+    return list(pairs[::step][:SAMPLE])
+
+
+def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
+    """Tokens a pair takes in a batch: one row for both responses, or two."""
+    shared = family.shares_prefix and not family.needs_check
+    return [each.length if shared else each.length + len(each.prompt_ids) for each in encoded]
+
+
+def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
+    counts = {
+        "image": [len(each.patches) for each in encoded],
+        "prompt": [len(each.prompt_ids) for each in encoded],
+        **{side: [len(each.response_ids[side]) for each in encoded] for side in SIDES},
+        "row": list(row),
+    }
+    return {name: Lengths.of(values) for name, values in counts.items()}
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(family: Family, quantization: str | None) -> int:
+    """Bytes of the loaded weights; with 4-bit, the decoder's linear layers take `NF4_BITS` per weight."""
+    quantized = _linear(family.decoder) if quantization == "4bit" else {}
+    inside = {id(layer.weight) for layer in quantized.values()}
+    whole = sum(each.numel() * each.element_size() for each in family.unwrapped.parameters() if id(each) not in inside)
+    return whole + int(sum(layer.weight.numel() for layer in quantized.values()) * NF4_BITS / 8)
+
+
+def _linear(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _trained(family: Family, lora: str | None) -> tuple[int, int]:
+    """Number and bytes of the parameters that take a gradient, found by preparing the model without weights."""
+    if lora:
+        model = get_peft_model(family.unwrapped, lora_config(lora, family))
+        adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        count = sum(parameter.numel() for parameter in adapter)
+        model.unload()
+        return count, 4 * count  # PEFT keeps adapters of half-precision models in float32
+    family.unwrapped.requires_grad_(True)
+    family.freeze_vision()
+    trained = [parameter for parameter in family.unwrapped.parameters() if parameter.requires_grad]
+    return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
+
+
+class _Decoder:
+    """Bytes per token that a decoder of Llama's build keeps, from its sizes."""
+
+    def __init__(self, family: Family) -> None:
+        text = family.unwrapped.config.get_text_config()
+        self.layers, self.width = text.num_hidden_layers, text.hidden_size
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or self.width // heads
+        self.queries = heads * size
+        self.keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+        self.inner = text.intermediate_size
+        self.element = family.unwrapped.dtype.itemsize
+
+    @property
+    def layer(self) -> int:
+        """Kept for the backward pass of one layer: inputs of both norms and their results, queries, keys and values before and
+        after rotation, attention's output, and the MLP's gate, its activation, the other half and their product.
+        """
+        norms = 2 * (2 * self.width + self.width * 4 // self.element)  # norms work in float32
+        attention = 3 * self.queries + 4 * self.keys
+        return self.element * (norms + attention + 4 * self.inner)
+
+    @property
+    def kept(self) -> int:
+        return self.layers * self.layer
+
+    @property
+    def checkpointed(self) -> int:
+        """The input of each layer, and one layer recomputed."""
+        return self.layers * self.width * self.element + self.layer
+
+    @property
+    def largest_layer(self) -> int:
+        """A forward pass alone holds one layer at a time."""
+        return self.layer
+
+
+def _chunk_bytes(family: Family) -> int:
+    return MAX_STEP_COPIES * CHUNK * family.head.weight.shape[0] * 4
+
+
+# ---- disk -----------------------------------------------------------------------------------------------------------------
+
+
+def store_bytes(
+    family: Family, encoded: Sequence[Encoded], pairs: int, signals: int, hidden: bool, maps: bool
+) -> dict[str, int]:
+    """Bytes of a reward store: numbers per token, hidden states, attention maps in float16."""
+    responses = [sum(len(ids) for ids in each.response_ids.values()) for each in encoded]
+    tokens = pairs * sum(responses) / len(responses)
+    widest = max(len(each.patches) for each in encoded)
+    width = family.unwrapped.config.get_text_config().hidden_size
+    element = min(family.unwrapped.dtype.itemsize, 4)
+    per_token = 4 * (2 + signals) + 8  # id, log-prob and signals; label, flag and text
+    parts = {
+        "signals": tokens * per_token,
+        "hidden states": tokens * width * element * hidden,
+        "attention maps": tokens * widest * 2 * maps,
+    }
+    return {name: int(size) for name, size in parts.items() if size}
+
+
+# ---- the terminal ---------------------------------------------------------------------------------------------------------
+
+
+def plan_tables(made: Plan) -> list[Table | str]:
+    """A plan as the terminal shows it."""
+    lengths = Table("tokens per pair", "least", "median", "most")
+    for name, found in made.tokens.items():
+        lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most))
+    head = (
+        f"{made.command} with {made.model}: {made.parameters:,} parameters, {made.trained_parameters:,} of them trained; "
+        f"{made.pairs:,} pairs" + (f" and {made.dev_pairs:,} to watch" if made.dev_pairs else "")
+    )
+    work = (
+        f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes"
+    )
+    shown: list[Table | str] = [head, work, lengths, _sizes("memory on the device", made.memory)]
+    return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
+
+
+def _sizes(title: str, parts: Mapping[str, int]) -> Table:
+    table = Table(title, "")
+    for name, size in parts.items():
+        table.add_row(name, _readable(size))
+    table.add_section()
+    table.add_row("together", _readable(sum(parts.values())))
+    return table
+
+
+def _readable(size: int) -> str:
+    for unit, bytes_each in (("GB", 1e9), ("MB", 1e6)):
+        if size >= bytes_each:
+            return f"{size / bytes_each:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"

@@ -1,0 +1,151 @@
+"""Dry runs: what they predict against what the commands then do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from catpo import cli, config, recipes
+from catpo.batching import PairCollator, run_backbone
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.pairs_file import write_pairs
+from catpo.plan import plan, weight_bytes
+from catpo.scoring import score
+from catpo.training import train
+from tiny import pairs
+from tiny_families import BUILDERS, build
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
+
+
+def options(command, **given):
+    made = config.COMMANDS[command](**{"output": Path("x"), **given})
+    return config.keywords(made)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pairs, and a model of a family with tiles, on disk."""
+    path = tmp_path_factory.mktemp("plan")
+    write_pairs(path / "pairs", pairs(20), {})
+    family = build("llava_next")
+    family.model.save_pretrained(path / "model")
+    family.processor.save_pretrained(path / "model")
+    return path
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_blueprint_encodes_as_the_model_does(name, tmp_path):
+    family = build(name)
+    family.model.save_pretrained(tmp_path)
+    family.processor.save_pretrained(tmp_path)
+    empty, one = families.blueprint(tmp_path), pairs(1)[0]
+    assert all(parameter.device.type == "meta" for parameter in empty.unwrapped.parameters())
+    ours, theirs = empty.encode(one), families.load(tmp_path).encode(one)
+    assert (ours.prompt_ids, ours.response_ids, ours.grids) == (theirs.prompt_ids, theirs.response_ids, theirs.grids)
+    assert weight_bytes(empty, None) == sum(each.numel() * each.element_size() for each in family.unwrapped.parameters())
+
+
+def test_a_plan_of_scoring_tells_the_store_that_is_written(folder, tmp_path):
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"))
+    made = plan("score", options("score", **given))
+    store = score(**given, output=tmp_path / "rewards", progress=False)
+    written = sum(file.stat().st_size for file in (tmp_path / "rewards" / "shards").glob("*.safetensors"))
+    predicted = made.store["hidden states"] + made.store["attention maps"]
+    assert predicted == pytest.approx(written, rel=0.05)
+    tokens = sum(len(store.get(pair, side).token_ids) for pair in store.pair_ids for side in ("chosen", "rejected"))
+    lengths = made.tokens
+    assert tokens / 20 == pytest.approx(lengths["chosen"].mean + lengths["rejected"].mean)
+    assert made.steps == 3 and made.token_passes == pytest.approx(20 * lengths["row"].mean)
+
+
+@pytest.mark.parametrize("lora", ["lora(r=4, alpha=8)", None], ids=["lora", "full"])
+def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lora):
+    given = dict(
+        pairs=str(folder / "pairs"),
+        model=str(folder / "model"),
+        lora=lora,
+        epochs=3.0,
+        batch_size=2,
+        accumulation=2,
+        dev_share=0.25,
+    )
+    made = plan("train", options("train", **given))
+    result = train(**given, output=tmp_path / "run", logging_steps=1, progress=False)
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert made.steps == max(row["step"] for row in log)
+    assert (made.pairs, made.dev_pairs) == (15, 5)
+    tuned = families.load(result.model)
+    if lora:
+        trained = sum(each.numel() for name, each in tuned.unwrapped.named_parameters() if "lora_" in name)
+    else:
+        trained = sum(each.numel() for each in [*tuned.decoder.parameters(), tuned.head.weight])
+    assert made.trained_parameters == trained
+    assert made.memory["gradients"] == 4 * trained and made.memory["optimiser"] == 8 * trained
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3", "builtin"])
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(name, tmp_path):
+    """Different storages that one forward pass of the decoder saves for the backward pass, the weights left out."""
+    family = families.load("builtin") if name == "builtin" else build(name)
+    family.unwrapped.requires_grad_(True)
+    family.freeze_vision()
+    write_pairs(tmp_path / "pairs", pairs(1), {})
+    if name != "builtin":
+        family.model.save_pretrained(tmp_path / "model")
+        family.processor.save_pretrained(tmp_path / "model")
+    batch = PairCollator(family)(pairs(1))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in family.unwrapped.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = run_backbone(family.unwrapped, batch).last_hidden_state
+    assert hidden.requires_grad
+    made = plan(
+        "train",
+        options(
+            "train", pairs=str(tmp_path / "pairs"), model=name if name == "builtin" else str(tmp_path / "model"), dev_share=0.0
+        ),
+    )
+    assert made.memory["activations"] == pytest.approx(sum(kept.values()), rel=0.35)
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("score", "train"):
+        cli.main([command, "--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--output", "out", "--dry-run"])
+        shown = capsys.readouterr().out
+        assert "token passes" in shown and "memory on the device" in shown and "reward store on disk" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_refuses_what_the_command_would(folder):
+    with pytest.raises(UserError, match="max_length=5"):
+        plan("score", options("score", pairs=str(folder / "pairs"), model=str(folder / "model"), max_length=5))
+    with pytest.raises(UserError, match="objective"):
+        plan("train", options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), objective="dpoo"))
+    with pytest.raises(UserError, match="model 'nowhere/at-all' cannot be read"):
+        plan("score", options("score", pairs=str(folder / "pairs"), model="nowhere/at-all"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_plans_with_another_model_and_data(folder, path, tmp_path, monkeypatch):
+    """The recipes name checkpoints and data that need a hub; everything else of them is built."""
+    monkeypatch.chdir(tmp_path)
+    here = ["--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--dry-run"]
+    for command in ("score", "train"):
+        cli.main([command, "--config", str(path), *here])
+    recipe = recipes.read(path)
+    assert recipe["train"]["output"] and recipe["score"]["output"] == recipe["train"]["rewards"]
+    assert recipe["train"].get("quantization") == ("4bit" if "24gb" in path.stem else None)
