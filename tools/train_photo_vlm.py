@@ -3,9 +3,9 @@ r"""Train a small VLM on real photographs with human captions, on a CPU: what th
     python tools/train_photo_vlm.py data  --flickr8k DIR --output photos
     python tools/train_photo_vlm.py train --data photos --output photos/model
 
-`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs: the
-model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs (non-commercial
-use only; nothing of it is part of catpo) as images_160px_q80.tar.
+`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs;
+the model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs as
+images_160px_q80.tar (non-commercial use only; nothing of it is part of catpo).
 
 `train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
 FastVLM class, and teaches both to caption. It needs two packages besides catpo:
@@ -48,16 +48,20 @@ TEMPLATE = (
 OBJECTS = {
     "person": "man men woman women boy boys girl girls child children kid kids person people lady ladies guy guys toddler baby",
     "dog": "dog dogs puppy puppies", "cat": "cat cats kitten", "horse": "horse horses pony", "bird": "bird birds",
-    "cow": "cow cows", "sheep": "sheep", "ball": "ball balls football basketball soccer tennis volleyball baseball",
+    "cow": "cow cows", "sheep": "sheep",
+    "ball": "ball balls football basketball soccer tennis volleyball baseball",
     "bicycle": "bicycle bicycles bike bikes biker bicyclist cyclist", "motorcycle": "motorcycle motorcycles motorbike dirtbike",
     "car": "car cars truck trucks van vehicle", "boat": "boat boats canoe kayak raft ship", "bus": "bus",
     "train": "train trains", "skateboard": "skateboard skateboards skateboarder", "surfboard": "surfboard surfer surfboards",
     "snowboard": "snowboard snowboarder", "skis": "ski skis skier skiers", "sled": "sled sleds", "swing": "swing swings",
-    "slide": "slide", "frisbee": "frisbee", "stick": "stick sticks", "rope": "rope", "toy": "toy toys", "bench": "bench benches",
-    "chair": "chair chairs", "table": "table", "camera": "camera", "umbrella": "umbrella", "hat": "hat hats cap helmet",
+    "slide": "slide", "frisbee": "frisbee", "stick": "stick sticks", "rope": "rope", "toy": "toy toys",
+    "bench": "bench benches", "chair": "chair chairs", "table": "table", "camera": "camera", "umbrella": "umbrella",
+    "hat": "hat hats cap helmet",
     "sunglasses": "sunglasses glasses", "shirt": "shirt shirts t-shirt jacket coat sweater", "dress": "dress dresses",
-    "shorts": "shorts", "water": "water ocean sea lake river waves wave pool stream surf waterfall", "beach": "beach sand shore",
-    "snow": "snow", "grass": "grass lawn", "field": "field", "tree": "tree trees forest woods", "rock": "rock rocks cliff boulder",
+    "shorts": "shorts",
+    "water": "water ocean sea lake river waves wave pool stream surf waterfall", "beach": "beach sand shore",
+    "snow": "snow", "grass": "grass lawn", "field": "field", "tree": "tree trees forest woods",
+    "rock": "rock rocks cliff boulder",
     "mountain": "mountain mountains hill", "street": "street road sidewalk", "building": "building buildings house",
     "fence": "fence", "wall": "wall", "bridge": "bridge", "crowd": "crowd", "flower": "flower flowers", "flag": "flag",
     "guitar": "guitar", "food": "food", "leaves": "leaves", "fountain": "fountain", "stairs": "stairs steps", "sky": "sky",
@@ -147,7 +151,9 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
         chosen = [rng.randrange(len(rows)) for _ in range(64)]
-        loss = caption_loss(model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen])
+        loss = caption_loss(
+            model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen]
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -170,7 +176,11 @@ def build_processor(captions: list[str]) -> LlavaProcessor:
     bpe.train_from_iterator([" " + caption for caption in captions] + [f"USER: {PROMPT} ASSISTANT:"] * 100, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     pictures = CLIPImageProcessor(
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
@@ -235,7 +245,9 @@ def caption_loss(
     tokenizer = processor.tokenizer
     image = "<image>" * features.shape[1]
     prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
-    answers = [[*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions]
+    answers = [
+        [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions
+    ]
     longest = max(map(len, answers))
     ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
     seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))

@@ -169,7 +169,7 @@ def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
-    counts = {
+    counts: dict[str, list[int]] = {
         "image": [len(each.patches) for each in encoded],
         "prompt": [len(each.prompt_ids) for each in encoded],
         **{side: [len(each.response_ids[side]) for each in encoded] for side in SIDES},

@@ -546,9 +546,7 @@ def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | Non
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"model '{model}' cannot be planned with: {first_line} Give a hub id, a folder, or 'builtin'."
-        ) from error
+        raise UserError(f"model '{model}' cannot be read: {first_line} Give a hub id, a folder, or 'builtin'.") from error
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
