@@ -22,6 +22,7 @@ import re
 import tarfile
 import time
 from collections import defaultdict
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +37,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from catpo.packing import layout_of, segments, visible
+from catpo.tensors import pad_indices
+
 SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
 """Folder -> official split, and which of its photographs."""
 PROMPT = "Describe the image."
 SIDE, STRIDE = 192, 32
+BATCH = 16
+"""Photographs per step, each with all its captions."""
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -143,17 +149,15 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
     model = build_model(processor)
     began = time.perf_counter()
     features = tower_features(model, processor, [data / row["image"] for row in rows])
-    print(f"features of {len(rows)} photographs in {time.perf_counter() - began:.0f} s")
+    print(f"features of {len(rows)} photographs in {time.perf_counter() - began:.0f} s", flush=True)
     trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
     optimizer = torch.optim.AdamW(trained, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
     began, step = time.perf_counter(), 0
     while (share := (time.perf_counter() - began) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
-        chosen = [rng.randrange(len(rows)) for _ in range(64)]
-        loss = caption_loss(
-            model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen]
-        )
+        chosen = [rng.randrange(len(rows)) for _ in range(BATCH)]
+        loss = caption_loss(model, processor, features[chosen].float(), [rows[each]["references"] for each in chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -239,23 +243,34 @@ def tower_features(model: FastVlmForConditionalGeneration, processor: LlavaProce
 
 
 def caption_loss(
-    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[str]
+    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[list[str]]
 ) -> torch.Tensor:
-    """Mean cross-entropy of the captions' tokens behind the prompt."""
+    """Mean cross-entropy of the tokens of all captions, those of one photograph behind one prompt."""
     tokenizer = processor.tokenizer
     image = "<image>" * features.shape[1]
     prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
-    answers = [
-        [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions
-    ]
-    longest = max(map(len, answers))
-    ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
+    rows, parts, places = [], [], []
+    for texts in captions:
+        answers = [[*tokenizer(" " + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        rows.append(prompt + [token for answer in answers for token in answer])
+        parts.append(list(pairwise(accumulate([0, len(prompt), *map(len, answers)]))))
+        places.append([*range(len(prompt)), *(len(prompt) + at for answer in answers for at in range(len(answer)))])
+    ids, positions = pad_indices(rows, fill=0), pad_indices(places, fill=0)
+    most = max(map(len, parts))
+    layout = layout_of([row + [(row[-1][1],) * 2] * (most - len(row)) for row in parts])
     seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))
-    hidden = model.model(input_ids=ids, mm_encoder_outputs={"image": seen}).last_hidden_state
-    logits = model.lm_head(hidden[:, len(prompt) - 1 : -1])
-    targets = ids[:, len(prompt) :]
-    is_answer = torch.tensor([[place < len(answer) for place in range(longest)] for answer in answers])
-    return torch.nn.functional.cross_entropy(logits[is_answer], targets[is_answer])
+    hidden = model.model(
+        input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": seen},
+        attention_mask=visible(layout, ids.shape[1])[:, None],
+    ).last_hidden_state  # fmt: skip
+    part = segments(layout, ids.shape[1])
+    is_first = positions == len(prompt)  # predicted by the prompt's last token, as every caption's first is
+    before = torch.arange(ids.shape[1]).expand_as(ids) - 1
+    before = torch.where(is_first, len(prompt) - 1, before)
+    is_answer = part > 0
+    row = torch.arange(len(ids))[:, None].expand_as(ids)
+    logits = model.lm_head(hidden[row[is_answer], before[is_answer]])
+    return torch.nn.functional.cross_entropy(logits, ids[is_answer])
 
 
 if __name__ == "__main__":
