@@ -23,6 +23,7 @@ from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import CHUNK
 from catpo.objectives import _base as objectives
+from catpo.runs import process_count
 from catpo.spec import parse
 from catpo.stats import kl_direction, requirements
 from catpo.training import lora_config
@@ -136,9 +137,11 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         "attention mask": options["batch_size"] * max(row) ** 2,
         "head chunk": _chunk_bytes(family),
     }
-    passes = options["epochs"] * len(kept) / (options["batch_size"] * options["accumulation"])
-    steps = options["max_steps"] if options["max_steps"] > 0 else math.ceil(passes)
-    per_step = options["batch_size"] * options["accumulation"] * sum(row) / len(row)
+    batches = math.ceil(len(kept) / (options["batch_size"] * process_count()))  # of one epoch
+    steps = math.ceil(options["epochs"] * math.ceil(batches / options["accumulation"]))
+    passes = options["epochs"] * len(kept) * sum(row) / len(row)
+    if options["max_steps"] > 0:
+        steps, passes = options["max_steps"], passes * options["max_steps"] / steps
     return Plan(
         command="train",
         model=str(options["model"]),
@@ -148,7 +151,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         dev_pairs=len(dev),
         tokens=_tokens(encoded, row),
         steps=steps,
-        token_passes=steps * per_step * (2 if is_online else 1),
+        token_passes=passes * (2 if is_online else 1),
         memory={name: size for name, size in memory.items() if size},
         store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -541,11 +542,16 @@ def load(
         ) from error
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    loaded.to(device or _best_device()).eval()
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attention is not None:
         family.use_packed_attention(attention)
     return family
+
+
+def _best_device() -> str:
+    """A GPU if there is one; of several processes on a machine, each takes its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | None = None) -> Family:
