@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from catpo import packing
+from catpo import last_layer, packing
 from catpo.attention import AttentionRecorder
 from catpo.batching import pack, run_backbone
 from catpo.families._base import load
@@ -77,3 +77,32 @@ def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
         found[attention] = hidden[rows, batch["predictors"][batch["mask"]]], recorder.mean()
     for mine, expected in zip(found["flex_attention"], found["sdpa"], strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=2e-4)  # sharp attention
+
+
+@pytest.mark.parametrize("make", [llava, lambda: build("qwen2_5_vl"), lambda: build("qwen3_vl"), lambda: build("gemma3")])
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_a_last_layer_read_at_responses_gives_the_same_there(make, is_checkpointed):
+    family = make()
+    family.use_packed_attention()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    expected, expected_gradients = loss_and_gradients(family, batch)
+    if is_checkpointed:
+        family.unwrapped.train()
+        family.unwrapped.gradient_checkpointing_enable()
+    with last_layer.read_at_responses(family.decoder):
+        found, gradients = loss_and_gradients(family, batch)
+        elsewhere = run_backbone(family.unwrapped, batch).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for mine, plain in zip(gradients, expected_gradients, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    plain = run_backbone(family.unwrapped, batch).last_hidden_state
+    assert packing.is_layout(batch["model_inputs"]["attention_mask"]) == (not torch.allclose(elsewhere, plain, atol=1e-2))
+
+
+def test_what_is_not_packed_goes_through_the_whole_last_layer():
+    family = llava()
+    batch = pack(family, [family.encode(pairs(1)[0])], prefix="separate")
+    plain = run_backbone(family.unwrapped, batch).last_hidden_state
+    with last_layer.read_at_responses(family.decoder):
+        assert torch.equal(run_backbone(family.unwrapped, batch).last_hidden_state, plain)

@@ -18,6 +18,8 @@ Layout = Int[Tensor, "rows 1 parts 2"]
 """First position and the one after the last of the prompt and of each response; equal where there is no such part."""
 PREFIX = "catpo_"
 """How attention functions that take a layout are called, before the name of the one they stand on."""
+LAYOUT = "catpo_layout"
+"""Attribute of a mask: the layout it was made of."""
 
 
 Fused = Callable[..., tuple[Tensor, Tensor | None]]
@@ -61,17 +63,35 @@ def visible(
 
 def mask_for(implementation: str, layout: Layout, length: int, dtype: torch.dtype) -> Layout | Tensor | BlockMask:
     """What the decoder's attention function takes for a layout: the layout, a block mask, numbers to add, or booleans."""
-    if implementation == f"{PREFIX}flex":
-        return block_mask(layout, length)
+    mask: Tensor | BlockMask
     if implementation == f"{PREFIX}sdpa" and layout.device.type == "cpu":
         return layout
-    mask = visible(layout, length)[:, None]
-    return as_numbers(mask, dtype) if implementation.endswith("eager") else mask
+    if implementation == f"{PREFIX}flex":
+        mask = block_mask(layout, length)
+    elif implementation.endswith("eager"):
+        mask = as_numbers(visible(layout, length)[:, None], dtype)
+    else:
+        mask = visible(layout, length)[:, None]
+    setattr(mask, LAYOUT, layout)
+    return mask
 
 
 def as_numbers(mask: Bool[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """A boolean mask as eager attention takes it: numbers that are added to the scores."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def layout_behind(mask: object) -> Layout | None:
+    """The layout that a mask was made of, if it was."""
+    return mask if is_layout(mask) else getattr(mask, LAYOUT, None)
+
+
+def read_places(layout: Layout, length: int) -> Int[Tensor, " places"]:
+    """Positions of response tokens and of the prompt's last one, in the rows laid end to end."""
+    is_read = segments(layout, length) > 0
+    row = torch.arange(len(layout), device=layout.device)
+    is_read[row, layout[:, 0, 0, 1] - 1] = True  # predicts the first token of each response
+    return is_read.flatten().nonzero()[:, 0]
 
 
 def block_mask(layout: Layout, length: int) -> BlockMask:
@@ -80,6 +100,18 @@ def block_mask(layout: Layout, length: int) -> BlockMask:
     is_seen = lambda row, head, query, key: sees(part[row, query], part[row, key], query, key)
     on_cuda = layout.device.type == "cuda"
     return create_block_mask(is_seen, len(layout), None, length, length, device=str(layout.device), _compile=on_cuda)
+
+
+class ReadsResponses:
+    """Marks an attention module of whose prompt only the last token's output is read, until it is removed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        module.catpo_reads_responses = True  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """The module is as it was."""
+        del self.module.catpo_reads_responses
 
 
 def attend(
@@ -95,7 +127,8 @@ def _attend_row(
 ) -> Float[Tensor, "1 length heads size"]:
     (start, split), *responses = parts
     at = lambda tensor, begin, end: tensor[:, :, begin:end]
-    prompt = [at(tensor, start, split) for tensor in (query, key, value)]
+    first = split - 1 if getattr(module, "catpo_reads_responses", False) else start
+    prompt = at(query, first, split), at(key, start, split), at(value, start, split)
     outputs = [fused(module, *prompt, None, **options)[0]]
     for begin, end in responses:
         keys, values = (torch.cat([at(each, start, split), at(each, begin, end)], dim=2) for each in (key, value))
@@ -104,4 +137,4 @@ def _attend_row(
         outputs.append(fused(module, at(query, begin, end), keys, values, mask, **options)[0])
     after = query.shape[2] - parts[-1][1]
     blank = lambda count: outputs[0].new_zeros(1, count, *outputs[0].shape[2:])
-    return torch.cat([blank(start), *outputs, blank(after)], dim=1)
+    return torch.cat([blank(first), *outputs, blank(after)], dim=1)

@@ -21,7 +21,7 @@ from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
-from catpo.head import CHUNK
+from catpo.head import LEAST_WORDS, TILE
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
 from catpo.spec import parse
@@ -34,8 +34,8 @@ SAMPLE = 64
 NF4_BITS = 4.127
 """Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
 ADAMW_MOMENTS = 2
-MAX_STEP_COPIES = 4
-"""Vocabulary-sized temporaries of one chunk that live at once: logits, log p, log q, gradient."""
+TILE_COPIES = 4
+"""Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         "weights": weight_bytes(family, options["quantization"]),
         "activations": tokens * _Decoder(family).largest_layer,
         "attention mask": options["batch_size"] * max(row) ** 2,
-        "head chunk": _chunk_bytes(family),
+        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
     return Plan(
         command="score",
@@ -135,7 +135,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         "optimiser": ADAMW_MOMENTS * trained_bytes,
         "activations": tokens * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
         "attention mask": options["batch_size"] * max(row) ** 2,
-        "head chunk": _chunk_bytes(family),
+        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
     batches = math.ceil(len(kept) / (options["batch_size"] * process_count()))  # of one epoch
     steps = math.ceil(options["epochs"] * math.ceil(batches / options["accumulation"]))
@@ -251,8 +251,13 @@ class _Decoder:
         return self.layer
 
 
-def _chunk_bytes(family: Family) -> int:
-    return MAX_STEP_COPIES * CHUNK * family.head.weight.shape[0] * 4
+def _responses(encoded: Sequence[Encoded]) -> int:
+    """Response tokens of the longest pair."""
+    return max(sum(len(ids) for ids in each.response_ids.values()) for each in encoded)
+
+
+def _tile_bytes(tokens: int) -> int:
+    return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from catpo import last_layer
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
 from catpo.callbacks import FirstStepCheck, KeepSpecialTokens
 from catpo.errors import UserError
@@ -169,6 +170,7 @@ class CatPOTrainer(Trainer):
         elif not is_adapter:
             self._prepare_full(args, ref_model)
         self.reference_head = None if is_adapter else self.family.head.frozen_copy()
+        last_layer.install(self.family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         model = self.family.model
