@@ -127,6 +127,30 @@ def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, s
     assert any("lm_head" in name for name in changed)
 
 
+class Unsteady(torch.nn.Module):
+    """A batch norm and a dropout in front of a projector, as convolutional towers have them."""
+
+    def __init__(self, inner, width):
+        super().__init__()
+        self.inner, self.norm, self.drop = inner, torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.5)
+
+    def forward(self, features):
+        return self.inner(self.drop(self.norm(features.transpose(-1, -2)).transpose(-1, -2)))
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_a_frozen_tower_sees_as_the_reference_did(tmp_path, peft_config):
+    family = llava()
+    inner = family.backbone.multi_modal_projector
+    family.backbone.multi_modal_projector = tower = Unsteady(inner, inner.linear_1.in_features).eval()
+    score_pairs(pairs(4), family, tmp_path / "rewards", progress=False)
+    options = config(tmp_path, objective="catpo", rewards=str(tmp_path / "rewards"))
+    trainer = CatPOTrainer(family, options, pairs(4), peft_config=peft_config)
+    trainer.train()
+    assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert int(tower.norm.num_batches_tracked) == 0
+
+
 def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path):
     own = run(folder, tmp_path, rewards=str(store), max_steps=4)
     neutral = run(folder, tmp_path, rewards=str(store), max_steps=4, objective="catpo(shared='neutral')")

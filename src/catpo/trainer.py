@@ -189,12 +189,19 @@ class CatPOTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean of the objective's losses over the pairs of the batch."""
+        self._keep_frozen_parts_in_evaluation_mode()
         stats = self.pair_stats(model, inputs)
         output = self.objective.loss(stats, **self.objective.options)
         self._check_finite(output, inputs)
         self._record(output, stats, inputs)
         loss = output.losses.mean()
         return (loss, output) if return_outputs else loss
+
+    def _keep_frozen_parts_in_evaluation_mode(self) -> None:
+        """A tower that does not train must see as the reference's did: batch norms learn from batches, dropout drops."""
+        if not self.args.train_vision:
+            for part in self.family.frozen_parts():
+                part.eval()
 
     def pair_stats(self, model: nn.Module, batch: Batch) -> PairStats:
         """What the objective reads, from one policy forward (and one of the reference if it is online)."""
