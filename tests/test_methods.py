@@ -120,7 +120,8 @@ def test_token_weights_scale_positions_of_opa_dpo():
 
 
 @pytest.mark.parametrize("spec", [
-    "dpo", "ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "hsa_dpo", "amp", "rrpo", "opa_dpo", "tars", "tgdpo(alpha=0.0)",
+    "dpo", "ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "hsa_dpo", "amp", "rrpo", "opa_dpo", "tars",
+    "tgdpo(alpha=0.0)",
 ])  # fmt: skip
 def test_unit_token_weights_change_nothing_and_others_do(spec):
     case = Case(3)

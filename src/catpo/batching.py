@@ -6,7 +6,7 @@ Knows nothing of losses or of how training goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Literal
@@ -207,11 +207,13 @@ def _pair_forward(
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
-) -> Tensor | TokenStats:
+    read: Callable[[Any, Tensor, Batch], Any] | None = None,
+) -> Tensor | TokenStats | tuple[TokenStats, Any]:
+    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them."""
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
     if hidden_only:
         return hidden
-    return token_stats(
+    stats = token_stats(
         hidden,
         Head.of(model),
         batch["token_ids"][batch["mask"]],
@@ -219,6 +221,7 @@ def _pair_forward(
         reference_head=reference_head,
         direction=direction or "policy||reference",
     )
+    return stats if read is None else (stats, read(model, hidden, batch))
 
 
 # ---- the collator ---------------------------------------------------------------------------------------------------------
@@ -240,6 +243,10 @@ class PairCollator:
     max_length: int | None = None
     prefix: Prefix = "shared"
     padding_side: str = "right"
+    beside: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
+    """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
+    keeps_hidden: bool = False
+    """Whether the reference's hidden states are needed without a KL too."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
@@ -251,6 +258,8 @@ class PairCollator:
             batch.update(self._stored(self.rewards, encoded))
         if "weights" not in batch:
             batch["weights"] = batch["mask"].float()
+        if self.beside is not None:
+            batch.update(self.beside(pairs, encoded))
         return batch
 
     def _stored(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
@@ -263,9 +272,16 @@ class PairCollator:
             net = [pair.net_shared_coefficient for pair in weights]
             stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
         stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
-        if kl_direction(self.needs) and rewards.has_hidden:
+        if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
             stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
         return stored
+
+
+def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:
+    """A store's log-probs of pairs, after checking that it holds the same tokens."""
+    for each in encoded:
+        _check_token_ids(rewards, each)
+    return _padded([rewards.get(each.pair_id, side).logps for each in encoded for side in SIDES])
 
 
 def rewards_hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:

@@ -37,6 +37,16 @@ class FirstStepCheck(TrainerCallback):
             )
 
 
+class NewDraws(TrainerCallback):
+    """Random views of the pictures are drawn anew in every epoch, by its number, so that a resumed run draws the same."""
+
+    def __init__(self, readings: Any) -> None:
+        self.readings = readings
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.readings.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
 class KeepSpecialTokens(TrainerCallback):
     """transformers' Trainer writes the tokenizer's special tokens over the model's: what ends a response would change."""
 

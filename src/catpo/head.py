@@ -189,6 +189,22 @@ def _kl_gradient(p: Tensor, log_p: Tensor, log_q: Tensor, kl: Tensor, direction:
     return p - log_q.exp()
 
 
+def token_logits(hidden: Float[Tensor, "tokens width"], head: Head, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """The raw logit of each token, before the softmax: one row of the head each, with gradient."""
+    rows = head.weight[tokens].to(hidden.dtype)
+    logits = (hidden * rows).sum(-1).to(arithmetic_dtype(hidden.dtype))
+    logits = logits if head.bias is None else logits + head.bias[tokens].to(logits.dtype)
+    logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+@torch.no_grad()
+def likeliest_tokens(hidden: Float[Tensor, "tokens width"], head: Head, *, chunk: int = CHUNK) -> Int[Tensor, " tokens"]:
+    """The token of the largest logit at each position."""
+    parts = [head.logits(hidden[part]).argmax(-1) for part in _chunks(len(hidden), chunk)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=hidden.device)
+
+
 @torch.no_grad()
 def token_probabilities(
     hidden: Float[Tensor, "positions width"], head: Head, tokens: Int[Tensor, " tokens"], *, chunk: int = CHUNK

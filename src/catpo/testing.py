@@ -67,12 +67,12 @@ class _Pair:
             model: {key: torch.as_tensor(value, dtype=torch.float64) for key, value in given.items()}
             for model, given in (("policy", policy), ("reference", reference))
         }
-        given = weights or {side: torch.ones(len(self.tokens[side])) for side in SIDES}
+        given = weights or {side: [1.0] * len(self.tokens[side]) for side in SIDES}
         self.weights = {side: torch.as_tensor(given[side], dtype=torch.float64) for side in SIDES}
         for model, of_model in self.logits.items():
             for key, logits in of_model.items():
                 side = key.partition("@")[0]
-                if side not in SIDES or len(logits) != len(self.tokens[side]):  # type: ignore[index]
+                if side not in SIDES or len(logits) != len(self.tokens[side]):
                     raise UserError(
                         f"{model}['{key}'] has {len(logits)} rows. Keys are 'chosen', 'rejected' or 'chosen@view', with a row "
                         "for each token of the side."

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
-from catpo.callbacks import FirstStepCheck, KeepSpecialTokens
+from catpo.callbacks import FirstStepCheck, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.head import Head, TokenStats, token_stats
 from catpo.objectives import _base as objectives
 from catpo.objectives._base import LossOutput, Objective
+from catpo.readings import Readings
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
 from catpo.scoring import score_pairs
@@ -112,11 +113,14 @@ class CatPOTrainer(Trainer):
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
             check_family(self.family, train_pairs[0])
-        self.rewards = self._open_rewards(args, [*(train_pairs or []), *(eval_pairs or [])])
+        everything = [*(train_pairs or []), *(eval_pairs or [])]
+        prefix = cast(Prefix, args.prefix)
+        self.readings = Readings(self.family, self.needs, everything, args.seed, prefix, max_length=args.max_length)
+        self.rewards = self._open_rewards(args, everything)
         self._prepare_model(args, peft_config, ref_model)
-        collator = PairCollator(
-            self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, cast(Prefix, args.prefix)
-        )
+        collator = PairCollator(self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, prefix)
+        if not self.readings.is_empty:
+            collator.beside, collator.keeps_hidden = self.readings, self.readings.reads_clean_reference
         self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=self.family.model,
@@ -127,6 +131,7 @@ class CatPOTrainer(Trainer):
             processing_class=self.family.processor,
             callbacks=[
                 *(callbacks or []),
+                NewDraws(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
                 *([FirstStepCheck(self.family.model)] if args.self_check else []),
             ],
@@ -137,7 +142,8 @@ class CatPOTrainer(Trainer):
     # ---- preparation --------------------------------------------------------------------------------------------------
 
     def _open_rewards(self, args: CatPOConfig, pairs: list[PreferencePair]) -> RewardStore | None:
-        needs_store = "weights" in self.needs or args.reference == "cached"
+        reads_reference = "reference_logps" in self.needs or self.direction is not None
+        needs_store = "weights" in self.needs or (args.reference == "cached" and reads_reference)
         if not needs_store:
             return None
         if args.rewards is None:
@@ -171,7 +177,7 @@ class CatPOTrainer(Trainer):
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         model = self.family.model
-        if args.reference == "online":
+        if args.reference == "online" or self.readings.reads_reference:
             self.reference_model = (ref_model or copy.deepcopy(model)).eval().requires_grad_(False)
             add_pair_forward(self.reference_model)
         model.requires_grad_(True)
@@ -196,19 +202,24 @@ class CatPOTrainer(Trainer):
     def pair_stats(self, model: nn.Module, batch: Batch) -> PairStats:
         """What the objective reads, from one policy forward (and one of the reference if it is online)."""
         mask = batch["mask"]
-        values: dict[str, Tensor] = {"mask": mask, "weights": batch["weights"]}
-        reference_hidden = None
+        given = ("mask", "weights", "token_ids", "reference_logps")
+        values = {name: value for name, value in batch.items() if name in given or name in self.needs}
+        reference_hidden = batch.get("reference_hidden")
         if self.args.reference == "online":
             reference_hidden, values["reference_logps"] = self._run_reference(batch)
+        values |= self._read_reference(batch, reference_hidden)
+        options = {
+            "pair_batch": batch,
+            "direction": self.direction,
+            "reference_hidden": reference_hidden,
+            "reference_head": self.reference_head,
+        }
+        policy: TokenStats
+        if self.readings.is_empty:
+            policy = model(**options)
         else:
-            values["reference_logps"] = batch["reference_logps"]
-            reference_hidden = batch.get("reference_hidden")
-        policy: TokenStats = model(
-            pair_batch=batch,
-            direction=self.direction,
-            reference_hidden=reference_hidden,
-            reference_head=self.reference_head,
-        )
+            policy, read = model(**options, read=self.readings.of_policy)
+            values |= read
         values["policy_logps"] = unflatten(policy.logps, mask)
         if policy.kl is not None:
             values[f"kl {self.direction}"] = unflatten(policy.kl, mask)
@@ -220,6 +231,14 @@ class CatPOTrainer(Trainer):
             hidden = model(pair_batch=batch, hidden_only=True)
             logps = token_stats(hidden, head, batch["token_ids"][batch["mask"]]).logps
         return hidden, unflatten(logps, batch["mask"])
+
+    def _read_reference(self, batch: Batch, hidden: Tensor | None) -> dict[str, Tensor]:
+        """What the objective reads of the reference beyond log-probs and hidden states of the clean picture."""
+        if not self.readings.reads_reference:
+            return {}
+        with self.accelerator.autocast(), self._reference() as (model, head):
+            run = lambda rows: model(pair_batch=rows, hidden_only=True)
+            return self.readings.of_reference(run, head, hidden, batch)
 
     @contextmanager
     def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
