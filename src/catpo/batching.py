@@ -271,6 +271,11 @@ class PairCollator:
             stored["weights"] = _padded(sides)
             net = [pair.net_shared_coefficient for pair in weights]
             stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
+            if self.fusion.learned:
+                parts = [part for each in encoded for part in rewards.normalised_signals(each.pair_id, self.fusion)]
+                columns = [_padded([signals[:, column] for signals, _ in parts]) for column in range(3)]
+                stored["signals"] = torch.stack(columns, dim=-1)
+                stored["is_scored"] = _padded([is_scored for _, is_scored in parts]).bool()
         stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
         if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
             stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])

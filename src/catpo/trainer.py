@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
-from catpo.callbacks import FirstStepCheck, KeepSpecialTokens, NewDraws
+from catpo.callbacks import FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.head import Head, TokenStats, token_stats
+from catpo.learned_fusion import LearnedFusion
 from catpo.objectives import _base as objectives
 from catpo.objectives._base import LossOutput, Objective
 from catpo.readings import Readings
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
+from catpo.runs import read_json
 from catpo.scoring import score_pairs
 from catpo.selfcheck import check_family
 from catpo.spec import parse
@@ -121,6 +123,8 @@ class CatPOTrainer(Trainer):
         collator = PairCollator(self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, prefix)
         if not self.readings.is_empty:
             collator.beside, collator.keeps_hidden = self.readings, self.readings.reads_clean_reference
+        is_learned = self.objective.fusion.learned and "weights" in self.needs
+        self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=self.family.model,
@@ -137,6 +141,8 @@ class CatPOTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        if self.learned_fusion is not None:
+            self._prepare_learned_fusion(self.learned_fusion)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -186,6 +192,29 @@ class CatPOTrainer(Trainer):
         # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
+    def _prepare_learned_fusion(self, fusion: LearnedFusion) -> None:
+        if self.is_deepspeed_enabled:
+            raise UserError("learned=True is not offered under DeepSpeed, whose optimiser takes the model's parameters only.")
+        fusion.to(self.args.device)
+        self.add_callback(KeepFusion(fusion, self.accelerator.reduce))
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """The optimiser, with a group of its own for learned coefficients of Eq. 11."""
+        optimizer = super().create_optimizer(*args, **options)
+        fusion = self.learned_fusion
+        if fusion is not None and not any(
+            fusion.logits is each for group in optimizer.param_groups for each in group["params"]
+        ):
+            rate = self.objective.fusion.learned_rate
+            optimizer.add_param_group({"params": [fusion.logits], "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / KeepFusion.FILE
+        if self.learned_fusion is not None and file.is_file():
+            self.learned_fusion.restore(read_json(file, made_by="catpo train")["logits"])
+
     # ---- one step -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -204,6 +233,8 @@ class CatPOTrainer(Trainer):
         mask = batch["mask"]
         given = ("mask", "weights", "token_ids", "reference_logps")
         values = {name: value for name, value in batch.items() if name in given or name in self.needs}
+        if self.learned_fusion is not None:
+            values["weights"] = self.learned_fusion(batch)
         reference_hidden = batch.get("reference_hidden")
         if self.args.reference == "online":
             reference_hidden, values["reference_logps"] = self._run_reference(batch)
@@ -273,7 +304,9 @@ class CatPOTrainer(Trainer):
             figures["rewards/accuracies"] = (figures["rewards/margins"] > 0).float()
             logps = masked_sum(stats.policy_logps.detach(), stats.mask)
             figures |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
-            if "net_shared_coefficient" in inputs:
+            if self.learned_fusion is not None:
+                figures |= self.learned_fusion.figures(len(output.losses))
+            elif "net_shared_coefficient" in inputs:
                 figures["weights/net_shared"] = inputs["net_shared_coefficient"]
             if self.state.global_step == 0 and self.model.training:
                 self._check_first_step(output)

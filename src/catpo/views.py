@@ -48,6 +48,8 @@ class View:
         draw = options.pop("draw", 0)
         view = cls(Spec(spec.name, options), draw)
         check_options(VIEWS[spec.name], view.spec)
+        if view.acts_on not in ("picture", "pixels", "pair", "text"):
+            raise UserError(f"{text}: space must be 'picture' (before normalisation) or 'pixels' (after it).")
         if view.inner is not None and view.inner.spec.name == "perturbed":
             raise UserError(f"'{text}': the picture under a perturbed text cannot be a perturbed text itself.")
         return view
@@ -55,10 +57,8 @@ class View:
     @property
     def acts_on(self) -> str:
         """`picture`: before the processor; `pixels`: after it; `pair`: another picture or none; `text`: the words."""
-        space = self.spec.options.get("space", "picture")
-        if space not in ("picture", "pixels"):
-            raise UserError(f"{self.spec}: space must be 'picture' (before normalisation) or 'pixels' (after it).")
-        return {"blank": "pixels", "another": "pair", "none": "pair", "perturbed": "text"}.get(self.spec.name, space)
+        fixed = {"blank": "pixels", "another": "pair", "none": "pair", "perturbed": "text"}
+        return fixed.get(self.spec.name, self.spec.options.get("space", "picture"))
 
     @property
     def inner(self) -> View | None:
@@ -117,7 +117,7 @@ def kept_signal(step: int) -> float:
 
 def blank(values: Tensor, generator: Generator) -> Tensor:
     """Zeros after normalisation: a picture of the mean grey (V-DPO)."""
-    return torch.zeros_like(values)
+    return torch.full_like(values, 1e-6)  # Idefics3 takes a picture of exact zeros for padding
 
 
 def black(values: Channels, generator: Generator) -> Channels:
