@@ -187,11 +187,15 @@ def tdpo(p, r, ids, version, alpha=0.5):
     return -log_sigmoid(BETA * (margin(p, r, ids) - (less if version == 1 else alpha * less)))
 
 
-def chip(p, r, ids, view, omega=4.0, tau=0.1):
+def chip(p, r, ids, view, omega=4.0, tau=0.1, released=False):
     weights = segment_weights(ids, omega)
     moved = {side: sum(divergence(r[side], p[side])) for side in ("chosen", "rejected")}
     chosen = ratio(p, r, ids, "chosen", weights["chosen"])
     image = chosen - ratio(p, r, ids, f"chosen@{view}", weights["chosen"])
+    if released:
+        policy, reference = logps(p[f"chosen@{view}"], ids["chosen"]), logps(r[f"chosen@{view}"], ids["chosen"])
+        of_policy = sum(weight * each for weight, each in zip(weights["chosen"], policy, strict=True))
+        image = chosen - (of_policy - sum(reference) * sum(weights["chosen"]))
     return -log_sigmoid(BETA * (margin(p, r, ids, weights) + image - tau * (moved["rejected"] - moved["chosen"])))
 
 

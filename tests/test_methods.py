@@ -64,6 +64,7 @@ CASES = {
     "tdpo(form='code')": lambda *c: oracles.tdpo(*c, 1),
     "chip(form='code')": lambda *c: oracles.chip(*c, VIEW),
     "chip(form='code', segment_weight=1.0)": lambda *c: oracles.chip(*c, VIEW, omega=1.0),
+    "chip(segment_weight=1.1, released_sum=True)": lambda *c: oracles.chip(*c, VIEW, omega=1.1, released=True),
     "chip(form='paper')": lambda *c: oracles.chip_levels(*c, VIEW),
     "hsa_dpo(severity=1.7)": lambda *c: oracles.hsa_dpo(*c, 1.7),
     "amp": lambda *c: oracles.amp(*c, 1.0),

@@ -24,7 +24,7 @@ from catpo.families._base import Encoded, Family
 from catpo.head import CHUNK
 from catpo.objectives import _base as objectives
 from catpo.spec import parse
-from catpo.stats import kl_direction, requirements
+from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
 from catpo.types import SIDES, PreferencePair, check_pair
 
@@ -124,15 +124,20 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
     tokens = max(row) * options["batch_size"]
     decoder = _Decoder(family)
     objective = objectives.build(parse(options["objective"]))
-    keeps_kl = bool(kl_direction(requirements(objective.loss, objective.options)))
+    needs = requirements(objective.loss, objective.options)
+    keeps_kl = bool(kl_direction(needs))
     is_online = options["reference"] == "online"
+    views = {need.view for need in view_needs(needs)}
+    seen_by_reference = {need.view for need in view_needs(needs) if need.quantity.startswith("reference")}
+    runs_reference = is_online or bool(seen_by_reference)
+    rows = 1 + len(views), int(is_online) + len(seen_by_reference)  # per pair, of policy and reference
     memory = {
         "weights": weights,
-        "reference": weights if is_online and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
+        "reference": weights if runs_reference and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
         "adapter": trained_bytes if options["lora"] else 0,
         "gradients": trained_bytes,
         "optimiser": ADAMW_MOMENTS * trained_bytes,
-        "activations": tokens * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
+        "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
         "attention mask": options["batch_size"] * max(row) ** 2,
         "head chunk": _chunk_bytes(family),
     }
@@ -148,7 +153,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         dev_pairs=len(dev),
         tokens=_tokens(encoded, row),
         steps=steps,
-        token_passes=steps * per_step * (2 if is_online else 1),
+        token_passes=steps * per_step * sum(rows),
         memory={name: size for name, size in memory.items() if size},
         store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
     )

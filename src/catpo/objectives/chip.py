@@ -20,6 +20,7 @@ def loss(
     block: int = 3,
     view: str = "noised(step=500, space='pixels')",
     form: str = "code",
+    released_sum: bool = False,
 ) -> LossOutput:
     """DPO over segments, plus the chosen response with and without the picture, less a KL margin (Fu et al. 2025).
 
@@ -29,8 +30,10 @@ def loss(
         segment_level: lambda, weight of the segment level where the levels are separate losses.
         block: shortest run of equal tokens that counts as unchanged.
         view: the corrupted picture; the released code noises the normalised pixels.
-        form: `code`, one log-sigmoid around the sum of all parts, where segment weights stand in for the response level (here
-            with the corrupted reference summed rightly, which the release does not do); `paper`, a sum of separate losses.
+        form: `code`, one log-sigmoid around the sum of all parts, where segment weights stand in for the response level;
+            `paper`, a sum of separate losses.
+        released_sum: in the code's form, take the corrupted reference as the release does: its sum over tokens times the sum of
+            omega, which shifts the margin by a constant as large as a response is long.
     """
     check_choice("chip: form", form, FORMS)
     ratios = stats.policy_logps - stats.reference_logps
@@ -44,6 +47,9 @@ def loss(
     segments = stats.sum(omega * ratios)
     if form == "code":
         image = segments[:, 0] - stats.sum(omega[:, 0] * corrupted_ratios, "chosen")
+        if released_sum:
+            reference, of_omega = (stats.sum(each, "chosen") for each in (corrupted.reference_logps, omega[:, 0]))
+            image = image + reference * of_omega - stats.sum(omega[:, 0] * corrupted.reference_logps, "chosen")
         losses = preference = -F.logsigmoid(beta * (segments[:, 0] - segments[:, 1] + image - token_weight * margin))
         chosen, rejected = segments.unbind(1)
     else:
