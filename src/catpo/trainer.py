@@ -153,7 +153,8 @@ class CatPOTrainer(Trainer):
         if not needs_store:
             return None
         if args.rewards is None:
-            return score_pairs(pairs, self.family, Path(args.output_dir or ".") / "rewards", hidden=self.direction is not None)
+            hidden = self.direction is not None or self.readings.reads_clean_reference
+            return score_pairs(pairs, self.family, Path(args.output_dir or ".") / "rewards", hidden=hidden)
         store = RewardStore.open(args.rewards)
         store.verify(
             {
