@@ -5,7 +5,6 @@ A view is one more row per pair, with the sides that are read under it; policy a
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +135,7 @@ class Readings:
         if view.spec.name == "another":
             images = self._other_pictures(pair)
         else:
-            images = tuple(_shown_picture(picture, view, generator) for picture in pair.images)
+            images = tuple(view.of_file(picture, generator) for picture in pair.images)
         return self.family.encode(replace(pair, images=images), max_length=self.max_length), {}
 
     def _other_pictures(self, pair: PreferencePair) -> tuple[Picture, ...]:
@@ -233,10 +232,3 @@ def _numbers(pairs: Sequence[PreferencePair], name: str, default: str) -> Float[
             raise UserError(f"pair {pair.id}: '{name}' is {value!r}, not a number. The objective reads it from the pair's row.")
         values.append(float(value))
     return torch.tensor(values)
-
-
-def _shown_picture(picture: Picture, view: View, generator: torch.Generator) -> Picture:
-    """A picture as a view shows it, in memory and without compression."""
-    buffer = io.BytesIO()
-    view.of_picture(picture.open(), generator).save(buffer, "PPM")
-    return Picture(data=buffer.getvalue(), name=f"{picture.name or picture.path} as {view.spec}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Generator, Tensor
 
 from catpo.errors import UserError, did_you_mean
 from catpo.spec import Spec, check_options, parse
+from catpo.types import Picture
 
 Channels = Float[Tensor, "3 height width"]
 """A picture in [0, 1], before the processor resizes, pads or normalises it."""
@@ -75,6 +77,12 @@ class View:
         values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 255
         shown = (self(values, generator) * 255).round().clamp(0, 255).to(torch.uint8)
         return fromarray(shown.permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+    def of_file(self, picture: Picture, generator: Generator) -> Picture:
+        """A picture file as this view shows it, in memory and without compression."""
+        buffer = io.BytesIO()
+        self.of_picture(picture.open(), generator).save(buffer, "PPM")
+        return Picture(data=buffer.getvalue(), name=f"{picture.name or picture.path} as {self.spec}")
 
     def of_pixels(self, pixels: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What the processor made of a picture, as this view shows it; sizes and grids stay."""
