@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from catpo.readings import Readings
 from catpo.scoring import score_pairs
 from catpo.testing import loss_from_logits
 from catpo.trainer import CatPOConfig, CatPOTrainer
+from catpo.training import train
 from catpo.types import SIDES
 from catpo.views import View
 from tiny import llava, pairs
@@ -172,6 +174,46 @@ def test_a_batch_of_eight_equals_eight_of_one(folder, store, tmp_path):
     together.train()
     alone.train()
     assert curve(together) == pytest.approx(curve(alone), abs=3e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_path, monkeypatch):
+    options = dict(
+        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=2, accumulation=1,
+        lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False, objective="tpo",
+    )  # fmt: skip
+    whole = train(output=tmp_path / "whole", **options)
+    step, steps = CatPOTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:  # in the second epoch, after the checkpoint of step 6
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(output=tmp_path / "killed", **options)
+    monkeypatch.setattr(CatPOTrainer, "training_step", step)
+    resumed = train(output=tmp_path / "killed", **options, resume=True)
+    rows = [
+        [json.loads(line) for line in (each.output / "metrics.jsonl").read_text().splitlines()] for each in (whole, resumed)
+    ]
+    losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_every_epoch_draws_anew(folder, store, tmp_path):
+    run = trainer(folder, tmp_path, "tpo", rewards=str(store), given=pairs(2), max_steps=3)
+    seen = []
+    plain = run.readings.of_policy
+    run.readings.of_policy = lambda model, hidden, batch: (
+        seen.append(batch["views"]["noised(step=500)"]["model_inputs"]["pixel_values"].clone()), plain(model, hidden, batch)
+    )[1]  # fmt: skip
+    run.train()
+    totals = [each.sum(dim=(1, 2, 3)).sort().values for each in seen]
+    assert len(totals) == 3 and run.readings.epoch == 2
+    assert not torch.allclose(totals[0], totals[1]) and not torch.allclose(totals[1], totals[2])
 
 
 # ---- what comes with the pairs --------------------------------------------------------------------------------------------

@@ -191,8 +191,8 @@ def _kl_gradient(p: Tensor, log_p: Tensor, log_q: Tensor, kl: Tensor, direction:
 
 def token_logits(hidden: Float[Tensor, "tokens width"], head: Head, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """The raw logit of each token, before the softmax: one row of the head each, with gradient."""
-    rows = head.weight[tokens].to(hidden.dtype)
-    logits = (hidden * rows).sum(-1).to(arithmetic_dtype(hidden.dtype))
+    dtype = arithmetic_dtype(hidden.dtype)
+    logits = (hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(-1)
     logits = logits if head.bias is None else logits + head.bias[tokens].to(logits.dtype)
     logits = logits * head.scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

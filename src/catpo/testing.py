@@ -32,7 +32,8 @@ def loss_from_logits(
     Args:
         spec: the objective with its options, as in training.
         policy: logits [response tokens, vocabulary] that predict the tokens of "chosen" and "rejected", and of a side under a
-            view of the picture, "chosen@noised". If there is a single view, it serves whichever view the objective asks for.
+            view of the picture, "chosen@noised". If there is a single view, it serves whichever view the objective asks for;
+            words are not replaced (`tars`), the texts count as they are.
             For `tgdpo` the judge's logits are given the same way, in either mapping.
         reference: the same of the reference.
         tokens: the token ids of each side.
