@@ -58,7 +58,7 @@ def test_logps_kl_and_gradients_equal_the_plain_way(direction, softcap, scale, i
 
     expected_logps, expected_kl = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
     stats = token_stats(
-        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, chunk=3
+        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, words=3
     )
     torch.testing.assert_close(stats.logps, expected_logps, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(stats.kl, expected_kl, rtol=1e-10, atol=1e-10)
@@ -87,11 +87,11 @@ def test_the_kl_is_not_computed_when_there_is_no_reference():
     assert token_stats(hidden, head, tokens).kl is None
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 100])
-def test_the_chunk_size_changes_nothing(chunk):
+@pytest.mark.parametrize("words", [1, 2, 7, 100])
+def test_the_tile_size_changes_nothing(words):
     hidden, head, tokens, reference_hidden, reference_head = problem()
-    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=7)
-    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=chunk)
+    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=11)
+    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=words)
     torch.testing.assert_close(parts.logps, whole.logps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-12, atol=1e-12)
 
@@ -113,9 +113,9 @@ def test_no_tokens_by_vocabulary_tensor_ever_exists(is_frozen):
     hidden.requires_grad_(True)
     head.weight.requires_grad_(not is_frozen)
     with LargestTensor() as largest:
-        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=16)
+        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=125)
         (stats.logps.sum() + stats.kl.sum()).backward()
-    assert largest.size == 16 * 1000
+    assert largest.size == 128 * 125
 
 
 def test_half_precision_inputs_are_summed_in_float32():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MethodType
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from catpo import packing
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.fusion import Fusion
@@ -57,8 +59,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
     if positions:
         model_inputs["position_ids"] = _padded_positions(positions, shift, length)
     if prefix == "shared":
-        visible = _visible(segments, padded([row.blocks for row in rows], -1))
-        model_inputs["attention_mask"] = family.attention_masks(visible, padded([row.index for row in rows], 0))
+        model_inputs["attention_mask"] = _attention(family, rows, shift, segments, padded)
     pairs = len(encoded)
     return {
         "model_inputs": model_inputs,
@@ -95,6 +96,11 @@ class _Row:
         """Where each response stands."""
         number = {side: SIDES.index(side) + 1 for side in self.sides}
         return {side: [at for at, segment in enumerate(self.segments) if segment == number[side]] for side in self.sides}
+
+    def parts(self, begin: int) -> list[tuple[int, int]]:
+        """Start and end of the prompt and of each response, in a row that `begin` places of padding precede."""
+        ends = np.cumsum([len(self.source.prompt_ids), *(len(self.source.response_ids[side]) for side in self.sides)])
+        return list(pairwise([begin, *(begin + int(end) for end in ends)]))
 
     @property
     def predictors(self) -> dict[Side, list[int]]:
@@ -143,6 +149,16 @@ def _padded_positions(rows: Sequence[Tensor], shift: Sequence[int], length: int)
     return table
 
 
+def _attention(
+    family: Family, rows: Sequence[_Row], shift: Sequence[int], segments: Tensor, padded: Callable[..., Tensor]
+) -> Any:
+    """Where the parts of the rows stand, if that is all there is to say; else a mask of which key each query sees."""
+    blocks, index = padded([row.blocks for row in rows], -1), padded([row.index for row in rows], 0)
+    if int(blocks.max()) < 0 and family.window(index) is None:
+        return packing.layout_of([row.parts(begin) for row, begin in zip(rows, shift, strict=True)])
+    return family.attention_masks(_visible(segments, blocks), index)
+
+
 def _visible(segments: Int[Tensor, "rows length"], blocks: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
     """Which key each query sees: earlier ones of its own segment and of the prompt, and all of its block.
 
@@ -180,7 +196,17 @@ def unflatten(values: Float[Tensor, " flat"], mask: Bool[Tensor, "pairs 2 tokens
 
 def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
     """The model without its output head on a batch's rows."""
-    return model.base_model(**batch["model_inputs"], use_cache=False, **options)
+    return model.base_model(**model_inputs(model, batch), use_cache=False, **options)
+
+
+def model_inputs(model: Any, batch: Batch) -> Batch:
+    """A batch's inputs with the mask that the decoder's attention takes."""
+    inputs: Batch = batch["model_inputs"]
+    layout = inputs["attention_mask"]
+    if not packing.is_layout(layout):
+        return inputs
+    implementation = model.config.get_text_config()._attn_implementation
+    return {**inputs, "attention_mask": packing.mask_for(implementation, layout, inputs["input_ids"].shape[1], model.dtype)}
 
 
 def add_pair_forward(model: Any) -> None:

@@ -90,6 +90,8 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         kept = [row for row in repair_rows(self.path) if row["step"] <= state.global_step and state.global_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -84,7 +84,8 @@ def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions)
 def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Score every response token with the reference model, into a reward store."""
     if dry_run:
-        return _show_plan("score", options)
+        _show_plan("score", options)
+        return
     from catpo.quality import signal_quality
     from catpo.scoring import score
     from catpo.tables import quality_table
@@ -100,7 +101,8 @@ def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = 
 def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Train a model on preference pairs with token weights."""
     if dry_run:
-        return _show_plan("train", options)
+        _show_plan("train", options)
+        return
     from catpo.training import train
 
     result = train(**config.keywords(options))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
+from catpo.last_layer import read_at_responses
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock, versions
@@ -253,7 +255,9 @@ class TeacherForced:
         self.head = family.head
         self.batch = self._pack(encoded)
         recorder = self._recorder()
-        with recorder, family.decoder_inputs() as taken:
+        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)  # others may read patches' last states
+        narrow = read_at_responses(family.decoder) if is_paper else nullcontext()
+        with recorder, narrow, family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
         pairs_count, _, tokens = self.batch["mask"].shape

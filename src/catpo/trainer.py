@@ -20,6 +20,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from catpo import last_layer
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
 from catpo.callbacks import FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
@@ -172,6 +173,7 @@ class CatPOTrainer(Trainer):
 
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)
+        self.family.use_packed_attention()
         self.reference_model: nn.Module | None = None
         is_adapter = peft_config is not None or hasattr(self.family.model, "peft_config")
         if peft_config is not None:
@@ -181,6 +183,7 @@ class CatPOTrainer(Trainer):
         elif not is_adapter:
             self._prepare_full(args, ref_model)
         self.reference_head = None if is_adapter else self.family.head.frozen_copy()
+        last_layer.install(self.family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         model = self.family.model
