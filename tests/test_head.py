@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catpo.head import Head, token_probabilities, token_stats
+from catpo.head import Head, likeliest_tokens, token_logits, token_probabilities, token_stats
 
 DIRECTIONS = ["policy||reference", "reference||policy"]
 
@@ -127,3 +127,14 @@ def test_probabilities_at_a_few_words_equal_the_whole_softmax():
     hidden, head, tokens, *_ = problem()
     expected = torch.softmax(hidden @ head.weight.T + head.bias, -1)[:, tokens]
     torch.testing.assert_close(token_probabilities(hidden, head, tokens, chunk=2), expected)
+
+
+@pytest.mark.parametrize("softcap, scale, bias", [(None, 1.0, True), (3.0, 0.5, True), (None, 1.0, False)])
+def test_raw_logits_and_likeliest_tokens_are_those_of_the_whole_head(softcap, scale, bias):
+    hidden, head, tokens, _, _ = problem(softcap=softcap, scale=scale, bias=bias)
+    logits = head.logits(hidden)
+    torch.testing.assert_close(token_logits(hidden, head, tokens), logits.gather(1, tokens[:, None])[:, 0])
+    assert torch.equal(likeliest_tokens(hidden, head, chunk=3), logits.argmax(-1))
+    assert token_logits(hidden[:0], head, tokens[:0]).shape == likeliest_tokens(hidden[:0], head).shape == (0,)
+    states = hidden.clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda states: token_logits(states, head, tokens), (states,))

@@ -11,7 +11,7 @@ import torch
 
 from catpo.errors import UserError
 from catpo.rewards import RewardStore
-from catpo.scoring import ScoreSettings, _another, score_pairs, token_labels
+from catpo.scoring import ScoreSettings, another_pair, score_pairs, token_labels
 from catpo.spec import parse
 from catpo.types import SIDES, Span
 from tiny import llava, pairs, picture
@@ -56,7 +56,7 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
     store = score_pairs(data, family, tmp_path / "store", settings(query=query), batch_size=2, progress=False)
     for pair in data:
         encoded = family.encode(pair)
-        other = family.encode(replace(pair, images=_another(data, pair).images))
+        other = family.encode(replace(pair, images=another_pair(data, pair).images))
         for side in SIDES:
             attentions, tokens, features, hidden, logps, start = whole_pass(family, encoded, side)
             count = len(encoded.response_ids[side])

@@ -233,11 +233,13 @@ def _pair_forward(
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
-) -> Tensor | TokenStats:
+    read: Callable[[Any, Tensor, Batch], Any] | None = None,
+) -> Tensor | TokenStats | tuple[TokenStats, Any]:
+    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them."""
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
     if hidden_only:
         return hidden
-    return token_stats(
+    stats = token_stats(
         hidden,
         Head.of(model),
         batch["token_ids"][batch["mask"]],
@@ -245,6 +247,7 @@ def _pair_forward(
         reference_head=reference_head,
         direction=direction or "policy||reference",
     )
+    return stats if read is None else (stats, read(model, hidden, batch))
 
 
 # ---- the collator ---------------------------------------------------------------------------------------------------------
@@ -266,6 +269,10 @@ class PairCollator:
     max_length: int | None = None
     prefix: Prefix = "shared"
     padding_side: str = "right"
+    beside: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
+    """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
+    keeps_hidden: bool = False
+    """Whether the reference's hidden states are needed without a KL too."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
@@ -277,6 +284,8 @@ class PairCollator:
             batch.update(self._stored(self.rewards, encoded))
         if "weights" not in batch:
             batch["weights"] = batch["mask"].float()
+        if self.beside is not None:
+            batch.update(self.beside(pairs, encoded))
         return batch
 
     def _stored(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
@@ -288,10 +297,22 @@ class PairCollator:
             stored["weights"] = _padded(sides)
             net = [pair.net_shared_coefficient for pair in weights]
             stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
+            if self.fusion.learned:
+                parts = [part for each in encoded for part in rewards.normalised_signals(each.pair_id, self.fusion)]
+                columns = [_padded([signals[:, column] for signals, _ in parts]) for column in range(3)]
+                stored["signals"] = torch.stack(columns, dim=-1)
+                stored["is_scored"] = _padded([is_scored for _, is_scored in parts]).bool()
         stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
-        if kl_direction(self.needs) and rewards.has_hidden:
+        if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
             stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
         return stored
+
+
+def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:
+    """A store's log-probs of pairs, after checking that it holds the same tokens."""
+    for each in encoded:
+        _check_token_ids(rewards, each)
+    return _padded([rewards.get(each.pair_id, side).logps for each in encoded for side in SIDES])
 
 
 def rewards_hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:

@@ -269,6 +269,22 @@ def _add_at_tokens(gradient: Tensor, tokens: Tensor, part: slice, values: Tensor
     gradient.scatter_add_(1, place, torch.where(is_here, values, 0.0)[:, None].to(gradient.dtype))
 
 
+def token_logits(hidden: Float[Tensor, "tokens width"], head: Head, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """The raw logit of each token, before the softmax: one row of the head each, with gradient."""
+    dtype = arithmetic_dtype(hidden.dtype)
+    logits = (hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(-1)
+    logits = logits if head.bias is None else logits + head.bias[tokens].to(logits.dtype)
+    logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+@torch.no_grad()
+def likeliest_tokens(hidden: Float[Tensor, "tokens width"], head: Head, *, chunk: int = 64) -> Int[Tensor, " tokens"]:
+    """The token of the largest logit at each position."""
+    parts = [head.logits(hidden[part]).argmax(-1) for part in _parts(len(hidden), chunk)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=hidden.device)
+
+
 @torch.no_grad()
 def token_probabilities(
     hidden: Float[Tensor, "positions width"], head: Head, tokens: Int[Tensor, " tokens"], *, chunk: int = 64

@@ -25,7 +25,7 @@ from catpo.head import LEAST_WORDS, TILE
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
 from catpo.spec import parse
-from catpo.stats import kl_direction, requirements
+from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
 from catpo.types import SIDES, PreferencePair, check_pair
 
@@ -125,15 +125,20 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
     tokens = max(row) * options["batch_size"]
     decoder = _Decoder(family)
     objective = objectives.build(parse(options["objective"]))
-    keeps_kl = bool(kl_direction(requirements(objective.loss, objective.options)))
+    needs = requirements(objective.loss, objective.options)
+    keeps_kl = bool(kl_direction(needs))
     is_online = options["reference"] == "online"
+    views = {need.view for need in view_needs(needs)}
+    seen_by_reference = {need.view for need in view_needs(needs) if need.quantity.startswith("reference")}
+    runs_reference = is_online or bool(seen_by_reference)
+    rows = 1 + len(views), int(is_online) + len(seen_by_reference)  # per pair, of policy and reference
     memory = {
         "weights": weights,
-        "reference": weights if is_online and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
+        "reference": weights if runs_reference and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
         "adapter": trained_bytes if options["lora"] else 0,
         "gradients": trained_bytes,
         "optimiser": ADAMW_MOMENTS * trained_bytes,
-        "activations": tokens * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
+        "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
         "attention mask": options["batch_size"] * max(row) ** 2,
         "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
@@ -151,7 +156,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         dev_pairs=len(dev),
         tokens=_tokens(encoded, row),
         steps=steps,
-        token_passes=passes * (2 if is_online else 1),
+        token_passes=passes * sum(rows),
         memory={name: size for name, size in memory.items() if size},
         store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
     )

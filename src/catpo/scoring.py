@@ -148,7 +148,7 @@ def score_pairs(
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in _by_length(scorer, pairs[here], batch_size):
-                    others = [_another(pairs, pair) for pair, _ in batch]
+                    others = [another_pair(pairs, pair) for pair, _ in batch]
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
                     bar.advance(len(batch))
@@ -394,7 +394,7 @@ def _by_length(
         yield encoded[start : start + batch_size]
 
 
-def _another(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
+def another_pair(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
     """A pair with another picture, chosen by this pair's id, so that a shard does not depend on the others."""
     start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
     own = [image.digest() for image in pair.images]

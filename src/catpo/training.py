@@ -206,6 +206,7 @@ def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count:
         "objective": str(objective.spec),
         "objective_options": objective.options,
         "fusion": vars(objective.fusion),
+        **({"learned_fusion": trainer.learned_fusion.coefficients} if trainer.learned_fusion is not None else {}),
         "model": trainer.family.model_id,
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": dev_count},

@@ -260,6 +260,13 @@ class Family:
             )
         return encoded
 
+    def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
+        """A pair's texts alone, as the model reads a prompt without a picture."""
+        text = self.prompt_text(pair.prompt, 0, name=f"pair {pair.id}")
+        ids = self.tokenizer(text, add_special_tokens=self._begins_without_bos(text))["input_ids"]
+        inputs = {name: [0] * len(ids) for name in encoded.prompt_inputs}
+        return Encoded(pair.id, ids, encoded.response_ids, [], [], {}, inputs)
+
     def _patches(self, prompt_ids: Sequence[int], grids: Sequence[PatchGrid], pair_id: str) -> list[int]:
         """Positions of the patches: image tokens without those that end a row or a picture."""
         tokens = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
