@@ -84,7 +84,8 @@ def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions)
 def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Score every response token with the reference model, into a reward store."""
     if dry_run:
-        return _show_plan("score", options)
+        _show_plan("score", options)
+        return
     from catpo.quality import signal_quality
     from catpo.scoring import score
     from catpo.tables import quality_table
@@ -100,7 +101,8 @@ def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = 
 def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
     """Train a model on preference pairs with token weights."""
     if dry_run:
-        return _show_plan("train", options)
+        _show_plan("train", options)
+        return
     from catpo.training import train
 
     result = train(**config.keywords(options))
@@ -110,10 +112,20 @@ def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = 
 @app.command(group=STEPS, sort_key=4)
 def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
     """Ask a model the questions of benchmarks and grade its answers."""
-    from catpo.evaluation import evaluate
-    from catpo.tables import scores_table
+    from catpo.tables import scores_table, scores_warnings
 
-    Console().print(scores_table(evaluate(**config.keywords(options))))
+    given = config.keywords(options)
+    if options.answers:  # without torch
+        from catpo.grading import grade_answers
+
+        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+    else:
+        from catpo.evaluation import evaluate
+
+        scores = evaluate(**given)
+    Console().print(scores_table(scores))
+    for warning in scores_warnings(scores):
+        print(f"catpo: {warning}", file=sys.stderr)
     print(f"Answers and scores: {options.output}")
 
 

@@ -168,12 +168,18 @@ class TrainOptions:
 class EvaluateOptions:
     """`catpo evaluate`: a model and benchmarks in, answers and scores out."""
 
-    model: str
-    """Model that answers: hub id, folder, or `builtin`."""
     benchmarks: tuple[str, ...]
     """Benchmarks with their options; `catpo list benchmarks` shows all."""
     output: Path
     """Folder for answers and scores."""
+    model: str | None = None
+    """Model that answers: hub id, folder, or `builtin`; beside --answers, what their model is called."""
+    answers: tuple[Path, ...] = ()
+    """Grade answers made elsewhere: file(s) in the benchmark's customary format; no model is loaded."""
+    data: Path | None = None
+    """Folder with the benchmarks' official files; `catpo data get NAME` shows which."""
+    judge: str | None = None
+    """Who grades what needs a judge, with options; `catpo list judges` shows all."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
     limit: int | None = None
@@ -220,6 +226,8 @@ COMMANDS: dict[str, type] = {
     "report": ReportOptions,
 }
 """Command (and section of a recipe) -> its options."""
+GRADING = ("answers", "benchmarks", "output", "model", "data", "judge", "limit")
+"""Options of `catpo evaluate` that count when answers made elsewhere are graded."""
 SPEC_LISTS = frozenset({"signals", "benchmarks"})
 """Options that are lists of `name(option=value)`, and may be written in one line with commas."""
 

@@ -30,11 +30,32 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     for heading in ("value", "95 % interval"):
         table.add_column(heading, justify="right")
     for name, benchmark in scores["benchmarks"].items():
+        shown = name if benchmark.get("complete", True) else f"{name} (in part)"
         for metric, figure in benchmark["metrics"].items():
             is_known = figure["value"] is not None and not math.isnan(figure["value"])
             value = f"{figure['value']:.1f}" if is_known else "-"
-            table.add_row(name, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
+            table.add_row(shown, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
     return table
+
+
+def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers must know: answers that are missing, answers that are empty."""
+    warnings = []
+    for name, benchmark in scores["benchmarks"].items():
+        missing, empty = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty"))
+        if missing["count"]:
+            parts = ", ".join(f"{part} {each['graded']:,} of {each['asked']:,}" for part, each in benchmark["parts"].items())
+            warnings.append(
+                f"{name} is graded in part, {missing['count']:,} answers are missing: {_some(missing)}. Graded: {parts}."
+            )
+        if empty["count"]:
+            warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+    return warnings
+
+
+def _some(listed: Mapping[str, Any]) -> str:
+    more = f" and {listed['count'] - 10:,} more" if listed["count"] > 10 else ""
+    return ", ".join(listed["first"][:10]) + more
 
 
 def data_tables(report: Any) -> list[Table | str]:
