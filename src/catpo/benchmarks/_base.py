@@ -60,6 +60,8 @@ class Grade:
     """Anything else worth keeping in grades.jsonl, such as a judge's reply."""
     is_right: bool | None = None
     """Whether the answer is as it should be, for lists of answers that changed; None where that is no question."""
+    has_verdict: bool = True
+    """False where the judge's reply says nothing that can be read; scores list such items and are not called complete."""
 
 
 class Benchmark(ABC):
@@ -72,6 +74,8 @@ class Benchmark(ABC):
     """The data set it is made of, as `name(option=value)` or a path."""
     needs_judge: bool = False
     """Whether `grade` takes a `catpo.judges._base.Judge` as third argument."""
+    judge_decoding: ClassVar[Mapping[str, Any]] = {}
+    """How the benchmark's authors let their judge decode, e.g. {"temperature": 0.2}."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
 

@@ -41,10 +41,11 @@ class Judge(_Base):
         return {"name": self._name, "version": self._version, "decoding": {}, "recorded": self.path.name}
 
     def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
-        """The recorded reply to an item, whatever is asked of it."""
-        if key not in self._replies:
-            raise UserError(f"{self.path} has no reply for {key}. It has {len(self._replies)}: {_some(self._replies)}.")
-        return self._replies[key]
+        """The recorded reply to an item, whatever is asked of it; `mmhal/3` may be recorded as `3`."""
+        for name in (key, key.rpartition("/")[2]):
+            if name in self._replies:
+                return self._replies[name]
+        raise UserError(f"{self.path} has no reply for {key}. It has {len(self._replies)}: {_some(self._replies)}.")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
