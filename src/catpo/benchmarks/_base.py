@@ -224,6 +224,12 @@ def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
     }
 
 
+def total(sums: Sums) -> dict[str, Floats]:
+    """Count -> sum over all groups, whose counts have the same names."""
+    groups = list(sums.values())
+    return {name: np.sum([group[name] for group in groups], axis=0) for name in groups[0]}
+
+
 def percent(part: Floats, whole: Floats) -> Floats:
     """100 · part / whole; not a number where whole is 0."""
     return 100 * ratio(part, whole)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from catpo.benchmarks._base import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio
+from catpo.benchmarks._base import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio, total
 from catpo.benchmarks._files import Folder, Pictures, Source
 from catpo.errors import UserError
 from catpo.judges._base import Judge
@@ -72,7 +72,9 @@ class Benchmark(FolderBenchmark):
                     "LLaVA-Bench again: they must be of one version."
                 )
             name = str(row["question_id"])
-            sample = Sample(f"llava_bench/{name}", (folder.picture(row["image"]),), row["text"], (truth["reference"],), truth)
+            sample = Sample(
+                f"llava_bench/{name}", (folder.picture(row["image"]),), row["text"], (str(truth["reference"]),), truth
+            )
             items.append(Item(name, sample, row["category"], row["image"]))
         return items
 
@@ -100,20 +102,20 @@ class Benchmark(FolderBenchmark):
         As in the official program, a reply without two numbers in its first line counts -1 for both; `read_score` leaves it
         out. `reference` and `model`: the two means, 0 to 10.
         """
-        total = {name: sum(group[name] for group in sums.values()) for name in next(iter(sums.values()))}
+        every = total(sums)
         return {
-            "score": _relative(total),
+            "score": _relative(every),
             **{f"score_{name}": _relative(sums[name]) for name in CATEGORIES if name in sums},
-            "read_score": percent(total["read_model"], total["read_reference"]),
-            "reference": ratio(total["reference"], total["reviews"]),
-            "model": ratio(total["model"], total["reviews"]),
+            "read_score": percent(every["read_model"], every["read_reference"]),
+            "reference": ratio(every["reference"], every["reviews"]),
+            "model": ratio(every["model"], every["reviews"]),
         }
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """What LLaVA's program prints: relative score, and ten times each mean."""
-        total = {name: sum(group[name] for group in sums.values()) for name in ("reviews", "reference", "model")}
-        rows = {"all": total, **{f"llava_bench_{name}": sums[name] for name in CATEGORIES if name in sums}}
+        every = {name: sum(group[name] for group in sums.values()) for name in ("reviews", "reference", "model")}
+        rows = {"all": every, **{f"llava_bench_{name}": sums[name] for name in CATEGORIES if name in sums}}
         printed = {}
         for name, row in rows.items():
             reference, model = (round(row[side] / row["reviews"], 3) for side in ("reference", "model"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from catpo.benchmarks._answers import by_id, in_order
-from catpo.benchmarks._base import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio
+from catpo.benchmarks._base import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio, total
 from catpo.benchmarks._files import Folder, Pictures, Record, Source
 from catpo.errors import UserError
 from catpo.judges._base import Judge
@@ -95,15 +95,15 @@ class Benchmark(FolderBenchmark):
         `strict_score` and `strict_hallucination_rate` leave such replies out, and read the whole number with or without
         emphasis; `parsers_differ`: replies that the two read differently.
         """
-        total = {name: sum(group[name] for group in sums.values()) for name in next(iter(sums.values()))}
+        every = total(sums)
         return {
-            "score": ratio(total["rating"], total["answers"]),
-            "hallucination_rate": percent(total["hallucinated"], total["answers"]),
-            "informativeness": percent(total["information"], FIRST_WITHOUT_HALLUCINATION * total["answers"]),
+            "score": ratio(every["rating"], every["answers"]),
+            "hallucination_rate": percent(every["hallucinated"], every["answers"]),
+            "informativeness": percent(every["information"], FIRST_WITHOUT_HALLUCINATION * every["answers"]),
             **{f"score_{kind}": ratio(sums[kind]["rating"], sums[kind]["answers"]) for kind in TYPES if kind in sums},
-            "strict_score": ratio(total["strict_rating"], total["read"]),
-            "strict_hallucination_rate": percent(total["strict_hallucinated"], total["read"]),
-            "parsers_differ": percent(total["differ"], total["answers"]),
+            "strict_score": ratio(every["strict_rating"], every["read"]),
+            "strict_hallucination_rate": percent(every["strict_hallucinated"], every["read"]),
+            "parsers_differ": percent(every["differ"], every["answers"]),
         }
 
     @staticmethod
