@@ -72,6 +72,13 @@ def test_what_the_user_sets_wins_over_the_benchmarks_decoding():
     assert [(r.get("temperature"), r.get("max_tokens")) for r in chat.asked] == [(0.5, 1024), (0.5, None)]
 
 
+def test_an_official_option_that_a_model_does_not_take_can_be_left_out():
+    with serve(reply=echo) as chat:
+        judge = OpenAI(model="gpt", base_url=chat.url, temperature=-1).decoding_as({"temperature": 0.2, "max_tokens": 1024})
+        judge.ask(about("a"), key="a")
+    assert judge.identity["decoding"] == {"max_tokens": 1024} and "temperature" not in chat.asked[0]
+
+
 def test_an_identity_names_model_version_and_decoding():
     with serve(completion("a", model="gpt-4-0314"), completion("b", model="gpt-4-0613")) as chat:
         judge = OpenAI(model="gpt-4", base_url=chat.url).decoding_as({"temperature": 0.0})

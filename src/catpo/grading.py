@@ -301,9 +301,9 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     graded = {task.name: _grade_task(folder, task, answers, judges.get(task.name), progress) for task in tasks}
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
     write_atomic(folder / GRADES, "".join(lines))
-    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
+    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions", "server")
     scores = {
-        **{key: begun.get(key) for key in kept},
+        **{key: begun.get(key) for key in kept if key != "server" or key in begun},
         "benchmarks": {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks},
     }
     write_json(folder / SCORES, scores)

@@ -19,6 +19,8 @@ from catpo.errors import UserError
 from catpo.judges._base import Judge as _Base
 from catpo.judges._replies import Replies, hash_of
 
+LEFT_TO_SERVER = -1
+
 
 class Judge(_Base):
     """A chat model that grades.
@@ -26,8 +28,8 @@ class Judge(_Base):
     Args:
         model: its name at the server. Take a dated one: scores of a name that moves on to newer models cannot be compared.
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if empty.
-        temperature: of sampling; the benchmark's own if None.
-        max_tokens: longest reply; the benchmark's own if None.
+        temperature: of sampling; the benchmark's own if None, not sent if -1 (some models have one temperature only).
+        max_tokens: longest reply; the benchmark's own if None, not sent if -1.
         seed: sent along if not None; few servers promise anything for it.
         repeat: number of the repetition. Another number asks anew instead of taking the kept reply; for the spread of a judge.
         workers: questions under way at once.
@@ -54,8 +56,9 @@ class Judge(_Base):
             if value < 1:
                 raise UserError(f"openai({name}={value}): it must be 1 or more.")
         self.server = ChatServer(model, base_url=base_url, timeout=timeout)
-        given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-        self.decoding = {name: value for name, value in given.items() if value is not None}
+        options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        self.given = {name: value for name, value in options.items() if value is not None}
+        self.decoding = _sent(self.given)
         self.repeat, self.workers = repeat, workers
         self.replies = None if cache == "none" else Replies(Path(cache) if cache else _users_cache())
         self.answered_by: set[str] = set()
@@ -74,7 +77,7 @@ class Judge(_Base):
     def decoding_as(self, official: Mapping[str, Any]) -> Judge:
         """A judge of the same server and cache, with the benchmark's decoding where this one has none of its own."""
         judge = copy.copy(self)
-        judge.decoding, judge.answered_by = {**official, **self.decoding}, set()
+        judge.decoding, judge.answered_by = _sent({**official, **self.given}), set()
         return judge
 
     def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
@@ -94,6 +97,10 @@ class Judge(_Base):
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         return {"key": key, "model": reply.model, "reply": reply.text}
+
+
+def _sent(decoding: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in decoding.items() if value != LEFT_TO_SERVER}
 
 
 def _users_cache() -> Path:
