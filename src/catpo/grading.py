@@ -297,7 +297,7 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     """
     begun = read_json(folder / ABOUT, made_by="catpo evaluate")
     answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS)}
-    judges = _judges(tasks, judge)
+    judges = open_judges(tasks, judge)
     graded = {task.name: _grade_task(folder, task, answers, judges.get(task.name), progress) for task in tasks}
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
     write_atomic(folder / GRADES, "".join(lines))
@@ -310,8 +310,12 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     return scores
 
 
-def _judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Judge]:
-    """Benchmark -> the judge, decoding as its authors do, for those that need one."""
+def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Judge]:
+    """Benchmark -> the judge, decoding as its authors do, for those that need one.
+
+    Raises:
+        UserError: a benchmark needs a judge and none is named, or it is not known.
+    """
     needing = [task for task in tasks if task.benchmark.needs_judge]
     if not needing:
         return {}
@@ -337,17 +341,16 @@ def _grade_task(
         )
     items = [item for item in task.items if (task.name, item.id) in answers]
     if not task.benchmark.needs_judge:
-        return [_row(task, item, task.benchmark.grade(item, answers[task.name, item.id])) for item in items]
+        return [grade_row(task, item, answers[task.name, item.id]) for item in items]
     assert judge is not None
-    ask = lambda item: task.benchmark.grade(item, answers[task.name, item.id], judge)  # type: ignore[call-arg]
     with (
         ThreadPoolExecutor(judge.workers) as pool,
         track(len(items), f"Judging {task.name}", "answers", enabled=progress) as bar,
     ):
         rows = []
         try:
-            for item, found in zip(items, pool.map(ask, items), strict=True):
-                rows.append(_row(task, item, found))
+            for row in pool.map(lambda item: grade_row(task, item, answers[task.name, item.id], judge), items):
+                rows.append(row)
                 bar.advance()
         except BaseException:  # one failed or was interrupted: ask nothing more
             pool.shutdown(cancel_futures=True)
@@ -355,7 +358,10 @@ def _grade_task(
         return rows
 
 
-def _row(task: Task, item: Item, found: Grade) -> dict[str, Any]:
+def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
+    """A row of grades.jsonl; `judge` for benchmarks that need one."""
+    has_judge = task.benchmark.needs_judge
+    found: Grade = task.benchmark.grade(item, answer, judge) if has_judge else task.benchmark.grade(item, answer)  # type: ignore[call-arg]
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
     row |= {"counts": dict(found.counts)}
     row |= {} if found.mentions is None else {"mentions": [list(mention) for mention in found.mentions]}
