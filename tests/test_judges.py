@@ -93,6 +93,12 @@ def test_an_identity_names_model_version_and_decoding():
     assert kept.identity == expected  # the version of a kept reply is that of its giver
 
 
+def test_a_second_attempt_asks_anew_once():
+    with serve(completion("nonsense"), completion("[]")) as chat:
+        judge = OpenAI(model="gpt", base_url=chat.url)
+        assert [judge.ask(about("a"), key="a", attempt=n) for n in (1, 2, 1, 2)] == ["nonsense", "[]", "nonsense", "[]"]
+
+
 def test_an_empty_reply_is_not_kept():
     with serve(completion(""), completion("now")) as chat:
         judge = OpenAI(model="gpt", base_url=chat.url)

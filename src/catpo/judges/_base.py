@@ -26,12 +26,13 @@ class Judge(ABC):
         return self
 
     @abstractmethod
-    def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
         """The judge's reply.
 
         Args:
             messages: as in the chat format: `role` and `content`.
             key: which item is judged; for messages, and for recorded replies.
+            attempt: 2 or more asks anew, where an earlier reply could not be read.
 
         Raises:
             UserError: there is no reply to be had; names the item.

@@ -80,9 +80,9 @@ class Judge(_Base):
         judge.decoding, judge.answered_by = _sent({**official, **self.given}), set()
         return judge
 
-    def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
         """The kept reply, or the server's."""
-        asked = hash_of([self.server.model, self.server.url, self.decoding, self.repeat, messages])
+        asked = hash_of([self.server.model, self.server.url, self.decoding, [self.repeat, attempt], messages])
         kept = self.replies.get(asked) if self.replies else None
         if kept is None:
             kept = self._ask_server(messages, key)

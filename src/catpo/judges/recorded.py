@@ -40,7 +40,7 @@ class Judge(_Base):
         """As far as the file and the user tell; how the replies were decoded is not known."""
         return {"name": self._name, "version": self._version, "decoding": {}, "recorded": self.path.name}
 
-    def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
         """The recorded reply to an item, whatever is asked of it; `mmhal/3` may be recorded as `3`."""
         for name in (key, key.rpartition("/")[2]):
             if name in self._replies:

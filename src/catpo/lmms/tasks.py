@@ -146,7 +146,7 @@ class _Silent(Judge):
 
     identity: ClassVar[dict[str, Any]] = {}
 
-    def ask(self, messages: list[dict[str, Any]], *, key: str) -> str:
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
         return ""
 
 
