@@ -112,7 +112,7 @@ def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = 
 @app.command(group=STEPS, sort_key=4)
 def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
     """Ask a model the questions of benchmarks and grade its answers."""
-    from catpo.tables import scores_table, scores_warnings
+    from catpo.tables import official_lines, scores_table, scores_warnings
 
     given = config.keywords(options)
     if options.answers:  # without torch
@@ -124,6 +124,7 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
 
         scores = evaluate(**given)
     Console().print(scores_table(scores))
+    print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
     for warning in scores_warnings(scores):
         print(f"catpo: {warning}", file=sys.stderr)
     print(f"Answers and scores: {options.output}")

@@ -92,7 +92,7 @@ def evaluate(
     if model is None:
         raise UserError("nothing to evaluate: name a model with --model, or answers made elsewhere with --answers.")
     numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    tasks = open_tasks(benchmarks, data=data, limit=limit, is_shuffled=shuffled, **numbers)
+    tasks = open_tasks(benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, **numbers)
     decoding = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=shuffled, decoding=decoding)
     served = _served(model, base_url, adapter=adapter, device=device, dtype=dtype if dtype != "auto" else None)

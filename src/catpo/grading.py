@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,8 +48,16 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
     """
     about = read_json(Path(output) / ABOUT, made_by="catpo evaluate")
     specs = [parse(spec) for spec in about["benchmarks"].values()]
-    tasks = open_tasks(specs, data=about.get("data"), limit=about["limit"], is_shuffled=about["shuffled"])
+    tasks = open_tasks(
+        specs,
+        data=about.get("data"),
+        limit=about["limit"],
+        is_shuffled=about["shuffled"],
+        is_answered_here="temperature" in about["decoding"],
+    )
     with lock(output) as folder:
+        rows = read_rows(folder / ANSWERS)
+        tasks = [_with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
         return write_scores(folder, tasks, judge if judge is not None else about.get("judge"), progress)
 
 
@@ -82,9 +91,10 @@ def grade_answers(
     files = [Path(each) for each in ([answers] if isinstance(answers, str | Path) else answers)]
     tasks = open_tasks(benchmarks, data=data, limit=limit)
     given = _given_answers(files, tasks)
+    tasks = [_with_answered(task, given[task.name], limit) for task in tasks]
     with lock(output) as folder:
         begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=False, decoding={"answers": _names(files)})
-        begun |= {"model": model or files[0].name.split(".")[0], "model_hash": None, "adapter": None}
+        begun |= {"model": model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name), "model_hash": None, "adapter": None}
         check_begun(folder, begun)
         write_json(folder / ABOUT, {**begun, "versions": versions()})
         rows = [
@@ -150,6 +160,7 @@ def open_tasks(
     data: str | Path | None = None,
     limit: int | None = None,
     is_shuffled: bool = False,
+    is_answered_here: bool = False,
     **counts: int | None,
 ) -> list[Task]:
     """Every benchmark with what it asks.
@@ -159,6 +170,7 @@ def open_tasks(
         data: folder with official files.
         limit: only the first so many pictures of each benchmark.
         is_shuffled: each item gets the picture of another.
+        is_answered_here: a model is asked; otherwise answers made elsewhere are graded.
         counts: other numbers that must be positive.
 
     Raises:
@@ -174,19 +186,39 @@ def open_tasks(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"benchmark '{name}' is given twice. Evaluate its second options into another --output.")
-    return [_open(spec, data, limit, is_shuffled) for spec in specs]
+    return [_open(spec, data, limit, is_shuffled, is_answered_here) for spec in specs]
 
 
-def _open(spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool) -> Task:
+def _open(spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool) -> Task:
     make = registry.load("benchmarks", spec.name)
-    benchmark = make(**check_options(make, spec))
+    benchmark: Benchmark = make(**check_options(make, spec))
+    benchmark.is_answered_here = is_answered_here
     items, hashes = _items(spec, benchmark, data)
+    if _waits_for_answers(benchmark):
+        return Task(spec, benchmark, items, hashes)
     if not items:
         raise UserError(f"{spec} asks nothing: {benchmark.data or data} is empty.")
-    if limit is not None:
-        pictures = set(list(dict.fromkeys(item.picture for item in items))[:limit])
-        items = [item for item in items if item.picture in pictures]
+    items = _first_pictures(items, limit)
     return Task(spec, benchmark, _shuffle_pictures(items, spec) if is_shuffled else items, hashes)
+
+
+def _waits_for_answers(benchmark: Benchmark) -> bool:
+    """Whether only answers made elsewhere say what was asked."""
+    return isinstance(benchmark, FolderBenchmark) and benchmark.is_open and not benchmark.is_answered_here
+
+
+def _with_answered(task: Task, answered: Iterable[str], limit: int | None = None) -> Task:
+    """An open benchmark with the items that are answered; others stay as they are."""
+    if not (isinstance(task.benchmark, FolderBenchmark) and _waits_for_answers(task.benchmark)):
+        return task
+    return replace(task, items=_first_pictures([task.benchmark.item(name) for name in answered], limit))
+
+
+def _first_pictures(items: list[Item], limit: int | None) -> list[Item]:
+    if limit is None:
+        return items
+    pictures = set(list(dict.fromkeys(item.picture for item in items))[:limit])
+    return [item for item in items if item.picture in pictures]
 
 
 def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None) -> tuple[list[Item], dict[str, str]]:
@@ -267,13 +299,14 @@ def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, di
 def _our_answers(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     """Rows with benchmark, id and answer, as `catpo evaluate` writes them; those of other items are left out."""
     wanted = {(task.name, item.id) for task, item in each_item(tasks)}
+    opened = {task.name for task in tasks if _waits_for_answers(task.benchmark)}
     given: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
     double = []
     for record in records:
         name, key, answer = (record.row.get(field) for field in ("benchmark", "id", "answer"))
         if not (isinstance(name, str) and isinstance(key, str) and isinstance(answer, str)):
             raise UserError(f"{record.place} needs the texts 'benchmark', 'id' and 'answer'.")
-        if (name, key) in wanted:
+        if (name, key) in wanted or name in opened:
             if key in given[name]:
                 double.append(f"{record.place} answers item '{key}'")
             given[name][key] = answer
@@ -384,6 +417,7 @@ def _scores(
         "items": len(rows),
         "pictures": len({row["picture"] for row in rows}),
         **_completeness(task, rows, answers),
+        **({"tools": tools} if (tools := task.benchmark.provenance()) else {}),
         **({"judge": judge.identity} if judge else {}),
         "metrics": metrics,
         **({"official": official} if official else {}),

@@ -38,6 +38,29 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     return table
 
 
+def official_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The figures as the official programs print them, one line per block."""
+    lines = []
+    for name, benchmark in scores["benchmarks"].items():
+        official = benchmark.get("official", {})
+        plain = {label: figure for label, figure in official.items() if not isinstance(figure, Mapping)}
+        blocks = {"": plain} | {label: block for label, block in official.items() if isinstance(block, Mapping)}
+        for block, figures in _flat(blocks).items():
+            shown = ", ".join(f"{label} {figure}" for label, figure in figures.items())
+            lines += [f"{name} as the official program prints it{block and f', {block}'}: {shown}"] if shown else []
+    return lines
+
+
+def _flat(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Blocks of figures, those inside blocks after them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, block in blocks.items():
+        found[name] = {label: figure for label, figure in block.items() if not isinstance(figure, Mapping)}
+        inner = {label: figure for label, figure in block.items() if isinstance(figure, Mapping)}
+        found |= {f"{name}, {label}": figures for label, figures in _flat(inner).items()}
+    return found
+
+
 def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
     """What a reader of the numbers must know: answers that are missing, are empty, or got no verdict."""
     warnings = []

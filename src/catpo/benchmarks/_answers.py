@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def by_id(
     *,
     id_fields: Sequence[str] = ID_FIELDS,
     answer_fields: Sequence[str] = ANSWER_FIELDS,
+    as_id: Callable[[str], str] = str,
+    repeats: bool = False,
 ) -> dict[str, str]:
     """Id -> answer.
 
@@ -73,11 +75,13 @@ def by_id(
         wanted: every id that can be answered.
         id_fields: what the id may be called.
         answer_fields: what the answer may be called.
+        as_id: an id as the file has it -> as it is wanted.
+        repeats: an id may come again with the same answer.
 
     Raises:
         UserError: rows answer unknown ids, or one id twice; names all of them.
     """
-    rows = [(id_of(record, id_fields), record) for record in records]
+    rows = [(as_id(id_of(record, id_fields)), record) for record in records]
     known = set(wanted)
     unknown = [f"{name} ({record.place})" for name, record in rows if name not in known]
     if unknown:
@@ -86,9 +90,10 @@ def by_id(
     seen: dict[str, str] = {}
     double = []
     for name, record in rows:
-        if name in seen:
+        answer = text_of(record, answer_fields)
+        if name in seen and not (repeats and seen[name] == answer):
             double.append(f"{name} ({record.place})")
-        seen[name] = text_of(record, answer_fields)
+        seen[name] = answer
     if double:
         raise UserError(f"{some(double)}: answered a second time. Remove one of each.")
     return seen

@@ -47,6 +47,8 @@ class Item:
     """The right answer of a yes/no question."""
     max_new_tokens: int | None = None
     """Longest answer worth having, if shorter than what the user allows."""
+    options: Mapping[str, str] | None = None
+    """Answers to choose from, by what stands for each: the model does not write, the option with the lowest loss is taken."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Benchmark(ABC):
     """How the benchmark's authors let their judge decode, e.g. {"temperature": 0.2}."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
+    is_answered_here: bool = False
+    """Whether a model is asked now; otherwise answers made elsewhere are graded. Set before anything is opened."""
 
     def items(self, samples: Sequence[Sample], vocabulary: Mapping[str, str] | None = None) -> list[Item]:
         """Everything that is asked, in a fixed order; `samples` and object words are those of `data`."""
@@ -97,6 +101,10 @@ class Benchmark(ABC):
         """What the official program prints for these sums, rounded as it rounds; empty if there is no such program."""
         return {}
 
+    def provenance(self) -> dict[str, Any]:
+        """What else decides the numbers, such as versions of tools; stands in scores.json, is the same where scores compare."""
+        return {}
+
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """Item id -> answer, out of rows in the benchmark's customary format; items without a row are left out.
 
@@ -113,11 +121,17 @@ class FolderBenchmark(Benchmark):
     """Its files, for `catpo data get` too."""
     pictures: ClassVar[Pictures | None] = None
     """Its pictures; None if it has none of its own."""
+    is_open: ClassVar[bool] = False
+    """Whether answers made elsewhere say what was asked: nothing is opened then, and each answered item is made by `item`."""
     is_gradable_in_part: ClassVar[bool] = True
 
     @abstractmethod
     def open(self, folder: Folder) -> list[Item]:
         """Everything that is asked, in a fixed order. Read files through `folder`: then their hashes stand in scores.json."""
+
+    def item(self, name: str) -> Item:
+        """An item by its id, if the benchmark `is_open`."""
+        raise NotImplementedError(f"{type(self).__module__} is not open")
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By id, unless the benchmark says else."""

@@ -103,6 +103,11 @@ class Folder:
         """
         return [record.row for record in parse_records(self.read(name), str(self.find(name)))]
 
+    def picture_files(self, pattern: str) -> list[Path]:
+        """All picture files whose name fits."""
+        assert self.pictures is not None
+        return [path for place in self.pictures.places for path in (self.path / place).glob(pattern)]
+
     def picture(self, file: str) -> Picture:
         """A picture by its file name; whether it is there is seen when it is opened."""
         assert self.pictures is not None
@@ -149,8 +154,8 @@ def parse_records(text: str, where: str) -> list[Record]:
         listed = enumerate(_json(text, where), start=1)
         records = [Record(f"{where}: row {number}", row) for number, row in listed]
     else:  # not splitlines(): U+2028 may stand inside a JSON text
-        lines = [(f"{where}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        records = [Record(place, _json(line, place)) for place, line in lines]
+        lines = [(f"{where}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        records = [Record(place, _json(line.removesuffix(","), place)) for place, line in lines]  # SEED-Bench ends with commas
     for record in records:
         if not isinstance(record.row, dict):
             raise UserError(f"{record.place} must be a JSON object.")
