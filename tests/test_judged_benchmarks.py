@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from catpo.benchmarks import llava_bench, mmhal
+from catpo.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.benchmarks._files import Folder
 from catpo.errors import UserError
 from catpo.grading import grade_answers
@@ -170,7 +172,8 @@ def grade(answers: Path, benchmark: str, data: Path, tmp_path: Path, judge: str)
     scores = grade_answers(
         answers=answers, benchmarks=[benchmark], output=tmp_path / "out", data=data, judge=judge, progress=False
     )
-    return scores["benchmarks"][benchmark]
+    (found,) = scores["benchmarks"].values()
+    return found
 
 
 @pytest.mark.parametrize("form", ["official", "by id"])
@@ -304,3 +307,89 @@ def test_llava_bench_prints_what_the_official_program_prints(official, tmp_path,
     for name, line in scores["official"].items():
         metric = {"all": "score"}.get(name, name.replace("llava_bench", "score"))
         assert f"{scores['metrics'][metric]['value']:.1f}" == line.split()[0]
+
+
+# ---- Object HalBench ------------------------------------------------------------------------------------------------------
+
+SCRIPT = 'prompt_template = """Q: {question}\nA: {answer}\n"""\n'
+
+
+@pytest.fixture
+def small_halbench(tmp_path) -> Path:
+    """Two photographs, of which a dog and a fire hydrant are known."""
+    pytest.importorskip("nltk", reason="needs the extra 'eval'")
+    pytest.importorskip("punkt", reason="needs the extra 'eval'")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(
+        folder / "object_halbench_300_prompts.jsonl",
+        [{"id": str(n), "image_id": n, "question": f"Describe {n}."} for n in (1, 2, 3)],
+    )
+    (folder / "synonyms_refine.txt").write_text("dog, puppy\ncat, kitten\nfire hydrant, hydrant\nchair, seat\ntoilet\n")
+    table = {"nodes": ["dog", "fire hydrant"], "images": {"1": [0, 1], "2": [0], "3": []}}
+    with gzip.open(folder / "coco2014_gt_objects.wn.json.gz", "wt") as stream:
+        json.dump(table, stream)
+    (folder / "eval_gpt_obj_halbench.py").write_text(SCRIPT)
+    return folder
+
+
+class OneByOne:
+    """Stands in for spaCy: lemmas by removing an s, tags by heart."""
+
+    TAGS = {"a": "DT", "red": "JJ", "nice": "JJ"}
+
+    def __init__(self, *_) -> None: ...
+
+    def __call__(self, text):
+        return [(word.removesuffix("s"), self.TAGS.get(word, "NN")) for word in text.split()]
+
+
+def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    answers = write_rows(
+        tmp_path / "a.jsonl",
+        [
+            {"image_id": 1, "text": "Assistant: A dog, dogs and a red fire hydrant."},
+            {"image_id": 2, "text": "One kitten sits there."},
+            {"image_id": 3, "text": "A nice cat."},
+        ],
+    )
+    named = {"1": '["dogs", "puppy", "dog", "red fire hydrants"]', "2": '["kitten", "nice toilet", "seat"]'}
+    asked = []
+
+    def reply(request):
+        (message,) = request["messages"]
+        asked.append(message)
+        return completion(named[message["content"].split(".")[0][-1]])
+
+    with serve(reply=reply) as chat:
+        judge = f"openai(model='gpt-3.5-turbo-0613', base_url='{chat.url}')"
+        scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
+    assert {"role": "system", "content": "Q: Describe 1.\nA: A dog, dogs and a red fire hydrant.\n"} in asked
+    assert len(asked) == 2  # three words are not shown
+    assert scores["judge"]["decoding"] == {"temperature": 0.2, "max_tokens": 512}
+    values = {name: figure["value"] for name, figure in scores["metrics"].items()}
+    # photograph 1: dog, puppy and hydrant, all there (unique words, not classes); 2: kitten and toilet absent; 3: nothing named
+    assert values["object_hallucination"] == pytest.approx(100 * 2 / 5)
+    assert values["response_hallucination"] == pytest.approx(100 * 1 / 2)
+    assert scores["complete"] and scores["tools"]["nouns"] == "spacy"
+
+
+def test_object_halbench_without_a_readable_reply_is_not_complete(small_halbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    answers = write_rows(tmp_path / "a.jsonl", [{"image_id": n, "text": "There is a dog here."} for n in (1, 2, 3)])
+    with serve(reply=lambda _: completion("I see a dog.")) as chat:
+        judge = f"openai(model='gpt', base_url='{chat.url}')"
+        scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
+    assert len(chat.asked) == 9 and not scores["complete"]
+    assert scores["without_verdict"] == {"count": 3, "first": ["1", "2", "3"]}
+
+
+def test_object_halbench_says_what_the_judge_mode_lacks(small_halbench):
+    benchmark = object_halbench.Benchmark(extraction="judge")
+    if importlib.util.find_spec("spacy") is None:
+        with pytest.raises(UserError, match=r"en_core_web_trf.*nouns='nltk'"):
+            opened(benchmark, small_halbench, "object_halbench")
+    (small_halbench / "eval_gpt_obj_halbench.py").unlink()
+    with pytest.raises(UserError, match=r"eval_gpt_obj_halbench\.py is not in"):
+        opened(benchmark, small_halbench, "object_halbench")
