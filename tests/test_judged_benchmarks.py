@@ -11,8 +11,10 @@ import pytest
 
 from catpo.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.benchmarks._files import Folder
+from catpo.comparison import load_evaluation, paired_differences
 from catpo.errors import UserError
 from catpo.grading import grade_answers
+from catpo.spec import Spec
 from fake_chat import completion, serve
 
 RATINGS = [
@@ -215,6 +217,25 @@ def test_two_judged_benchmarks_ask_one_judge_each_in_its_own_way(small_mmhal, sm
     assert scores["mmhal"]["judge"]["decoding"] == {"temperature": 0.0}
     assert scores["llava_bench"]["judge"]["decoding"] == {"temperature": 0.2, "max_tokens": 1024}
     assert scores["mmhal"]["complete"] and scores["llava_bench"]["complete"]
+
+
+def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
+    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+
+    def judged(name: str, version: str, rating: int, **options):
+        with serve(reply=lambda _: completion(f"Rating: {rating}", model=version)) as chat:
+            spec = Spec("openai", {"model": "gpt-4", "base_url": chat.url, "cache": "none", **options})
+            grade_answers(
+                answers=answers, benchmarks=["mmhal"], output=tmp_path / name, data=small_mmhal, judge=spec, progress=False
+            )
+        return load_evaluation(tmp_path / name)
+
+    base = judged("base", "gpt-4-0314", 4)
+    (score, *_) = paired_differences(base, judged("same", "gpt-4-0314", 5), resamples=10)
+    assert (score.metric, score.difference.value) == ("score", 1.0)
+    assert base.judge("mmhal") == "gpt-4 (gpt-4-0314), temperature=0.0"
+    for other in (judged("newer", "gpt-4-0613", 5), judged("warmer", "gpt-4-0314", 5, temperature=0.7)):
+        assert paired_differences(base, other, resamples=10) == []
 
 
 def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, tmp_path):

@@ -91,6 +91,11 @@ class Evaluation:
         metrics = self.scores.get("benchmarks", {}).get(benchmark, {}).get("metrics", {})
         return {name: Estimate(*(_number(each.get(key)) for key in ("value", "low", "high"))) for name, each in metrics.items()}
 
+    def judge(self, benchmark: str) -> str:
+        """Who graded, with version and decoding; empty where no judge did. Figures of different judges share no column."""
+        identity = self.scores.get("benchmarks", {}).get(benchmark, {}).get("judge")
+        return judge_name(identity) if identity else ""
+
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
@@ -100,6 +105,17 @@ class Evaluation:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
         rows = self.grades.get(benchmark, {})
         return {item: named for (_, item), row in rows.items() if (named := mentions(row)) is not None}
+
+
+def judge_name(identity: Mapping[str, Any]) -> str:
+    """A judge as tables name it: everything that must be the same for scores to be comparable.
+
+    >>> judge_name({"name": "gpt-4", "version": "gpt-4-0314", "decoding": {"temperature": 0.0}, "server": "http://host/v1"})
+    'gpt-4 (gpt-4-0314), temperature=0.0'
+    """
+    name, version = str(identity.get("name", "unknown")), str(identity.get("version", ""))
+    decoding = [f"{option}={value}" for option, value in sorted(dict(identity.get("decoding", {})).items())]
+    return ", ".join([f"{name} ({version})" if version and version != name else name, *decoding])
 
 
 def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluation:
@@ -138,7 +154,7 @@ def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 
         seed: of the draws.
 
     Returns:
-        One row per benchmark and metric; none for a benchmark whose items or options differ.
+        One row per benchmark and metric; none for a benchmark whose items, options or judges differ.
     """
     rows = []
     for benchmark in _common([base, other]):
@@ -309,10 +325,10 @@ class _Draws:
 
 
 def _common(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Benchmarks that all evaluations have, with the same options."""
+    """Benchmarks that all evaluations have, with the same options and graded by the same judge."""
 
     def options(evaluation: Evaluation, benchmark: str) -> Any:
-        return evaluation.scores["benchmarks"][benchmark].get("options")
+        return evaluation.scores["benchmarks"][benchmark].get("options"), evaluation.judge(benchmark)
 
     first, *others = evaluations
     return [
