@@ -147,7 +147,9 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
         chosen = [rng.randrange(len(rows)) for _ in range(64)]
-        loss = caption_loss(model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen])
+        loss = caption_loss(
+            model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen]
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -170,7 +172,11 @@ def build_processor(captions: list[str]) -> LlavaProcessor:
     bpe.train_from_iterator([" " + caption for caption in captions] + [f"USER: {PROMPT} ASSISTANT:"] * 100, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     pictures = CLIPImageProcessor(
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
@@ -235,7 +241,9 @@ def caption_loss(
     tokenizer = processor.tokenizer
     image = "<image>" * features.shape[1]
     prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
-    answers = [[*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions]
+    answers = [
+        [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions
+    ]
     longest = max(map(len, answers))
     ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
     seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))

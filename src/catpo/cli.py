@@ -193,6 +193,24 @@ def convert(
     print(f"Wrote {convert_data(source, output)} pairs to {output}")
 
 
+@data.command(name="lmms-eval")
+def lmms_eval(
+    *,
+    benchmarks: Annotated[str, Parameter(help="Benchmarks with their options; `catpo list benchmarks` shows all.")],
+    output: Annotated[Path, Parameter(help="Folder for the task files.")],
+    data: Annotated[Path | None, Parameter(help="Folder with the benchmarks' official files.")] = None,
+    judge: Annotated[str | None, Parameter(help="Who grades what needs a judge.")] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first so many pictures of each benchmark.")] = None,
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 1024,
+) -> None:
+    """Write benchmarks as tasks of lmms-eval that catpo grades."""
+    from catpo.lmms.tasks import export_tasks
+    from catpo.spec import parse_list
+
+    tasks = export_tasks(parse_list(benchmarks), output, data=data, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
+    print(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
+
+
 @app.command(group=START, sort_key=1)
 def demo(
     *,

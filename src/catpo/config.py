@@ -173,13 +173,15 @@ class EvaluateOptions:
     output: Path
     """Folder for answers and scores."""
     model: str | None = None
-    """Model that answers: hub id, folder, or `builtin`; beside --answers, what their model is called."""
+    """Model that answers: hub id, folder, `builtin`, or openai:NAME of a server; beside --answers, what theirs is called."""
     answers: tuple[Path, ...] = ()
     """Grade answers made elsewhere: file(s) in the benchmark's customary format; no model is loaded."""
     data: Path | None = None
     """Folder with the benchmarks' official files; `catpo data get NAME` shows which."""
     judge: str | None = None
     """Who grades what needs a judge, with options; `catpo list judges` shows all."""
+    base_url: str | None = None
+    """Address of the server of openai:NAME, up to /v1; OPENAI_BASE_URL or OpenAI's own if left out."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
     limit: int | None = None

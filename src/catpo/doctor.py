@@ -71,7 +71,12 @@ def _library(wanted: Requirement, extra: str | None) -> Finding:
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        use = {"vlm": " (for Qwen-VL, InternVL and others)", "quant": " (for 4-bit models)", "bench": " (for speed comparisons)", "eval": " (for AMBER, CHAIR, Object HalBench)"}
+        use = {
+            "vlm": " (for Qwen-VL, InternVL and others)",
+            "quant": " (for 4-bit models)",
+            "bench": " (for speed comparisons)",
+            "eval": " (for AMBER, CHAIR, Object HalBench)",
+        }
         return Finding(wanted.name, bad, f"not installed{use.get(extra or '', '')}: {fix}")
     if not wanted.specifier.contains(found, prereleases=True):
         return Finding(wanted.name, bad, f"{found}, but {wanted.specifier} is needed: {fix}")

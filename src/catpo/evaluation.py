@@ -28,7 +28,8 @@ from catpo.grading import (
     write_scores,
 )
 from catpo.progress import track
-from catpo.runs import append_rows, lock, repair_rows, versions, write_atomic, write_json
+from catpo.runs import append_rows, lock, read_json, repair_rows, versions, write_atomic, write_json
+from catpo.served import PREFIX, ServedModel
 from catpo.spec import Spec
 
 
@@ -40,6 +41,7 @@ def evaluate(
     answers: str | Path | Sequence[str | Path] = (),
     data: str | Path | None = None,
     judge: str | Spec | None = None,
+    base_url: str | None = None,
     adapter: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -54,10 +56,12 @@ def evaluate(
     Args:
         benchmarks: with their options, e.g. `scenes(count=500)`; each benchmark once.
         output: folder for answers.jsonl, grades.jsonl and scores.json.
-        model: hub id, folder, `builtin`, or a loaded family; with `answers`, what their model is called.
+        model: hub id, folder, `builtin`, or a loaded family; `openai:NAME` is a model of a running server; with
+            `answers`, what their model is called.
         answers: files with answers made elsewhere, see `catpo.grading.grade_answers`; no model is loaded then.
         data: folder with the official files of the benchmarks; `catpo data get NAME` shows which.
         judge: who grades what needs a judge, e.g. `openai(model='gpt-4-0314')`.
+        base_url: address of that server up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
         adapter: LoRA adapter put on the model.
         limit: only the first so many pictures of each benchmark.
         batch_size: answers at once, and between two writes.
@@ -91,16 +95,40 @@ def evaluate(
     tasks = open_tasks(benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, **numbers)
     decoding = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=shuffled, decoding=decoding)
+    served = _served(model, base_url, adapter=adapter, device=device, dtype=dtype if dtype != "auto" else None)
     _check_pictures(tasks)
     with lock(output) as folder:
         check_begun(folder, begun)
-        family = families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        family = served or (
+            families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        )
         begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
         check_begun(folder, begun)
         if not (folder / ABOUT).exists():
             write_json(folder / ABOUT, {**begun, "versions": versions()})
         _answer(folder, tasks, family, batch_size, max_new_tokens, progress)
+        if served:
+            _note_server(folder, served)
         return write_scores(folder, tasks, judge, progress)
+
+
+def _served(model: str | Path | Family, base_url: str | None, **loading: Any) -> ServedModel | None:
+    """The model of a server, if `model` is one; `loading` is what only a model loaded here can do."""
+    if not (isinstance(model, str) and model.startswith(PREFIX)):
+        if base_url:
+            raise UserError(f"base_url is for a model of a server. Name it so: --model {PREFIX}NAME.")
+        return None
+    for name, value in loading.items():
+        if value:
+            raise UserError(f"{name}={value} cannot be set from here: {model} is loaded by its server. Leave {name} out.")
+    return ServedModel(model, base_url=base_url)
+
+
+def _note_server(folder: Path, served: ServedModel) -> None:
+    """Where the answers came from, and what the server called the model."""
+    noted = read_json(folder / ABOUT, made_by="catpo evaluate")
+    names = served.answered_by | set(noted.get("server", {}).get("answered_by", []))
+    write_json(folder / ABOUT, {**noted, "server": {"url": served.server.url, "answered_by": sorted(names)}})
 
 
 def _check_pictures(tasks: Sequence[Task]) -> None:
@@ -118,7 +146,9 @@ def _check_pictures(tasks: Sequence[Task]) -> None:
 # ---- answers --------------------------------------------------------------------------------------------------------------
 
 
-def _answer(folder: Path, tasks: Sequence[Task], family: Family, batch_size: int, max_new_tokens: int, progress: bool) -> None:
+def _answer(
+    folder: Path, tasks: Sequence[Task], family: Family | ServedModel, batch_size: int, max_new_tokens: int, progress: bool
+) -> None:
     """Every batch that is not answered yet. Batches do not depend on what is done, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
     done = _resume(folder / ANSWERS, batches)

@@ -330,32 +330,37 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     """
     begun = read_json(folder / ABOUT, made_by="catpo evaluate")
     answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS)}
-    judged = _judge(tasks, judge)
-    graded = {task.name: _grade_task(folder, task, answers, judged, progress) for task in tasks}
+    judges = open_judges(tasks, judge)
+    graded = {task.name: _grade_task(folder, task, answers, judges.get(task.name), progress) for task in tasks}
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
     write_atomic(folder / GRADES, "".join(lines))
-    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
+    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions", "server")
     scores = {
-        **{key: begun.get(key) for key in kept},
-        "benchmarks": {task.name: _scores(task, graded[task.name], answers, judged) for task in tasks},
+        **{key: begun.get(key) for key in kept if key != "server" or key in begun},
+        "benchmarks": {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks},
     }
     write_json(folder / SCORES, scores)
     return scores
 
 
-def _judge(tasks: Sequence[Task], judge: str | Spec | None) -> Judge | None:
-    """The judge, if a benchmark needs one."""
-    needing = [task.name for task in tasks if task.benchmark.needs_judge]
+def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Judge]:
+    """Benchmark -> the judge, decoding as its authors do, for those that need one.
+
+    Raises:
+        UserError: a benchmark needs a judge and none is named, or it is not known.
+    """
+    needing = [task for task in tasks if task.benchmark.needs_judge]
     if not needing:
-        return None
+        return {}
     if judge is None:
         raise UserError(
-            f"{', '.join(needing)} is graded by a judge: name one with --judge (`catpo list judges`). The answers are kept."
+            f"{', '.join(task.name for task in needing)} is graded by a judge: name one with --judge (`catpo list judges`). "
+            "The answers are kept."
         )
     spec = parse(judge)
     make = registry.load("judges", spec.name)
     made: Judge = make(**check_options(make, spec))
-    return made
+    return {task.name: made.decoding_as(task.benchmark.judge_decoding) for task in needing}
 
 
 def _grade_task(
@@ -369,17 +374,16 @@ def _grade_task(
         )
     items = [item for item in task.items if (task.name, item.id) in answers]
     if not task.benchmark.needs_judge:
-        return [_row(task, item, task.benchmark.grade(item, answers[task.name, item.id])) for item in items]
+        return [grade_row(task, item, answers[task.name, item.id]) for item in items]
     assert judge is not None
-    ask = lambda item: task.benchmark.grade(item, answers[task.name, item.id], judge)  # type: ignore[call-arg]
     with (
         ThreadPoolExecutor(judge.workers) as pool,
         track(len(items), f"Judging {task.name}", "answers", enabled=progress) as bar,
     ):
         rows = []
         try:
-            for item, found in zip(items, pool.map(ask, items), strict=True):
-                rows.append(_row(task, item, found))
+            for row in pool.map(lambda item: grade_row(task, item, answers[task.name, item.id], judge), items):
+                rows.append(row)
                 bar.advance()
         except BaseException:  # one failed or was interrupted: ask nothing more
             pool.shutdown(cancel_futures=True)
@@ -387,11 +391,15 @@ def _grade_task(
         return rows
 
 
-def _row(task: Task, item: Item, found: Grade) -> dict[str, Any]:
+def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
+    """A row of grades.jsonl; `judge` for benchmarks that need one."""
+    has_judge = task.benchmark.needs_judge
+    found: Grade = task.benchmark.grade(item, answer, judge) if has_judge else task.benchmark.grade(item, answer)  # type: ignore[call-arg]
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
     row |= {"counts": dict(found.counts)}
     row |= {} if found.mentions is None else {"mentions": [list(mention) for mention in found.mentions]}
     row |= {} if found.is_right is None else {"right": found.is_right}
+    row |= {} if found.has_verdict else {"verdict": False}
     return row | ({"notes": dict(found.notes)} if found.notes else {})
 
 
@@ -410,14 +418,14 @@ def _scores(
         "pictures": len({row["picture"] for row in rows}),
         **_completeness(task, rows, answers),
         **({"tools": tools} if (tools := task.benchmark.provenance()) else {}),
-        **({"judge": judge.identity} if judge and task.benchmark.needs_judge else {}),
+        **({"judge": judge.identity} if judge else {}),
         "metrics": metrics,
         **({"official": official} if official else {}),
     }
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """How many items of each group were asked and graded, and which were left out or answered with nothing."""
+    """How many items of each group were asked and graded; which were left out, answered with nothing, or not decided."""
     graded = {row["id"] for row in rows}
     parts: dict[str, dict[str, int]] = {}
     for item in task.items:
@@ -426,7 +434,10 @@ def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mappin
         part["graded"] += item.id in graded
     missing = [item.id for item in task.items if item.id not in graded]
     empty = [item.id for item in task.items if not answers.get((task.name, item.id), "nothing").strip()]
-    return {"complete": not missing, "parts": parts, "missing": _listed(missing), "empty": _listed(empty)}
+    unread = [row["id"] for row in rows if row.get("verdict") is False]
+    is_complete = not missing and not unread
+    listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed(unread)}
+    return {"complete": is_complete, "parts": parts, **listed}
 
 
 def _listed(names: Sequence[str]) -> dict[str, Any]:

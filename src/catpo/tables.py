@@ -62,10 +62,10 @@ def _flat(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
-    """What a reader of the numbers must know: answers that are missing, answers that are empty."""
+    """What a reader of the numbers must know: answers that are missing, are empty, or got no verdict."""
     warnings = []
     for name, benchmark in scores["benchmarks"].items():
-        missing, empty = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty"))
+        missing, empty, unread = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty", "without_verdict"))
         if missing["count"]:
             parts = ", ".join(f"{part} {each['graded']:,} of {each['asked']:,}" for part, each in benchmark["parts"].items())
             warnings.append(
@@ -73,6 +73,11 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
             )
         if empty["count"]:
             warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+        if unread["count"]:
+            warnings.append(
+                f"{name}: the judge's reply to {unread['count']:,} answers cannot be read: {_some(unread)}. They count as the "
+                "official program counts them; grades.jsonl has the replies."
+            )
     return warnings
 
 

@@ -62,6 +62,8 @@ class Grade:
     """Anything else worth keeping in grades.jsonl, such as a judge's reply."""
     is_right: bool | None = None
     """Whether the answer is as it should be, for lists of answers that changed; None where that is no question."""
+    has_verdict: bool = True
+    """False where the judge's reply says nothing that can be read; scores list such items and are not called complete."""
 
 
 class Benchmark(ABC):
@@ -74,6 +76,8 @@ class Benchmark(ABC):
     """The data set it is made of, as `name(option=value)` or a path."""
     needs_judge: bool = False
     """Whether `grade` takes a `catpo.judges._base.Judge` as third argument."""
+    judge_decoding: ClassVar[Mapping[str, Any]] = {}
+    """How the benchmark's authors let their judge decode, e.g. {"temperature": 0.2}."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
     is_answered_here: bool = False
@@ -232,6 +236,12 @@ def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
         "yes_ratio": percent(sums["said_yes"], sums["questions"]),
         "unparsed": percent(sums["unparsed"], sums["questions"]),
     }
+
+
+def total(sums: Sums) -> dict[str, Floats]:
+    """Count -> sum over all groups, whose counts have the same names."""
+    groups = list(sums.values())
+    return {name: np.sum([group[name] for group in groups], axis=0) for name in groups[0]}
 
 
 def percent(part: Floats, whole: Floats) -> Floats:
