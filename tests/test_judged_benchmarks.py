@@ -11,12 +11,14 @@ import pytest
 
 from catpo.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.benchmarks._files import Folder
+from catpo.cli import main
 from catpo.comparison import load_evaluation, paired_differences
 from catpo.errors import UserError
 from catpo.grading import grade_answers
 from catpo.spec import Spec
-from fake_chat import completion, serve
+from fake_chat import Answer, completion, serve
 
+CANARY = "sk-canary-0123456789abcdef"
 RATINGS = [
     # reply, official, strict
     ("Explanation.\n\nRating: 3, not informative, no hallucination", 3, 3),
@@ -198,7 +200,26 @@ def test_mmhal_is_graded_by_a_server_in_threads_and_paid_for_once(small_mmhal, t
     assert scores["metrics"]["hallucination_rate"]["value"] == pytest.approx(100 * sum(s < 3 for s in expected) / 16)
     assert scores["metrics"]["score_attribute"]["value"] == (0 + 8 % 7) / 2
     assert scores["complete"] and scores["judge"]["version"] == "judge-0613"
+    assert scores["tools"]["judge_prompt_md5"] == "e4ab56b9f748d4b3ca07d07497d16889"  # of the official program's template
     assert scores["judge"]["decoding"] == {"temperature": 0.0}
+
+
+def test_the_command_line_judges_and_leaves_the_key_nowhere(small_mmhal, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+    command = ["evaluate", "--answers", str(answers), "--benchmarks", "mmhal", "--data", str(small_mmhal)]
+    with serve(reply=lambda _: completion(f"Rating: 4. {CANARY}", model=CANARY)) as chat:
+        monkeypatch.setenv("OPENAI_BASE_URL", chat.url)
+        main([*command, "--output", str(tmp_path / "good"), "--judge", "openai(model='gpt-4-0314')"])
+        chat.script[:] = [Answer(400, f"bad key {CANARY}".encode())]
+        with pytest.raises(SystemExit):
+            main([*command, "--output", str(tmp_path / "bad"), "--judge", "openai(model='other', workers=1)"])
+    assert {headers["Authorization"] for headers in chat.headers} == {f"Bearer {CANARY}"}
+    shown = capfd.readouterr()
+    assert "mmhal/0: " in shown.err and "bad key [key]" in shown.err and "4.0" in shown.out
+    files = {path: path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in files} >= {"scores.json", "grades.jsonl", "judge-replies.jsonl", "evaluation.json"}
+    assert [path for path, text in files.items() if CANARY in text] == [] and CANARY not in shown.err + shown.out
 
 
 def test_two_judged_benchmarks_ask_one_judge_each_in_its_own_way(small_mmhal, small_llava, tmp_path):
