@@ -12,7 +12,7 @@ import pytest
 from catpo.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.benchmarks._files import Folder
 from catpo.cli import main
-from catpo.comparison import load_evaluation, paired_differences
+from catpo.comparison import incomparable, load_evaluation, paired_differences
 from catpo.errors import UserError
 from catpo.grading import grade_answers
 from catpo.spec import Spec
@@ -257,6 +257,9 @@ def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
     assert base.judge("mmhal") == "gpt-4 (gpt-4-0314), temperature=0.0"
     for other in (judged("newer", "gpt-4-0613", 5), judged("warmer", "gpt-4-0314", 5, temperature=0.7)):
         assert paired_differences(base, other, resamples=10) == []
+        assert incomparable(base, other, "mmhal").startswith(
+            "their judges differ (gpt-4 (gpt-4-0314), temperature=0.0 and gpt-4 ("
+        )
 
 
 def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, tmp_path):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
@@ -151,7 +151,21 @@ def inspect(
     Console().print(inspect_pair(store, pair, signal=signal))
 
 
-data = App(name="data", help="Check and convert data sets.", group=LOOK, sort_key=3)
+@app.command(group=LOOK, sort_key=2)
+def compare(
+    evaluations: Annotated[list[Path], Parameter(help="Two or more folders of `catpo evaluate`; the first is the base.")],
+    /,
+    *,
+    format: Annotated[Literal["terminal", "markdown", "latex"], Parameter(help="How the table is written.")] = "terminal",
+    limit: Annotated[int | None, Parameter(help="Compare the first so many pictures of each benchmark only.")] = None,
+) -> None:
+    """Print paired differences of evaluations, with 95 % intervals."""
+    from catpo.sidebyside import compare, show
+
+    print(show(compare(evaluations, limit=limit), format))
+
+
+data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
 app.command(data)
 
 
@@ -211,6 +225,23 @@ def lmms_eval(
     print(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
 
 
+@data.command
+def get(
+    benchmark: Annotated[str, Parameter(help="amber, pope, chair, …; options may ask for other files: pope(labels='head').")],
+    /,
+    *,
+    data: Annotated[Path | None, Parameter(help="Check this folder.")] = None,
+    all: Annotated[bool, Parameter(help="List every missing picture.", negative=())] = False,
+) -> None:
+    """Say which official files of a benchmark go where, and check them; exits 1 if it cannot be graded yet."""
+    from catpo.bringing import describe, look
+
+    brought = look(benchmark, data)
+    print(*describe(brought, data, is_complete=all), sep="\n")
+    if data is not None and not brought.is_gradable:
+        sys.exit(1)
+
+
 @app.command(group=START, sort_key=1)
 def demo(
     *,
@@ -257,7 +288,7 @@ def doctor(
         sys.exit(1)
 
 
-@app.command(name="list", group=LOOK, sort_key=2)
+@app.command(name="list", group=LOOK, sort_key=4)
 def list_plugins(
     kind: Annotated[
         str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks or judges.")

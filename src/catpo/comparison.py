@@ -142,7 +142,35 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
     return Evaluation(folder, name or folder.resolve().name, scores, grades)
 
 
-def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
+def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:
+    """Why two evaluations' figures of a benchmark do not belong side by side; empty if they do.
+
+    Options, versions of what grades, the judge with its version and decoding, and the official files must be the same.
+    """
+    for evaluation in (base, other):
+        if benchmark not in evaluation.benchmarks:
+            return f"{evaluation.name} does not have it"
+    before, after = (each.scores["benchmarks"][benchmark] for each in (base, other))
+    for what, name in (("options", "options"), ("tools", "grading tools")):
+        if before.get(what) != after.get(what):
+            return f"their {name} differ ({_short(before.get(what))} and {_short(after.get(what))})"
+    judges = [each.judge(benchmark) for each in (base, other)]
+    if judges[0] != judges[1]:
+        return f"their judges differ ({' and '.join(judge or 'none' for judge in judges)})"
+    files = [each.scores.get("data_hashes", {}).get(benchmark, {}) for each in (base, other)]
+    differing = [name for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
+    return f"their official files differ ({', '.join(differing)})" if differing else ""
+
+
+def _short(value: Any) -> str:
+    return (
+        "none" if value is None else ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    )
+
+
+def paired_differences(
+    base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0, limit: int | None = None
+) -> list[Difference]:
     """Every metric of `other` minus that of `base`, on the items that both answered.
 
     Both models are resampled with the same pictures, so what makes a picture hard for both cancels.
@@ -152,13 +180,14 @@ def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 
         other: what is compared.
         resamples: bootstrap draws of pictures.
         seed: of the draws.
+        limit: only the first so many pictures.
 
     Returns:
-        One row per benchmark and metric; none for a benchmark whose items, options or judges differ.
+        One row per benchmark and metric; none for a benchmark that is `incomparable` or has no item in common.
     """
     rows = []
     for benchmark in _common([base, other]):
-        keys = _common_items([base, other], benchmark)
+        keys = _first_pictures(base.grades[benchmark], _common_items([base, other], benchmark), limit)
         if not keys:
             continue
         summarise = registry.load("benchmarks", benchmark).summarise
@@ -325,27 +354,31 @@ class _Draws:
 
 
 def _common(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Benchmarks that all evaluations have, with the same options and graded by the same judge."""
-
-    def options(evaluation: Evaluation, benchmark: str) -> Any:
-        return evaluation.scores["benchmarks"][benchmark].get("options"), evaluation.judge(benchmark)
-
+    """Benchmarks that all evaluations can be compared by."""
     first, *others = evaluations
-    return [
-        benchmark
-        for benchmark in first.benchmarks
-        if all(benchmark in each.benchmarks and options(each, benchmark) == options(first, benchmark) for each in others)
-    ]
+    return [name for name in first.benchmarks if not any(incomparable(first, other, name) for other in others)]
+
+
+def _first_pictures(
+    rows: Mapping[tuple[str, str], Mapping[str, Any]], keys: list[tuple[str, str]], limit: int | None
+) -> list[tuple[str, str]]:
+    if limit is None:
+        return keys
+    pictures = set(list(dict.fromkeys(rows[key]["picture"] for key in keys))[:limit])
+    return [key for key in keys if rows[key]["picture"] in pictures]
 
 
 def _common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
     """(group, id) of the items that all evaluations have graded, in the order of the first."""
     first, *others = (evaluation.grades.get(benchmark, {}) for evaluation in evaluations)
     return [
-        key
-        for key, row in first.items()
-        if all(key in grades for grades in others) and (not is_caption or mentions(row) is not None)
+        key for key, row in first.items() if all(key in grades for grades in others) and (not is_caption or _can_be_cut(row))
     ]
+
+
+def _can_be_cut(row: Mapping[str, Any]) -> bool:
+    """Whether a caption's objects are listed, and how many there are to name."""
+    return mentions(row) is not None and "present" in row["counts"]
 
 
 def _estimate(values: Floats) -> Estimate:

@@ -79,6 +79,7 @@ class Benchmark(FolderBenchmark):
         Source("safe_words.txt", ("amber/safe_words.txt", "data/safe_words.txt", "safe_words.txt"), RAW + "safe_words.txt",
                "f92cf1123f4578a2630832fac3e6ac4de36212ea55859d3bed4fd233723f4043"),
         Source("derived_noun_forms.json", ("amber/derived_noun_forms.json", "data/derived_noun_forms.json"), "",
+               "b29558eb11fea3f425ab377bb1bf114b70e2d97b1c704d9266129092ee671fd3",
                is_needed=False, note="surface noun -> word of relation.json; only where WordNet is not to be had"),
     )  # fmt: skip
     pictures = Pictures(
