@@ -14,6 +14,7 @@ from catpo.benchmarks._files import Folder
 from catpo.cli import main
 from catpo.comparison import incomparable, load_evaluation, paired_differences
 from catpo.errors import UserError
+from catpo.evaluation import evaluate
 from catpo.grading import grade_answers
 from catpo.spec import Spec
 from fake_chat import Answer, completion, serve
@@ -260,6 +261,22 @@ def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
         assert incomparable(base, other, "mmhal").startswith(
             "their judges differ (gpt-4 (gpt-4-0314), temperature=0.0 and gpt-4 ("
         )
+
+
+def test_a_judge_that_cannot_be_is_told_before_the_model_answers(small_mmhal, tmp_path):
+    (small_mmhal / "mmhal/images").mkdir()
+    for number in range(16):
+        (small_mmhal / f"mmhal/images/{number}_o.jpg").touch()
+    for judge, words in (("openai", "needs the name of a model"), ("opnai(model='m')", "Did you mean 'openai'")):
+        with pytest.raises(UserError, match=words):
+            evaluate(
+                model="no-such-model",
+                benchmarks=["mmhal"],
+                data=small_mmhal,
+                judge=judge,
+                output=tmp_path / "out",
+                progress=False,
+            )
 
 
 def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, tmp_path):

@@ -24,6 +24,7 @@ from catpo.grading import (
     answer_row,
     check_begun,
     grade_answers,
+    open_judges,
     open_tasks,
     write_scores,
 )
@@ -97,6 +98,8 @@ def evaluate(
     begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=shuffled, decoding=decoding)
     served = _served(model, base_url, adapter=adapter, device=device, dtype=dtype if dtype != "auto" else None)
     _check_pictures(tasks)
+    if judge is not None:
+        open_judges(tasks, judge)  # a mistake in it is told before hours of answering, not after
     with lock(output) as folder:
         check_begun(folder, begun)
         family = served or (
