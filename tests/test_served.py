@@ -180,7 +180,7 @@ def transformers_serve(builtin, tmp_path_factory):
 
 
 def _wait_for(url: str, server: subprocess.Popen, log) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600  # a busy machine imports slowly
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=5):
