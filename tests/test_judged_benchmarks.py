@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from catpo.benchmarks import llava_bench, mmhal
+from catpo.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.benchmarks._files import Folder
+from catpo.cli import main
+from catpo.comparison import load_evaluation, paired_differences
 from catpo.errors import UserError
 from catpo.grading import grade_answers
-from fake_chat import completion, serve
+from catpo.spec import Spec
+from fake_chat import Answer, completion, serve
 
+CANARY = "sk-canary-0123456789abcdef"
 RATINGS = [
     # reply, official, strict
     ("Explanation.\n\nRating: 3, not informative, no hallucination", 3, 3),
@@ -170,7 +176,8 @@ def grade(answers: Path, benchmark: str, data: Path, tmp_path: Path, judge: str)
     scores = grade_answers(
         answers=answers, benchmarks=[benchmark], output=tmp_path / "out", data=data, judge=judge, progress=False
     )
-    return scores["benchmarks"][benchmark]
+    (found,) = scores["benchmarks"].values()
+    return found
 
 
 @pytest.mark.parametrize("form", ["official", "by id"])
@@ -193,7 +200,26 @@ def test_mmhal_is_graded_by_a_server_in_threads_and_paid_for_once(small_mmhal, t
     assert scores["metrics"]["hallucination_rate"]["value"] == pytest.approx(100 * sum(s < 3 for s in expected) / 16)
     assert scores["metrics"]["score_attribute"]["value"] == (0 + 8 % 7) / 2
     assert scores["complete"] and scores["judge"]["version"] == "judge-0613"
+    assert scores["tools"]["judge_prompt_md5"] == "e4ab56b9f748d4b3ca07d07497d16889"  # of the official program's template
     assert scores["judge"]["decoding"] == {"temperature": 0.0}
+
+
+def test_the_command_line_judges_and_leaves_the_key_nowhere(small_mmhal, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+    command = ["evaluate", "--answers", str(answers), "--benchmarks", "mmhal", "--data", str(small_mmhal)]
+    with serve(reply=lambda _: completion(f"Rating: 4. {CANARY}", model=CANARY)) as chat:
+        monkeypatch.setenv("OPENAI_BASE_URL", chat.url)
+        main([*command, "--output", str(tmp_path / "good"), "--judge", "openai(model='gpt-4-0314')"])
+        chat.script[:] = [Answer(400, f"bad key {CANARY}".encode())]
+        with pytest.raises(SystemExit):
+            main([*command, "--output", str(tmp_path / "bad"), "--judge", "openai(model='other', workers=1)"])
+    assert {headers["Authorization"] for headers in chat.headers} == {f"Bearer {CANARY}"}
+    shown = capfd.readouterr()
+    assert "mmhal/0: " in shown.err and "bad key [key]" in shown.err and "4.0" in shown.out
+    files = {path: path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in files} >= {"scores.json", "grades.jsonl", "judge-replies.jsonl", "evaluation.json"}
+    assert [path for path, text in files.items() if CANARY in text] == [] and CANARY not in shown.err + shown.out
 
 
 def test_two_judged_benchmarks_ask_one_judge_each_in_its_own_way(small_mmhal, small_llava, tmp_path):
@@ -212,6 +238,25 @@ def test_two_judged_benchmarks_ask_one_judge_each_in_its_own_way(small_mmhal, sm
     assert scores["mmhal"]["judge"]["decoding"] == {"temperature": 0.0}
     assert scores["llava_bench"]["judge"]["decoding"] == {"temperature": 0.2, "max_tokens": 1024}
     assert scores["mmhal"]["complete"] and scores["llava_bench"]["complete"]
+
+
+def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
+    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+
+    def judged(name: str, version: str, rating: int, **options):
+        with serve(reply=lambda _: completion(f"Rating: {rating}", model=version)) as chat:
+            spec = Spec("openai", {"model": "gpt-4", "base_url": chat.url, "cache": "none", **options})
+            grade_answers(
+                answers=answers, benchmarks=["mmhal"], output=tmp_path / name, data=small_mmhal, judge=spec, progress=False
+            )
+        return load_evaluation(tmp_path / name)
+
+    base = judged("base", "gpt-4-0314", 4)
+    (score, *_) = paired_differences(base, judged("same", "gpt-4-0314", 5), resamples=10)
+    assert (score.metric, score.difference.value) == ("score", 1.0)
+    assert base.judge("mmhal") == "gpt-4 (gpt-4-0314), temperature=0.0"
+    for other in (judged("newer", "gpt-4-0613", 5), judged("warmer", "gpt-4-0314", 5, temperature=0.7)):
+        assert paired_differences(base, other, resamples=10) == []
 
 
 def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, tmp_path):
@@ -304,3 +349,89 @@ def test_llava_bench_prints_what_the_official_program_prints(official, tmp_path,
     for name, line in scores["official"].items():
         metric = {"all": "score"}.get(name, name.replace("llava_bench", "score"))
         assert f"{scores['metrics'][metric]['value']:.1f}" == line.split()[0]
+
+
+# ---- Object HalBench ------------------------------------------------------------------------------------------------------
+
+SCRIPT = 'prompt_template = """Q: {question}\nA: {answer}\n"""\n'
+
+
+@pytest.fixture
+def small_halbench(tmp_path) -> Path:
+    """Two photographs, of which a dog and a fire hydrant are known."""
+    pytest.importorskip("nltk", reason="needs the extra 'eval'")
+    pytest.importorskip("punkt", reason="needs the extra 'eval'")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(
+        folder / "object_halbench_300_prompts.jsonl",
+        [{"id": str(n), "image_id": n, "question": f"Describe {n}."} for n in (1, 2, 3)],
+    )
+    (folder / "synonyms_refine.txt").write_text("dog, puppy\ncat, kitten\nfire hydrant, hydrant\nchair, seat\ntoilet\n")
+    table = {"nodes": ["dog", "fire hydrant"], "images": {"1": [0, 1], "2": [0], "3": []}}
+    with gzip.open(folder / "coco2014_gt_objects.wn.json.gz", "wt") as stream:
+        json.dump(table, stream)
+    (folder / "eval_gpt_obj_halbench.py").write_text(SCRIPT)
+    return folder
+
+
+class OneByOne:
+    """Stands in for spaCy: lemmas by removing an s, tags by heart."""
+
+    TAGS = {"a": "DT", "red": "JJ", "nice": "JJ"}
+
+    def __init__(self, *_) -> None: ...
+
+    def __call__(self, text):
+        return [(word.removesuffix("s"), self.TAGS.get(word, "NN")) for word in text.split()]
+
+
+def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    answers = write_rows(
+        tmp_path / "a.jsonl",
+        [
+            {"image_id": 1, "text": "Assistant: A dog, dogs and a red fire hydrant."},
+            {"image_id": 2, "text": "One kitten sits there."},
+            {"image_id": 3, "text": "A nice cat."},
+        ],
+    )
+    named = {"1": '["dogs", "puppy", "dog", "red fire hydrants"]', "2": '["kitten", "nice toilet", "seat"]'}
+    asked = []
+
+    def reply(request):
+        (message,) = request["messages"]
+        asked.append(message)
+        return completion(named[message["content"].split(".")[0][-1]])
+
+    with serve(reply=reply) as chat:
+        judge = f"openai(model='gpt-3.5-turbo-0613', base_url='{chat.url}')"
+        scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
+    assert {"role": "system", "content": "Q: Describe 1.\nA: A dog, dogs and a red fire hydrant.\n"} in asked
+    assert len(asked) == 2  # three words are not shown
+    assert scores["judge"]["decoding"] == {"temperature": 0.2, "max_tokens": 512}
+    values = {name: figure["value"] for name, figure in scores["metrics"].items()}
+    # photograph 1: dog, puppy and hydrant, all there (unique words, not classes); 2: kitten and toilet absent; 3: nothing named
+    assert values["object_hallucination"] == pytest.approx(100 * 2 / 5)
+    assert values["response_hallucination"] == pytest.approx(100 * 1 / 2)
+    assert scores["complete"] and scores["tools"]["nouns"] == "spacy"
+
+
+def test_object_halbench_without_a_readable_reply_is_not_complete(small_halbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    answers = write_rows(tmp_path / "a.jsonl", [{"image_id": n, "text": "There is a dog here."} for n in (1, 2, 3)])
+    with serve(reply=lambda _: completion("I see a dog.")) as chat:
+        judge = f"openai(model='gpt', base_url='{chat.url}')"
+        scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
+    assert len(chat.asked) == 9 and not scores["complete"]
+    assert scores["without_verdict"] == {"count": 3, "first": ["1", "2", "3"]}
+
+
+def test_object_halbench_says_what_the_judge_mode_lacks(small_halbench):
+    benchmark = object_halbench.Benchmark(extraction="judge")
+    if importlib.util.find_spec("spacy") is None:
+        with pytest.raises(UserError, match=r"en_core_web_trf.*nouns='nltk'"):
+            opened(benchmark, small_halbench, "object_halbench")
+    (small_halbench / "eval_gpt_obj_halbench.py").unlink()
+    with pytest.raises(UserError, match=r"eval_gpt_obj_halbench\.py is not in"):
+        opened(benchmark, small_halbench, "object_halbench")

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -72,6 +71,7 @@ class ChatServer:
         self.model = model
         self.url = _checked_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
         self.timeout, self.retries, self.reply_limit, self.sleep = timeout, retries, reply_limit, sleep
+        self._client = httpx2.Client(timeout=timeout, follow_redirects=False)  # shared by threads
 
     def ask(self, messages: Sequence[Mapping[str, Any]], **decoding: Any) -> Reply:
         """The answer to a conversation; `decoding` is sent as it is, e.g. temperature=0.0.
@@ -146,10 +146,6 @@ class ChatServer:
         if response.is_redirect:
             return UserError(f"{self.url} has moved {said}. Give the new address; keys are not sent along by themselves.")
         return UserError(f"{self.url} refuses the request {said}. Correct the options of '{self.model}'.")
-
-    @cached_property
-    def _client(self) -> httpx2.Client:
-        return httpx2.Client(timeout=self.timeout, follow_redirects=False)
 
 
 def _checked_url(text: str) -> str:

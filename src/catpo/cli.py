@@ -290,7 +290,9 @@ def doctor(
 
 @app.command(name="list", group=LOOK, sort_key=4)
 def list_plugins(
-    kind: Annotated[str | None, Parameter(help="families, signals, objectives, datasets, pairings or benchmarks.")] = None,
+    kind: Annotated[
+        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks or judges.")
+    ] = None,
     /,
 ) -> None:
     """List what can be named in options: signals, objectives, data sets and so on."""

@@ -91,6 +91,11 @@ class Evaluation:
         metrics = self.scores.get("benchmarks", {}).get(benchmark, {}).get("metrics", {})
         return {name: Estimate(*(_number(each.get(key)) for key in ("value", "low", "high"))) for name, each in metrics.items()}
 
+    def judge(self, benchmark: str) -> str:
+        """Who graded, with version and decoding; empty where no judge did. Figures of different judges share no column."""
+        identity = self.scores.get("benchmarks", {}).get(benchmark, {}).get("judge")
+        return judge_name(identity) if identity else ""
+
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
@@ -100,6 +105,17 @@ class Evaluation:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
         rows = self.grades.get(benchmark, {})
         return {item: named for (_, item), row in rows.items() if (named := mentions(row)) is not None}
+
+
+def judge_name(identity: Mapping[str, Any]) -> str:
+    """A judge as tables name it: everything that must be the same for scores to be comparable.
+
+    >>> judge_name({"name": "gpt-4", "version": "gpt-4-0314", "decoding": {"temperature": 0.0}, "server": "http://host/v1"})
+    'gpt-4 (gpt-4-0314), temperature=0.0'
+    """
+    name, version = str(identity.get("name", "unknown")), str(identity.get("version", ""))
+    decoding = [f"{option}={value}" for option, value in sorted(dict(identity.get("decoding", {})).items())]
+    return ", ".join([f"{name} ({version})" if version and version != name else name, *decoding])
 
 
 def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluation:
@@ -134,19 +150,23 @@ def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:
     for evaluation in (base, other):
         if benchmark not in evaluation.benchmarks:
             return f"{evaluation.name} does not have it"
-    before, after = (each.scores["benchmarks"][benchmark] for each in (base, other))
-    for what, name in (("options", "options"), ("tools", "grading tools"), ("judge", "judges")):
-        if before.get(what) != after.get(what):
-            return f"their {name} differ ({_short(before.get(what))} and {_short(after.get(what))})"
+    for what, said in (("options", _options), ("grading tools", _tools), ("judges", Evaluation.judge)):
+        before, after = said(base, benchmark), said(other, benchmark)
+        if before != after:
+            return f"their {what} differ ({before or 'none'}; {after or 'none'})"
     files = [each.scores.get("data_hashes", {}).get(benchmark, {}) for each in (base, other)]
     differing = [name for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
     return f"their official files differ ({', '.join(differing)})" if differing else ""
 
 
-def _short(value: Any) -> str:
-    return (
-        "none" if value is None else ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    )
+def _options(evaluation: Evaluation, benchmark: str) -> str:
+    return str(evaluation.scores["benchmarks"][benchmark].get("options"))
+
+
+def _tools(evaluation: Evaluation, benchmark: str) -> str:
+    """What decides the figures beside options; `read_with` has versions and places that make no difference."""
+    tools = evaluation.scores["benchmarks"][benchmark].get("tools", {})
+    return ", ".join(f"{name} {value}" for name, value in sorted(tools.items()) if name != "read_with")
 
 
 def paired_differences(

@@ -76,6 +76,7 @@ def _library(wanted: Requirement, extra: str | None) -> Finding:
             "quant": " (for 4-bit models)",
             "bench": " (for speed comparisons)",
             "eval": " (for AMBER, CHAIR, Object HalBench)",
+            "lmms": " (to run inside lmms-eval)",
         }
         return Finding(wanted.name, bad, f"not installed{use.get(extra or '', '')}: {fix}")
     if not wanted.specifier.contains(found, prereleases=True):

@@ -73,6 +73,9 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
             )
         if empty["count"]:
             warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+        figures = benchmark.get("tools", {}).get("figures", "")
+        if figures.startswith("not comparable"):
+            warnings.append(f"{name}: figures are {figures}.")
         if unread["count"]:
             warnings.append(
                 f"{name}: the judge's reply to {unread['count']:,} answers cannot be read: {_some(unread)}. They count as the "

@@ -7,6 +7,7 @@ gpt-4-1106-preview.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -79,6 +80,10 @@ class Benchmark(FolderBenchmark):
             is_right=is_right,
             has_verdict=strict is not None,
         )
+
+    def provenance(self) -> dict[str, Any]:
+        """Which prompt the judge got: the official one has this hash."""
+        return {"judge_prompt_md5": hashlib.md5(_prompt().encode("utf-8"), usedforsecurity=False).hexdigest()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """The official response file has its answers in `model_answer`, in the order of the questions; else by id."""

@@ -74,7 +74,7 @@ def export_tasks(
     """
     folder = Path(output)
     names = []
-    for task in open_tasks(benchmarks, data=data, limit=limit, max_new_tokens=max_new_tokens):
+    for task in open_tasks(benchmarks, data=data, limit=limit, is_answered_here=True, max_new_tokens=max_new_tokens):
         name = f"catpo_{task.name}"
         folder.mkdir(parents=True, exist_ok=True)
         origin = {"benchmark": str(task.spec), "data": str(Path(data).resolve()) if data else None, "judge": judge}
@@ -129,7 +129,7 @@ class _Opened:
 
 @cache
 def _opened(benchmark: str, data: str | None, judge: str | None) -> _Opened:
-    (task,) = open_tasks([benchmark], data=data)
+    (task,) = open_tasks([benchmark], data=data, is_answered_here=True)
     judges = open_judges([task], judge)
     return _Opened(task, {item.id: item for item in task.items}, _metric_names(task), judges.get(task.name))
 
