@@ -259,7 +259,7 @@ def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
     for other in (judged("newer", "gpt-4-0613", 5), judged("warmer", "gpt-4-0314", 5, temperature=0.7)):
         assert paired_differences(base, other, resamples=10) == []
         assert incomparable(base, other, "mmhal").startswith(
-            "their judges differ (gpt-4 (gpt-4-0314), temperature=0.0 and gpt-4 ("
+            "their judges differ (gpt-4 (gpt-4-0314), temperature=0.0; gpt-4 ("
         )
 
 

@@ -15,6 +15,7 @@ import yaml
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.evaluation import evaluate
+from catpo.likelihood import option_losses
 from catpo.lmms import tasks
 from catpo.lmms.model import Model, _cut, _decoding
 
@@ -118,7 +119,25 @@ def test_the_model_answers_requests_in_order_as_the_family_does():
     with pytest.raises(UserError, match="t/0 shows str and no picture"):
         model.generate_until(requests[:1])
     with pytest.raises(UserError, match="generate_until"):
-        model.loglikelihood([])
+        model.generate_until_multi_round([])
+
+
+def test_the_model_says_how_likely_it_finds_given_answers():
+    samples = list(open_data("scenes(count=2, split='test')").samples())
+    model = Model("builtin", batch_size=4, device="cpu")
+    model.task_dict = {"t": {"test": [sample.images[0].open() for sample in samples]}}
+    answers = ["There is a dog.", "There is a bus in the street.", "Nothing."]
+    requests = [
+        SimpleNamespace(args=(sample.prompt, f" {answer}", lambda image: [image], number, "t", "test"))
+        for answer in answers
+        for number, sample in enumerate(samples)
+    ]
+    expected = option_losses(model.family, samples, [dict(zip("abc", answers, strict=True))] * 2)
+    found = model.loglikelihood(requests)
+    assert [loss for loss, _ in found] == pytest.approx([expected[number][key] for key in "abc" for number in (0, 1)], rel=1e-4)
+    requests[0].args = ("?", str.upper, None, 0, "t", "test")
+    with pytest.raises(UserError, match="its answers are not given"):
+        model.loglikelihood(requests[:1])
 
 
 def announce(site: Path, monkeypatch) -> None:

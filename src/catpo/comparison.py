@@ -150,22 +150,23 @@ def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:
     for evaluation in (base, other):
         if benchmark not in evaluation.benchmarks:
             return f"{evaluation.name} does not have it"
-    before, after = (each.scores["benchmarks"][benchmark] for each in (base, other))
-    for what, name in (("options", "options"), ("tools", "grading tools")):
-        if before.get(what) != after.get(what):
-            return f"their {name} differ ({_short(before.get(what))} and {_short(after.get(what))})"
-    judges = [each.judge(benchmark) for each in (base, other)]
-    if judges[0] != judges[1]:
-        return f"their judges differ ({' and '.join(judge or 'none' for judge in judges)})"
+    for what, said in (("options", _options), ("grading tools", _tools), ("judges", Evaluation.judge)):
+        before, after = said(base, benchmark), said(other, benchmark)
+        if before != after:
+            return f"their {what} differ ({before or 'none'}; {after or 'none'})"
     files = [each.scores.get("data_hashes", {}).get(benchmark, {}) for each in (base, other)]
     differing = [name for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
     return f"their official files differ ({', '.join(differing)})" if differing else ""
 
 
-def _short(value: Any) -> str:
-    return (
-        "none" if value is None else ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    )
+def _options(evaluation: Evaluation, benchmark: str) -> str:
+    return str(evaluation.scores["benchmarks"][benchmark].get("options"))
+
+
+def _tools(evaluation: Evaluation, benchmark: str) -> str:
+    """What decides the figures beside options; `read_with` has versions and places that make no difference."""
+    tools = evaluation.scores["benchmarks"][benchmark].get("tools", {})
+    return ", ".join(f"{name} {value}" for name, value in sorted(tools.items()) if name != "read_with")
 
 
 def paired_differences(

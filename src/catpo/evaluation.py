@@ -28,6 +28,7 @@ from catpo.grading import (
     open_tasks,
     write_scores,
 )
+from catpo.likelihood import most_likely
 from catpo.progress import track
 from catpo.runs import append_rows, lock, read_json, repair_rows, versions, write_atomic, write_json
 from catpo.served import PREFIX, ServedModel
@@ -158,10 +159,22 @@ def _answer(
     total, before = (sum(len(batch) for _, batch in some) for some in (batches, batches[:done]))
     with track(total, "Answering", "answers", done=before, enabled=progress) as bar:
         for tokens, batch in batches[done:]:
-            samples = [item.sample for _, item in batch]
-            answers = family.generate(samples, max_new_tokens=tokens, temperature=0.0, batch_size=batch_size)
+            answers = _asked(family, [item for _, item in batch], tokens)
             append_rows(folder / ANSWERS, [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)])
             bar.advance(len(batch))
+
+
+def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int) -> list[str]:
+    """Answers to one batch: written, or chosen where there are options."""
+    samples = [item.sample for item in items]
+    options = [item.options for item in items if item.options is not None]
+    if not options:
+        return family.generate(samples, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=len(items))
+    if isinstance(family, ServedModel):
+        raise UserError(
+            "A server does not tell how likely it finds given answers. Choose a protocol in which the model writes."
+        )
+    return most_likely(family, samples, options)
 
 
 def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int) -> list[tuple[int, list[tuple[Task, Item]]]]:

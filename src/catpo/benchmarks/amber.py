@@ -117,13 +117,13 @@ class Benchmark(FolderBenchmark):
         """Lemmas from the derived table where there is no WordNet."""
         if self.english.has_wordnet() or folder.find("derived_noun_forms.json") is None:
             return None
-        self.tools["lemmas"] = "derived_noun_forms.json"
+        self.english.tools["lemmas"] = "derived_noun_forms.json"
         forms: Mapping[str, str] = folder.json("derived_noun_forms.json")
         return forms
 
     def provenance(self) -> dict[str, Any]:
         """Similarity, parser, and what read the nouns."""
-        nouns = self.english.tools if GENERATIVE in PARTS[self.part] else {}
+        nouns = {"read_with": self.english.tools} if GENERATIVE in PARTS[self.part] else {}
         return {**self.tools, "parser": self._parser(), **nouns}
 
     def _parser(self) -> str:

@@ -79,7 +79,7 @@ class Benchmark(FolderBenchmark):
 
     def provenance(self) -> dict[str, Any]:
         """Variant, where the truth is from, and what read the captions."""
-        return {"variant": self.variant, "truth": self.truth.place, **self.english.tools}
+        return {"variant": self.variant, "truth": self.truth.place, "read_with": self.english.tools}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By the photograph, given as number or file name."""

@@ -81,7 +81,8 @@ class Benchmark(FolderBenchmark):
         is_official = self.needs_judge and self.nouns == "spacy"
         figures = "as published, with the same judge" if is_official else "not comparable with published figures"
         nouns = {"nouns": self.tagger} if self.needs_judge else {}
-        return {"extraction": self.extraction, "figures": figures, **nouns, "truth": self.truth.place, **self.english.tools}
+        tools = {"truth": self.truth.place, "read_with": self.english.tools}
+        return {"extraction": self.extraction, "figures": figures, **nouns, **tools}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By the photograph: each is asked about once."""

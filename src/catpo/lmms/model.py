@@ -10,6 +10,7 @@ from PIL import Image
 
 from catpo.errors import UserError
 from catpo.families import _base as families
+from catpo.likelihood import option_losses
 from catpo.types import Picture, Sample
 
 if TYPE_CHECKING:
@@ -69,8 +70,18 @@ class Model(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered."""
-        raise UserError("the model catpo answers in words only. Choose tasks of lmms-eval with output_type: generate_until.")
+        """Mean loss per token of each given answer, for `multiple_choice`: the least is best, as lmms-eval has it."""
+        questions: dict[tuple[Any, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            prompt, answer, _, doc_id, task, split = request.args
+            if not isinstance(answer, str):
+                raise UserError(f"{task}: its answers are not given. Choose tasks that generate, or multiple_choice.")
+            questions.setdefault((task, split, doc_id, prompt), []).append(number)
+        samples = [self._sample(requests[numbers[0]]) for numbers in questions.values()]
+        options = [{str(number): requests[number].args[1].strip() for number in numbers} for numbers in questions.values()]
+        losses = option_losses(self.family, samples, options, batch_size=self.batch_size)
+        by_number = {number: loss for each in losses for number, loss in each.items()}
+        return [(by_number[str(number)], False) for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered."""
