@@ -95,7 +95,7 @@ def by_id(
             double.append(f"{name} ({record.place})")
         seen[name] = answer
     if double:
-        raise UserError(f"{some(double)}: answered a second time. Remove one of each.")
+        raise UserError(f"{some(double)}: answered again. Remove one of each.")
     return seen
 
 
