@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from catpo.batching import pack, response_hidden, run_backbone, to_device, unflatten
+from catpo.batching import Prefix, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.families._base import Family
 from catpo.head import token_stats
 from catpo.types import PreferencePair, Sample
@@ -56,7 +56,7 @@ def _pair(sample: Sample, first: str, second: str) -> PreferencePair:
 
 
 def _pair_losses(family: Family, pairs: Sequence[PreferencePair]) -> list[list[float]]:
-    prefix = "shared" if family.shares_prefix else "separate"
+    prefix: Prefix = "shared" if family.shares_prefix else "separate"
     batch = to_device(pack(family, [family.encode(pair) for pair in pairs], prefix=prefix), family.device)
     hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
     logps = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps

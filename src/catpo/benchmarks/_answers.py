@@ -82,7 +82,7 @@ def by_id(
         UserError: rows answer unknown ids, or one id twice; names all of them.
     """
     rows = [(as_id(id_of(record, id_fields)), record) for record in records]
-    known = set(wanted)
+    known = dict.fromkeys(wanted)
     unknown = [f"{name} ({record.place})" for name, record in rows if name not in known]
     if unknown:
         example = next(iter(known), "none")
@@ -95,7 +95,7 @@ def by_id(
             double.append(f"{name} ({record.place})")
         seen[name] = answer
     if double:
-        raise UserError(f"{some(double)}: answered a second time. Remove one of each.")
+        raise UserError(f"{some(double)}: answered again. Remove one of each.")
     return seen
 
 

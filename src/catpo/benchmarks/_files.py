@@ -62,6 +62,8 @@ class Folder:
     pictures: Pictures | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     """Name of each file that was read -> its SHA-256."""
+    known_pictures: dict[str, Picture] = field(default_factory=dict, repr=False)
+    """Pictures that were looked for; many questions are about the same."""
 
     def find(self, name: str) -> Path | None:
         """Where a source lies, if it is there."""
@@ -111,9 +113,11 @@ class Folder:
     def picture(self, file: str) -> Picture:
         """A picture by its file name; whether it is there is seen when it is opened."""
         assert self.pictures is not None
-        folders = [self.path / place for place in self.pictures.places]
-        found = next((folder / file for folder in folders if (folder / file).is_file()), folders[0] / file)
-        return Picture(path=found, name=file)
+        if file not in self.known_pictures:
+            places = [self.path / place / file for place in self.pictures.places]
+            found = next((place for place in places if place.is_file()), places[0])
+            self.known_pictures[file] = Picture(path=found, name=file)
+        return self.known_pictures[file]
 
 
 def contents(path: Path) -> bytes:

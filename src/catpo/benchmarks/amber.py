@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,9 +235,9 @@ def _item(query: Mapping[str, Any], annotation: Mapping[str, Any], folder: Folde
     truth = {"truth": annotation["truth"], "hallu": annotation["hallu"]} if is_description else {}
     sample = Sample(name, (folder.picture(image),), query["query"], truth=truth)
     if is_description:
-        return Item(name, sample, GENERATIVE, Path(image).stem)
+        return Item(name, sample, GENERATIVE, image)
     group = DIMENSIONS[annotation["type"]]
-    return Item(name, sample, group, Path(image).stem, expected=annotation["truth"], max_new_tokens=QUESTION_TOKENS)
+    return Item(name, sample, group, image, expected=annotation["truth"], max_new_tokens=QUESTION_TOKENS)
 
 
 # ---- descriptions ---------------------------------------------------------------------------------------------------------

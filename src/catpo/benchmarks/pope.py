@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,8 @@ class Benchmark(FolderBenchmark):
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By order. A row or its file's name says which subset it is of; else it is the first order that fits the questions."""
         wanted = {subset: [item for item in items if item.group == subset] for subset in self.subsets}
-        named = {subset: [record for record in records if _subset(record) == subset] for subset in wanted}
+        subsets = [_subset(record) for record in records]
+        named = {name: [each for each, own in zip(records, subsets, strict=True) if own == name] for name in wanted}
         if sum(map(len, named.values())) == len(records):
             return {name: text for subset, own in named.items() if own for name, text in _ordered(own, wanted[subset]).items()}
         problem = None
@@ -159,7 +159,8 @@ def _subset(record: Record) -> str:
     """The subset that a row belongs to, by its field `category` or the name of its file; empty if neither says."""
     if record.row.get("category") in SUBSETS:
         return str(record.row["category"])
-    named = [subset for subset in SUBSETS if subset in Path(record.place).name]
+    file = re.split(r"[/\\]", record.place)[-1]
+    named = [subset for subset in SUBSETS if subset in file]
     return named[0] if len(named) == 1 else ""
 
 
