@@ -207,6 +207,12 @@ def test_seeds_letters_may_be_losses_and_videos_are_left_out(data):
     assert found["official"] == {"image accuracy": "87.50%", "right": 7, "questions": 8}
 
 
+def test_a_quick_look_takes_the_first_pictures_of_a_whole_file(data):
+    found = graded(data, "pope(subset='random')", in_order("random", ["Yes", "No", "Yes"]), limit=1)
+    assert (found["items"], found["metrics"]["accuracy"]["value"], found["complete"]) == (2, 100, True)
+    assert grade(data / "out", progress=False)["benchmarks"]["pope"] == found
+
+
 def test_grading_can_be_repeated_and_answers_may_be_packed(data):
     rows = in_order("random", ["Yes", "No", "No"])
     (data / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
@@ -322,6 +328,16 @@ def test_an_evaluation_is_not_gone_on_with_after_its_files_changed(data):
     path.write_text(path.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match="begun with data_hashes="):
         graded(data, "pope(subset='random')", in_order("random", ["Yes", "No", "No"]))
+
+
+def test_labels_of_another_version_are_not_taken_for_those_asked_for(data, monkeypatch):
+    rows = in_order("random", ["Yes", "No", "No"])
+    graded(data, "pope(subset='random')", rows)
+    about = json.loads((data / "out" / "evaluation.json").read_text())
+    (digest,) = about["data_hashes"]["pope"].values()
+    monkeypatch.setitem(pope.HASHES, "head/random", digest)
+    with pytest.raises(UserError, match=r"has the labels called 'head', not 'old'. Choose pope\(labels='head'\)"):
+        graded(data, "pope(subset='random')", rows, "again")
 
 
 # ---- where files go -------------------------------------------------------------------------------------------------------

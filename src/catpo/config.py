@@ -188,8 +188,8 @@ class EvaluateOptions:
     """Ask the first so many items of each benchmark only."""
     batch_size: int = 64
     """Items answered at once."""
-    max_new_tokens: int = 96
-    """Longest answer, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; each benchmark's own if left out: 96, or what papers have."""
     shuffled: bool = False
     """Control: answer each item looking at another item's picture."""
     dtype: str = "auto"

@@ -47,7 +47,7 @@ def evaluate(
     adapter: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 96,
+    max_new_tokens: int | None = None,
     shuffled: bool = False,
     dtype: str = "auto",
     device: str | None = None,
@@ -67,7 +67,7 @@ def evaluate(
         adapter: LoRA adapter put on the model.
         limit: only the first so many pictures of each benchmark.
         batch_size: answers at once, and between two writes.
-        max_new_tokens: where a caption is cut; questions are cut sooner.
+        max_new_tokens: where an answer is cut, yes/no answers sooner; each benchmark's own if None: 96, or what papers have.
         shuffled: a control: each question is asked with another picture. A model that looks must fail.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `cpu`, `cuda`, ...; None takes what there is.
@@ -151,7 +151,12 @@ def _check_pictures(tasks: Sequence[Task]) -> None:
 
 
 def _answer(
-    folder: Path, tasks: Sequence[Task], family: Family | ServedModel, batch_size: int, max_new_tokens: int, progress: bool
+    folder: Path,
+    tasks: Sequence[Task],
+    family: Family | ServedModel,
+    batch_size: int,
+    max_new_tokens: int | None,
+    progress: bool,
 ) -> None:
     """Every batch that is not answered yet. Batches do not depend on what is done, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
@@ -177,11 +182,12 @@ def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: 
     return most_likely(family, samples, options)
 
 
-def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int) -> list[tuple[int, list[tuple[Task, Item]]]]:
+def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
     """Longest answer and items of each batch: items in order, those with the same longest answer together."""
     batches = []
     for task in tasks:
-        lengths = [min(item.max_new_tokens or max_new_tokens, max_new_tokens) for item in task.items]
+        longest = max_new_tokens or task.benchmark.max_new_tokens
+        lengths = [min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
             batches += [(tokens, alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]

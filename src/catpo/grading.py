@@ -89,9 +89,11 @@ def grade_answers(
         UserError: an answer is missing (where the benchmark cannot do without), given twice, or for no item; names the items.
     """
     files = [Path(each) for each in ([answers] if isinstance(answers, str | Path) else answers)]
-    tasks = open_tasks(benchmarks, data=data, limit=limit)
-    given = _given_answers(files, tasks)
-    tasks = [_with_answered(task, given[task.name], limit) for task in tasks]
+    _check_positive(limit=limit)
+    whole = open_tasks(benchmarks, data=data)
+    given = _given_answers(files, whole)
+    tasks = [_with_answered(task, given[task.name], limit) for task in whole]
+    _check_given(files, tasks, given)
     with lock(output) as folder:
         begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=False, decoding={"answers": _names(files)})
         begun |= {"model": model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name), "model_hash": None, "adapter": None}
@@ -176,9 +178,7 @@ def open_tasks(
     Raises:
         UserError: bad benchmark, option or number; files are missing.
     """
-    for name, value in {"limit": limit, **counts}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more.")
+    _check_positive(limit=limit, **counts)
     specs = [parse(benchmark) for benchmark in benchmarks]
     names = [spec.name for spec in specs]
     if not names:
@@ -187,6 +187,12 @@ def open_tasks(
         if names.count(name) > 1:
             raise UserError(f"benchmark '{name}' is given twice. Evaluate its second options into another --output.")
     return [_open(spec, data, limit, is_shuffled, is_answered_here) for spec in specs]
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be 1 or more.")
 
 
 def _open(spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool) -> Task:
@@ -208,9 +214,9 @@ def _waits_for_answers(benchmark: Benchmark) -> bool:
 
 
 def _with_answered(task: Task, answered: Iterable[str], limit: int | None = None) -> Task:
-    """An open benchmark with the items that are answered; others stay as they are."""
+    """The first pictures of a benchmark; an open one has just those items that are answered."""
     if not (isinstance(task.benchmark, FolderBenchmark) and _waits_for_answers(task.benchmark)):
-        return task
+        return replace(task, items=_first_pictures(task.items, limit))
     return replace(task, items=_first_pictures([task.benchmark.item(name) for name in answered], limit))
 
 
@@ -274,7 +280,7 @@ def answer_row(task: Task, item: Item, answer: str) -> dict[str, str]:
 
 
 def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
-    """Benchmark -> item id -> answer; complete, unless the benchmark can be graded in part."""
+    """Benchmark -> item id -> answer."""
     if not files:
         raise UserError("no file with answers is given: `--answers FILE`.")
     records = [record for file in files for record in read_records(file)]
@@ -287,13 +293,17 @@ def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, di
             f"{_names(files)} does not say which of {', '.join(task.name for task in tasks)} it answers. Grade one benchmark "
             "at a time, or write rows with benchmark, id and answer."
         )
+    return given
+
+
+def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse missing answers, unless the benchmark can be graded in part."""
     for task in tasks:
         missing = [item.id for item in task.items if item.id not in given[task.name]]
         if missing and (not task.benchmark.is_gradable_in_part or len(missing) == len(task.items)):
             raise UserError(
                 f"{_names(files)} has no answer to item '{some(missing)}' of {task.name}. Add it, or lower `limit`."
             )
-    return given
 
 
 def _our_answers(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:

@@ -46,7 +46,7 @@ class Item:
     expected: str = ""
     """The right answer of a yes/no question."""
     max_new_tokens: int | None = None
-    """Longest answer worth having, if shorter than what the user allows."""
+    """Longest answer worth having, if shorter than the benchmark's or what the user allows."""
     options: Mapping[str, str] | None = None
     """Answers to choose from, by what stands for each: the model does not write, the option with the lowest loss is taken."""
 
@@ -74,6 +74,8 @@ class Benchmark(ABC):
 
     data: str = ""
     """The data set it is made of, as `name(option=value)` or a path."""
+    max_new_tokens: ClassVar[int] = 96
+    """Longest answer that a model may give unless the user says else."""
     needs_judge: bool = False
     """Whether `grade` takes a `catpo.judges._base.Judge` as third argument."""
     judge_decoding: ClassVar[Mapping[str, Any]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from catpo.benchmarks._base import QUESTION_TOKENS, Floats, FolderBenchmark, Grade, Item, Sums, percent
+from catpo.benchmarks._base import Floats, FolderBenchmark, Grade, Item, Sums, percent
 from catpo.benchmarks._english import English
 from catpo.benchmarks._files import Folder, Pictures, Source
 from catpo.errors import UserError, did_you_mean
@@ -46,6 +46,8 @@ SIMILAR = frozenset({"bicycle", "bike"})
 """Different words of AMBER's vocabulary that en_core_web_lg finds more than 0.8 alike: all published figures that could be
 checked come out with this pair, and not without."""
 SPACY_MODEL, THRESHOLD = "en_core_web_lg", 0.8
+ANSWER_TOKENS = 32
+"""Longest answer to a question: none asks for a single word."""
 START = 0.001
 """What inference.py's denominators begin with (metrics.txt)."""
 RAW = "https://raw.githubusercontent.com/junyangwang0410/AMBER/master/data/"
@@ -68,6 +70,7 @@ class Benchmark(FolderBenchmark):
             tolerant for a model's own.
     """
 
+    max_new_tokens = 512
     sources = (
         Source("annotations.json", ("amber/annotations.json", "data/annotations.json", "annotations.json"),
                RAW + "annotations.json", "db22a436c4836fbb295e60b4e80d519573077579fb7032f01b193c1bd022b797"),
@@ -211,7 +214,7 @@ class Benchmark(FolderBenchmark):
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The figures that inference.py prints, rounded to one decimal."""
+        """The figures that inference.py prints, rounded to one decimal, and the score of AMBER's README."""
         found: dict[str, Any] = {}
         if GENERATIVE in sums:
             metrics = _description_metrics(sums[GENERATIVE])
@@ -221,8 +224,6 @@ class Benchmark(FolderBenchmark):
         if asked:
             parts = {"all": tuple(asked), **_dimensions(asked)}
             found["discriminative"] = {name.capitalize(): _printed(name, groups, sums) for name, groups in parts.items()}
-            everything = _add([sums[group] for group in asked])
-            found["always_no"] = _printed("all", ("all",), {"all": {**everything, **_always_no(everything)}})
         if "generative" in found and asked:
             f1 = found["discriminative"]["All"]["F1"]
             found["AMBER_score"] = round((100 - found["generative"]["CHAIR"] + f1) / 2, 1)
@@ -237,7 +238,7 @@ def _item(query: Mapping[str, Any], annotation: Mapping[str, Any], folder: Folde
     if is_description:
         return Item(name, sample, GENERATIVE, image)
     group = DIMENSIONS[annotation["type"]]
-    return Item(name, sample, group, image, expected=annotation["truth"], max_new_tokens=QUESTION_TOKENS)
+    return Item(name, sample, group, image, expected=annotation["truth"], max_new_tokens=ANSWER_TOKENS)
 
 
 # ---- descriptions ---------------------------------------------------------------------------------------------------------

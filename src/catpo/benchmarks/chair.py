@@ -36,6 +36,7 @@ class Benchmark(FolderBenchmark):
         prompt: what it is asked.
     """
 
+    max_new_tokens = 512
     sources = (
         Source("synonyms.txt", ("chair/synonyms.txt", "data/synonyms.txt", "synonyms.txt"),
                "https://raw.githubusercontent.com/LisaAnne/Hallucination/master/data/synonyms.txt",

@@ -38,6 +38,7 @@ class Benchmark(FolderBenchmark):
 
     needs_judge = True
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.2, "max_tokens": 1024}
+    max_new_tokens = 1024
     sources = (
         _source(QUESTIONS, "a80b369a4b629f79f8c0f9a2aa9b565f0cfe34734d3bcdd30cb4e38712c07e21", f"{_HUB}/{QUESTIONS}"),
         _source(CONTEXT, "3bd0087816e69c36904f5760d10b80bf6d2b2c60c916fc5520d45c9737a87dbc", f"{_HUB}/{CONTEXT}"),

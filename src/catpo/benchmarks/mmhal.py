@@ -33,6 +33,7 @@ class Benchmark(FolderBenchmark):
 
     needs_judge = True
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.0}
+    max_new_tokens = 1024
     sources = (
         Source(
             QUESTIONS,

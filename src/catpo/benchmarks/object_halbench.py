@@ -40,6 +40,7 @@ class Benchmark(FolderBenchmark):
 
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.2, "max_tokens": 512}
 
+    max_new_tokens = 1024
     sources = (
         Source(QUESTIONS, (f"object_halbench/{QUESTIONS}", "eval/data/obj_halbench_300_with_image.jsonl", QUESTIONS),
                "https://github.com/RLHF-V/RLHF-V/blob/main/eval/data/obj_halbench_300_with_image.jsonl",

@@ -35,7 +35,7 @@ HASHES = {
 }
 COMMITS = {"old": "e3e39262c85a6a83f26cf5094022a782cb0df58d", "head": "main"}
 FOLDERS = {
-    "old": ("pope/coco_e3e39262", "coco_e3e39262", "pope/coco", "pope_coco"),
+    "old": ("pope/coco_e3e39262", "coco_e3e39262", "pope/coco", "pope_coco", "pope/output/coco", "output/coco"),
     "head": ("pope/coco_HEAD", "coco_HEAD", "pope/output/coco", "output/coco"),
 }
 VERSIONS = {
@@ -44,6 +44,7 @@ VERSIONS = {
     "mixed": {"random": "head", "popular": "old", "adversarial": "old"},
 }
 """Labels -> subset -> whose file."""
+SENTENCE_TOKENS = 64
 SUFFIX = "\nAnswer the question using a single word or phrase."
 """What LLaVA adds to a question."""
 
@@ -97,7 +98,9 @@ class Benchmark(FolderBenchmark):
         return [item for subset in self.subsets for item in self._questions(subset, folder)]
 
     def _questions(self, subset: str, folder: Folder) -> list[Item]:
-        rows = folder.rows(f"{VERSIONS[self.labels][subset]}/coco_pope_{subset}.json")
+        version = VERSIONS[self.labels][subset]
+        rows = folder.rows(f"{version}/coco_pope_{subset}.json")
+        _check_version(folder, version, subset)
         suffix = SUFFIX if self.prompt == "short" else ""
         items = []
         for row in rows:
@@ -105,7 +108,7 @@ class Benchmark(FolderBenchmark):
             truth = {"question": row["text"]}
             sample = Sample(name, (folder.picture(row["image"]),), row["text"] + suffix, truth=truth)
             expected = "no" if row["label"] == "no" else "yes"
-            items.append(Item(name, sample, subset, row["image"], expected, QUESTION_TOKENS))
+            items.append(Item(name, sample, subset, row["image"], expected, QUESTION_TOKENS if suffix else SENTENCE_TOKENS))
         return items
 
     def provenance(self) -> dict[str, Any]:
@@ -153,6 +156,17 @@ class Benchmark(FolderBenchmark):
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """What evaluate.py prints for each subset: counts and fractions with all their digits."""
         return {subset: _printed({name: int(count) for name, count in counts.items()}) for subset, counts in sums.items()}
+
+
+def _check_version(folder: Folder, version: str, subset: str) -> None:
+    """Refuse labels of another version than asked for: in a clone of POPE, both lie in the same folder."""
+    file = f"coco_pope_{subset}.json"
+    found = next((other for other in FOLDERS if HASHES[f"{other}/{subset}"] == folder.hashes[f"{version}/{file}"]), version)
+    if found != version:
+        raise UserError(
+            f"{folder.find(f'{version}/{file}')} has the labels called '{found}', not '{version}'. Choose "
+            f"pope(labels='{found}'), or get the others: `catpo data get pope --data {folder.path}`."
+        )
 
 
 def _subset(record: Record) -> str:
