@@ -14,7 +14,8 @@ from catpo.benchmarks._base import CAPTIONS, CaptionTruth, grade_caption, grade_
 from catpo.comparison import at_equal_coverage, load_evaluation, paired_differences
 from catpo.data import open_data
 from catpo.errors import UserError
-from catpo.evaluation import evaluate, grade, grade_answers
+from catpo.evaluation import evaluate
+from catpo.grading import grade, grade_answers
 from catpo.intervals import bootstrap_indices
 from catpo.objects import mentions
 from catpo.runs import read_rows

@@ -195,7 +195,7 @@ def test_changed_answers_are_shown_both_ways_with_their_pictures(made, page):
     is_wrong = {name: {key: row["counts"]["hallucinated"] > 0 for key, row in some.items()} for name, some in rows.items()}
     fixed = [key for key in is_wrong["base"] if is_wrong["base"][key] and not is_wrong["dpo"][key]]
     broken = [key for key in is_wrong["base"] if not is_wrong["base"][key] and is_wrong["dpo"][key]]
-    assert fixed and f"dpo scenes {len(fixed)} {len(broken)}" in page.flat()
+    assert fixed and f"dpo scenes captions {len(fixed)} {len(broken)}" in page.flat()
     assert fixed[0] in page.flat()
     items = [a for tag, a in page.tags if tag == "article" and a["data-model"] == "dpo"]
     assert len([a for a in items if a["data-way"] == "fixed"]) == min(12, len(fixed))

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
@@ -112,10 +112,21 @@ def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = 
 @app.command(group=STEPS, sort_key=4)
 def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
     """Ask a model the questions of benchmarks and grade its answers."""
-    from catpo.evaluation import evaluate
-    from catpo.tables import scores_table
+    from catpo.tables import official_lines, scores_table, scores_warnings
 
-    Console().print(scores_table(evaluate(**config.keywords(options))))
+    given = config.keywords(options)
+    if options.answers:  # without torch
+        from catpo.grading import grade_answers
+
+        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+    else:
+        from catpo.evaluation import evaluate
+
+        scores = evaluate(**given)
+    Console().print(scores_table(scores))
+    print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
+    for warning in scores_warnings(scores):
+        print(f"catpo: {warning}", file=sys.stderr)
     print(f"Answers and scores: {options.output}")
 
 
@@ -140,7 +151,21 @@ def inspect(
     Console().print(inspect_pair(store, pair, signal=signal))
 
 
-data = App(name="data", help="Check and convert data sets.", group=LOOK, sort_key=3)
+@app.command(group=LOOK, sort_key=2)
+def compare(
+    evaluations: Annotated[list[Path], Parameter(help="Two or more folders of `catpo evaluate`; the first is the base.")],
+    /,
+    *,
+    format: Annotated[Literal["terminal", "markdown", "latex"], Parameter(help="How the table is written.")] = "terminal",
+    limit: Annotated[int | None, Parameter(help="Compare the first so many pictures of each benchmark only.")] = None,
+) -> None:
+    """Print paired differences of evaluations, with 95 % intervals."""
+    from catpo.sidebyside import compare, show
+
+    print(show(compare(evaluations, limit=limit), format))
+
+
+data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
 app.command(data)
 
 
@@ -180,6 +205,41 @@ def convert(
     from catpo.datacheck import convert_data
 
     print(f"Wrote {convert_data(source, output)} pairs to {output}")
+
+
+@data.command(name="lmms-eval")
+def lmms_eval(
+    *,
+    benchmarks: Annotated[str, Parameter(help="Benchmarks with their options; `catpo list benchmarks` shows all.")],
+    output: Annotated[Path, Parameter(help="Folder for the task files.")],
+    data: Annotated[Path | None, Parameter(help="Folder with the benchmarks' official files.")] = None,
+    judge: Annotated[str | None, Parameter(help="Who grades what needs a judge.")] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first so many pictures of each benchmark.")] = None,
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 1024,
+) -> None:
+    """Write benchmarks as tasks of lmms-eval that catpo grades."""
+    from catpo.lmms.tasks import export_tasks
+    from catpo.spec import parse_list
+
+    tasks = export_tasks(parse_list(benchmarks), output, data=data, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
+    print(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
+
+
+@data.command
+def get(
+    benchmark: Annotated[str, Parameter(help="amber, pope, chair, …; options may ask for other files: pope(labels='head').")],
+    /,
+    *,
+    data: Annotated[Path | None, Parameter(help="Check this folder.")] = None,
+    all: Annotated[bool, Parameter(help="List every missing picture.", negative=())] = False,
+) -> None:
+    """Say which official files of a benchmark go where, and check them; exits 1 if it cannot be graded yet."""
+    from catpo.bringing import describe, look
+
+    brought = look(benchmark, data)
+    print(*describe(brought, data, is_complete=all), sep="\n")
+    if data is not None and not brought.is_gradable:
+        sys.exit(1)
 
 
 @app.command(group=START, sort_key=1)
@@ -228,9 +288,11 @@ def doctor(
         sys.exit(1)
 
 
-@app.command(name="list", group=LOOK, sort_key=2)
+@app.command(name="list", group=LOOK, sort_key=4)
 def list_plugins(
-    kind: Annotated[str | None, Parameter(help="families, signals, objectives, datasets, pairings or benchmarks.")] = None,
+    kind: Annotated[
+        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks or judges.")
+    ] = None,
     /,
 ) -> None:
     """List what can be named in options: signals, objectives, data sets and so on."""

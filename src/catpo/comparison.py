@@ -91,6 +91,11 @@ class Evaluation:
         metrics = self.scores.get("benchmarks", {}).get(benchmark, {}).get("metrics", {})
         return {name: Estimate(*(_number(each.get(key)) for key in ("value", "low", "high"))) for name, each in metrics.items()}
 
+    def judge(self, benchmark: str) -> str:
+        """Who graded, with version and decoding; empty where no judge did. Figures of different judges share no column."""
+        identity = self.scores.get("benchmarks", {}).get(benchmark, {}).get("judge")
+        return judge_name(identity) if identity else ""
+
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
@@ -100,6 +105,17 @@ class Evaluation:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
         rows = self.grades.get(benchmark, {})
         return {item: named for (_, item), row in rows.items() if (named := mentions(row)) is not None}
+
+
+def judge_name(identity: Mapping[str, Any]) -> str:
+    """A judge as tables name it: everything that must be the same for scores to be comparable.
+
+    >>> judge_name({"name": "gpt-4", "version": "gpt-4-0314", "decoding": {"temperature": 0.0}, "server": "http://host/v1"})
+    'gpt-4 (gpt-4-0314), temperature=0.0'
+    """
+    name, version = str(identity.get("name", "unknown")), str(identity.get("version", ""))
+    decoding = [f"{option}={value}" for option, value in sorted(dict(identity.get("decoding", {})).items())]
+    return ", ".join([f"{name} ({version})" if version and version != name else name, *decoding])
 
 
 def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluation:
@@ -126,7 +142,36 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
     return Evaluation(folder, name or folder.resolve().name, scores, grades)
 
 
-def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
+def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:
+    """Why two evaluations' figures of a benchmark do not belong side by side; empty if they do.
+
+    Options, versions of what grades, the judge with its version and decoding, and the official files must be the same.
+    """
+    for evaluation in (base, other):
+        if benchmark not in evaluation.benchmarks:
+            return f"{evaluation.name} does not have it"
+    for what, said in (("options", _options), ("grading tools", _tools), ("judges", Evaluation.judge)):
+        before, after = said(base, benchmark), said(other, benchmark)
+        if before != after:
+            return f"their {what} differ ({before or 'none'}; {after or 'none'})"
+    files = [each.scores.get("data_hashes", {}).get(benchmark, {}) for each in (base, other)]
+    differing = [name for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
+    return f"their official files differ ({', '.join(differing)})" if differing else ""
+
+
+def _options(evaluation: Evaluation, benchmark: str) -> str:
+    return str(evaluation.scores["benchmarks"][benchmark].get("options"))
+
+
+def _tools(evaluation: Evaluation, benchmark: str) -> str:
+    """What decides the figures beside options; `read_with` has versions and places that make no difference."""
+    tools = evaluation.scores["benchmarks"][benchmark].get("tools", {})
+    return ", ".join(f"{name} {value}" for name, value in sorted(tools.items()) if name != "read_with")
+
+
+def paired_differences(
+    base: Evaluation, other: Evaluation, *, resamples: int = 1000, seed: int = 0, limit: int | None = None
+) -> list[Difference]:
     """Every metric of `other` minus that of `base`, on the items that both answered.
 
     Both models are resampled with the same pictures, so what makes a picture hard for both cancels.
@@ -136,13 +181,14 @@ def paired_differences(base: Evaluation, other: Evaluation, *, resamples: int = 
         other: what is compared.
         resamples: bootstrap draws of pictures.
         seed: of the draws.
+        limit: only the first so many pictures.
 
     Returns:
-        One row per benchmark and metric; none for a benchmark whose items or options differ.
+        One row per benchmark and metric; none for a benchmark that is `incomparable` or has no item in common.
     """
     rows = []
     for benchmark in _common([base, other]):
-        keys = _common_items([base, other], benchmark)
+        keys = _first_pictures(base.grades[benchmark], _common_items([base, other], benchmark), limit)
         if not keys:
             continue
         summarise = registry.load("benchmarks", benchmark).summarise
@@ -309,27 +355,31 @@ class _Draws:
 
 
 def _common(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Benchmarks that all evaluations have, with the same options."""
-
-    def options(evaluation: Evaluation, benchmark: str) -> Any:
-        return evaluation.scores["benchmarks"][benchmark].get("options")
-
+    """Benchmarks that all evaluations can be compared by."""
     first, *others = evaluations
-    return [
-        benchmark
-        for benchmark in first.benchmarks
-        if all(benchmark in each.benchmarks and options(each, benchmark) == options(first, benchmark) for each in others)
-    ]
+    return [name for name in first.benchmarks if not any(incomparable(first, other, name) for other in others)]
+
+
+def _first_pictures(
+    rows: Mapping[tuple[str, str], Mapping[str, Any]], keys: list[tuple[str, str]], limit: int | None
+) -> list[tuple[str, str]]:
+    if limit is None:
+        return keys
+    pictures = set(list(dict.fromkeys(rows[key]["picture"] for key in keys))[:limit])
+    return [key for key in keys if rows[key]["picture"] in pictures]
 
 
 def _common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
     """(group, id) of the items that all evaluations have graded, in the order of the first."""
     first, *others = (evaluation.grades.get(benchmark, {}) for evaluation in evaluations)
     return [
-        key
-        for key, row in first.items()
-        if all(key in grades for grades in others) and (not is_caption or mentions(row) is not None)
+        key for key, row in first.items() if all(key in grades for grades in others) and (not is_caption or _can_be_cut(row))
     ]
+
+
+def _can_be_cut(row: Mapping[str, Any]) -> bool:
+    """Whether a caption's objects are listed, and how many there are to name."""
+    return mentions(row) is not None and "present" in row["counts"]
 
 
 def _estimate(values: Floats) -> Estimate:

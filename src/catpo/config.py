@@ -168,20 +168,28 @@ class TrainOptions:
 class EvaluateOptions:
     """`catpo evaluate`: a model and benchmarks in, answers and scores out."""
 
-    model: str
-    """Model that answers: hub id, folder, or `builtin`."""
     benchmarks: tuple[str, ...]
     """Benchmarks with their options; `catpo list benchmarks` shows all."""
     output: Path
     """Folder for answers and scores."""
+    model: str | None = None
+    """Model that answers: hub id, folder, `builtin`, or openai:NAME of a server; beside --answers, what theirs is called."""
+    answers: tuple[Path, ...] = ()
+    """Grade answers made elsewhere: file(s) in the benchmark's customary format; no model is loaded."""
+    data: Path | None = None
+    """Folder with the benchmarks' official files; `catpo data get NAME` shows which."""
+    judge: str | None = None
+    """Who grades what needs a judge, with options; `catpo list judges` shows all."""
+    base_url: str | None = None
+    """Address of the server of openai:NAME, up to /v1; OPENAI_BASE_URL or OpenAI's own if left out."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
     limit: int | None = None
     """Ask the first so many items of each benchmark only."""
     batch_size: int = 64
     """Items answered at once."""
-    max_new_tokens: int = 96
-    """Longest answer, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; each benchmark's own if left out: 96, or what papers have."""
     shuffled: bool = False
     """Control: answer each item looking at another item's picture."""
     dtype: str = "auto"
@@ -220,6 +228,8 @@ COMMANDS: dict[str, type] = {
     "report": ReportOptions,
 }
 """Command (and section of a recipe) -> its options."""
+GRADING = ("answers", "benchmarks", "output", "model", "data", "judge", "limit")
+"""Options of `catpo evaluate` that count when answers made elsewhere are graded."""
 SPEC_LISTS = frozenset({"signals", "benchmarks"})
 """Options that are lists of `name(option=value)`, and may be written in one line with commas."""
 

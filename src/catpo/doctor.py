@@ -71,7 +71,13 @@ def _library(wanted: Requirement, extra: str | None) -> Finding:
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        use = {"vlm": " (for Qwen-VL, InternVL and others)", "quant": " (for 4-bit models)", "bench": " (for benchmarks)"}
+        use = {
+            "vlm": " (for Qwen-VL, InternVL and others)",
+            "quant": " (for 4-bit models)",
+            "bench": " (for speed comparisons)",
+            "eval": " (for AMBER, CHAIR, Object HalBench)",
+            "lmms": " (to run inside lmms-eval)",
+        }
         return Finding(wanted.name, bad, f"not installed{use.get(extra or '', '')}: {fix}")
     if not wanted.specifier.contains(found, prereleases=True):
         return Finding(wanted.name, bad, f"{found}, but {wanted.specifier} is needed: {fix}")

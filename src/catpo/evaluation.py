@@ -1,70 +1,73 @@
 """`catpo evaluate`: a model answers a benchmark's items, the answers are graded and summed up. Knows no benchmark by name.
 
 Three files, each made of the one before: answers.jsonl (grows batch by batch, and is gone on with after a kill), grades.jsonl,
-scores.json (last, so that it stands for a finished evaluation). Grading alone can be repeated at any time.
+scores.json (last, so that it stands for a finished evaluation). Grading alone can be repeated at any time: `catpo.grading`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from catpo import registry
-from catpo.benchmarks._base import Benchmark, Item
-from catpo.comparison import resample
-from catpo.data import open_data
+from catpo.benchmarks._answers import some
+from catpo.benchmarks._base import Item
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.intervals import interval
-from catpo.progress import track
-from catpo.runs import (
-    append_rows,
-    check_same,
-    lock,
-    read_json,
-    read_rows,
-    repair_rows,
-    versions,
-    write_atomic,
-    write_json,
+from catpo.grading import (
+    ABOUT,
+    ANSWERS,
+    Task,
+    about,
+    answer_row,
+    check_begun,
+    grade_answers,
+    open_judges,
+    open_tasks,
+    write_scores,
 )
-from catpo.spec import Spec, check_options, parse
-
-ABOUT, ANSWERS, GRADES, SCORES = "evaluation.json", "answers.jsonl", "grades.jsonl", "scores.json"
-RESAMPLES = 1000
+from catpo.likelihood import most_likely
+from catpo.progress import track
+from catpo.runs import append_rows, lock, read_json, repair_rows, versions, write_atomic, write_json
+from catpo.served import PREFIX, ServedModel
+from catpo.spec import Spec
 
 
 def evaluate(
     *,
-    model: str | Path | Family,
     benchmarks: Sequence[str | Spec],
     output: str | Path,
+    model: str | Path | Family | None = None,
+    answers: str | Path | Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    judge: str | Spec | None = None,
+    base_url: str | None = None,
     adapter: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 96,
+    max_new_tokens: int | None = None,
     shuffled: bool = False,
     dtype: str = "auto",
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Ask a model everything that the benchmarks ask, greedily, and score its answers.
+    """Ask a model everything that the benchmarks ask, greedily, and score its answers; or score answers made elsewhere.
 
     Args:
-        model: hub id, folder, `builtin`, or a loaded family.
         benchmarks: with their options, e.g. `scenes(count=500)`; each benchmark once.
         output: folder for answers.jsonl, grades.jsonl and scores.json.
+        model: hub id, folder, `builtin`, or a loaded family; `openai:NAME` is a model of a running server; with
+            `answers`, what their model is called.
+        answers: files with answers made elsewhere, see `catpo.grading.grade_answers`; no model is loaded then.
+        data: folder with the official files of the benchmarks; `catpo data get NAME` shows which.
+        judge: who grades what needs a judge, e.g. `openai(model='gpt-4-0314')`.
+        base_url: address of that server up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
         adapter: LoRA adapter put on the model.
         limit: only the first so many pictures of each benchmark.
         batch_size: answers at once, and between two writes.
-        max_new_tokens: where a caption is cut; questions are cut sooner.
+        max_new_tokens: where an answer is cut, yes/no answers sooner; each benchmark's own if None: 96, or what papers have.
         shuffled: a control: each question is asked with another picture. A model that looks must fail.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `cpu`, `cuda`, ...; None takes what there is.
@@ -74,191 +77,124 @@ def evaluate(
         What scores.json holds: {"benchmarks": {name: {"metrics": {metric: {"value", "low", "high"}}}}, …}.
 
     Raises:
-        UserError: bad model, benchmark or option; the output was begun with others, or another process is writing it.
+        UserError: bad model, benchmark or option; files or pictures are missing; the output was begun with others, or another
+            process is writing it.
     """
-    tasks = [_Task.open(parse(benchmark), limit, shuffled) for benchmark in benchmarks]
-    _check_tasks(tasks, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    begun: dict[str, Any] = {
-        "format": 1,
-        "benchmarks": {task.name: str(task.spec) for task in tasks},
-        "limit": limit,
-        "shuffled": shuffled,
-        "decoding": {"temperature": 0.0, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
-        "items_hash": _hash_items(tasks),
-    }
+    if answers:
+        return grade_answers(
+            answers=answers,
+            benchmarks=benchmarks,
+            output=output,
+            model=str(model) if model is not None else None,
+            data=data,
+            judge=judge,
+            limit=limit,
+            progress=progress,
+        )
+    if model is None:
+        raise UserError("nothing to evaluate: name a model with --model, or answers made elsewhere with --answers.")
+    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    tasks = open_tasks(benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, **numbers)
+    decoding = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=shuffled, decoding=decoding)
+    served = _served(model, base_url, adapter=adapter, device=device, dtype=dtype if dtype != "auto" else None)
+    _check_pictures(tasks)
+    if judge is not None:
+        open_judges(tasks, judge)  # a mistake in it is told before hours of answering, not after
     with lock(output) as folder:
-        _check_begun(folder, begun)
-        family = families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        check_begun(folder, begun)
+        family = served or (
+            families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        )
         begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
-        _check_begun(folder, begun)
+        check_begun(folder, begun)
         if not (folder / ABOUT).exists():
             write_json(folder / ABOUT, {**begun, "versions": versions()})
         _answer(folder, tasks, family, batch_size, max_new_tokens, progress)
-        return _grade(folder, tasks)
+        if served:
+            _note_server(folder, served)
+        return write_scores(folder, tasks, judge, progress)
 
 
-def grade(output: str | Path) -> dict[str, Any]:
-    """Grade and sum up again the answers that an evaluation has, without the model.
-
-    Raises:
-        UserError: the folder holds no evaluation, or not all of its answers.
-    """
-    about = read_json(Path(output) / ABOUT, made_by="catpo evaluate")
-    tasks = [_Task.open(parse(spec), about["limit"], about["shuffled"]) for spec in about["benchmarks"].values()]
-    with lock(output) as folder:
-        return _grade(folder, tasks)
-
-
-def grade_answers(
-    *, answers: str | Path, benchmarks: Sequence[str | Spec], output: str | Path, model: str, limit: int | None = None
-) -> dict[str, Any]:
-    """Score answers that were made elsewhere.
-
-    Args:
-        answers: JSON Lines with "benchmark", "id" and "answer" for every item, in any order.
-        benchmarks: as for `evaluate`.
-        output: folder for the evaluation.
-        model: what the answers' model is called.
-        limit: only the first so many pictures of each benchmark.
-
-    Raises:
-        UserError: an answer is missing or given twice; names the item.
-    """
-    tasks = [_Task.open(parse(benchmark), limit, False) for benchmark in benchmarks]
-    _check_tasks(tasks, limit=limit)
-    begun = {
-        "format": 1,
-        "benchmarks": {task.name: str(task.spec) for task in tasks},
-        "limit": limit,
-        "shuffled": False,
-        "decoding": {"answers": Path(answers).name},
-        "items_hash": _hash_items(tasks),
-        "model": model,
-        "model_hash": None,
-        "adapter": None,
-    }
-    given = _given_answers(Path(answers))
-    rows = []
-    for task, item in _each_item(tasks):
-        if (task.name, item.id) not in given:
-            raise UserError(f"{answers} has no answer to item '{item.id}' of {task.name}. Add it, or lower `limit`.")
-        rows.append(_answer_row(task, item, given[task.name, item.id]))
-    with lock(output) as folder:
-        _check_begun(folder, begun)
-        write_json(folder / ABOUT, {**begun, "versions": versions()})
-        write_atomic(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return _grade(folder, tasks)
+def _served(model: str | Path | Family, base_url: str | None, **loading: Any) -> ServedModel | None:
+    """The model of a server, if `model` is one; `loading` is what only a model loaded here can do."""
+    if not (isinstance(model, str) and model.startswith(PREFIX)):
+        if base_url:
+            raise UserError(f"base_url is for a model of a server. Name it so: --model {PREFIX}NAME.")
+        return None
+    for name, value in loading.items():
+        if value:
+            raise UserError(f"{name}={value} cannot be set from here: {model} is loaded by its server. Leave {name} out.")
+    return ServedModel(model, base_url=base_url)
 
 
-# ---- what is asked --------------------------------------------------------------------------------------------------------
+def _note_server(folder: Path, served: ServedModel) -> None:
+    """Where the answers came from, and what the server called the model."""
+    noted = read_json(folder / ABOUT, made_by="catpo evaluate")
+    names = served.answered_by | set(noted.get("server", {}).get("answered_by", []))
+    write_json(folder / ABOUT, {**noted, "server": {"url": served.server.url, "answered_by": sorted(names)}})
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A benchmark with its items."""
-
-    spec: Spec
-    benchmark: Benchmark
-    items: list[Item]
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @classmethod
-    def open(cls, spec: Spec, limit: int | None, shuffled: bool) -> _Task:
-        make = registry.load("benchmarks", spec.name)
-        benchmark = make(**check_options(make, spec))
-        dataset = open_data(benchmark.data)
-        items = benchmark.items(list(dataset.samples()), dataset.vocabulary)
-        if not items:
-            raise UserError(f"{spec} asks nothing: {benchmark.data} is empty.")
-        if limit is not None:
-            pictures = set(list(dict.fromkeys(item.picture for item in items))[:limit])
-            items = [item for item in items if item.picture in pictures]
-        return cls(spec, benchmark, _shuffle_pictures(items, spec) if shuffled else items)
-
-
-def _shuffle_pictures(items: Sequence[Item], spec: Spec, *, seed: int = 0) -> list[Item]:
-    """Every item with the picture of another, no picture keeping its place; truth and question stay."""
-    images = {item.picture: item.sample.images for item in items}
-    names = list(images)
-    if len(names) < 2:
-        raise UserError(f"{spec}: shuffled needs two pictures or more. Raise `limit` or count.")
-    others, rng = list(names), random.Random(seed)
-    for last in range(len(others) - 1, 0, -1):  # Sattolo: one cycle, so nothing stays
-        place = rng.randrange(last)
-        others[last], others[place] = others[place], others[last]
-    moved = dict(zip(names, others, strict=True))
-    return [replace(item, sample=replace(item.sample, images=images[moved[item.picture]])) for item in items]
-
-
-def _each_item(tasks: Sequence[_Task]) -> Iterator[tuple[_Task, Item]]:
+def _check_pictures(tasks: Sequence[Task]) -> None:
+    """Refuse to start where a picture is not in the folder; nothing is left out in silence."""
     for task in tasks:
-        for item in task.items:
-            yield task, item
-
-
-def _hash_items(tasks: Sequence[_Task]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for task, item in _each_item(tasks):
-        digest.update(f"{task.name}\0{item.id}\0{item.sample.prompt}\0".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _check_tasks(tasks: Sequence[_Task], **counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more.")
-    names = [task.name for task in tasks]
-    if not names:
-        raise UserError("no benchmark is given. `catpo list benchmarks` shows them.")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"benchmark '{name}' is given twice. Evaluate its second options into another --output.")
-
-
-def _check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Refuse to go on with another model or other options than those the folder was begun with."""
-    if (folder / ABOUT).exists():
-        old = read_json(folder / ABOUT, made_by="catpo evaluate")
-        check_same({key: old.get(key) for key in begun}, begun, where=folder)
-    elif (folder / ANSWERS).exists():
-        raise UserError(f"{folder} holds answers without {ABOUT}, so nobody knows whose they are. Choose another --output.")
+        paths = dict.fromkeys(picture.path for item in task.items for picture in item.sample.images if picture.path)
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{task.name}: {len(missing):,} of {len(paths):,} pictures are missing: {some(missing)}. "
+                f"`catpo data get {task.name}` shows where to get them."
+            )
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------------
 
 
-def _answer(folder: Path, tasks: Sequence[_Task], family: Family, batch_size: int, max_new_tokens: int, progress: bool) -> None:
+def _answer(
+    folder: Path,
+    tasks: Sequence[Task],
+    family: Family | ServedModel,
+    batch_size: int,
+    max_new_tokens: int | None,
+    progress: bool,
+) -> None:
     """Every batch that is not answered yet. Batches do not depend on what is done, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
     done = _resume(folder / ANSWERS, batches)
     total, before = (sum(len(batch) for _, batch in some) for some in (batches, batches[:done]))
     with track(total, "Answering", "answers", done=before, enabled=progress) as bar:
         for tokens, batch in batches[done:]:
-            samples = [item.sample for _, item in batch]
-            answers = family.generate(samples, max_new_tokens=tokens, temperature=0.0, batch_size=batch_size)
-            append_rows(folder / ANSWERS, [_answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)])
+            answers = _asked(family, [item for _, item in batch], tokens)
+            append_rows(folder / ANSWERS, [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)])
             bar.advance(len(batch))
 
 
-def _batches(tasks: Sequence[_Task], batch_size: int, max_new_tokens: int) -> list[tuple[int, list[tuple[_Task, Item]]]]:
+def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int) -> list[str]:
+    """Answers to one batch: written, or chosen where there are options."""
+    samples = [item.sample for item in items]
+    options = [item.options for item in items if item.options is not None]
+    if not options:
+        return family.generate(samples, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=len(items))
+    if isinstance(family, ServedModel):
+        raise UserError(
+            "A server does not tell how likely it finds given answers. Choose a protocol in which the model writes."
+        )
+    return most_likely(family, samples, options)
+
+
+def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
     """Longest answer and items of each batch: items in order, those with the same longest answer together."""
     batches = []
     for task in tasks:
-        lengths = [min(item.max_new_tokens or max_new_tokens, max_new_tokens) for item in task.items]
+        longest = max_new_tokens or task.benchmark.max_new_tokens
+        lengths = [min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
             batches += [(tokens, alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]
     return batches
 
 
-def _answer_row(task: _Task, item: Item, answer: str) -> dict[str, str]:
-    return {"benchmark": task.name, "id": item.id, "prompt": item.sample.prompt, "answer": answer}
-
-
-def _resume(path: Path, batches: Sequence[tuple[int, Sequence[tuple[_Task, Item]]]]) -> int:
+def _resume(path: Path, batches: Sequence[tuple[int, Sequence[tuple[Task, Item]]]]) -> int:
     """How many batches are answered; part of one (of a killed process) is dropped."""
     rows = repair_rows(path)
     wanted = [(task.name, item.id) for _, batch in batches for task, item in batch]
@@ -276,59 +212,3 @@ def _resume(path: Path, batches: Sequence[tuple[int, Sequence[tuple[_Task, Item]
     if answered < len(rows):
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:answered]))
     return done
-
-
-def _given_answers(path: Path) -> dict[tuple[str, str], str]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist. Give a .jsonl file with benchmark, id and answer.")
-    given: dict[tuple[str, str], str] = {}
-    for number, row in enumerate(read_rows(path), start=1):
-        if not all(isinstance(row.get(field), str) for field in ("benchmark", "id", "answer")):
-            raise UserError(f"{path}:{number} needs the texts 'benchmark', 'id' and 'answer'.")
-        if (row["benchmark"], row["id"]) in given:
-            raise UserError(f"{path}:{number} answers item '{row['id']}' a second time. Remove one of them.")
-        given[row["benchmark"], row["id"]] = row["answer"]
-    return given
-
-
-# ---- grades and scores ----------------------------------------------------------------------------------------------------
-
-
-def _grade(folder: Path, tasks: Sequence[_Task]) -> dict[str, Any]:
-    """grades.jsonl, then scores.json."""
-    about = read_json(folder / ABOUT, made_by="catpo evaluate")
-    answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS)}
-    graded = {task.name: [_grade_row(folder, task, item, answers) for item in task.items] for task in tasks}
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
-    write_atomic(folder / GRADES, "".join(lines))
-    scores = {
-        **{key: about.get(key) for key in ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding")},
-        "versions": about.get("versions"),
-        "benchmarks": {task.name: _scores(task, graded[task.name]) for task in tasks},
-    }
-    write_json(folder / SCORES, scores)
-    return scores
-
-
-def _grade_row(folder: Path, task: _Task, item: Item, answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    if (task.name, item.id) not in answers:
-        raise UserError(
-            f"{folder} has no answer to item '{item.id}' of {task.name}. Give the same `catpo evaluate` command again."
-        )
-    found = task.benchmark.grade(item, answers[task.name, item.id])
-    row = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture, "counts": dict(found.counts)}
-    return row if found.mentions is None else {**row, "mentions": [list(mention) for mention in found.mentions]}
-
-
-def _scores(task: _Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    metrics = {}
-    for name, values in resample(task.benchmark.summarise, rows, resamples=RESAMPLES).items():
-        numbers = (float(values[0]), *interval(values[1:]))
-        metrics[name] = {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), numbers, strict=True)}
-    return {
-        "options": str(task.spec),
-        "data": task.benchmark.data,
-        "items": len(rows),
-        "pictures": len({row["picture"] for row in rows}),
-        "metrics": metrics,
-    }

@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
     "datasets": "Dataset",
     "pairings": "make",
     "benchmarks": "Benchmark",
+    "judges": "Judge",
 }
 """Plugin folder -> the one public name that each of its modules defines."""
 

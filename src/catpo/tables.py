@@ -30,11 +30,63 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     for heading in ("value", "95 % interval"):
         table.add_column(heading, justify="right")
     for name, benchmark in scores["benchmarks"].items():
+        shown = name if benchmark.get("complete", True) else f"{name} (in part)"
         for metric, figure in benchmark["metrics"].items():
             is_known = figure["value"] is not None and not math.isnan(figure["value"])
             value = f"{figure['value']:.1f}" if is_known else "-"
-            table.add_row(name, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
+            table.add_row(shown, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
     return table
+
+
+def official_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The figures as the official programs print them, one line per block."""
+    lines = []
+    for name, benchmark in scores["benchmarks"].items():
+        official = benchmark.get("official", {})
+        plain = {label: figure for label, figure in official.items() if not isinstance(figure, Mapping)}
+        blocks = {"": plain} | {label: block for label, block in official.items() if isinstance(block, Mapping)}
+        for block, figures in _flat(blocks).items():
+            shown = ", ".join(f"{label} {figure}" for label, figure in figures.items())
+            lines += [f"{name} as the official program prints it{block and f', {block}'}: {shown}"] if shown else []
+    return lines
+
+
+def _flat(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Blocks of figures, those inside blocks after them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, block in blocks.items():
+        found[name] = {label: figure for label, figure in block.items() if not isinstance(figure, Mapping)}
+        inner = {label: figure for label, figure in block.items() if isinstance(figure, Mapping)}
+        found |= {f"{name}, {label}": figures for label, figures in _flat(inner).items()}
+    return found
+
+
+def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers must know: answers that are missing, are empty, or got no verdict."""
+    warnings = []
+    for name, benchmark in scores["benchmarks"].items():
+        missing, empty, unread = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty", "without_verdict"))
+        if missing["count"]:
+            parts = ", ".join(f"{part} {each['graded']:,} of {each['asked']:,}" for part, each in benchmark["parts"].items())
+            warnings.append(
+                f"{name} is graded in part, {missing['count']:,} answers are missing: {_some(missing)}. Graded: {parts}."
+            )
+        if empty["count"]:
+            warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+        figures = benchmark.get("tools", {}).get("figures", "")
+        if figures.startswith("not comparable"):
+            warnings.append(f"{name}: figures are {figures}.")
+        if unread["count"]:
+            warnings.append(
+                f"{name}: the judge's reply to {unread['count']:,} answers cannot be read: {_some(unread)}. They count as the "
+                "official program counts them; grades.jsonl has the replies."
+            )
+    return warnings
+
+
+def _some(listed: Mapping[str, Any]) -> str:
+    more = f" and {listed['count'] - 10:,} more" if listed["count"] > 10 else ""
+    return ", ".join(listed["first"][:10]) + more
 
 
 def data_tables(report: Any) -> list[Table | str]:

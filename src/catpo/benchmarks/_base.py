@@ -9,10 +9,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from catpo.benchmarks._answers import by_id
+from catpo.benchmarks._files import Folder, Pictures, Record, Source
+from catpo.errors import UserError
 from catpo.objects import mentions
 from catpo.types import Sample
 
@@ -42,27 +46,48 @@ class Item:
     expected: str = ""
     """The right answer of a yes/no question."""
     max_new_tokens: int | None = None
-    """Longest answer worth having, if shorter than what the user allows."""
+    """Longest answer worth having, if shorter than the benchmark's or what the user allows."""
+    options: Mapping[str, str] | None = None
+    """Answers to choose from, by what stands for each: the model does not write, the option with the lowest loss is taken."""
 
 
 @dataclass(frozen=True)
 class Grade:
     """What an answer adds to the sums."""
 
-    counts: Mapping[str, int]
+    counts: Mapping[str, float]
     mentions: Sequence[tuple[str, str]] | None = None
     """A caption's objects in the order named, each once, with `grounded` or `hallucinated`."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping in grades.jsonl, such as a judge's reply."""
+    is_right: bool | None = None
+    """Whether the answer is as it should be, for lists of answers that changed; None where that is no question."""
+    has_verdict: bool = True
+    """False where the judge's reply says nothing that can be read; scores list such items and are not called complete."""
 
 
 class Benchmark(ABC):
-    """Base of every module in `benchmarks/`. Options are keyword arguments of its constructor."""
+    """Base of every module in `benchmarks/`. Options are keyword arguments of its constructor.
 
-    data: str
+    This one asks about the samples of a data set; see `FolderBenchmark` for those that come with files of their own.
+    """
+
+    data: str = ""
     """The data set it is made of, as `name(option=value)` or a path."""
+    max_new_tokens: ClassVar[int] = 96
+    """Longest answer that a model may give unless the user says else."""
+    needs_judge: bool = False
+    """Whether `grade` takes a `catpo.judges._base.Judge` as third argument."""
+    judge_decoding: ClassVar[Mapping[str, Any]] = {}
+    """How the benchmark's authors let their judge decode, e.g. {"temperature": 0.2}."""
+    is_gradable_in_part: ClassVar[bool] = False
+    """Whether answers made elsewhere are graded although some are missing; scores then say so."""
+    is_answered_here: bool = False
+    """Whether a model is asked now; otherwise answers made elsewhere are graded. Set before anything is opened."""
 
-    @abstractmethod
     def items(self, samples: Sequence[Sample], vocabulary: Mapping[str, str] | None = None) -> list[Item]:
         """Everything that is asked, in a fixed order; `samples` and object words are those of `data`."""
+        raise NotImplementedError(f"{type(self).__module__} has no `items`")
 
     @abstractmethod
     def grade(self, item: Item, answer: str) -> Grade:
@@ -72,6 +97,47 @@ class Benchmark(ABC):
     @abstractmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
         """Metrics of summed counts, in percent unless they say else; not a number where there is nothing to divide by."""
+
+    @staticmethod
+    def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """What the official program prints for these sums, rounded as it rounds; empty if there is no such program."""
+        return {}
+
+    def provenance(self) -> dict[str, Any]:
+        """What else decides the numbers, such as versions of tools; stands in scores.json, is the same where scores compare."""
+        return {}
+
+    def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
+        """Item id -> answer, out of rows in the benchmark's customary format; items without a row are left out.
+
+        Raises:
+            UserError: a row answers no item, or one that has an answer already; or there is no customary format.
+        """
+        raise UserError(f"{records[0].place} needs the texts 'benchmark', 'id' and 'answer'.")
+
+
+class FolderBenchmark(Benchmark):
+    """A benchmark made of official files in the folder that `--data` names."""
+
+    sources: ClassVar[tuple[Source, ...]]
+    """Its files, for `catpo data get` too."""
+    pictures: ClassVar[Pictures | None] = None
+    """Its pictures; None if it has none of its own."""
+    is_open: ClassVar[bool] = False
+    """Whether answers made elsewhere say what was asked: nothing is opened then, and each answered item is made by `item`."""
+    is_gradable_in_part: ClassVar[bool] = True
+
+    @abstractmethod
+    def open(self, folder: Folder) -> list[Item]:
+        """Everything that is asked, in a fixed order. Read files through `folder`: then their hashes stand in scores.json."""
+
+    def item(self, name: str) -> Item:
+        """An item by its id, if the benchmark `is_open`."""
+        raise NotImplementedError(f"{type(self).__module__} is not open")
+
+    def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
+        """By id, unless the benchmark says else."""
+        return by_id(records, [item.id for item in items])
 
 
 # ---- captions -----------------------------------------------------------------------------------------------------------
@@ -172,6 +238,12 @@ def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
         "yes_ratio": percent(sums["said_yes"], sums["questions"]),
         "unparsed": percent(sums["unparsed"], sums["questions"]),
     }
+
+
+def total(sums: Sums) -> dict[str, Floats]:
+    """Count -> sum over all groups, whose counts have the same names."""
+    groups = list(sums.values())
+    return {name: np.sum([group[name] for group in groups], axis=0) for name in groups[0]}
 
 
 def percent(part: Floats, whole: Floats) -> Floats:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
+from catpo import registry
+from catpo.benchmarks._base import FolderBenchmark
+from catpo.benchmarks._files import Folder
 from catpo.comparison import (
     HALLUCINATED,
     Coverage,
@@ -15,6 +20,7 @@ from catpo.comparison import (
     Evaluation,
     at_equal_coverage,
     coverage_curves,
+    incomparable,
     mentions,
     paired_differences,
 )
@@ -24,10 +30,11 @@ from catpo.errors import UserError
 from catpo.objects import mentions as find_mentions
 from catpo.report.pictures import Album
 from catpo.report.plots import Series, curves
+from catpo.runs import read_json
 from catpo.types import Picture
 
 MAX_CHANGED = 12
-"""Changed answers shown per model and way."""
+"""Changed answers shown per model, category and way."""
 LABELS = {
     "chair_i": "CHAIRi",
     "chair_s": "CHAIRs",
@@ -36,11 +43,14 @@ LABELS = {
     "objects": "objects per caption",
     "words": "words per caption",
     "f1": "F1",
+    "chair": "CHAIR",
+    "hal": "Hal",
+    "amber_score": "AMBER score",
 }
 """What tables call metrics; others are called by their names."""
 MAIN_OF_A_SPLIT = ("/accuracy", "/f1")
-LOWER_IS_BETTER = ("chair", "cog", "repetition", "unparsed")
-HIGHER_IS_BETTER = ("cover", "accuracy", "precision", "recall", "f1")
+LOWER_IS_BETTER = ("chair", "cog", "repetition", "unparsed", "hal")
+HIGHER_IS_BETTER = ("cover", "accuracy", "precision", "recall", "f1", "score", "informativeness")
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class BenchmarkTable:
     """The lowest CHAIRi at equal coverage, its difference being that to the next lowest; None with fewer than three models."""
     drawing: Markup | None
     """Cover against CHAIRi as captions are cut."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: the judge, evaluations in part, figures that are not those of papers."""
 
     @property
     def lead(self) -> int:
@@ -94,13 +106,15 @@ class Part:
 
 @dataclass(frozen=True)
 class ChangedAnswer:
-    """An item that one model answered with hallucinations and the other without."""
+    """An item that one model answered rightly, or without hallucinations, and the other not."""
 
     model: str
     benchmark: str
+    category: str
+    """The benchmark's group of items: captions, or a kind of question."""
     item: str
     way: str
-    """`fixed`: the base hallucinated and the model does not; `broken`: the other way round."""
+    """`fixed`: the base was wrong and the model is not; `broken`: the other way round."""
     prompt: str
     before: list[Part]
     after: list[Part]
@@ -109,11 +123,16 @@ class ChangedAnswer:
 
 @dataclass(frozen=True)
 class Changes:
-    """How many captions changed, and the first of them."""
+    """How many answers changed, and the first of them."""
 
-    counts: list[tuple[str, str, int, int]]
-    """(model, benchmark, fixed, broken)."""
+    counts: list[tuple[str, str, str, int, int]]
+    """(model, benchmark, category, fixed, broken)."""
     answers: list[ChangedAnswer]
+
+    @property
+    def categories(self) -> list[tuple[str, str]]:
+        """(benchmark, category) of all that changed."""
+        return list(dict.fromkeys((benchmark, category) for _, benchmark, category, _, _ in self.counts))
 
 
 def benchmark_tables(
@@ -126,17 +145,27 @@ def benchmark_tables(
         for other in others
         for row in paired_differences(base, other, resamples=resamples)
     }
-    return [_table(name, evaluations, differences, colours, resamples) for name in _benchmarks(evaluations)]
+    return [
+        _table(name, having, differences, colours, resamples)
+        for name in _benchmarks(evaluations)
+        for having in _by_judge(name, evaluations)
+    ]
+
+
+def _by_judge(benchmark: str, evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    """The evaluations that have a benchmark, a list per judge: figures of different judges share no table."""
+    having = [evaluation for evaluation in evaluations if benchmark in evaluation.benchmarks]
+    judges = dict.fromkeys(each.judge(benchmark) for each in having)
+    return [[each for each in having if each.judge(benchmark) == judge] for judge in judges]
 
 
 def _table(
     benchmark: str,
-    evaluations: Sequence[Evaluation],
+    having: Sequence[Evaluation],
     differences: Mapping[tuple[str, str, str], Difference],
     colours: Mapping[str, int],
     resamples: int,
 ) -> BenchmarkTable:
-    having = [evaluation for evaluation in evaluations if benchmark in evaluation.benchmarks]
     values = {evaluation.name: evaluation.metrics(benchmark) for evaluation in having}
     rows: list[tuple[str, list[Cell | None]]] = []
     more_rows: list[tuple[str, list[Cell | None]]] = []
@@ -161,7 +190,20 @@ def _table(
         coverage,
         _lead_of_best(same, coverage, resamples),
         _coverage_drawing(same, benchmark, colours) if coverage else None,
+        _notes(benchmark, having),
     )
+
+
+def _notes(benchmark: str, having: Sequence[Evaluation]) -> list[str]:
+    judge = having[0].judge(benchmark)
+    notes = [f"Judge: {judge}."] if judge else []
+    for each in having:
+        about = each.scores["benchmarks"][benchmark]
+        parts = ", ".join(f"{part} {n['graded']:,} of {n['asked']:,}" for part, n in about.get("parts", {}).items())
+        notes += [] if about.get("complete", True) else [f"{each.name} is not complete: {parts}."]
+        figures = about.get("tools", {}).get("figures", "")
+        notes += [f"{each.name}: {figures}."] if figures.startswith("not") else []
+    return notes
 
 
 def _lead_of_best(evaluations: Sequence[Evaluation], coverage: Sequence[Coverage], resamples: int) -> Coverage | None:
@@ -223,47 +265,54 @@ def _benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def changed_answers(evaluations: Sequence[Evaluation], album: Album) -> Changes:
-    """Captions with a hallucinated object on one side only, base (the first) against each other model."""
+    """Answers that only one of two models got wrong, base (the first) against each other model."""
     base, *others = evaluations
     counts, answers = [], []
     for benchmark in base.benchmarks:
         ways = {other.name: _ways(base, other, benchmark) for other in others}
         shown = {item for each in ways.values() for items in each.values() for item in items[:MAX_CHANGED]}
         dataset = _open(base, benchmark) if shown else None
-        pictures = _pictures(evaluations, dataset, shown)
-        vocabulary = dataset.vocabulary if dataset else None
+        pictures = _pictures(evaluations, benchmark, dataset, shown)
         for other in others:
             found = ways[other.name]
-            if any(found.values()):
-                counts.append((other.name, benchmark, len(found["fixed"]), len(found["broken"])))
-            for way, items in found.items():
+            for category in dict.fromkeys(category for category, _ in found):
+                fixed, broken = (len(found.get((category, way), ())) for way in ("fixed", "broken"))
+                counts.append((other.name, benchmark, category, fixed, broken))
+            for (category, way), items in found.items():
                 for item in items[:MAX_CHANGED]:
                     prompt = str(base.answers.get((benchmark, item), {}).get("prompt", ""))
-                    before, after = (list(_marked(each, benchmark, item, vocabulary)) for each in (base, other))
+                    before, after = (list(_marked(each, benchmark, item, dataset)) for each in (base, other))
                     image = album.add(pictures[item], side=288) if item in pictures else None
-                    answers.append(ChangedAnswer(other.name, benchmark, item, way, prompt, before, after, image))
+                    answers.append(ChangedAnswer(other.name, benchmark, category, item, way, prompt, before, after, image))
     return Changes(counts, answers)
 
 
-def _ways(base: Evaluation, other: Evaluation, benchmark: str) -> dict[str, list[str]]:
-    """Ids of captions by how they changed."""
-    ways: dict[str, list[str]] = {"fixed": [], "broken": []}
-    for (group, item), row in base.grades.get(benchmark, {}).items():
-        before, after = mentions(row), mentions(other.grades.get(benchmark, {}).get((group, item), {}))
-        if before is None or after is None:
-            continue
-        was, now = (any(label == HALLUCINATED for _, label in each) for each in (before, after))
-        if was != now:
-            ways["fixed" if was else "broken"].append(item)
+def _ways(base: Evaluation, other: Evaluation, benchmark: str) -> dict[tuple[str, str], list[str]]:
+    """(category, way) -> ids of the items that changed so."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    if not incomparable(base, other, benchmark):
+        for (group, item), row in base.grades.get(benchmark, {}).items():
+            was, now = _is_right(row), _is_right(other.grades.get(benchmark, {}).get((group, item), {}))
+            if was is not None and now is not None and was != now:
+                ways.setdefault((group, "broken" if was else "fixed"), []).append(item)
     return ways
 
 
-def _marked(evaluation: Evaluation, benchmark: str, item: str, vocabulary: Mapping[str, str] | None) -> Iterator[Part]:
+def _is_right(row: Mapping[str, Any]) -> bool | None:
+    """Whether an answer is right, or a caption names nothing that is absent; None for what is neither."""
+    if "right" in row:
+        return bool(row["right"])
+    named = mentions(row)
+    return None if named is None else all(label != HALLUCINATED for _, label in named)
+
+
+def _marked(evaluation: Evaluation, benchmark: str, item: str, dataset: Dataset | None) -> Iterator[Part]:
     """An answer with its object words labelled as they were graded."""
     text = str(evaluation.answers.get((benchmark, item), {}).get("answer", ""))
     labels = dict(evaluation.labels(benchmark).get(item, ()))
+    vocabulary = dataset.vocabulary if dataset else {word: name for name in labels for word in (name, f"{name}s")}
     end = 0
-    for mention in find_mentions(text, vocabulary):
+    for mention in find_mentions(text, vocabulary) if labels else ():
         if mention.object in labels:
             yield Part(text[end : mention.start], "")
             yield Part(text[mention.start : mention.end], labels[mention.object])
@@ -279,11 +328,27 @@ def _open(evaluation: Evaluation, benchmark: str) -> Dataset | None:
         return None
 
 
-def _pictures(evaluations: Sequence[Evaluation], dataset: Dataset | None, wanted: Container[str]) -> dict[str, Picture]:
-    """Item id -> picture; none where the models were shown others (`shuffled`)."""
-    if dataset is None or any(evaluation.scores.get("shuffled") for evaluation in evaluations):
+def _pictures(
+    evaluations: Sequence[Evaluation], benchmark: str, dataset: Dataset | None, wanted: Container[str]
+) -> dict[str, Picture]:
+    """Item id -> picture; none where the models were shown others (`shuffled`), or where it is not at hand."""
+    if any(evaluation.scores.get("shuffled") for evaluation in evaluations):
         return {}
     try:
+        if dataset is None:
+            return dict(_official_pictures(evaluations[0], benchmark, wanted))
         return {sample.id: sample.images[0] for sample in dataset.samples() if sample.id in wanted and sample.images}
     except UserError:
         return {}
+
+
+def _official_pictures(evaluation: Evaluation, benchmark: str, wanted: Container[str]) -> Iterator[tuple[str, Picture]]:
+    """Pictures of a benchmark made of official files, out of the folder that it was evaluated with."""
+    make = registry.load("benchmarks", benchmark)
+    place = read_json(evaluation.path / "evaluation.json").get("data")
+    if place and issubclass(make, FolderBenchmark) and make.pictures is not None:
+        folder = Folder(Path(place), benchmark, make.sources, make.pictures)
+        for (_, item), row in evaluation.grades[benchmark].items():
+            picture = folder.picture(str(row["picture"]))
+            if item in wanted and picture.path is not None and picture.path.is_file():
+                yield item, picture

@@ -1,0 +1,39 @@
+"""What judges share: they are asked in messages, answer with a text, and say who they are. Knows no benchmark."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+
+class Judge(ABC):
+    """Base of every module in `judges/`. Options are keyword arguments of its constructor.
+
+    `ask` may be called from `workers` threads at once.
+    """
+
+    workers: int = 1
+    """How many questions it takes at a time."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """`name`, `version` and `decoding`: what must be the same for two scores to be comparable. Never a key."""
+
+    def decoding_as(self, official: Mapping[str, Any]) -> Judge:
+        """This judge for a benchmark whose authors decode like this, e.g. {"temperature": 0.2}; what the user set stays."""
+        return self
+
+    @abstractmethod
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
+        """The judge's reply.
+
+        Args:
+            messages: as in the chat format: `role` and `content`.
+            key: which item is judged; for messages, and for recorded replies.
+            attempt: 2 or more asks anew, where an earlier reply could not be read.
+
+        Raises:
+            UserError: there is no reply to be had; names the item.
+        """

@@ -1,0 +1,81 @@
+"""Replies that were paid for, kept in a JSON Lines file that grows. Knows no judge; whoever asks names the question by a hash.
+
+Several processes may append to one file: a row is one write. One torn by a killed process is left out, and asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from catpo.errors import UserError
+
+
+class Replies:
+    """The rows of a file by the hash of what was asked.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}). Check permissions, or name another cache.") from error
+        self._rows = {row["asked"]: row for row in map(_row, content.split(b"\n")) if row}
+
+    def get(self, asked: str) -> Mapping[str, Any] | None:
+        """The row of a question, if there is one."""
+        return self._rows.get(asked)
+
+    def add(self, asked: str, **reply: Any) -> None:
+        """Keep a reply; on disk before this returns.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        row = {"asked": asked, **reply}
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+        with self._lock:
+            self._rows[asked] = row
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab+") as stream:
+                    stream.write(line if _is_whole(stream) else b"\n" + line)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be written ({error.strerror}), so replies would be paid for again. Check space and "
+                    "permissions, or name another cache."
+                ) from error
+
+
+def hash_of(question: Any) -> str:
+    """Hash of anything that JSON can hold; the order of keys does not matter."""
+    text = json.dumps(question, sort_keys=True)
+    return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_reply = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("asked", "reply", "model"))
+    return row if is_reply else None
+
+
+def _is_whole(stream: Any) -> bool:
+    """Whether the file is empty or ends with a line's end."""
+    if not stream.seek(0, os.SEEK_END):
+        return True
+    stream.seek(-1, os.SEEK_END)
+    return bool(stream.read(1) == b"\n")

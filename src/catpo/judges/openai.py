@@ -1,0 +1,109 @@
+"""Any OpenAI-compatible server as the judge; what it answered is kept and never paid for twice.
+
+    openai(model='gpt-4-0314')
+
+OPENAI_API_KEY holds the key, OPENAI_BASE_URL or `base_url` the server. Replies are kept in `catpo/judge-replies.jsonl` in the
+user's cache folder, or in the file that `cache` names, by a hash of model, server, decoding and conversation.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from catpo.chat import ChatServer
+from catpo.errors import UserError
+from catpo.judges._base import Judge as _Base
+from catpo.judges._replies import Replies, hash_of
+
+LEFT_TO_SERVER = -1
+
+
+class Judge(_Base):
+    """A chat model that grades.
+
+    Args:
+        model: its name at the server. Take a dated one: scores of a name that moves on to newer models cannot be compared.
+        base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if empty.
+        temperature: of sampling; the benchmark's own if None, not sent if -1 (some models have one temperature only).
+        max_tokens: longest reply; the benchmark's own if None, not sent if -1.
+        seed: sent along if not None; few servers promise anything for it.
+        repeat: number of the repetition. Another number asks anew instead of taking the kept reply; for the spread of a judge.
+        workers: questions under way at once.
+        timeout: seconds that a reply may take.
+        cache: file of replies; '' for the user's own, 'none' to keep nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "",
+        base_url: str = "",
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        repeat: int = 1,
+        workers: int = 4,
+        timeout: float = 120.0,
+        cache: str = "",
+    ) -> None:
+        if not model:
+            raise UserError("the openai judge needs the name of a model: openai(model='gpt-4-0314').")
+        for name, value in (("repeat", repeat), ("workers", workers)):
+            if value < 1:
+                raise UserError(f"openai({name}={value}): it must be 1 or more.")
+        self.server = ChatServer(model, base_url=base_url, timeout=timeout)
+        options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        self.given = {name: value for name, value in options.items() if value is not None}
+        self.decoding = _sent(self.given)
+        self.repeat, self.workers = repeat, workers
+        self.replies = None if cache == "none" else Replies(Path(cache) if cache else _users_cache())
+        self.answered_by: set[str] = set()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model asked for, those that say they answered (known once it was asked), the decoding."""
+        return {
+            "name": self.server.model,
+            "version": " and ".join(sorted(self.answered_by)),
+            "decoding": dict(self.decoding),
+            "server": self.server.url,
+            "repeat": self.repeat,
+        }
+
+    def decoding_as(self, official: Mapping[str, Any]) -> Judge:
+        """A judge of the same server and cache, with the benchmark's decoding where this one has none of its own."""
+        judge = copy.copy(self)
+        judge.decoding, judge.answered_by = _sent({**official, **self.given}), set()
+        return judge
+
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
+        """The kept reply, or the server's."""
+        asked = hash_of([self.server.model, self.server.url, self.decoding, [self.repeat, attempt], messages])
+        kept = self.replies.get(asked) if self.replies else None
+        if kept is None:
+            kept = self._ask_server(messages, key)
+            if self.replies and kept["reply"]:
+                self.replies.add(asked, **kept)
+        self.answered_by.add(kept["model"])
+        return str(kept["reply"])
+
+    def _ask_server(self, messages: list[dict[str, Any]], key: str) -> dict[str, Any]:
+        try:
+            reply = self.server.ask(messages, **self.decoding)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        return {"key": key, "model": reply.model, "reply": reply.text}
+
+
+def _sent(decoding: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in decoding.items() if value != LEFT_TO_SERVER}
+
+
+def _users_cache() -> Path:
+    """$XDG_CACHE_HOME/catpo/judge-replies.jsonl, or the same in ~/.cache."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "catpo" / "judge-replies.jsonl"

@@ -1,0 +1,65 @@
+"""Choosing among given answers by how likely the model finds them. Knows no benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from catpo.batching import Prefix, pack, response_hidden, run_backbone, to_device, unflatten
+from catpo.families._base import Family
+from catpo.head import token_stats
+from catpo.types import PreferencePair, Sample
+
+Options = Mapping[str, str]
+"""What stands for an answer -> its text."""
+
+
+def most_likely(family: Family, samples: Sequence[Sample], options: Sequence[Options], *, batch_size: int = 8) -> list[str]:
+    """The key of each sample's option with the lowest loss; the first of several."""
+    losses = option_losses(family, samples, options, batch_size=batch_size)
+    return [min(each, key=each.__getitem__) for each in losses]
+
+
+@torch.inference_mode()
+def option_losses(
+    family: Family, samples: Sequence[Sample], options: Sequence[Options], *, batch_size: int = 8
+) -> list[dict[str, float]]:
+    """Mean loss per token of each option as the answer to its sample, the token that ends an answer included.
+
+    Args:
+        family: the model.
+        samples: picture and prompt.
+        options: of each sample.
+        batch_size: rows in one forward pass; two options of a sample share one, as the two responses of a pair do.
+    """
+    was_training = family.model.training
+    family.model.eval()
+    couples = [(number, couple) for number, each in enumerate(options) for couple in _couples(list(each))]
+    losses: list[dict[str, float]] = [{} for _ in samples]
+    for start in range(0, len(couples), batch_size):
+        some = couples[start : start + batch_size]
+        pairs = [_pair(samples[number], *(options[number][key] for key in couple)) for number, couple in some]
+        for (number, couple), values in zip(some, _pair_losses(family, pairs), strict=True):
+            losses[number] |= dict(zip(couple, values, strict=True))
+    family.model.train(was_training)
+    return losses
+
+
+def _couples(keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Two by two; the last of an odd number is beside itself."""
+    return [(keys[place], keys[min(place + 1, len(keys) - 1)]) for place in range(0, len(keys), 2)]
+
+
+def _pair(sample: Sample, first: str, second: str) -> PreferencePair:
+    return PreferencePair(sample.id, sample.images, sample.prompt, first, second)
+
+
+def _pair_losses(family: Family, pairs: Sequence[PreferencePair]) -> list[list[float]]:
+    prefix: Prefix = "shared" if family.shares_prefix else "separate"
+    batch = to_device(pack(family, [family.encode(pair) for pair in pairs], prefix=prefix), family.device)
+    hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+    logps = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps
+    summed = unflatten(logps.float(), batch["mask"]).sum(-1)  # (pair, side)
+    losses: list[list[float]] = (-summed / batch["mask"].sum(-1)).tolist()
+    return losses

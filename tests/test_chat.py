@@ -1,0 +1,215 @@
+"""Asking an OpenAI-compatible server: retries, refusals, limits, and a key that stays where it belongs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import traceback
+
+import pytest
+
+from catpo.chat import ChatServer
+from catpo.errors import UserError
+from fake_chat import Answer, completion, serve
+
+HELLO = [{"role": "user", "content": "Hello"}]
+CANARY = "sk-canary-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+class Waits(list):
+    """What the client would have slept."""
+
+    def __call__(self, seconds: float) -> None:
+        self.append(seconds)
+
+
+def client(chat, **options) -> tuple[ChatServer, Waits]:
+    waits = Waits()
+    return ChatServer("judge", base_url=chat.url, sleep=waits, **options), waits
+
+
+def refused(server: ChatServer) -> str:
+    with pytest.raises(UserError) as caught:
+        server.ask(HELLO)
+    return str(caught.value)
+
+
+def test_a_conversation_goes_out_with_its_decoding_and_the_text_comes_back():
+    with serve(completion("Rating: 4")) as chat:
+        reply = client(chat)[0].ask(HELLO, temperature=0.0, max_tokens=7)
+    assert (reply.text, reply.model, reply.is_cut) == ("Rating: 4", "judge-0613", False)
+    assert chat.asked == [
+        {"path": "/v1/chat/completions", "model": "judge", "messages": HELLO, "temperature": 0.0, "max_tokens": 7}
+    ]
+
+
+def test_a_busy_server_is_asked_again_after_growing_waits():
+    script = [Answer(429), Answer(500, b"oops"), Answer(503), completion("done")]
+    with serve(*script) as chat:
+        server, waits = client(chat)
+        assert server.ask(HELLO).text == "done"
+    assert waits == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("0", 0.0), ("86400", 60.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0)])
+def test_a_server_that_says_when_is_asked_then_but_within_a_minute(asked, waited):
+    with serve(Answer(429, headers={"Retry-After": asked}), completion("done")) as chat:
+        server, waits = client(chat)
+        server.ask(HELLO)
+    assert waits == [waited]
+
+
+def test_a_server_that_stays_busy_is_given_up_with_its_last_words():
+    with serve(reply=lambda _: Answer(500, b'{"error": {"message": "out of memory"}}')) as chat:
+        server, waits = client(chat, retries=3)
+        message = refused(server)
+    assert len(waits) == 3 and len(chat.asked) == 4
+    assert "4 tries" in message and "status 500 out of memory" in message and "same command again" in message
+
+
+def test_a_slow_server_is_asked_again():
+    release = threading.Event()
+    with serve(Answer(hold=release), completion("done")) as chat:
+        server, waits = client(chat, timeout=0.5)
+        assert server.ask(HELLO).text == "done"
+        release.set()
+    assert waits == [1.0]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"<html>Bad gateway</html>",
+        b"[]",
+        b"{}",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": [1]}}]}',
+        b"\xff\xfe",
+        b"[" * 5000,
+    ],
+)
+def test_garbage_is_asked_again_and_told_when_it_does_not_end(garbage):
+    with serve(Answer(body=garbage), completion("done"), Answer(body=garbage), Answer(body=garbage)) as chat:
+        server, _ = client(chat, retries=1)
+        assert server.ask(HELLO).text == "done"
+        assert "it sent no" in refused(server)
+
+
+def test_a_huge_reply_is_not_read():
+    with serve(completion("x" * 5000)) as chat:
+        message = refused(client(chat, reply_limit=1000)[0])
+    assert "more than 1,000 bytes" in message
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer(401, b'{"error": {"message": "no key"}}'), ["lets nobody in", "OPENAI_API_KEY"]),
+        (Answer(404, b'{"error": {"message": "no such model"}}'), ["knows no 'judge'", "/v1/models"]),
+        (Answer(400, b'{"error": {"message": "temperature too high"}}'), ["temperature too high"]),
+        (Answer(429, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'), ["insufficient_quota"]),
+        (Answer(307, headers={"Location": "http://127.0.0.1:1/"}), ["has moved"]),
+    ],
+)
+def test_a_refusal_is_told_at_once(answer, words):
+    with serve(answer) as chat:
+        server, waits = client(chat)
+        message = refused(server)
+    assert not waits and len(chat.asked) == 1
+    assert all(word in message for word in words), message
+
+
+def test_a_server_that_is_not_there_is_named():
+    with serve() as chat:
+        pass
+    assert "cannot be reached" in refused(client(chat)[0])
+
+
+def test_a_refused_answer_is_its_refusal_and_a_cut_one_says_so():
+    silent = completion(None)
+    said = json.loads(silent.body)
+    said["choices"][0]["message"]["refusal"] = "I cannot."
+    with serve(Answer(body=json.dumps(said).encode()), silent, completion("half", finish_reason="length")) as chat:
+        server, _ = client(chat)
+        assert [server.ask(HELLO).text for _ in range(2)] == ["I cannot.", ""]
+        assert server.ask(HELLO).is_cut
+
+
+def test_half_a_surrogate_pair_becomes_writable_text():
+    with serve(Answer(body=b'{"choices": [{"message": {"content": "a\\ud83d"}}]}')) as chat:
+        assert client(chat)[0].ask(HELLO).text == "a?"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1"),
+        ("https://host/api/v3/chat/completions", "https://host/api/v3"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+    ],
+)
+def test_an_address_is_read_as_people_write_it(given, used):
+    assert ChatServer("m", base_url=given).url == used
+
+
+@pytest.mark.parametrize("bad", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "file:///etc/passwd"])
+def test_what_is_no_address_is_refused(bad):
+    with pytest.raises(UserError, match="is not the URL of a server"):
+        ChatServer("m", base_url=bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [f"http://me:{CANARY}@host/v1", f"http://host/v1?key={CANARY}", f"http://me:{CANARY}@host:x/v1"]
+)
+def test_a_secret_in_the_address_is_refused_without_repeating_it(bad):
+    with pytest.raises(UserError) as caught:
+        ChatServer("m", base_url=bad)
+    assert CANARY not in str(caught.value) and "OPENAI_API_KEY" in str(caught.value)
+
+
+def test_the_address_comes_from_the_environment_or_is_openai(monkeypatch):
+    assert ChatServer("m").url == "https://api.openai.com/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert ChatServer("m").url == "http://127.0.0.1:9/v1"
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    caplog.set_level(logging.DEBUG)
+    echo = json.dumps({"error": {"message": f"bad key Bearer {CANARY}"}}).encode()
+    with serve(completion(f"your key is {CANARY}"), Answer(401, echo), Answer(500, echo), Answer(body=CANARY.encode())) as chat:
+        server, _ = client(chat, retries=1)
+        said = [server.ask(HELLO).text]
+        for _ in range(2):
+            with pytest.raises(UserError) as caught:
+                server.ask(HELLO)
+            said += traceback.format_exception(caught.value)
+    assert {headers["Authorization"] for headers in chat.headers} == {f"Bearer {CANARY}"}
+    assert said[0] == "your key is [key]"
+    everything = [*said, repr(vars(server)), caplog.text, json.dumps(chat.asked)]
+    assert not [text for text in everything if CANARY in text]
+
+
+def test_no_key_sends_no_header_and_a_short_one_is_a_word_like_any_other(monkeypatch):
+    with serve(completion("EMPTY"), completion("EMPTY")) as chat:
+        server, _ = client(chat)
+        server.ask(HELLO)
+        monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+        assert server.ask(HELLO).text == "EMPTY"
+    assert [headers.get("Authorization") for headers in chat.headers] == [None, "Bearer EMPTY"]
+
+
+@pytest.mark.parametrize("key", ["sk-canary\nX-Evil: 1", "sk-cánary"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serve() as chat:
+        message = refused(client(chat)[0])
+    assert "nary" not in message and not chat.asked
