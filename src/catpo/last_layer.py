@@ -36,17 +36,17 @@ def install(decoder: nn.Module) -> list[Any]:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return []
     last = layers[-1]
-    modules = [_at(last, name) for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp")]
-    if any(module is None for module in modules):
+    found = [_at(last, name) for name in ("self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp")]
+    modules = [module for module in found if module is not None]
+    if len(modules) < len(found):
         return []
-    places = _Places()
-    attention = last.self_attn  # not the layer: when a checkpointed layer runs again, hooks on itself are left out
+    places, attention, mlp = _Places(), modules[0], modules[-1]
+    # on its parts, not on the layer: when a checkpointed layer runs again, hooks on itself are left out
     handles: list[Any] = [packing.ReadsResponses(attention), attention.register_forward_pre_hook(places.find, with_kwargs=True)]
-    for module in modules:
-        assert module is not None
+    for module in modules[1:]:
         narrow = _Narrow(places)
         handles += [module.register_forward_pre_hook(narrow.take), module.register_forward_hook(narrow.put, always_call=True)]
-    return [*handles, last.mlp.register_forward_hook(places.forget, always_call=True)]
+    return [*handles, mlp.register_forward_hook(places.forget, always_call=True)]
 
 
 def _at(module: nn.Module, path: str) -> nn.Module | None:
