@@ -106,3 +106,14 @@ def test_what_is_not_packed_goes_through_the_whole_last_layer():
     plain = run_backbone(family.unwrapped, batch).last_hidden_state
     with last_layer.read_at_responses(family.decoder):
         assert torch.equal(run_backbone(family.unwrapped, batch).last_hidden_state, plain)
+
+
+def test_reading_at_responses_twice_is_reading_once():
+    family = llava()
+    family.use_packed_attention()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    plain, _ = loss_and_gradients(family, batch)
+    with last_layer.read_at_responses(family.decoder), last_layer.read_at_responses(family.decoder):
+        found, _ = loss_and_gradients(family, batch)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert not packing.reads_responses(family.decoder.layers[-1].self_attn)

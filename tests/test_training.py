@@ -14,10 +14,11 @@ from catpo.data import dev_split
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.rewards import RewardStore
+from catpo.sampling import LikeLengths
 from catpo.scoring import score_pairs
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.training import train
-from tiny import llava, pairs
+from tiny import llava, pair, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 
@@ -125,6 +126,30 @@ def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, s
     changed = {name for name, value in full.family.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all("vision_tower" not in name and "projector" not in name for name in changed)
     assert any("lm_head" in name for name in changed)
+
+
+def test_like_lengths_side_by_side_pad_less_than_five_percent(tmp_path):
+    texts = [" ".join(["cat"] * (3 + 7 * number % 60)) for number in range(64)]
+    mixed = [pair(number, text, text + " dog") for number, text in enumerate(texts)]
+    family = llava()
+    score_pairs(mixed, family, tmp_path / "rewards", progress=False, batch_tokens=400)
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        options = config(tmp_path, objective="dpo", rewards=str(tmp_path / "rewards"), train_sampling_strategy=strategy,
+                         per_device_train_batch_size=4, max_steps=16)  # fmt: skip
+        trainer = CatPOTrainer(family, options, mixed)
+        trainer.train()
+        padding[strategy] = sum(curve(trainer, "padding")) / 16
+    assert padding["group_by_length"] < 0.05 < padding["random"]
+
+
+def test_the_order_of_like_lengths_changes_with_the_epoch_alone():
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler = LikeLengths(range(40), 4, seed=1)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(40)) == sorted(orders[1])
 
 
 class Unsteady(torch.nn.Module):

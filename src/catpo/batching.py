@@ -37,7 +37,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
 
     `prefix='separate'` gives chosen and rejected rows of their own (twice the picture): for families that cannot share, and to
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
-    [rows, patches]; positions are those in the padded row, -1 where there is none.
+    [rows, patches]; positions are those in the padded row, -1 where there is none. `padding` is the share of each row that is.
     """
     rows = [row for each in encoded for row in _rows(family, each, prefix)]
     length = max(len(row.ids) for row in rows)
@@ -69,6 +69,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         "token_ids": response_ids.view(pairs, 2, -1),
         "mask": (tokens_at >= 0).view(pairs, 2, -1),
         "patches": pad_indices([moved(row.source.patches, number) for number, row in enumerate(rows)]),
+        "padding": (segments < 0).float().mean(1),
         "pair_ids": [each.pair_id for each in encoded],
     }
 

@@ -38,7 +38,7 @@ def install(decoder: nn.Module) -> list[Any]:
     last = layers[-1]
     found = [_at(last, name) for name in ("self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp")]
     modules = [module for module in found if module is not None]
-    if len(modules) < len(found):
+    if len(modules) < len(found) or packing.reads_responses(modules[0]):  # in place already
         return []
     places, attention, mlp = _Places(), modules[0], modules[-1]
     # on its parts, not on the layer: when a checkpointed layer runs again, hooks on itself are left out

@@ -102,6 +102,11 @@ def block_mask(layout: Layout, length: int) -> BlockMask:
     return create_block_mask(is_seen, len(layout), None, length, length, device=str(layout.device), _compile=on_cuda)
 
 
+def reads_responses(attention: nn.Module) -> bool:
+    """Whether a `ReadsResponses` marks this module."""
+    return getattr(attention, "catpo_reads_responses", False)
+
+
 class ReadsResponses:
     """Marks an attention module of whose prompt only the last token's output is read, until it is removed."""
 
@@ -127,7 +132,7 @@ def _attend_row(
 ) -> Float[Tensor, "1 length heads size"]:
     (start, split), *responses = parts
     at = lambda tensor, begin, end: tensor[:, :, begin:end]
-    first = split - 1 if getattr(module, "catpo_reads_responses", False) else start
+    first = split - 1 if reads_responses(module) else start
     prompt = at(query, first, split), at(key, start, split), at(value, start, split)
     outputs = [fused(module, *prompt, None, **options)[0]]
     for begin, end in responses:

@@ -34,12 +34,13 @@ from catpo.readings import Readings
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
 from catpo.runs import read_json
+from catpo.sampling import LikeLengths
 from catpo.scoring import score_pairs
 from catpo.selfcheck import check_family
 from catpo.spec import parse
 from catpo.stats import PairStats, kl_direction, requirements
 from catpo.tensors import masked_sum
-from catpo.types import PreferencePair
+from catpo.types import SIDES, PreferencePair
 
 REFERENCES = ("cached", "online")
 STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -314,7 +315,7 @@ class CatPOTrainer(Trainer):
             figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
             figures["rewards/accuracies"] = (figures["rewards/margins"] > 0).float()
             logps = masked_sum(stats.policy_logps.detach(), stats.mask)
-            figures |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
+            figures |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1], "padding": inputs["padding"]}
             if self.learned_fusion is not None:
                 figures |= self.learned_fusion.figures(len(output.losses))
             elif "net_shared_coefficient" in inputs:
@@ -354,6 +355,20 @@ class CatPOTrainer(Trainer):
         sums.clear()
 
     # ---- seams of transformers.Trainer --------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Like lengths by the tokens that the store counted; transformers would look for input ids."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LikeLengths([self._length(pair) for pair in train_dataset or self.train_dataset], batch, self.args.seed)
+
+    def _length(self, pair: PreferencePair) -> int:
+        """Tokens of picture and responses; without a store, words of the texts."""
+        if self.rewards is None:
+            return sum(len(text.split()) for text in (pair.prompt, pair.chosen, pair.rejected))
+        stored = [self.rewards.get(pair.id, side) for side in SIDES]
+        return sum(grid.size for grid in stored[0].grids) + sum(len(each.token_ids) for each in stored)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Loss of an evaluation batch; there are no logits to return."""
