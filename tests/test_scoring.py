@@ -89,12 +89,14 @@ def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_
     data = pairs(4)
     one = score_pairs(data, family, tmp_path / "one", settings(), batch_size=1, progress=False)
     four = score_pairs(data, family, tmp_path / "four", settings(), batch_size=4, progress=False)
+    by_tokens = score_pairs(data, family, tmp_path / "tokens", settings(), batch_tokens=120, progress=False)
     for pair in data:
         for side in SIDES:
             for name in ALL:
-                np.testing.assert_allclose(
-                    one.get(pair.id, side).signals[name], four.get(pair.id, side).signals[name], atol=1e-5
-                )
+                for other in (four, by_tokens):
+                    np.testing.assert_allclose(
+                        one.get(pair.id, side).signals[name], other.get(pair.id, side).signals[name], atol=1e-5
+                    )
 
 
 def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):

@@ -131,13 +131,12 @@ def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, s
 def test_like_lengths_side_by_side_pad_less_than_five_percent(tmp_path):
     texts = [" ".join(["cat"] * (3 + 7 * number % 60)) for number in range(64)]
     mixed = [pair(number, text, text + " dog") for number, text in enumerate(texts)]
-    family = llava()
-    score_pairs(mixed, family, tmp_path / "rewards", progress=False, batch_tokens=400)
+    score_pairs(mixed, llava(), tmp_path / "rewards", progress=False, batch_tokens=400)
     padding = {}
     for strategy in ("random", "group_by_length"):
         options = config(tmp_path, objective="dpo", rewards=str(tmp_path / "rewards"), train_sampling_strategy=strategy,
                          per_device_train_batch_size=4, max_steps=16)  # fmt: skip
-        trainer = CatPOTrainer(family, options, mixed)
+        trainer = CatPOTrainer(llava(), options, mixed)
         trainer.train()
         padding[strategy] = sum(curve(trainer, "padding")) / 16
     assert padding["group_by_length"] < 0.05 < padding["random"]
