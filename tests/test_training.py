@@ -128,6 +128,24 @@ def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, s
     assert any("lm_head" in name for name in changed)
 
 
+def test_adaptive_rewards_are_those_of_the_policy_then(folder, store, tmp_path):
+    options = dict(objective="catpo", rewards=str(store), max_steps=6, learning_rate=1e-2)
+    fixed, adaptive = run(folder, tmp_path, **options), run(folder, tmp_path, **options, adaptive=2)
+    assert curve(adaptive)[:2] == curve(fixed)[:2] and curve(adaptive)[-1] != curve(fixed)[-1]
+    stores = [RewardStore.open(tmp_path / "run" / f"rewards-step-{step}") for step in (2, 4)]
+    assert not (tmp_path / "run" / "rewards-step-6").exists() and not stores[0].has_hidden
+    first, second = (each.get(each.pair_ids[0], "chosen").signals["global_attention"] for each in stores)
+    assert abs(first - second).max() > 0
+    adaptive.family.model.eval()
+    now = score_pairs(pairs(8), adaptive.family, tmp_path / "now", progress=False)
+    assert abs(now.get(now.pair_ids[0], "chosen").logps - stores[1].get(now.pair_ids[0], "chosen").logps).max() > 0
+
+
+def test_adaptive_rewards_ask_for_an_objective_with_weights(folder, store, tmp_path):
+    with pytest.raises(UserError, match="reads no token weights"):
+        run(folder, tmp_path, objective="dpo", rewards=str(store), adaptive=2)
+
+
 def test_batches_of_like_length_are_padded_less(tmp_path):
     texts = [" ".join(["cat"] * (3 + 7 * number % 60)) for number in range(64)]
     mixed = [pair(number, text, text + " dog") for number, text in enumerate(texts)]

@@ -274,6 +274,8 @@ class PairCollator:
     """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
     keeps_hidden: bool = False
     """Whether the reference's hidden states are needed without a KL too."""
+    weights_from: RewardStore | None = None
+    """Store of the weights, where it is another than that of the reference."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
@@ -293,13 +295,14 @@ class PairCollator:
         stored: Batch = {}
         responses = [(each.pair_id, side) for each in encoded for side in SIDES]
         if "weights" in self.needs:
-            weights = [rewards.weights(each.pair_id, self.fusion) for each in encoded]
+            signals = self.weights_from or rewards
+            weights = [signals.weights(each.pair_id, self.fusion) for each in encoded]
             sides = [values for pair in weights for values in (pair.chosen, pair.rejected)]
             stored["weights"] = _padded(sides)
             net = [pair.net_shared_coefficient for pair in weights]
             stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
             if self.fusion.learned:
-                parts = [part for each in encoded for part in rewards.normalised_signals(each.pair_id, self.fusion)]
+                parts = [part for each in encoded for part in signals.normalised_signals(each.pair_id, self.fusion)]
                 columns = [_padded([signals[:, column] for signals, _ in parts]) for column in range(3)]
                 stored["signals"] = torch.stack(columns, dim=-1)
                 stored["is_scored"] = _padded([is_scored for _, is_scored in parts]).bool()

@@ -146,6 +146,8 @@ class TrainOptions:
     """Optimiser steps between checkpoints; 0: one per epoch."""
     logging_steps: int = 10
     """Optimiser steps between lines of metrics.jsonl."""
+    adaptive: int = 0
+    """Score the pairs again with the policy every so many optimiser steps, so that weights follow it; 0: scored once."""
     group_by_length: bool = False
     """Batches of pairs of like length, so that little is padded."""
     workers: int = 0

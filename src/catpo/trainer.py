@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from catpo import last_layer
+from catpo.adaptive import AdaptiveRewards
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
 from catpo.callbacks import FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
@@ -33,7 +34,7 @@ from catpo.objectives._base import LossOutput, Objective
 from catpo.readings import Readings
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
-from catpo.runs import read_json
+from catpo.runs import process_count, read_json
 from catpo.sampling import LikeLengths
 from catpo.scoring import score_pairs
 from catpo.selfcheck import check_family
@@ -64,6 +65,9 @@ class CatPOConfig(TrainingArguments):
         default=None, metadata={"help": "longest prompt + response in tokens; longer pairs are refused"}
     )
     prefix: str = field(default="shared", metadata={"help": "'shared': one row per pair; 'separate': a row per response"})
+    adaptive: int = field(
+        default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
+    )
     train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
     self_check: bool = field(default=True, metadata={"help": "check loss, KL and gradient of the first step"})
     learning_rate: float = field(default=1.4e-6)
@@ -140,6 +144,7 @@ class CatPOTrainer(Trainer):
                 NewDraws(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
                 *([FirstStepCheck(self.family.model)] if args.self_check else []),
+                *self._adaptive_rewards(args, everything, collator),
             ],
             optimizers=optimizers,
         )
@@ -171,6 +176,17 @@ class CatPOTrainer(Trainer):
                 "give reference='online', or set kl_weight=0."
             )
         return store
+
+    def _adaptive_rewards(
+        self, args: CatPOConfig, pairs: list[PreferencePair], collator: PairCollator
+    ) -> list[TrainerCallback]:
+        if not args.adaptive:
+            return []
+        if "weights" not in self.needs:
+            raise UserError(f"adaptive={args.adaptive}: {self.objective.spec} reads no token weights. Leave adaptive out.")
+        if args.dataloader_num_workers or process_count() > 1:
+            raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
+        return [AdaptiveRewards(args.adaptive, pairs, collator, Path(args.output_dir or "."))]
 
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)

@@ -60,6 +60,7 @@ def train(
     resume: bool = False,
     save_steps: int = 0,
     logging_steps: int = 10,
+    adaptive: int = 0,
     group_by_length: bool = False,
     workers: int = 0,
     limit: int | None = None,
@@ -109,6 +110,7 @@ def train(
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
+            adaptive=adaptive,
             rewards=None if rewards is None else str(rewards),
             reference=reference,
             max_length=max_length,

@@ -93,6 +93,10 @@ class Family:
             self._model_hash = fingerprint(self.model.state_dict().items())
         return self._model_hash
 
+    def forget_hash(self) -> None:
+        """The weights have changed: their identity is to be found out anew."""
+        self._model_hash = None
+
     @property
     def processor_hash(self) -> str:
         """Identity of the tokenizer and of every picture-processing setting."""
