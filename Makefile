@@ -46,7 +46,7 @@ demo: $(STAMP)
 	$(BIN)/catpo demo
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.run $(if $(CASE),--case $(CASE)) $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m bench.run $(foreach name,$(CASE),--case $(name)) $(if $(OUT),--out $(OUT)) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(NOTES),--notes)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

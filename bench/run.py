@@ -1,119 +1,265 @@
-"""`make bench`: a training step of ours against TRL's `DPOTrainer`, in turn, on the same weights, data, batch and threads.
+"""`make bench`: ours and the peers in turn, on the same weights, data, batch, precision and threads.
 
-python -m bench.run [--case train-llava-full] [--repeat 3] [--out FILE]
+python -m bench.run [--case train-llava-full-1] [--repeat 3] [--steps 3] [--out FILE] [--notes]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.shapes import LLAVA, make_pairs, write_model
+from bench.shapes import SHAPES, make_pairs, write_model
 from catpo.families import _base as families
 from catpo.scoring import score_pairs
 
-PAPER = "catpo(preset='paper')"
+NOTES = Path(__file__).parent.parent / "docs" / "lab-notes.md"
+CATPO, DPO = "catpo(preset='paper')", "dpo"
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that a case compares: a worker's arguments."""
+
+    work: str = "train"
+    trainer: str = ""
+    lora: bool = False
+    workers: int = 0
+
+    def arguments(self) -> list[str]:
+        return [f"--work={self.work}", f"--trainer={self.trainer}", f"--workers={self.workers}", *["--lora"] * self.lora]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two trainers on one batch size."""
+    """Ours against peers; the fastest of them counts. Limits are ratios ours / peer by measure."""
 
     name: str
+    shape: str
     pairs: int
-    lora: bool
+    ours: Side
+    peers: tuple[Side, ...]
+    limits: dict[str, float] = field(default_factory=dict)
+    check: tuple[Side, Side] | None = None
+    """Two sides whose losses must agree before anything is measured."""
 
 
+def training(shape: str, pairs: int, *, lora: bool = False, limits: dict[str, float]) -> Case:
+    """A step of Cat-PO with KL and cached reference against one of TRL's DPO."""
+    peers = tuple(Side(trainer=name, lora=lora) for name in ("trl", "trl-responses"))
+    check = None if lora else (Side(trainer=DPO), peers[0])  # adapters draw other first values
+    kind = "lora" if lora else "full"
+    return Case(f"train-{shape}-{kind}-{pairs}", shape, pairs, Side(trainer=CATPO, lora=lora), peers, limits, check)
+
+
+FULL, LORA = {"time": 0.45, "memory": 0.80}, {"time": 0.42}
 CASES = [
-    Case("train-llava-full-1", 1, lora=False),
-    Case("train-llava-full-4", 4, lora=False),
-    Case("train-llava-lora-1", 1, lora=True),
-    Case("train-llava-lora-4", 4, lora=True),
-]
+    training("llava-576", 1, limits=FULL),
+    training("llava-576", 4, limits=FULL),
+    training("llava-576", 1, lora=True, limits=LORA),
+    training("llava-576", 4, lora=True, limits=LORA),
+    training("qwen-1200", 1, limits=FULL),
+    training("qwen-1200", 1, lora=True, limits=LORA),
+    training("qwen-300", 1, limits={}),
+    training("qwen-2400", 1, limits={}),
+    training("llava-144", 1, limits={}),
+    training("llava-1156", 1, limits={}),
+    training("llava-2916", 1, limits={}),
+    Case(
+        "naive-llava-576", "llava-576", 1, Side(trainer=CATPO), (Side(trainer="naive"),), {"time": 0.25},
+        (Side(trainer=CATPO), Side(trainer="naive")),
+    ),
+    Case("kl-llava-576", "llava-576", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
+    Case("kl-qwen-1200", "qwen-1200", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
+    Case("score-llava-576", "llava-576", 4, Side("score"), (Side("forward"),), {"time": 1.15, "memory": 1.10}),
+    Case("eager-llava-576", "llava-576", 4, Side("score"), (Side("eager"),), {"time": 0.35}),
+    Case("eager-llava-1156", "llava-1156", 1, Side("score"), (Side("eager"),), {"time": 0.35}),
+    Case(
+        "epoch-llava-576", "llava-576", 1, Side("epoch", CATPO), (Side("epoch", "trl"), Side("epoch", "trl-responses")),
+        {"time": 1.0},
+    ),
+    Case("loading-llava-576", "llava-576", 4, Side(trainer=CATPO, workers=2), (), {"waiting": 0.10}),
+]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--case", action="append", help="one of " + ", ".join(case.name for case in CASES))
+    known = ", ".join(case.name for case in CASES)
+    parser.add_argument("--case", action="append", help=f"name, or the start of names; of {known}")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--notes", action="store_true", help=f"add the table to {NOTES.name}")
     options = parser.parse_args()
-    chosen = [case for case in CASES if not options.case or case.name in options.case]
+    chosen = [case for case in CASES if not options.case or any(case.name.startswith(name) for name in options.case)]
     if not chosen:
-        parser.error(f"no such case; known: {', '.join(case.name for case in CASES)}")
-    results = []
+        parser.error(f"no such case; known: {known}")
+    speed = matmul_flops()
+    rows: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
-        model, rewards = Path(folder) / "model", Path(folder) / "rewards"
-        write_model(LLAVA, model)
-        score_pairs(make_pairs(LLAVA, 4 * (options.steps + 1)), families.load(model), rewards)
         for case in chosen:
-            results += run_case(case, model, rewards, options)
-    Console().print(as_table(results))
-    if options.out:
-        options.out.write_text(json.dumps({"cases": results}, indent=1) + "\n")
+            rows += run_case(case, prepared(case, Path(folder), options.steps), options, speed)
+            Console(width=140).print(as_table(rows))
+            if options.out:
+                options.out.write_text(json.dumps({"machine": machine(speed), "cases": rows}, indent=1) + "\n")
+    if options.notes:
+        add_to_notes(rows, speed, options)
 
 
-def run_case(case: Case, model: Path, rewards: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both sides in turn, after checking that plain DPO has the same losses on both."""
-    call = lambda trainer: _worker(trainer, case, model, rewards, options.steps)
-    ours, theirs = call("dpo"), call("trl")
-    gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    if gap > 1e-3 and not case.lora:  # adapters draw other first values
-        raise SystemExit(f"{case.name}: our dpo and TRL's differ by {gap:.2g} in the loss; nothing is measured.")
-    mine, peer = [], []
+def prepared(case: Case, folder: Path, steps: int) -> list[str]:
+    """Model and reward store of a case's shape, written once, as a worker's arguments."""
+    model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.pairs}"
+    if not model.exists():
+        write_model(SHAPES[case.shape], model)
+    if not rewards.exists() and any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers)):
+        score_pairs(make_pairs(SHAPES[case.shape], case.pairs * (steps + 1)), families.load(model), rewards, progress=False)
+    return ["--shape", case.shape, "--model", str(model), "--rewards", str(rewards), "--pairs", str(case.pairs)]
+
+
+def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: float) -> list[Run]:
+    """All sides in turn, after checking that those which must agree have the same losses."""
+    call = lambda side: worker(case, side, [*place, "--steps", str(options.steps)])
+    gap = agreement(case, call)
+    mine: list[Run] = []
+    theirs: dict[Side, list[Run]] = {peer: [] for peer in case.peers}
     for _ in range(options.repeat):
-        mine.append(call(PAPER))
-        peer.append(call("trl"))
+        mine.append(call(case.ours))
+        for peer in case.peers:
+            theirs[peer].append(call(peer))
+    if not case.peers:
+        shares = [sum(run["waits"]) / sum(run["seconds"]) for run in mine]
+        return [row(case, "waiting", shares, [1.0] * len(shares), loss_gap=gap)]
+    fastest = min(case.peers, key=lambda peer: statistics.median(map(seconds, theirs[peer])))
     rows = []
-    for measure, value in (("time", lambda run: statistics.median(run["seconds"])), ("memory", lambda run: run["memory"])):
-        a, b = [value(run) for run in mine], [value(run) for run in peer]
-        ratios = [x / y for x, y in zip(a, b, strict=True)]
-        rows.append(
-            {
-                "case": case.name,
-                "measure": measure,
-                "ours": statistics.median(a),
-                "peer": statistics.median(b),
-                "ratio": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-                "loss_gap": gap,
+    for measure, value in (("time", seconds), ("memory", lambda run: run["memory"])):
+        more = {"peer_is": fastest.trainer or fastest.work, "loss_gap": gap}
+        if measure == "time" and "flops" in mine[0] and "flops" in theirs[fastest][0]:
+            sides = {"ours": mine, "peer": theirs[fastest]}
+            more |= {f"gflop_{name}": runs[0]["flops"] / 1e9 for name, runs in sides.items()}
+            more |= {
+                f"share_of_matmul_{name}": runs[0]["flops"] / speed / statistics.median(map(seconds, runs))
+                for name, runs in sides.items()
             }
-        )
+        rows.append(row(case, measure, list(map(value, mine)), list(map(value, theirs[fastest])), **more))
     return rows
 
 
-def _worker(trainer: str, case: Case, model: Path, rewards: Path, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.worker", "--model", str(model), "--rewards", str(rewards), "--trainer", trainer]
-    command += ["--pairs", str(case.pairs), "--steps", str(steps), *(["--lora"] if case.lora else [])]
+def seconds(run: Run) -> float:
+    return statistics.median(run["seconds"])
+
+
+def agreement(case: Case, call: Callable[[Side], Run]) -> float | None:
+    """Largest difference of the losses of two sides that compute the same; stops where they do not."""
+    if case.check is None:
+        return None
+    first, second = (call(side)["losses"] for side in case.check)
+    gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
+    if not gap <= 2e-3:
+        raise SystemExit(
+            f"{case.name}: {case.check[0]} and {case.check[1]} differ by {gap:.2g} in the loss. Nothing is measured."
+        )
+    return gap
+
+
+def row(case: Case, measure: str, ours: list[float], peer: list[float], **more: Any) -> Run:
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    return {
+        "case": case.name,
+        "measure": measure,
+        "ratio": statistics.median(ours) / statistics.median(peer),
+        "at_most": case.limits.get(measure),
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "repetitions": len(ours),
+        **more,
+    }
+
+
+def worker(case: Case, side: Side, place: list[str]) -> Run:
+    command = [sys.executable, "-m", "bench.worker", *side.arguments(), *place]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{case.name}, {trainer}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise SystemExit(f"{case.name}, {side}: {done.stderr[-3000:]}")
+    result: Run = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def as_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Cat-PO with KL and cached reference against TRL's DPO without KL (seconds per step, MiB above the model)"
+def matmul_flops() -> float:
+    """Floating-point operations per second of a float32 matrix product of a decoder's size, the best of some."""
+    a, b = torch.randn(800, 512), torch.randn(512, 1376)
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * 800 * 512 * 1376 / best
+
+
+def machine(speed: float) -> Run:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matmul_gflops": speed / 1e9,
+    }
+
+
+HEADINGS = ("case", "measure", "ours", "peer", "which", "ratio", "at most", "spread")
+
+
+def cells(each: Run) -> list[str]:
+    limit = (
+        "" if each["at_most"] is None else f"{each['at_most']:.2f}" + ("" if each["ratio"] <= each["at_most"] else " missed")
     )
-    for heading in ("case", "measure", "ours", "TRL", "ratio", "lowest", "highest"):
-        table.add_column(heading, justify="left" if heading in ("case", "measure") else "right")
-    for row in rows:
-        figures = (row[name] for name in ("ours", "peer", "ratio", "lowest", "highest"))
-        table.add_row(row["case"], row["measure"], *(f"{figure:.2f}" for figure in figures))
+    return [
+        each["case"], each["measure"], f"{each['ours']:.2f}", f"{each['peer']:.2f}", str(each.get("peer_is", "")),
+        f"{each['ratio']:.3f}", limit, f"{each['lowest']:.3f} to {each['highest']:.3f}",
+    ]  # fmt: skip
+
+
+def as_table(rows: list[Run]) -> Table:
+    table = Table(title="time in seconds, memory in MiB above the loaded model; ratios ours / fastest peer")
+    for heading in HEADINGS:
+        table.add_column(heading)
+    for each in rows:
+        table.add_row(*cells(each))
     return table
+
+
+def add_to_notes(rows: list[Run], speed: float, options: argparse.Namespace) -> None:
+    """The table, dated, below the heading of the notes."""
+    about = machine(speed)
+    lines = [
+        f"## {datetime.date.today()}: `make bench`",
+        "",
+        f"{about['cores']} cores, {about['threads']} threads, {about['matmul_gflops']:.0f} GFLOP/s in a float32 product, torch "
+        f"{about['torch']}; {options.repeat} repetitions of {options.steps} steps.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * len(HEADINGS),
+        *("| " + " | ".join(cells(each)) + " |" for each in rows),
+    ]
+    head, separator, rest = NOTES.read_text(encoding="utf-8").partition("\n## ")
+    NOTES.write_text(head + "\n" + "\n".join(lines) + "\n" + separator + rest, encoding="utf-8")
 
 
 if __name__ == "__main__":

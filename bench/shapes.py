@@ -18,6 +18,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 from catpo.types import Picture, PreferencePair, pair_id
@@ -25,52 +30,75 @@ from catpo.types import Picture, PreferencePair, pair_id
 WORDS = [
     f"{first}{second}" for first in ("ka", "lo", "mi", "ne", "pu", "ra", "si", "to") for second in ("ba", "du", "fe", "go")
 ]
-TEMPLATE = (
-    "<s>{% for m in messages %}{{ m['role'] + ':' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
+PATCH = 14
+
+
+def template(image: str) -> str:
+    return (
+        "<s>{% for m in messages %}{{ m['role'] + ':' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        + image
+        + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Proportions of a model and its pairs."""
+    """Proportions of a model and its pairs. Patches are those that the decoder sees, in rows and columns."""
 
-    name: str
-    image_size: int = 336
-    patch_size: int = 14
-    vision_width: int = 256
-    vision_layers: int = 6
+    family: str
+    rows: int
+    columns: int
+    vocabulary: int
     width: int = 512
     layers: int = 8
-    vocabulary: int = 32_000
-    prompt_words: int = 32
+    vision_width: int = 256
+    vision_layers: int = 6
+    prompt_words: int = 24
     response_words: int = 76
 
     @property
+    def name(self) -> str:
+        return f"{self.family}-{self.patches}"
+
+    @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.rows * self.columns
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        side = PATCH if self.family == "llava" else 2 * PATCH  # Qwen merges 2 x 2
+        return self.rows * side, self.columns * side
 
 
-LLAVA = Shape("llava")
-"""LLaVA-1.5's proportions scaled to two cores: 576 patches, 40 prompt tokens, about 80 per response, vocabulary 32,000."""
+def llava(side: int = 24) -> Shape:
+    """LLaVA-1.5's proportions scaled to two cores: 24 x 24 patches, vocabulary 32,000."""
+    return Shape("llava", side, side, 32_000)
+
+
+def qwen(rows: int = 30, columns: int = 40) -> Shape:
+    """Qwen2.5-VL class: 1,200 merged patches, vocabulary 151,936, grouped queries."""
+    return Shape("qwen", rows, columns, 151_936)
+
+
+SHAPES = {shape.name: shape for shape in (llava(12), llava(24), llava(34), llava(54), qwen(15, 20), qwen(30, 40), qwen(40, 60))}
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    """A LLaVA of this shape as `from_pretrained` reads it."""
+    """A model of this shape as `from_pretrained` reads it, with its processor."""
     torch.manual_seed(0)
-    words = _tokenizer()
-    vision: dict[str, Any] = {
-        "model_type": "clip_vision_model",
-        "hidden_size": shape.vision_width,
-        "intermediate_size": 4 * shape.vision_width,
-        "num_hidden_layers": shape.vision_layers,
-        "num_attention_heads": shape.vision_width // 64,
-        "image_size": shape.image_size,
-        "patch_size": shape.patch_size,
-    }
-    text: dict[str, Any] = {
-        "model_type": "llama",
+    model, processor = (_llava if shape.family == "llava" else _qwen)(shape)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _decoder(shape: Shape) -> dict[str, Any]:
+    return {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.width,
         "intermediate_size": int(2.6875 * shape.width),
@@ -81,22 +109,73 @@ def write_model(shape: Shape, folder: Path) -> None:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    image = words.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=shape.patches)
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    side = {"height": shape.image_size, "width": shape.image_size}
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": shape.image_size}, crop_size=side)
-    processor = LlavaProcessor(
+
+
+def _llava(shape: Shape) -> tuple[Any, Any]:
+    words = _tokenizer({"image_token": "<image>"})
+    height, width = shape.picture
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": shape.vision_width,
+        "intermediate_size": 4 * shape.vision_width,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.vision_width // 64,
+        "image_size": height,
+        "patch_size": PATCH,
+    }
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", **_decoder(shape)},
+        image_token_index=words.image_token_id,
+        image_seq_length=shape.patches,
+    )
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": height}, crop_size={"height": height, "width": width})
+    return LlavaForConditionalGeneration(config), LlavaProcessor(
         pictures,
         words,
-        patch_size=shape.patch_size,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
+        chat_template=template(IMAGE["llava"]),
     )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+
+
+def _qwen(shape: Shape) -> tuple[Any, Any]:
+    words = _tokenizer(
+        {
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>",
+            "vision_eos_token": "<|vision_end|>",
+        }
+    )
+    vision = {
+        "depth": shape.vision_layers,
+        "hidden_size": shape.vision_width,
+        "intermediate_size": 4 * shape.vision_width,
+        "num_heads": shape.vision_width // 64,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [shape.vision_layers - 1],
+        "out_hidden_size": shape.width,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    config = Qwen2_5_VLConfig(
+        text_config={**_decoder(shape), "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        vision_start_token_id=words.vision_bos_token_id,
+        vision_end_token_id=words.vision_eos_token_id,
+    )
+    pictures = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=2, size={"shortest_edge": 56**2, "longest_edge": 4000**2})
+    return Qwen2_5_VLForConditionalGeneration(config), Qwen2_5_VLProcessor(
+        image_processor=pictures,
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(patch_size=PATCH),
+        chat_template=template(IMAGE["qwen"]),
+    )
 
 
 def make_pairs(shape: Shape, count: int) -> list[PreferencePair]:
@@ -105,27 +184,23 @@ def make_pairs(shape: Shape, count: int) -> list[PreferencePair]:
     sentence = lambda words: " ".join(rng.choice(WORDS) for _ in range(words))
     pairs = []
     for number in range(count):
-        noise = np.random.default_rng(number).integers(0, 255, (shape.image_size, shape.image_size, 3), dtype=np.uint8)
+        noise = np.random.default_rng(number).integers(0, 255, (*shape.picture, 3), dtype=np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(noise).save(buffer, "PNG")
+        Image.fromarray(noise).save(buffer, "JPEG", quality=90)
         images = (Picture(data=buffer.getvalue(), name=f"noise {number}"),)
         texts = (sentence(shape.prompt_words), sentence(shape.response_words + number % 5), sentence(shape.response_words + 4))
         pairs.append(PreferencePair(pair_id(images, *texts), images, *texts))
     return pairs
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(special: dict[str, str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
+    names = ["<pad>", "<s>", "</s>", *special.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([" " + " ".join(WORDS)] * 50, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens=special
     )

@@ -1,4 +1,4 @@
-"""One measured process: trains a few steps with one trainer and prints times, peak memory and losses as JSON."""
+"""One measured process: does one kind of work on pairs of a shape, and prints times, peak memory and losses as JSON."""
 
 from __future__ import annotations
 
@@ -6,65 +6,108 @@ import argparse
 import copy
 import json
 import os
-import resource
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from bench.shapes import LLAVA, make_pairs
+from bench.shapes import SHAPES, make_pairs
+from catpo.batching import Batch, pack, response_hidden, run_backbone
 from catpo.families import _base as families
+from catpo.head import token_stats
+from catpo.scoring import score_pairs
+from catpo.stats import PairStats
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.training import lora_config
-from catpo.types import PreferencePair
+from catpo.types import SIDES, PreferencePair
 
 LORA = "lora(r=16, alpha=32)"
-
-
-class StepTimes(TrainerCallback):
-    """Seconds of each optimiser step, data loading included; peak memory is asked for at the end."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.seconds:
-            self.began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self.began)
-        self.began = now
+TRL = ("trl", "trl-responses")
+"""As shipped, and with its head on response positions only, as it is on CUDA."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", required=True, help="train, score, forward, eager or epoch")
+    parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rewards", type=Path)
-    parser.add_argument("--trainer", required=True, help="trl, or an objective of ours")
+    parser.add_argument("--trainer", default="", help="trl, trl-responses, naive, or an objective of ours")
     parser.add_argument("--pairs", type=int, default=1, help="per batch")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="measured; one more warms up")
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as output:
-        print(json.dumps(measure(options, output)))
+        print(json.dumps(WORK[options.work](options, Path(output))))
 
 
-def measure(options: argparse.Namespace, output: str) -> dict[str, Any]:
-    pairs = make_pairs(LLAVA, options.pairs * (options.steps + 1))
-    times = StepTimes()
+# ---- training -------------------------------------------------------------------------------------------------------------
+
+
+class Watch(TrainerCallback):
+    """Seconds of each step, of what lies between steps (fetching data), and the operations of the first step."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.between: list[float] = []
+        self.flops = FlopCounterMode(display=False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+        if not self.steps:
+            self.flops.__enter__()
+        else:
+            self.between.append(self.began - self.ended)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.steps:
+            self.flops.__exit__(None, None, None)
+        self.ended = time.perf_counter()
+        self.steps.append(self.ended - self.began)
+
+    def seconds(self) -> list[float]:
+        """Of each step with the data it waited for, the first left out."""
+        return [step + wait for step, wait in zip(self.steps[1:], self.between, strict=True)]
+
+
+def train(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    pairs = make_pairs(SHAPES[options.shape], options.pairs * (options.steps + 1))
+    family = families.load(options.model)
+    before = resident_mebibytes()
+    trainer, watch = make_trainer(options, family, pairs, output, options.steps + 1)
+    with response_only_head(options.trainer):
+        trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {
+        "seconds": watch.seconds(),
+        "waits": watch.between,
+        "memory": peak_mebibytes() - before,
+        "losses": losses,
+        "flops": watch.flops.get_total_flops(),
+    }
+
+
+def make_trainer(
+    options: argparse.Namespace, family: families.Family, pairs: list[PreferencePair], output: Path, steps: int
+) -> tuple[Any, Watch]:
     common = {
-        "output_dir": output,
+        "output_dir": str(output),
         "per_device_train_batch_size": options.pairs,
-        "max_steps": options.steps + 1,
+        "max_steps": steps,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",  # their defaults differ
         "logging_steps": 1,
@@ -73,30 +116,61 @@ def measure(options: argparse.Namespace, output: str) -> dict[str, Any]:
         "use_cpu": True,
         "bf16": False,  # TRL would switch it on
         "disable_tqdm": True,
+        "dataloader_num_workers": options.workers,
         "seed": 0,
         "beta": 0.1,
     }
-    trainer = _peer(options, pairs, common) if options.trainer == "trl" else _ours(options, pairs, common)
+    trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(times)
-    before = _peak_mebibytes()
-    trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {"seconds": times.seconds[1:], "memory": _peak_mebibytes() - before, "losses": losses}  # the first step warms up
+    watch = Watch()
+    trainer.add_callback(watch)
+    return trainer, watch
 
 
-def _ours(options: argparse.Namespace, pairs: list[PreferencePair], common: dict[str, Any]) -> Any:
-    family = families.load(options.model)
+def _ours(options: argparse.Namespace, family: families.Family, pairs: list[PreferencePair], common: dict[str, Any]) -> Any:
     peft_config = lora_config(LORA, family) if options.lora else None
-    arguments = CatPOConfig(**common, objective=options.trainer, rewards=str(options.rewards), self_check=False)
-    return CatPOTrainer(family, arguments, pairs, peft_config=peft_config)
+    is_naive = options.trainer == "naive"
+    arguments = CatPOConfig(
+        **common,
+        objective="catpo" if is_naive else options.trainer,
+        rewards=str(options.rewards),
+        self_check=False,
+        reference="online" if is_naive else "cached",
+        prefix="separate" if is_naive else "shared",
+    )
+    return (NaiveTrainer if is_naive else CatPOTrainer)(family, arguments, pairs, peft_config=peft_config)
 
 
-def _peer(options: argparse.Namespace, pairs: list[PreferencePair], common: dict[str, Any]) -> Any:
+class NaiveTrainer(CatPOTrainer):
+    """Cat-PO as its official release runs it: a row per response, two forwards of each model, whole logits (methods 1.3)."""
+
+    def pair_stats(self, model: Any, batch: Batch) -> PairStats:
+        mask = batch["mask"]
+        with torch.no_grad(), self._reference() as (reference, _):
+            for _ in range(2):
+                reference_log_probs = self._log_probs(reference, batch)
+        for _ in range(2):
+            log_probs = self._log_probs(model, batch)
+        kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
+        place = batch["row"][:, :, None], batch["predictors"].clamp(min=0)
+        at_token = lambda values: values[place].gather(-1, batch["token_ids"][..., None])[..., 0]
+        values = {
+            "mask": mask,
+            "weights": batch["weights"],
+            "policy_logps": at_token(log_probs),
+            "reference_logps": at_token(reference_log_probs),
+            f"kl {self.direction}": kl[place],
+        }
+        return PairStats(values.__getitem__)
+
+    def _log_probs(self, model: Any, batch: Batch) -> Tensor:
+        return model(**batch["model_inputs"], use_cache=False).logits.log_softmax(-1)
+
+
+def _trl(options: argparse.Namespace, family: families.Family, pairs: list[PreferencePair], common: dict[str, Any]) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    family = families.load(options.model)
     family.freeze_vision()
     message = [{"role": Value("string"), "content": Value("string")}]
     features = Features({"images": List(ImageFeature()), "prompt": message, "chosen": message, "rejected": message})
@@ -120,9 +194,108 @@ def _row(pair: PreferencePair) -> dict[str, Any]:
     }
 
 
-def _peak_mebibytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def response_only_head(trainer: str) -> Any:
+    """TRL scores responses alone where Triton runs; this makes it do so here, with its torch kernels."""
+    if trainer != "trl-responses":
+        return nullcontext()
+    return mock.patch("trl.trainer.utils._use_triton", return_value=True)
 
+
+# ---- scoring --------------------------------------------------------------------------------------------------------------
+
+
+def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Everything that `catpo score` does with pairs: encoding, forward, signals, the store with hidden states."""
+    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
+    family = families.load(options.model)
+    score_pairs(pairs[:1], family, output / "warm", progress=False)
+    return measured(lambda: score_pairs(pairs, family, output / "rewards", batch_size=options.pairs, progress=False))
+
+
+def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """The same packed rows through the plain model, and the log-probs of their response tokens."""
+    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
+    family = families.load(options.model)
+
+    def run(some: Sequence[PreferencePair]) -> None:
+        batch = pack(family, [family.encode(pair) for pair in some])
+        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+        token_stats(hidden, family.head, batch["token_ids"][batch["mask"]])
+
+    with torch.inference_mode():
+        run(pairs[:1])
+        return measured(lambda: [run(pairs[at : at + options.pairs]) for at in range(0, len(pairs), options.pairs)])
+
+
+def eager(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Chosen and rejected by themselves, with whole attention maps of every layer and whole logits."""
+    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
+    family = families.load(options.model)
+    layer = int(0.6 * family.depth)
+
+    def run(pair: PreferencePair) -> None:
+        batch = pack(family, [family.encode(pair)], prefix="separate")
+        for row in range(2):
+            inputs = {name: values[row : row + 1] for name, values in batch["model_inputs"].items() if name != "pixel_values"}
+            out = family.unwrapped(**_one_picture(batch, inputs), use_cache=False, output_attentions=True)
+            out.logits.log_softmax(-1)
+            patches = batch["patches"][row]
+            out.attentions[layer].mean(1)[:, :, patches].sum(-1)
+
+    with torch.inference_mode(), family.eager_attention():
+        run(pairs[0])
+        return measured(lambda: [run(pair) for pair in pairs])
+
+
+def _one_picture(batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    pixels = batch["model_inputs"]["pixel_values"]
+    position_ids = batch["model_inputs"].get("position_ids")
+    more = {} if position_ids is None else {"position_ids": position_ids[..., :1, :]}
+    return {**inputs, **more, "pixel_values": pixels[: len(pixels) // len(SIDES)]}
+
+
+def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """From nothing to trained once over the pairs: ours scores first."""
+    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
+    family = families.load(options.model)
+
+    def run() -> None:
+        if options.trainer not in TRL:
+            score_pairs(pairs, family, output / "rewards", batch_size=4, progress=False)
+            options.rewards = output / "rewards"
+        trainer, _ = make_trainer(options, family, pairs, output, options.steps)
+        with response_only_head(options.trainer):
+            trainer.train()
+
+    return measured(run)
+
+
+def measured(run: Callable[[], object]) -> dict[str, Any]:
+    before = resident_mebibytes()
+    began = time.perf_counter()
+    run()
+    return {"seconds": [time.perf_counter() - began], "memory": peak_mebibytes() - before, "losses": []}
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def resident_mebibytes() -> float:
+    """What the process holds now; the peak is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_mebibytes() -> float:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+WORK = {each.__name__: each for each in (train, score, forward, eager, epoch)}
 
 if __name__ == "__main__":
     main()

@@ -13,12 +13,8 @@ from tiny import llava, pairs
 
 def eager_maps(family, batch):
     """Every layer's whole attention, [layer, row, head, query, key], from eager attention."""
-    inputs = dict(batch["model_inputs"])
-    mask = inputs["attention_mask"]
-    if mask.ndim == 4:  # eager adds its mask
-        inputs["attention_mask"] = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     family.unwrapped.set_attn_implementation("eager")
-    out = family.unwrapped.base_model(**inputs, use_cache=False, output_attentions=True)
+    out = run_backbone(family.unwrapped, batch, output_attentions=True)
     family.unwrapped.set_attn_implementation("sdpa")
     return torch.stack(out.attentions)
 
@@ -77,10 +73,10 @@ def test_soft_attention_is_equal_to_1e5():
 def test_recording_changes_no_output_and_leaves_no_trace():
     family = llava()
     batch = pack(family, [family.encode(pair) for pair in pairs(2)])
-    with torch.no_grad():
+    recorder = AttentionRecorder(batch["tokens_at"].reshape(2, -1), batch["patches"], (1,))
+    with family.recordable_attention(), torch.no_grad():
         before = run_backbone(family.unwrapped, batch).last_hidden_state
-        recorder = AttentionRecorder(batch["tokens_at"].reshape(2, -1), batch["patches"], (1,))
-        with family.recordable_attention(), recorder:
+        with recorder:
             during = run_backbone(family.unwrapped, batch).last_hidden_state
     assert torch.equal(before, during)
     assert family.unwrapped.config.get_text_config()._attn_implementation == "sdpa"

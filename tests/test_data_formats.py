@@ -259,6 +259,7 @@ def test_vlfeedback_as_the_library_gives_it_becomes_pairs(tmp_path):
         ("good one", "middling"),
         ("middling", "bad one"),
     ]
+    assert [pair.meta["is_best"] for pair in pairs] == [1.0, 1.0, 0.0]
     wide = open_data(f"llava(source={str(tmp_path / 'a.parquet')!r}, min_gap=3.0)")
     assert [(pair.chosen, pair.rejected) for pair in wide.pairs()] == [("good one", "bad one")]
 

@@ -26,6 +26,7 @@ from catpo.objectives._base import build
 from catpo.pairs_file import write_pairs
 from catpo.recipes import starter
 from catpo.spec import keyword_options
+from catpo.views import VIEWS, View
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -134,7 +135,9 @@ def workplace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=relative)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "methods.md"], ids=relative
+)
 def test_the_python_examples_run(page: Path, workplace: Path, made: Path) -> None:
     shutil.copytree(made / "rewards", workplace / "rewards")
     names: dict[str, Any] = {}
@@ -233,3 +236,18 @@ def test_the_objectives_named_in_the_map_can_be_built(objective: str) -> None:
 
 def test_the_table_of_families_is_what_is_measured() -> None:
     assert family_table.table() in family_table.PAGE.read_text(), "python tests/family_table.py"
+
+
+# ---- the page of methods --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_methods_has_every_objective_and_view_and_no_other() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)[(`].*\|$", page, flags=re.MULTILINE)
+    assert set(rows) == {*registry.names("objectives"), *VIEWS} - {"perturbed"}
+    for text in re.findall(r"`((?:\w+)\((?:[^`]*)\))`", page):
+        name = text.partition("(")[0]
+        if name in VIEWS:
+            View.of(text)
+        elif name in registry.names("objectives") and text not in ("vdpo(guidance=0.0)", "dpo(beta=0.0)"):
+            build(text)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catpo.head import Head, token_probabilities, token_stats
+from catpo.head import Head, likeliest_tokens, token_logits, token_probabilities, token_stats
 
 DIRECTIONS = ["policy||reference", "reference||policy"]
 
@@ -58,7 +58,7 @@ def test_logps_kl_and_gradients_equal_the_plain_way(direction, softcap, scale, i
 
     expected_logps, expected_kl = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
     stats = token_stats(
-        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, chunk=3
+        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, words=3
     )
     torch.testing.assert_close(stats.logps, expected_logps, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(stats.kl, expected_kl, rtol=1e-10, atol=1e-10)
@@ -87,11 +87,11 @@ def test_the_kl_is_not_computed_when_there_is_no_reference():
     assert token_stats(hidden, head, tokens).kl is None
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 100])
-def test_the_chunk_size_changes_nothing(chunk):
+@pytest.mark.parametrize("words", [1, 2, 7, 100])
+def test_the_tile_size_changes_nothing(words):
     hidden, head, tokens, reference_hidden, reference_head = problem()
-    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=7)
-    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=chunk)
+    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=11)
+    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=words)
     torch.testing.assert_close(parts.logps, whole.logps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-12, atol=1e-12)
 
@@ -113,9 +113,9 @@ def test_no_tokens_by_vocabulary_tensor_ever_exists(is_frozen):
     hidden.requires_grad_(True)
     head.weight.requires_grad_(not is_frozen)
     with LargestTensor() as largest:
-        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, chunk=16)
+        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=125)
         (stats.logps.sum() + stats.kl.sum()).backward()
-    assert largest.size == 16 * 1000
+    assert largest.size == 128 * 125
 
 
 def test_half_precision_inputs_are_summed_in_float32():
@@ -127,3 +127,14 @@ def test_probabilities_at_a_few_words_equal_the_whole_softmax():
     hidden, head, tokens, *_ = problem()
     expected = torch.softmax(hidden @ head.weight.T + head.bias, -1)[:, tokens]
     torch.testing.assert_close(token_probabilities(hidden, head, tokens, chunk=2), expected)
+
+
+@pytest.mark.parametrize("softcap, scale, bias", [(None, 1.0, True), (3.0, 0.5, True), (None, 1.0, False)])
+def test_raw_logits_and_likeliest_tokens_are_those_of_the_whole_head(softcap, scale, bias):
+    hidden, head, tokens, _, _ = problem(softcap=softcap, scale=scale, bias=bias)
+    logits = head.logits(hidden)
+    torch.testing.assert_close(token_logits(hidden, head, tokens), logits.gather(1, tokens[:, None])[:, 0])
+    assert torch.equal(likeliest_tokens(hidden, head, chunk=3), logits.argmax(-1))
+    assert token_logits(hidden[:0], head, tokens[:0]).shape == likeliest_tokens(hidden[:0], head).shape == (0,)
+    states = hidden.clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda states: token_logits(states, head, tokens), (states,))

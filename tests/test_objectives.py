@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -11,22 +12,51 @@ from catpo import registry
 from catpo.errors import UserError
 from catpo.objectives import _base as objectives
 from catpo.objectives import catpo, dpo
+from catpo.objectives._base import FORMS as FORM
 from catpo.stats import PairStats, kl_direction, requirements
 
 
+class Figures(dict):
+    """Random figures of a batch with responses of different lengths; what a method reads beyond the basic ones is made up too.
+
+    NaN stands in the padding, which must never count. With `equal` the reference is the policy.
+    """
+
+    def __init__(self, pairs=3, tokens=5, seed=0, *, equal=False):
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (pairs, 2, 1), generator=generator)
+        super().__init__(mask=mask, token_ids=torch.randint(0, 4, mask.shape, generator=generator))
+        self.seed, self.equal = seed, equal
+
+    def __missing__(self, name):
+        if name.startswith("meta "):
+            return self.setdefault(name, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[: len(self["mask"])])
+        quantity, _, rest = name.partition("@")
+        mask = self["mask"][:, ("chosen", "rejected").index(rest.split("@")[0])] if rest else self["mask"]
+        if quantity == "mask":
+            return self.setdefault(name, mask)
+        text = f"{self.seed} {name.replace('reference', 'policy') if self.equal else name}"
+        draw = torch.randn(mask.shape, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())), dtype=torch.float64)
+        if name == "weights":
+            draw = draw.abs()
+        elif name.startswith("kl "):
+            draw = torch.zeros_like(draw) if self.equal else draw.abs()
+        return self.setdefault(name, torch.where(mask, draw - 3 if "log" in name else draw, math.nan))
+
+    def map(self, change, loss):
+        """The same figures, all that `loss` reads, changed one by one."""
+        loss(stats(self))
+        changed = Figures.__new__(Figures)
+        dict.__init__(changed, {name: change(value) for name, value in self.items()})
+        changed.seed, changed.equal = self.seed, self.equal
+        return changed
+
+
 def table(pairs=3, tokens=5, seed=0):
-    """Random figures of a batch with responses of different lengths; NaN in the padding, which must never count."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (pairs, 2, 1), generator=generator)
-    draw = lambda: torch.where(mask, torch.randn(pairs, 2, tokens, generator=generator, dtype=torch.float64), math.nan)
-    return {
-        "mask": mask,
-        "policy_logps": draw().sub(3),
-        "reference_logps": draw().sub(3),
-        "weights": draw().abs(),
-        "kl policy||reference": draw().abs(),
-        "kl reference||policy": draw().abs(),
-    }
+    """The figures that `dpo` and `catpo` read, as a dictionary."""
+    figures = Figures(pairs, tokens, seed)
+    names = ("policy_logps", "reference_logps", "weights", "kl policy||reference", "kl reference||policy")
+    return {"mask": figures["mask"], **{name: figures[name] for name in names}}
 
 
 def stats(values):
@@ -85,36 +115,88 @@ def test_other_weights_change_the_loss():
     assert (catpo.loss(stats(values)).losses != catpo.loss(stats(doubled)).losses).all()
 
 
-@pytest.mark.parametrize("name", registry.names("objectives"))
-def test_equal_policy_and_reference_give_log_2(name):
-    values = table()
-    values["reference_logps"] = values["policy_logps"]
-    values["kl policy||reference"] = values["kl reference||policy"] = torch.zeros_like(values["weights"])
-    assert registry.load("objectives", name)(stats(values)).losses.tolist() == pytest.approx([math.log(2)] * 3)
+METHODS = registry.names("objectives")
+FORMS = [
+    f"{name}(form='{form}')" for name in ("ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "opa_dpo") for form in FORM
+]
+MIRRORED = ("catpo", "ddpo", "dpo", "tdpo", "vdpo")
+"""Methods that treat both sides alike."""
 
 
-@pytest.mark.parametrize("name", registry.names("objectives"))
+def bound(spec):
+    """An objective as a function of the figures alone."""
+    objective = objectives.build(spec)
+    return lambda figures: objective.loss(figures, **objective.options)
+
+
+@pytest.mark.parametrize("spec", [*METHODS, *FORMS])
+def test_equal_policy_and_reference_give_log_2(spec):
+    found = bound(spec)(stats(Figures(equal=True)))
+    assert found.metrics["loss/preference"].tolist() == pytest.approx([math.log(2)] * 3)
+    if not spec.startswith("vdpo"):
+        assert found.metrics["rewards/chosen"].tolist() == pytest.approx([0] * 3)
+
+
+@pytest.mark.parametrize("spec", ["amp", "catpo", "chip", "ddpo", "dpo", "hsa_dpo", "povid", "rrpo", "tdpo", "tgdpo", "tpo"])
+def test_the_first_loss_is_log_2_where_there_is_one_term(spec):
+    found = bound(spec)(stats(Figures(equal=True)))
+    rounds = Figures()["meta round 0.0"] if spec == "amp" else torch.zeros(3)
+    assert found.losses.tolist() == pytest.approx((math.log(2) * (1 + 0.05 * rounds)).tolist())
+
+
+def test_the_first_loss_of_vdpo_is_that_of_the_guidance_alone():
+    figures = Figures(equal=True)
+    gain = [
+        (figures["policy_logps"][:, side] - figures[f"constant_policy_logps@{name}@blank"]).nan_to_num().sum(-1)
+        for side, name in enumerate(("chosen", "rejected"))
+    ]
+    expected = -torch.nn.functional.logsigmoid(0.1 * 0.5 * (gain[0] - gain[1]))
+    torch.testing.assert_close(bound("vdpo(guidance=1.5)")(stats(figures)).losses, expected)
+
+
+@pytest.mark.parametrize("name", MIRRORED)
 def test_swapping_the_sides_flips_the_margin(name):
-    values = table()
-    swapped = {key: value.flip(1) for key, value in values.items()}
     loss = registry.load("objectives", name)
-    ours, theirs = loss(stats(values)).metrics, loss(stats(swapped)).metrics
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    figures = Figures()
+    swapped = figures.map(lambda value: value.flip(1), loss)
+    for key in [key for key in swapped if "@" in key]:
+        quantity, side, view = key.split("@")
+        swapped[key] = figures[f"{quantity}@{other[side]}@{view}"]
+    ours, theirs = loss(stats(figures)).metrics, loss(stats(swapped)).metrics
     torch.testing.assert_close(ours["rewards/chosen"], theirs["rewards/rejected"])
 
 
-@pytest.mark.parametrize("name", registry.names("objectives"))
-def test_permuting_the_batch_permutes_the_losses(name):
-    values = table()
-    order = torch.tensor([2, 0, 1])
-    loss = registry.load("objectives", name)
-    permuted = loss(stats({key: value[order] for key, value in values.items()})).losses
-    torch.testing.assert_close(permuted, loss(stats(values)).losses[order])
+@pytest.mark.parametrize("spec", [*METHODS, *FORMS])
+def test_permuting_the_batch_permutes_the_losses(spec):
+    figures, order = Figures(), torch.tensor([2, 0, 1])
+    loss = bound(spec)
+    permuted = loss(stats(figures.map(lambda value: value[order], loss))).losses
+    torch.testing.assert_close(permuted, loss(stats(figures)).losses[order])
 
 
-def test_gradients_equal_finite_differences():
-    values = {name: value.nan_to_num() if value.is_floating_point() else value for name, value in table().items()}
-    policy = values["policy_logps"].clone().requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda policy: catpo.loss(stats({**values, "policy_logps": policy})).losses, (policy,))
+@pytest.mark.parametrize("spec", [*METHODS, *FORMS])
+def test_a_pair_alone_has_the_loss_it_has_in_a_batch(spec):
+    figures, loss = Figures(tokens=7), bound(spec)
+    together = loss(stats(figures)).losses
+    assert torch.isfinite(together).all()
+    for pair in range(3):
+        longest = int(figures["mask"][pair].sum(-1).max())
+        cut = lambda value, at=pair, end=longest: value[at : at + 1, ..., :end] if value.ndim > 1 else value[at : at + 1]
+        torch.testing.assert_close(loss(stats(figures.map(cut, loss))).losses, together[pair : pair + 1])
+
+
+@pytest.mark.parametrize("spec", [*METHODS, *FORMS, "dpo(loss_type='ipo')", "tdpo(version=1)", "tpo(weights='catpo')"])
+def test_gradients_of_every_method_equal_finite_differences(spec):
+    """But for terms whose gradient is stopped on purpose, which are held constant here."""
+    figures, loss = Figures(pairs=2), bound(spec)
+    loss(stats(figures))
+    for name, value in figures.items():
+        figures[name] = value.nan_to_num() if value.is_floating_point() else value
+    trained = [name for name in figures if name.startswith("policy")]
+    values = tuple(figures[name].clone().requires_grad_(True) for name in trained)
+    changed = lambda *given: loss(stats({**figures, **dict(zip(trained, given, strict=True))})).losses
+    assert trained and torch.autograd.gradcheck(changed, values)
 
 
 def test_label_smoothing_mixes_both_orders():

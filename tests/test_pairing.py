@@ -13,7 +13,7 @@ from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.objects import mentions
 from catpo.pairing import pair
-from catpo.pairings import corrected, reference
+from catpo.pairings import corrected, reference, seva
 from catpo.pairings._base import Dropped, label
 from catpo.types import Picture, PreferencePair, Sample
 from fake_family import FakeFamily
@@ -337,3 +337,54 @@ def test_the_built_in_model_makes_pairs_and_a_second_run_makes_the_same(builtin,
     for made in open_data(tmp_path / "a").pairs():
         assert all(span.label == "grounded" for span in made.labels["chosen"])
         assert any(span.label == "hallucinated" for span in made.labels["rejected"])
+
+
+# ---- seva: the picture against a noised one -------------------------------------------------------------------------------
+
+
+def say_what_is_seen(sample, rng):
+    """Noise is seen as dogs."""
+    return f"A dog at number {sample.id.split('/')[0]}." if sample.id.endswith("/seva") else "A cat."
+
+
+def test_seva_sets_the_answer_against_that_to_a_noised_picture(tmp_path):
+    asked = []
+
+    class Watching(FakeFamily):
+        def generate(self, samples, **options):
+            asked.extend(samples)
+            return super().generate(samples, **options)
+
+    run(tmp_path / "out", family=Watching(say_what_is_seen), method="seva(view='noised(step=800)')", limit=5, block_size=3)
+    made = list(open_data(tmp_path / "out").pairs())
+    assert [(each.chosen, each.rejected[:6]) for each in made] == [("A cat.", "A dog ")] * 5
+    assert all(each.meta["view"] == "noised(step=800)" and each.labels["chosen"] for each in made)
+    clean, noised = ([each for each in asked if each.id.endswith("/seva") == is_noised] for is_noised in (False, True))
+    assert len(clean) == len(noised) == 5
+    for one, other in zip(clean, noised, strict=True):
+        assert other.id == f"{one.id}/seva" and other.prompt == one.prompt
+        assert other.images[0].open().size == one.images[0].open().size
+        assert other.images[0].digest() != one.images[0].digest()
+
+
+def test_seva_drops_equal_answers_and_needs_no_truth():
+    bare = ask()
+    assert seva.make(bare, "A dog.", random.Random(0), None, ["A dog."]) == Dropped("same text")
+    made = seva.make(bare, "A dog.", random.Random(0), None, ["A cat."])
+    assert (made.chosen, made.rejected, made.labels) == ("A dog.", "A cat.", {})
+
+
+def test_a_killed_seva_run_ends_with_the_same_pairs(tmp_path):
+    options = dict(method="seva", limit=9, block_size=3)
+    run(tmp_path / "whole", family=FakeFamily(say_what_is_seen), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", family=FakeFamily(say_what_is_seen, fail_after=2), **options)
+    run(tmp_path / "broken", family=FakeFamily(say_what_is_seen), **options)
+    texts = [(tmp_path / name / "pairs.jsonl").read_text() for name in ("whole", "broken")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("view, message", [("blank", "a view of the picture itself"), ("nosed", "Did you mean 'noised'")])
+def test_seva_refuses_views_that_are_no_corrupted_picture(tmp_path, view, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", method=f"seva(view='{view}')")

@@ -72,7 +72,7 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
         lora=lora,
         epochs=3.0,
         batch_size=2,
-        accumulation=2,
+        accumulation=3,
         dev_share=0.25,
     )
     made = plan("train", options("train", **given))

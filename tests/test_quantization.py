@@ -40,8 +40,8 @@ def test_a_quantized_model_is_scored_and_trains_an_adapter(folder, tmp_path):
     common = dict(pairs=str(folder / "pairs"), model=folder / "model", quantization="4bit", progress=False)
     score(**common, output=tmp_path / "rewards")
     train(
-        **common, rewards=tmp_path / "rewards", output=tmp_path / "run", lora="lora(r=4, alpha=8)", batch_size=2, accumulation=1,
-        max_steps=3, dev_share=0.0, logging_steps=1, learning_rate=1e-2,
+        **common, rewards=tmp_path / "rewards", output=tmp_path / "run", lora="lora(r=4, alpha=8)", batch_size=2,
+        accumulation=1, max_steps=3, dev_share=0.0, logging_steps=1, learning_rate=1e-2,
     )  # fmt: skip
     losses = [json.loads(line)["loss/preference"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:3]]
     assert losses[0] == pytest.approx(math.log(2), abs=0.02) and losses[-1] != losses[0]

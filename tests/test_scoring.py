@@ -11,7 +11,7 @@ import torch
 
 from catpo.errors import UserError
 from catpo.rewards import RewardStore
-from catpo.scoring import ScoreSettings, _another, score_pairs, token_labels
+from catpo.scoring import ScoreSettings, another_pair, score_pairs, token_labels
 from catpo.spec import parse
 from catpo.types import SIDES, Span
 from tiny import llava, pairs, picture
@@ -56,7 +56,7 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
     store = score_pairs(data, family, tmp_path / "store", settings(query=query), batch_size=2, progress=False)
     for pair in data:
         encoded = family.encode(pair)
-        other = family.encode(replace(pair, images=_another(data, pair).images))
+        other = family.encode(replace(pair, images=another_pair(data, pair).images))
         for side in SIDES:
             attentions, tokens, features, hidden, logps, start = whole_pass(family, encoded, side)
             count = len(encoded.response_ids[side])
@@ -89,12 +89,14 @@ def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_
     data = pairs(4)
     one = score_pairs(data, family, tmp_path / "one", settings(), batch_size=1, progress=False)
     four = score_pairs(data, family, tmp_path / "four", settings(), batch_size=4, progress=False)
+    by_tokens = score_pairs(data, family, tmp_path / "tokens", settings(), batch_tokens=120, progress=False)
     for pair in data:
         for side in SIDES:
             for name in ALL:
-                np.testing.assert_allclose(
-                    one.get(pair.id, side).signals[name], four.get(pair.id, side).signals[name], atol=1e-5
-                )
+                for other in (four, by_tokens):
+                    np.testing.assert_allclose(
+                        one.get(pair.id, side).signals[name], other.get(pair.id, side).signals[name], atol=1e-5
+                    )
 
 
 def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):

@@ -3,9 +3,9 @@ r"""Train a small VLM on real photographs with human captions, on a CPU: what th
     python tools/train_photo_vlm.py data  --flickr8k DIR --output photos
     python tools/train_photo_vlm.py train --data photos --output photos/model
 
-`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs: the
-model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs (non-commercial
-use only; nothing of it is part of catpo) as images_160px_q80.tar.
+`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs;
+the model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs as
+images_160px_q80.tar (non-commercial use only; nothing of it is part of catpo).
 
 `train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
 FastVLM class, and teaches both to caption. It needs two packages besides catpo:
@@ -22,6 +22,7 @@ import re
 import tarfile
 import time
 from collections import defaultdict
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +37,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from catpo.packing import layout_of, segments, visible
+from catpo.tensors import pad_indices
+
 SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
 """Folder -> official split, and which of its photographs."""
 PROMPT = "Describe the image."
 SIDE, STRIDE = 192, 32
+BATCH = 16
+"""Photographs per step, each with all its captions."""
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -48,16 +54,20 @@ TEMPLATE = (
 OBJECTS = {
     "person": "man men woman women boy boys girl girls child children kid kids person people lady ladies guy guys toddler baby",
     "dog": "dog dogs puppy puppies", "cat": "cat cats kitten", "horse": "horse horses pony", "bird": "bird birds",
-    "cow": "cow cows", "sheep": "sheep", "ball": "ball balls football basketball soccer tennis volleyball baseball",
+    "cow": "cow cows", "sheep": "sheep",
+    "ball": "ball balls football basketball soccer tennis volleyball baseball",
     "bicycle": "bicycle bicycles bike bikes biker bicyclist cyclist", "motorcycle": "motorcycle motorcycles motorbike dirtbike",
     "car": "car cars truck trucks van vehicle", "boat": "boat boats canoe kayak raft ship", "bus": "bus",
     "train": "train trains", "skateboard": "skateboard skateboards skateboarder", "surfboard": "surfboard surfer surfboards",
     "snowboard": "snowboard snowboarder", "skis": "ski skis skier skiers", "sled": "sled sleds", "swing": "swing swings",
-    "slide": "slide", "frisbee": "frisbee", "stick": "stick sticks", "rope": "rope", "toy": "toy toys", "bench": "bench benches",
-    "chair": "chair chairs", "table": "table", "camera": "camera", "umbrella": "umbrella", "hat": "hat hats cap helmet",
+    "slide": "slide", "frisbee": "frisbee", "stick": "stick sticks", "rope": "rope", "toy": "toy toys",
+    "bench": "bench benches", "chair": "chair chairs", "table": "table", "camera": "camera", "umbrella": "umbrella",
+    "hat": "hat hats cap helmet",
     "sunglasses": "sunglasses glasses", "shirt": "shirt shirts t-shirt jacket coat sweater", "dress": "dress dresses",
-    "shorts": "shorts", "water": "water ocean sea lake river waves wave pool stream surf waterfall", "beach": "beach sand shore",
-    "snow": "snow", "grass": "grass lawn", "field": "field", "tree": "tree trees forest woods", "rock": "rock rocks cliff boulder",
+    "shorts": "shorts",
+    "water": "water ocean sea lake river waves wave pool stream surf waterfall", "beach": "beach sand shore",
+    "snow": "snow", "grass": "grass lawn", "field": "field", "tree": "tree trees forest woods",
+    "rock": "rock rocks cliff boulder",
     "mountain": "mountain mountains hill", "street": "street road sidewalk", "building": "building buildings house",
     "fence": "fence", "wall": "wall", "bridge": "bridge", "crowd": "crowd", "flower": "flower flowers", "flag": "flag",
     "guitar": "guitar", "food": "food", "leaves": "leaves", "fountain": "fountain", "stairs": "stairs steps", "sky": "sky",
@@ -139,17 +149,15 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
     model = build_model(processor)
     began = time.perf_counter()
     features = tower_features(model, processor, [data / row["image"] for row in rows])
-    print(f"features of {len(rows)} photographs in {time.perf_counter() - began:.0f} s")
+    print(f"features of {len(rows)} photographs in {time.perf_counter() - began:.0f} s", flush=True)
     trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
     optimizer = torch.optim.AdamW(trained, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
     began, step = time.perf_counter(), 0
     while (share := (time.perf_counter() - began) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
-        chosen = [rng.randrange(len(rows)) for _ in range(64)]
-        loss = caption_loss(
-            model, processor, features[chosen].float(), [rng.choice(rows[each]["references"]) for each in chosen]
-        )
+        chosen = [rng.randrange(len(rows)) for _ in range(BATCH)]
+        loss = caption_loss(model, processor, features[chosen].float(), [rows[each]["references"] for each in chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -235,23 +243,34 @@ def tower_features(model: FastVlmForConditionalGeneration, processor: LlavaProce
 
 
 def caption_loss(
-    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[str]
+    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[list[str]]
 ) -> torch.Tensor:
-    """Mean cross-entropy of the captions' tokens behind the prompt."""
+    """Mean cross-entropy of the tokens of all captions, those of one photograph behind one prompt."""
     tokenizer = processor.tokenizer
     image = "<image>" * features.shape[1]
     prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
-    answers = [
-        [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for caption in captions
-    ]
-    longest = max(map(len, answers))
-    ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
+    rows, parts, places = [], [], []
+    for texts in captions:
+        answers = [[*tokenizer(" " + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        rows.append(prompt + [token for answer in answers for token in answer])
+        parts.append(list(pairwise(accumulate([0, len(prompt), *map(len, answers)]))))
+        places.append([*range(len(prompt)), *(len(prompt) + at for answer in answers for at in range(len(answer)))])
+    ids, positions = pad_indices(rows, fill=0), pad_indices(places, fill=0)
+    most = max(map(len, parts))
+    layout = layout_of([row + [(row[-1][1],) * 2] * (most - len(row)) for row in parts])
     seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))
-    hidden = model.model(input_ids=ids, mm_encoder_outputs={"image": seen}).last_hidden_state
-    logits = model.lm_head(hidden[:, len(prompt) - 1 : -1])
-    targets = ids[:, len(prompt) :]
-    is_answer = torch.tensor([[place < len(answer) for place in range(longest)] for answer in answers])
-    return torch.nn.functional.cross_entropy(logits[is_answer], targets[is_answer])
+    hidden = model.model(
+        input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": seen},
+        attention_mask=visible(layout, ids.shape[1])[:, None],
+    ).last_hidden_state  # fmt: skip
+    part = segments(layout, ids.shape[1])
+    is_first = positions == len(prompt)  # predicted by the prompt's last token, as every caption's first is
+    before = torch.arange(ids.shape[1]).expand_as(ids) - 1
+    before = torch.where(is_first, len(prompt) - 1, before)
+    is_answer = part > 0
+    row = torch.arange(len(ids))[:, None].expand_as(ids)
+    logits = model.lm_head(hidden[row[is_answer], before[is_answer]])
+    return torch.nn.functional.cross_entropy(logits, ids[is_answer])
 
 
 if __name__ == "__main__":

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from catpo import packing
 from catpo.errors import UserError
 from catpo.spec import parse
 
 _active: contextvars.ContextVar[AttentionRecorder | None] = contextvars.ContextVar("catpo_recorder", default=None)
 
+Mask = Tensor | BlockMask | None
+"""What attention functions of transformers may get for a mask; the layout of packed rows among it."""
 PAPER_LAYERS = (0.594, 0.6875)
 """The official run's layers 19-22 of 32, as shares of the depth (methods: the paper is silent on layers)."""
 
@@ -113,7 +117,7 @@ class AttentionRecorder:
         return torch.stack([self.by_layer[layer] for layer in self.layers]).mean(0)
 
     @torch.no_grad()
-    def observe(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+    def observe(self, module: nn.Module, query: Tensor, key: Tensor, mask: Mask, options: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
         if layer not in self.layers or layer in self.by_layer:  # seen: gradient checkpointing runs a layer twice
             return
@@ -130,7 +134,7 @@ class AttentionRecorder:
 
 
 def _probabilities(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, queries: Tensor, keys: Tensor, options: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, mask: Mask, queries: Tensor, keys: Tensor, options: dict[str, Any]
 ) -> Float[Tensor, "rows heads tokens patches"]:
     """Softmax over every visible key, read at the patches only; float32."""
     rows, heads, _, size = query.shape
@@ -148,8 +152,14 @@ def _probabilities(
     return (at_patches - scores.logsumexp(-1, keepdim=True)).exp()
 
 
-def _apply_mask(module: nn.Module, scores: Tensor, mask: Tensor | None, positions: Tensor, options: dict[str, Any]) -> Tensor:
+def _apply_mask(module: nn.Module, scores: Tensor, mask: Mask, positions: Tensor, options: dict[str, Any]) -> Tensor:
     rows, _, tokens, length = scores.shape
+    if packing.is_layout(mask):
+        return scores.masked_fill(~packing.visible(mask, length, positions)[:, None], float("-inf"))
+    if isinstance(mask, BlockMask):
+        row, key = (torch.arange(count, device=scores.device) for count in (rows, length))
+        is_seen = mask.mask_mod(row[:, None, None], row.new_zeros(()), positions[:, :, None], key[None, None])
+        return scores.masked_fill(~is_seen[:, None], float("-inf"))
     if mask is not None and mask.ndim == 4:
         mask = mask[..., :length]
         mask = mask.expand(rows, mask.shape[1], mask.shape[2], length)
@@ -175,8 +185,13 @@ def _visible(
 
 
 def recordable(base: str) -> str:
-    """Name of an attention implementation that equals `base` and can be recorded; registered with transformers on first use."""
-    name = f"catpo_{base}"
+    """Name of an attention implementation that equals `base`, can be recorded, and takes the layout of packed rows for a mask.
+
+    Registered with transformers on first use.
+    """
+    if base.startswith(packing.PREFIX):
+        return base
+    name = packing.PREFIX + base.removesuffix("_attention")  # some decoders refuse `flex_attention` by its name, and run it
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
@@ -184,15 +199,15 @@ def recordable(base: str) -> str:
             f"attention implementation '{base}' cannot be recorded. Load the model with attn_implementation='sdpa'."
         )
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Any) -> Any:
         recorder = _active.get()
         if recorder is not None:
             recorder.observe(module, query, key, attention_mask, options)
         fused = (
             ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else sys.modules[type(module).__module__].eager_attention_forward
         )
+        if packing.is_layout(attention_mask):
+            return packing.attend(fused, module, query, key, value, attention_mask, options)
         return fused(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(name, attend)

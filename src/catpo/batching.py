@@ -6,8 +6,9 @@ Knows nothing of losses or of how training goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MethodType
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from catpo import packing
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.fusion import Fusion
@@ -35,7 +37,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
 
     `prefix='separate'` gives chosen and rejected rows of their own (twice the picture): for families that cannot share, and to
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
-    [rows, patches]; positions are those in the padded row, -1 where there is none.
+    [rows, patches]; positions are those in the padded row, -1 where there is none. `padding` is the share of each row that is.
     """
     rows = [row for each in encoded for row in _rows(family, each, prefix)]
     length = max(len(row.ids) for row in rows)
@@ -57,8 +59,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
     if positions:
         model_inputs["position_ids"] = _padded_positions(positions, shift, length)
     if prefix == "shared":
-        visible = _visible(segments, padded([row.blocks for row in rows], -1))
-        model_inputs["attention_mask"] = family.attention_masks(visible, padded([row.index for row in rows], 0))
+        model_inputs["attention_mask"] = _attention(family, rows, shift, segments, padded)
     pairs = len(encoded)
     return {
         "model_inputs": model_inputs,
@@ -68,6 +69,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         "token_ids": response_ids.view(pairs, 2, -1),
         "mask": (tokens_at >= 0).view(pairs, 2, -1),
         "patches": pad_indices([moved(row.source.patches, number) for number, row in enumerate(rows)]),
+        "padding": (segments < 0).float().mean(1),
         "pair_ids": [each.pair_id for each in encoded],
     }
 
@@ -95,6 +97,11 @@ class _Row:
         """Where each response stands."""
         number = {side: SIDES.index(side) + 1 for side in self.sides}
         return {side: [at for at, segment in enumerate(self.segments) if segment == number[side]] for side in self.sides}
+
+    def parts(self, begin: int) -> list[tuple[int, int]]:
+        """Start and end of the prompt and of each response, in a row that `begin` places of padding precede."""
+        ends = np.cumsum([len(self.source.prompt_ids), *(len(self.source.response_ids[side]) for side in self.sides)])
+        return list(pairwise([begin, *(begin + int(end) for end in ends)]))
 
     @property
     def predictors(self) -> dict[Side, list[int]]:
@@ -143,6 +150,16 @@ def _padded_positions(rows: Sequence[Tensor], shift: Sequence[int], length: int)
     return table
 
 
+def _attention(
+    family: Family, rows: Sequence[_Row], shift: Sequence[int], segments: Tensor, padded: Callable[..., Tensor]
+) -> Any:
+    """Where the parts of the rows stand, if that is all there is to say; else a mask of which key each query sees."""
+    blocks, index = padded([row.blocks for row in rows], -1), padded([row.index for row in rows], 0)
+    if int(blocks.max()) < 0 and family.window(index) is None:
+        return packing.layout_of([row.parts(begin) for row, begin in zip(rows, shift, strict=True)])
+    return family.attention_masks(_visible(segments, blocks), index)
+
+
 def _visible(segments: Int[Tensor, "rows length"], blocks: Int[Tensor, "rows length"]) -> Bool[Tensor, "rows 1 length length"]:
     """Which key each query sees: earlier ones of its own segment and of the prompt, and all of its block.
 
@@ -180,7 +197,17 @@ def unflatten(values: Float[Tensor, " flat"], mask: Bool[Tensor, "pairs 2 tokens
 
 def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
     """The model without its output head on a batch's rows."""
-    return model.base_model(**batch["model_inputs"], use_cache=False, **options)
+    return model.base_model(**model_inputs(model, batch), use_cache=False, **options)
+
+
+def model_inputs(model: Any, batch: Batch) -> Batch:
+    """A batch's inputs with the mask that the decoder's attention takes."""
+    inputs: Batch = batch["model_inputs"]
+    layout = inputs["attention_mask"]
+    if not packing.is_layout(layout):
+        return inputs
+    implementation = model.config.get_text_config()._attn_implementation
+    return {**inputs, "attention_mask": packing.mask_for(implementation, layout, inputs["input_ids"].shape[1], model.dtype)}
 
 
 def add_pair_forward(model: Any) -> None:
@@ -207,11 +234,13 @@ def _pair_forward(
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
-) -> Tensor | TokenStats:
+    read: Callable[[Any, Tensor, Batch], Any] | None = None,
+) -> Tensor | TokenStats | tuple[TokenStats, Any]:
+    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them."""
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
     if hidden_only:
         return hidden
-    return token_stats(
+    stats = token_stats(
         hidden,
         Head.of(model),
         batch["token_ids"][batch["mask"]],
@@ -219,6 +248,7 @@ def _pair_forward(
         reference_head=reference_head,
         direction=direction or "policy||reference",
     )
+    return stats if read is None else (stats, read(model, hidden, batch))
 
 
 # ---- the collator ---------------------------------------------------------------------------------------------------------
@@ -240,6 +270,10 @@ class PairCollator:
     max_length: int | None = None
     prefix: Prefix = "shared"
     padding_side: str = "right"
+    beside: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
+    """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
+    keeps_hidden: bool = False
+    """Whether the reference's hidden states are needed without a KL too."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
@@ -251,6 +285,8 @@ class PairCollator:
             batch.update(self._stored(self.rewards, encoded))
         if "weights" not in batch:
             batch["weights"] = batch["mask"].float()
+        if self.beside is not None:
+            batch.update(self.beside(pairs, encoded))
         return batch
 
     def _stored(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
@@ -262,10 +298,22 @@ class PairCollator:
             stored["weights"] = _padded(sides)
             net = [pair.net_shared_coefficient for pair in weights]
             stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
+            if self.fusion.learned:
+                parts = [part for each in encoded for part in rewards.normalised_signals(each.pair_id, self.fusion)]
+                columns = [_padded([signals[:, column] for signals, _ in parts]) for column in range(3)]
+                stored["signals"] = torch.stack(columns, dim=-1)
+                stored["is_scored"] = _padded([is_scored for _, is_scored in parts]).bool()
         stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
-        if kl_direction(self.needs) and rewards.has_hidden:
+        if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
             stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
         return stored
+
+
+def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:
+    """A store's log-probs of pairs, after checking that it holds the same tokens."""
+    for each in encoded:
+        _check_token_ids(rewards, each)
+    return _padded([rewards.get(each.pair_id, side).logps for each in encoded for side in SIDES])
 
 
 def rewards_hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from catpo.errors import UserError
 from catpo.progress import track
-from catpo.runs import append_rows, repair_rows, write_atomic
+from catpo.runs import append_rows, repair_rows, write_atomic, write_json
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -34,6 +34,38 @@ class FirstStepCheck(TrainerCallback):
             raise UserError(
                 f"First step: the gradient norm is {norm}, so nothing is learned. Are all weights 0, is the loss constant, "
                 "or are the trained parameters not part of the decoder?"
+            )
+
+
+class NewDraws(TrainerCallback):
+    """Random views of the pictures are drawn anew in every epoch, by its number, so that a resumed run draws the same."""
+
+    def __init__(self, readings: Any) -> None:
+        self.readings = readings
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.readings.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+class KeepFusion(TrainerCallback):
+    """The learned coefficients of Eq. 11: one gradient for all processes, and a file beside each checkpoint."""
+
+    FILE = "fusion.json"
+
+    def __init__(self, fusion: Any, reduce: Any) -> None:
+        self.fusion, self.reduce = fusion, reduce
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.fusion.logits.grad is not None:
+            self.fusion.logits.grad = self.reduce(self.fusion.logits.grad, "mean")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fusion.logits.grad = None  # the Trainer clears those of the model only
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, {"logits": self.fusion.logits.tolist()}
             )
 
 
@@ -58,6 +90,8 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         kept = [row for row in repair_rows(self.path) if row["step"] <= state.global_step and state.global_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -78,6 +78,8 @@ class ScoreOptions:
     """Keep each token's attention map for the report."""
     batch_size: int = 8
     """Pairs per forward pass."""
+    batch_tokens: int | None = None
+    """Most tokens of a batch, padding counted: batches as large as memory allows, up to the batch size."""
     shard_size: int = 64
     """Pairs per file; an interrupted run goes on from the last whole one."""
     limit: int | None = None
@@ -144,6 +146,8 @@ class TrainOptions:
     """Optimiser steps between checkpoints; 0: one per epoch."""
     logging_steps: int = 10
     """Optimiser steps between lines of metrics.jsonl."""
+    group_by_length: bool = False
+    """Batches of pairs of like length, so that little is padded."""
     workers: int = 0
     """Processes that prepare batches."""
     limit: int | None = None

@@ -68,6 +68,11 @@ class Fusion:
     """γ of Eq. 11, fixed; with `delta` it replaces Eq. 6."""
     delta: float | None = None
     """δ of Eq. 11, fixed."""
+    learned: bool = False
+    """Whether training learns γ and δ of Eq. 11, as a softmax over three numbers (Table 4). They begin at `gamma` and `delta`,
+    or at 0.25 each."""
+    learned_rate: float = 0.01
+    """Learning rate of these three numbers."""
 
     def __post_init__(self) -> None:
         _one_of("normalise", self.normalise, NORMALISATIONS)
@@ -90,6 +95,8 @@ class Fusion:
         self._check_coefficients()
 
     def _check_coefficients(self) -> None:
+        if self.learned:
+            self._check_learned()
         if (self.gamma is None) != (self.delta is None):
             raise UserError("fusion: gamma and delta (Eq. 11) go together. Give both, or neither.")
         if self.gamma is not None and self.delta is not None:
@@ -107,6 +114,20 @@ class Fusion:
                 raise UserError(f"fusion: signals={self.signals!r} is not of the form {{'patch_logit': 1.0}}.")
             numbers = {name: _number(f"signals[{name!r}]", coefficient) for name, coefficient in self.signals.items()}
             object.__setattr__(self, "signals", numbers)
+
+    def _check_learned(self) -> None:
+        """Eq. 11 with coefficients that move: what else would choose or replace them is refused."""
+        object.__setattr__(self, "learned_rate", _number("learned_rate", self.learned_rate, low=0.0))
+        for option, plain in (("signals", None), ("keep", 1.0), ("alpha", 0.5)):
+            if getattr(self, option) != plain:
+                raise UserError(
+                    f"fusion: learned=True goes with Eq. 11 over all tokens; {option} has no place there. Leave it out."
+                )
+        if self.normalise == "mean_calibrated":
+            raise UserError("fusion: learned=True needs signals that are normalised one by one, e.g. normalise='minmax'.")
+        if self.gamma is None and self.delta is None:
+            object.__setattr__(self, "gamma", 0.25)
+            object.__setattr__(self, "delta", 0.25)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -198,6 +219,35 @@ def fuse(
         shared_count=shared,
         net_shared_coefficient=net,
     )
+
+
+def normalised_signals(
+    chosen: ResponseSignals,
+    rejected: ResponseSignals,
+    fusion: Fusion,
+    quantiles: Mapping[str, NDArray[np.floating]] | None = None,
+) -> list[tuple[Floats, Bools]]:
+    """Per response, the signals of Eq. 11 before they are summed, [tokens, 3], and which tokens are scored; 0 at the others.
+
+    Raises:
+        UserError: as `fuse`.
+    """
+    is_scored = [_scored(response, fusion.eos) for response in (chosen, rejected)]
+    branches = [
+        _branches(chosen, "chosen", fusion.needs, is_scored[0]),
+        _branches(rejected, "rejected", fusion.needs, is_scored[1]),
+    ]
+    tables = quantiles if quantiles and fusion.normalise == "quantile" else {}
+    columns = []
+    for name in fusion.needs:
+        table = tables[find_signal(tables, name)] if tables else None
+        values = [branch[name] for branch in branches]
+        if fusion.scope == "pair":
+            values = np.split(normalise(np.concatenate(values), fusion.normalise, table), [len(values[0])])
+        else:
+            values = [normalise(each, fusion.normalise, table) for each in values]
+        columns.append([_spread(each, scored, elsewhere=0.0) for each, scored in zip(values, is_scored, strict=True)])
+    return [(np.stack([column[side] for column in columns], axis=1), is_scored[side]) for side in (0, 1)]
 
 
 def normalise(values: Floats, how: str = "minmax", table: NDArray[np.floating] | None = None) -> Floats:

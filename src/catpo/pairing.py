@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,9 @@ def pair(
     samples = list(islice(dataset.samples(), limit))
     _check_counts(samples, data, limit=limit, batch_size=batch_size, block_size=block_size)
     maker = _Maker(spec, dataset.vocabulary, seed)
-    maker(samples[0], "")  # a wrong option or a truth that is not there shows before any answer is paid for
+    maker(
+        samples[0], "", [""] * len(maker.asks(samples[0]))
+    )  # a wrong option or a truth that is not there shows before any answer is paid for
     decoding: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -131,8 +134,18 @@ class _Maker:
         self.options = check_options(self.make, spec)
         self.vocabulary, self.seed = vocabulary, seed
 
-    def __call__(self, sample: Sample, answer: str) -> PreferencePair | Dropped:
-        return self.make(sample, answer, random.Random(f"{self.seed}/{sample.id}"), self.vocabulary, **self.options)
+        self._asks = getattr(sys.modules[self.make.__module__], "asks", None)  # stands beside `make` in its module
+
+    def asks(self, sample: Sample) -> list[Sample]:
+        """What the method wants answered beside the sample itself, e.g. the same question on another view of the picture."""
+        return [] if self._asks is None else self._asks(sample, self._random(sample), **self.options)
+
+    def __call__(self, sample: Sample, answer: str, others: Sequence[str] = ()) -> PreferencePair | Dropped:
+        further = () if self._asks is None else (others,)
+        return self.make(sample, answer, self._random(sample), self.vocabulary, *further, **self.options)
+
+    def _random(self, sample: Sample) -> random.Random:
+        return random.Random(f"{self.seed}/{sample.id}")
 
 
 class _Work:
@@ -150,7 +163,7 @@ class _Work:
         with track(len(self.samples), "Pairing", "answers", done=asked, enabled=progress) as bar:
             for number, lazy in enumerate(self.blocks[done:], start=done):
                 block = [_held(sample) for sample in lazy]
-                pairs, dropped = _pairs_of(block, generate(block), maker, seen)
+                pairs, dropped = _pairs_of(block, generate, maker, seen)
                 size = append_pairs(self.folder, pairs)
                 row = {"block": number, "asked": len(block), "kept": len(pairs), "dropped": dropped, "bytes": size}
                 append_rows(self.folder / BLOCKS, [row])
@@ -199,13 +212,16 @@ def _held(sample: Sample) -> Sample:
 
 
 def _pairs_of(
-    block: Sequence[Sample], answers: Sequence[str], maker: _Maker, seen: set[str]
+    block: Sequence[Sample], generate: Callable[[Sequence[Sample]], list[str]], maker: _Maker, seen: set[str]
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """A block's pairs, and how many answers gave none, by reason; `seen` ids grow."""
     pairs: list[PreferencePair] = []
     dropped: Counter[str] = Counter()
-    for sample, answer in zip(block, answers, strict=True):
-        made = maker(sample, answer)
+    further = [maker.asks(sample) for sample in block]
+    answers = iter(generate([*block, *(each for group in further for each in group)]))
+    own = [next(answers) for _ in block]
+    for sample, answer, group in zip(block, own, further, strict=True):
+        made = maker(sample, answer, [next(answers) for _ in group])
         if isinstance(made, Dropped):
             dropped[made.reason] += 1
         elif made.id in seen:

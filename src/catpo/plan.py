@@ -21,10 +21,11 @@ from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
-from catpo.head import CHUNK
+from catpo.head import LEAST_WORDS, TILE
 from catpo.objectives import _base as objectives
+from catpo.runs import process_count
 from catpo.spec import parse
-from catpo.stats import kl_direction, requirements
+from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
 from catpo.types import SIDES, PreferencePair, check_pair
 
@@ -33,8 +34,8 @@ SAMPLE = 64
 NF4_BITS = 4.127
 """Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
 ADAMW_MOMENTS = 2
-MAX_STEP_COPIES = 4
-"""Vocabulary-sized temporaries of one chunk that live at once: logits, log p, log q, gradient."""
+TILE_COPIES = 4
+"""Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         "weights": weight_bytes(family, options["quantization"]),
         "activations": tokens * _Decoder(family).largest_layer,
         "attention mask": options["batch_size"] * max(row) ** 2,
-        "head chunk": _chunk_bytes(family),
+        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
     return Plan(
         command="score",
@@ -124,21 +125,28 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
     tokens = max(row) * options["batch_size"]
     decoder = _Decoder(family)
     objective = objectives.build(parse(options["objective"]))
-    keeps_kl = bool(kl_direction(requirements(objective.loss, objective.options)))
+    needs = requirements(objective.loss, objective.options)
+    keeps_kl = bool(kl_direction(needs))
     is_online = options["reference"] == "online"
+    views = {need.view for need in view_needs(needs)}
+    seen_by_reference = {need.view for need in view_needs(needs) if need.quantity.startswith("reference")}
+    runs_reference = is_online or bool(seen_by_reference)
+    rows = 1 + len(views), int(is_online) + len(seen_by_reference)  # per pair, of policy and reference
     memory = {
         "weights": weights,
-        "reference": weights if is_online and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
+        "reference": weights if runs_reference and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
         "adapter": trained_bytes if options["lora"] else 0,
         "gradients": trained_bytes,
         "optimiser": ADAMW_MOMENTS * trained_bytes,
-        "activations": tokens * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
+        "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
         "attention mask": options["batch_size"] * max(row) ** 2,
-        "head chunk": _chunk_bytes(family),
+        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
-    passes = options["epochs"] * len(kept) / (options["batch_size"] * options["accumulation"])
-    steps = options["max_steps"] if options["max_steps"] > 0 else math.ceil(passes)
-    per_step = options["batch_size"] * options["accumulation"] * sum(row) / len(row)
+    batches = math.ceil(len(kept) / (options["batch_size"] * process_count()))  # of one epoch
+    steps = math.ceil(options["epochs"] * math.ceil(batches / options["accumulation"]))
+    passes = options["epochs"] * len(kept) * sum(row) / len(row)
+    if options["max_steps"] > 0:
+        steps, passes = options["max_steps"], passes * options["max_steps"] / steps
     return Plan(
         command="train",
         model=str(options["model"]),
@@ -148,7 +156,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         dev_pairs=len(dev),
         tokens=_tokens(encoded, row),
         steps=steps,
-        token_passes=steps * per_step * (2 if is_online else 1),
+        token_passes=passes * sum(rows),
         memory={name: size for name, size in memory.items() if size},
         store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
     )
@@ -169,7 +177,7 @@ def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
-    counts = {
+    counts: dict[str, list[int]] = {
         "image": [len(each.patches) for each in encoded],
         "prompt": [len(each.prompt_ids) for each in encoded],
         **{side: [len(each.response_ids[side]) for each in encoded] for side in SIDES},
@@ -248,8 +256,13 @@ class _Decoder:
         return self.layer
 
 
-def _chunk_bytes(family: Family) -> int:
-    return MAX_STEP_COPIES * CHUNK * family.head.weight.shape[0] * 4
+def _responses(encoded: Sequence[Encoded]) -> int:
+    """Response tokens of the longest pair."""
+    return max(sum(len(ids) for ids in each.response_ids.values()) for each in encoded)
+
+
+def _tile_bytes(tokens: int) -> int:
+    return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------------------

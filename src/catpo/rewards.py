@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
 
 from catpo.errors import UserError
-from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse
+from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.runs import read_json, write_json
 from catpo.shards import COLUMNS, ResponseRow, Shard, as_grids, check_row, checksum, grid_column, to_parquet, token_columns
 from catpo.types import SIDES, Side
@@ -287,6 +287,19 @@ class RewardStore:
         chosen, rejected = self._signals_of(pair_id, "chosen"), self._signals_of(pair_id, "rejected")
         try:
             return fuse(chosen, rejected, fusion, table)
+        except UserError as error:
+            raise UserError(f"pair {pair_id}: {error}") from error
+
+    def normalised_signals(self, pair_id: str, fusion: Fusion) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        """Per response of a pair, the signals that Eq. 11 sums, [tokens, 3], and which tokens are scored.
+
+        Raises:
+            UserError: the pair is not in the store, or a signal is missing.
+        """
+        table = self.quantiles(with_special=fusion.eos == "scored") if fusion.normalise == "quantile" else None
+        chosen, rejected = self._signals_of(pair_id, "chosen"), self._signals_of(pair_id, "rejected")
+        try:
+            return normalised_signals(chosen, rejected, fusion, table)
         except UserError as error:
             raise UserError(f"pair {pair_id}: {error}") from error
 

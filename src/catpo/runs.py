@@ -144,6 +144,16 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, len(content) - len(lines[-1])
 
 
+def is_main_process() -> bool:
+    """Whether this process writes: of several that `torchrun` or `accelerate launch` started for one training, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """How many processes `torchrun` or `accelerate launch` started for one training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def lock(folder: str | Path) -> Iterator[Path]:
     """Make the folder and keep every other process from writing to it; a killed process leaves no lock behind.

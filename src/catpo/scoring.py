@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
+from catpo.last_layer import read_at_responses
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock, versions
@@ -72,6 +74,7 @@ def score(
     hidden: bool = True,
     maps: bool = True,
     batch_size: int = 8,
+    batch_tokens: int | None = None,
     shard_size: int = 64,
     limit: int | None = None,
     max_length: int | None = None,
@@ -97,6 +100,7 @@ def score(
         patches: `all` pictures' patches or those of one picture.
         hidden: keep the reference's final hidden states, which give training the exact KL of Eq. 9 without a reference model.
         maps: keep each token's attention map for the report.
+        batch_tokens: most tokens of a batch, padding counted; `batch_size` is then the most pairs.
         limit: score the first so many pairs only.
 
     Raises:
@@ -113,7 +117,8 @@ def score(
     if not chosen_pairs:
         raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
     return score_pairs(
-        chosen_pairs, family, output, settings, hidden=hidden, maps=maps, batch_size=batch_size, shard_size=shard_size,
+        chosen_pairs, family, output, settings, hidden=hidden, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
+        shard_size=shard_size,
         max_length=max_length, progress=progress,
     )  # fmt: skip
 
@@ -127,6 +132,7 @@ def score_pairs(
     hidden: bool = True,
     maps: bool = True,
     batch_size: int = 8,
+    batch_tokens: int | None = None,
     shard_size: int = 64,
     max_length: int | None = None,
     progress: bool = True,
@@ -145,8 +151,8 @@ def score_pairs(
             for shard in writer.missing_shards():
                 here = writer.pairs_of(shard)
                 scored = {}
-                for batch in _by_length(scorer, pairs[here], batch_size):
-                    others = [_another(pairs, pair) for pair, _ in batch]
+                for batch in _by_length(scorer, pairs[here], batch_size, batch_tokens):
+                    others = [another_pair(pairs, pair) for pair, _ in batch]
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
                     bar.advance(len(batch))
@@ -253,7 +259,9 @@ class TeacherForced:
         self.head = family.head
         self.batch = self._pack(encoded)
         recorder = self._recorder()
-        with recorder, family.decoder_inputs() as taken:
+        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)  # others may read patches' last states
+        narrow = read_at_responses(family.decoder) if is_paper else nullcontext()
+        with recorder, narrow, family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
         pairs_count, _, tokens = self.batch["mask"].shape
@@ -381,16 +389,19 @@ def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
 
 
 def _by_length(
-    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int
+    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int | None
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
     """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only."""
     encoded = [(pair, scorer.encode(pair)) for pair in pairs]
     encoded.sort(key=lambda item: (-item[1].length, item[0].id))
-    for start in range(0, len(encoded), batch_size):
-        yield encoded[start : start + batch_size]
+    while encoded:
+        longest = encoded[0][1].length
+        count = batch_size if batch_tokens is None else min(batch_size, max(1, batch_tokens // longest))
+        yield encoded[:count]
+        encoded = encoded[count:]
 
 
-def _another(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
+def another_pair(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
     """A pair with another picture, chosen by this pair's id, so that a shard does not depend on the others."""
     start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
     own = [image.digest() for image in pair.images]

@@ -20,22 +20,27 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from catpo import last_layer
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
-from catpo.callbacks import FirstStepCheck, KeepSpecialTokens
+from catpo.callbacks import FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.head import Head, TokenStats, token_stats
+from catpo.learned_fusion import LearnedFusion
 from catpo.objectives import _base as objectives
 from catpo.objectives._base import LossOutput, Objective
+from catpo.readings import Readings
 from catpo.rewards import RewardStore
 from catpo.rows import as_pairs
+from catpo.runs import read_json
+from catpo.sampling import LikeLengths
 from catpo.scoring import score_pairs
 from catpo.selfcheck import check_family
 from catpo.spec import parse
 from catpo.stats import PairStats, kl_direction, requirements
 from catpo.tensors import masked_sum
-from catpo.types import PreferencePair
+from catpo.types import SIDES, PreferencePair
 
 REFERENCES = ("cached", "online")
 STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -112,11 +117,16 @@ class CatPOTrainer(Trainer):
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
             check_family(self.family, train_pairs[0])
-        self.rewards = self._open_rewards(args, [*(train_pairs or []), *(eval_pairs or [])])
+        everything = [*(train_pairs or []), *(eval_pairs or [])]
+        prefix = cast(Prefix, args.prefix)
+        self.readings = Readings(self.family, self.needs, everything, args.seed, prefix, max_length=args.max_length)
+        self.rewards = self._open_rewards(args, everything)
         self._prepare_model(args, peft_config, ref_model)
-        collator = PairCollator(
-            self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, cast(Prefix, args.prefix)
-        )
+        collator = PairCollator(self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, prefix)
+        if not self.readings.is_empty:
+            collator.beside, collator.keeps_hidden = self.readings, self.readings.reads_clean_reference
+        is_learned = self.objective.fusion.learned and "weights" in self.needs
+        self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=self.family.model,
@@ -127,21 +137,26 @@ class CatPOTrainer(Trainer):
             processing_class=self.family.processor,
             callbacks=[
                 *(callbacks or []),
+                NewDraws(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
                 *([FirstStepCheck(self.family.model)] if args.self_check else []),
             ],
             optimizers=optimizers,
         )
+        if self.learned_fusion is not None:
+            self._prepare_learned_fusion(self.learned_fusion)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
 
     # ---- preparation --------------------------------------------------------------------------------------------------
 
     def _open_rewards(self, args: CatPOConfig, pairs: list[PreferencePair]) -> RewardStore | None:
-        needs_store = "weights" in self.needs or args.reference == "cached"
+        reads_reference = "reference_logps" in self.needs or self.direction is not None
+        needs_store = "weights" in self.needs or (args.reference == "cached" and reads_reference)
         if not needs_store:
             return None
         if args.rewards is None:
-            return score_pairs(pairs, self.family, Path(args.output_dir or ".") / "rewards", hidden=self.direction is not None)
+            hidden = self.direction is not None or self.readings.reads_clean_reference
+            return score_pairs(pairs, self.family, Path(args.output_dir or ".") / "rewards", hidden=hidden)
         store = RewardStore.open(args.rewards)
         store.verify(
             {
@@ -159,6 +174,7 @@ class CatPOTrainer(Trainer):
 
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)
+        self.family.use_packed_attention()
         self.reference_model: nn.Module | None = None
         is_adapter = peft_config is not None or hasattr(self.family.model, "peft_config")
         if peft_config is not None:
@@ -168,10 +184,11 @@ class CatPOTrainer(Trainer):
         elif not is_adapter:
             self._prepare_full(args, ref_model)
         self.reference_head = None if is_adapter else self.family.head.frozen_copy()
+        last_layer.install(self.family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         model = self.family.model
-        if args.reference == "online":
+        if args.reference == "online" or self.readings.reads_reference:
             self.reference_model = (ref_model or copy.deepcopy(model)).eval().requires_grad_(False)
             add_pair_forward(self.reference_model)
         model.requires_grad_(True)
@@ -180,12 +197,36 @@ class CatPOTrainer(Trainer):
         # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
+    def _prepare_learned_fusion(self, fusion: LearnedFusion) -> None:
+        if self.is_deepspeed_enabled:
+            raise UserError("learned=True is not offered under DeepSpeed, whose optimiser takes the model's parameters only.")
+        fusion.to(self.args.device)
+        self.add_callback(KeepFusion(fusion, self.accelerator.reduce))
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """The optimiser, with a group of its own for learned coefficients of Eq. 11."""
+        optimizer = super().create_optimizer(*args, **options)
+        fusion = self.learned_fusion
+        if fusion is not None and not any(
+            fusion.logits is each for group in optimizer.param_groups for each in group["params"]
+        ):
+            rate = self.objective.fusion.learned_rate
+            optimizer.add_param_group({"params": [fusion.logits], "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / KeepFusion.FILE
+        if self.learned_fusion is not None and file.is_file():
+            self.learned_fusion.restore(read_json(file, made_by="catpo train")["logits"])
+
     # ---- one step -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean of the objective's losses over the pairs of the batch."""
+        self._keep_frozen_parts_in_evaluation_mode()
         stats = self.pair_stats(model, inputs)
         output = self.objective.loss(stats, **self.objective.options)
         self._check_finite(output, inputs)
@@ -193,22 +234,35 @@ class CatPOTrainer(Trainer):
         loss = output.losses.mean()
         return (loss, output) if return_outputs else loss
 
+    def _keep_frozen_parts_in_evaluation_mode(self) -> None:
+        """A tower that does not train must see as the reference's did: batch norms learn from batches, dropout drops."""
+        if not self.args.train_vision:
+            for part in self.family.frozen_parts():
+                part.eval()
+
     def pair_stats(self, model: nn.Module, batch: Batch) -> PairStats:
         """What the objective reads, from one policy forward (and one of the reference if it is online)."""
         mask = batch["mask"]
-        values: dict[str, Tensor] = {"mask": mask, "weights": batch["weights"]}
-        reference_hidden = None
+        given = ("mask", "weights", "token_ids", "reference_logps")
+        values = {name: value for name, value in batch.items() if name in given or name in self.needs}
+        if self.learned_fusion is not None:
+            values["weights"] = self.learned_fusion(batch)
+        reference_hidden = batch.get("reference_hidden")
         if self.args.reference == "online":
             reference_hidden, values["reference_logps"] = self._run_reference(batch)
+        values |= self._read_reference(batch, reference_hidden)
+        options = {
+            "pair_batch": batch,
+            "direction": self.direction,
+            "reference_hidden": reference_hidden,
+            "reference_head": self.reference_head,
+        }
+        policy: TokenStats
+        if self.readings.is_empty:
+            policy = model(**options)
         else:
-            values["reference_logps"] = batch["reference_logps"]
-            reference_hidden = batch.get("reference_hidden")
-        policy: TokenStats = model(
-            pair_batch=batch,
-            direction=self.direction,
-            reference_hidden=reference_hidden,
-            reference_head=self.reference_head,
-        )
+            policy, read = model(**options, read=self.readings.of_policy)
+            values |= read
         values["policy_logps"] = unflatten(policy.logps, mask)
         if policy.kl is not None:
             values[f"kl {self.direction}"] = unflatten(policy.kl, mask)
@@ -220,6 +274,14 @@ class CatPOTrainer(Trainer):
             hidden = model(pair_batch=batch, hidden_only=True)
             logps = token_stats(hidden, head, batch["token_ids"][batch["mask"]]).logps
         return hidden, unflatten(logps, batch["mask"])
+
+    def _read_reference(self, batch: Batch, hidden: Tensor | None) -> dict[str, Tensor]:
+        """What the objective reads of the reference beyond log-probs and hidden states of the clean picture."""
+        if not self.readings.reads_reference:
+            return {}
+        with self.accelerator.autocast(), self._reference() as (model, head):
+            run = lambda rows: model(pair_batch=rows, hidden_only=True)
+            return self.readings.of_reference(run, head, hidden, batch)
 
     @contextmanager
     def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
@@ -253,8 +315,10 @@ class CatPOTrainer(Trainer):
             figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
             figures["rewards/accuracies"] = (figures["rewards/margins"] > 0).float()
             logps = masked_sum(stats.policy_logps.detach(), stats.mask)
-            figures |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
-            if "net_shared_coefficient" in inputs:
+            figures |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1], "padding": inputs["padding"]}
+            if self.learned_fusion is not None:
+                figures |= self.learned_fusion.figures(len(output.losses))
+            elif "net_shared_coefficient" in inputs:
                 figures["weights/net_shared"] = inputs["net_shared_coefficient"]
             if self.state.global_step == 0 and self.model.training:
                 self._check_first_step(output)
@@ -291,6 +355,20 @@ class CatPOTrainer(Trainer):
         sums.clear()
 
     # ---- seams of transformers.Trainer --------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Like lengths by the tokens that the store counted; transformers would look for input ids."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LikeLengths([self._length(pair) for pair in train_dataset or self.train_dataset], batch, self.args.seed)
+
+    def _length(self, pair: PreferencePair) -> int:
+        """Tokens of picture and responses; without a store, words of the texts."""
+        if self.rewards is None:
+            return sum(len(text.split()) for text in (pair.prompt, pair.chosen, pair.rejected))
+        stored = [self.rewards.get(pair.id, side) for side in SIDES]
+        return sum(grid.size for grid in stored[0].grids) + sum(len(each.token_ids) for each in stored)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Loss of an evaluation batch; there are no logits to return."""

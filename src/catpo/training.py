@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.runs import check_same, lock, read_json, read_rows, versions, write_json
+from catpo.runs import check_same, is_main_process, lock, process_count, read_json, read_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
@@ -59,6 +60,7 @@ def train(
     resume: bool = False,
     save_steps: int = 0,
     logging_steps: int = 10,
+    group_by_length: bool = False,
     workers: int = 0,
     limit: int | None = None,
     dtype: str = "auto",
@@ -88,13 +90,15 @@ def train(
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in locals().items() if name not in _NOT_SETTINGS
     }
-    with lock(output):
+    with lock(output) if is_main_process() else nullcontext():
         checkpoint = _checkpoint(output, resume)
         if checkpoint and (output / "catpo.json").exists():
             begun = read_json(output / "catpo.json", made_by="catpo train")
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
                 return TrainingResult(output, output / "model", _last_metrics(output))
+        if rewards is None and process_count() > 1:
+            raise UserError("Several processes train from a finished reward store: run `catpo score` first and give --rewards.")
         everything = list(open_data(pairs).pairs()) if isinstance(pairs, str | Path) else pairs
         train_pairs, dev_pairs = dev_split([check_pair(pair) for pair in everything][:limit], dev_share, seed)
         if quantization is not None and lora is None:
@@ -125,6 +129,7 @@ def train(
             save_total_limit=1,
             eval_strategy="epoch" if dev_pairs else "no",
             dataloader_num_workers=workers,
+            train_sampling_strategy="group_by_length" if group_by_length else "random",
             bf16=bf16,
             report_to=report_to,
             disable_tqdm=True,
@@ -137,11 +142,14 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        write_json(output / "catpo.json", _provenance(trainer, settings, len(train_pairs), len(dev_pairs), is_complete=False))
+        about = _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
+        if is_main_process():
+            write_json(output / "catpo.json", {**about, "complete": False})
         with families.quiet():
             trainer.train(resume_from_checkpoint=checkpoint)
-            _save_model(trainer, output / "model")
-        write_json(output / "catpo.json", _provenance(trainer, settings, len(train_pairs), len(dev_pairs), is_complete=True))
+            if is_main_process():
+                _save_model(trainer, output / "model")
+                write_json(output / "catpo.json", {**about, "complete": True})
     return TrainingResult(output, output / "model", _last_metrics(output))
 
 
@@ -193,16 +201,14 @@ def _save_model(trainer: CatPOTrainer, folder: Path) -> None:
     shutil.rmtree(folder.with_name(".model.old"), ignore_errors=True)
 
 
-def _provenance(
-    trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int, *, is_complete: bool
-) -> dict[str, Any]:
+def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int) -> dict[str, Any]:
     objective = trainer.objective
     return {
         "format": 1,
-        "complete": is_complete,
         "objective": str(objective.spec),
         "objective_options": objective.options,
         "fusion": vars(objective.fusion),
+        **({"learned_fusion": trainer.learned_fusion.coefficients} if trainer.learned_fusion is not None else {}),
         "model": trainer.family.model_id,
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": dev_count},

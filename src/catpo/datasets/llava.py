@@ -98,11 +98,13 @@ class Dataset(_base.RowDataset):
     def _ranked(self, row: Row) -> list[PreferencePair]:
         pictures, question = self._pictures(row), _without_placeholder(row.text("prompt"))
         answers = _scored(row)
+        best = max((score for score, _ in answers), default=0.0)
         pairs = []
         for (first, one), (second, other) in combinations(answers, 2):
             if abs(first - second) > self.min_gap and one.strip() != other.strip():
                 better, worse = (one, other) if first > second else (other, one)
-                pairs.append(make_pair(pictures, question, better, worse, {**_meta(row), "gap": abs(first - second)}))
+                meta = {**_meta(row), "gap": abs(first - second), "is_best": float(max(first, second) == best)}
+                pairs.append(make_pair(pictures, question, better, worse, meta))
         return pairs
 
     def _pictures(self, row: Row) -> tuple[Picture, ...]:

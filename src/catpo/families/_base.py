@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from catpo import registry
 from catpo.attention import recordable
 from catpo.errors import UserError
 from catpo.head import Head
+from catpo.packing import as_numbers
 from catpo.tensors import fingerprint
 from catpo.types import SIDES, PatchGrid, Picture, PreferencePair, Sample, Side
 
@@ -200,6 +202,14 @@ class Family:
         finally:
             handle.remove()
 
+    def use_packed_attention(self, base: str | None = None) -> None:
+        """From now on the decoder computes for packed rows what their parts need and no more; alone it gives what it gave.
+
+        `base` is the attention implementation it stands on; the one in place, if left out.
+        """
+        implementation = recordable(base or self.unwrapped.config.get_text_config()._attn_implementation)
+        self.unwrapped.set_attn_implementation({_text_config_name(self.unwrapped): implementation})
+
     @contextmanager
     def recordable_attention(self) -> Iterator[None]:
         """Inside, the decoder's attention can be recorded; the vision tower keeps its own, and afterwards all is as before."""
@@ -249,6 +259,13 @@ class Family:
                 "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
             )
         return encoded
+
+    def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
+        """A pair's texts alone, as the model reads a prompt without a picture."""
+        text = self.prompt_text(pair.prompt, 0, name=f"pair {pair.id}")
+        ids = self.tokenizer(text, add_special_tokens=self._begins_without_bos(text))["input_ids"]
+        inputs = {name: [0] * len(ids) for name in encoded.prompt_inputs}
+        return Encoded(pair.id, ids, encoded.response_ids, [], [], {}, inputs)
 
     def _patches(self, prompt_ids: Sequence[int], grids: Sequence[PatchGrid], pair_id: str) -> list[int]:
         """Positions of the patches: image tokens without those that end a row or a picture."""
@@ -390,22 +407,31 @@ class Family:
 
         A decoder with layers of both kinds takes one mask per kind, by the names in its `layer_types`.
         """
-        config = self.unwrapped.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = set(getattr(config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
-        has_window = "sliding_attention" in kinds or not kinds
-        if window is None or not has_window or int(index.max()) < window:
+        window = self.window(index)
+        if window is None:
             return self._mask(visible)
         near = (index[:, :, None] - index[:, None, :] < window)[:, None]
         sliding = self._mask(visible & near)
-        return {"full_attention": self._mask(visible), "sliding_attention": sliding} if kinds else sliding
+        return {"full_attention": self._mask(visible), "sliding_attention": sliding} if self._kinds else sliding
+
+    def window(self, index: Int[Tensor, "rows length"]) -> int | None:
+        """The decoder's sliding window, if it has one that is shorter than the responses reach."""
+        config = self.unwrapped.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        has_window = "sliding_attention" in self._kinds or not self._kinds
+        return window if window is not None and has_window and int(index.max()) >= window else None
+
+    @property
+    def _kinds(self) -> set[str]:
+        """Kinds of the decoder's attention layers, where it tells them apart."""
+        kinds = getattr(self.unwrapped.config.get_text_config(), "layer_types", None) or ()
+        return set(kinds) & {"full_attention", "sliding_attention"}
 
     def _mask(self, visible: Bool[Tensor, "rows 1 length length"]) -> Tensor:
         """As booleans for fused attention; as numbers to add for eager attention."""
         if not self.unwrapped.config.get_text_config()._attn_implementation.endswith("eager"):
             return visible
-        dtype = self.unwrapped.dtype
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        return as_numbers(visible, self.unwrapped.dtype)
 
     # ---- generation ---------------------------------------------------------------------------------------------------
 
@@ -499,8 +525,8 @@ def load(
     """A model by hub id, folder or `builtin`, with its processor, as its family.
 
     A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
-    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attention` is an implementation that transformers
-    knows, e.g. `sdpa`, `flex_attention` or `eager`.
+    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attention` is the decoder's implementation, one of
+    transformers', e.g. `sdpa`, `flex_attention` or `eager`.
 
     Raises:
         UserError: there is no such model, or it is not a vision-language model that catpo can run.
@@ -508,9 +534,7 @@ def load(
     path = resolve(model)
     if adapter is None and (Path(path) / "adapter_config.json").is_file():
         path, adapter = _adapter_base(Path(path)), path
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if quantization is not None:
-        options |= {"quantization_config": quantized(quantization, path, dtype)}
+    options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with quiet():
@@ -525,8 +549,16 @@ def load(
         ) from error
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+    loaded.to(device or _best_device()).eval()
+    family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+    if attention is not None:
+        family.use_packed_attention(attention)
+    return family
+
+
+def _best_device() -> str:
+    """A GPU if there is one; of several processes on a machine, each takes its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | None = None) -> Family:
@@ -546,9 +578,7 @@ def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | Non
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"model '{model}' cannot be planned with: {first_line} Give a hub id, a folder, or 'builtin'."
-        ) from error
+        raise UserError(f"model '{model}' cannot be read: {first_line} Give a hub id, a folder, or 'builtin'.") from error
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 

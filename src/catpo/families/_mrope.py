@@ -30,6 +30,6 @@ class Family(_base.Family):
         positions, _ = self.backbone.get_rope_index(
             input_ids=torch.tensor([encoded.prompt_ids]),
             mm_token_type_ids=torch.tensor([encoded.prompt_inputs["mm_token_type_ids"]]),
-            image_grid_thw=encoded.pixels["image_grid_thw"],
+            image_grid_thw=encoded.pixels.get("image_grid_thw"),
         )
         return positions[:, 0]

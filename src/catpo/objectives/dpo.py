@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from catpo.errors import UserError
-from catpo.objectives._base import LossOutput
+from catpo.objectives._base import LossOutput, check_choice, output
 from catpo.stats import PairStats
 from catpo.tensors import masked_sum
 
@@ -15,6 +15,8 @@ def loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "sum",
     kl_weight: float = 0.0,
     kl_direction: str = "policy||reference",
 ) -> LossOutput:
@@ -22,18 +24,29 @@ def loss(
 
     Args:
         label_smoothing: share of pairs taken to be labelled the wrong way round (conservative DPO), in [0, 0.5).
+        loss_type: `sigmoid`, or `ipo`: (h - 1 / 2 beta)^2 (Azar et al. 2023).
+        reduction: `sum` over tokens, or their `mean`, as TRL takes it for IPO.
         kl_weight: adds this much of the unweighted full-vocabulary KL over all response tokens; 0 is DPO proper.
     """
     if not 0 <= label_smoothing < 0.5:
         raise UserError(f"dpo(label_smoothing={label_smoothing}) must lie in [0, 0.5).")
-    ratios = masked_sum(stats.policy_logps - stats.reference_logps, stats.mask)  # (pair, side)
+    check_choice("dpo: loss_type", loss_type, ("sigmoid", "ipo"))
+    check_choice("dpo: reduction", reduction, ("sum", "mean"))
+    ratios = stats.sum(stats.policy_logps - stats.reference_logps)  # (pair, side)
+    if reduction == "mean":
+        ratios = ratios / stats.mask.sum(-1).clamp_min(1)
     chosen, rejected = ratios.unbind(1)
     margin = chosen - rejected
     preference = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)  # Eq. 1
-    metrics = {"loss/preference": preference, "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
-    losses = preference
-    if kl_weight:
-        kl = masked_sum(stats.kl(kl_direction), stats.mask)  # (pair, side)
-        losses = losses + kl_weight * kl.sum(1)
-        metrics |= {"loss/kl": kl_weight * kl.sum(1), "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
-    return LossOutput(losses, {name: value.detach() for name, value in metrics.items()})
+    losses, more = preference, {}
+    if loss_type == "ipo":
+        if beta <= 0:
+            raise UserError(f"dpo(loss_type='ipo', beta={beta}): the margin aimed at is 1 / (2 beta). Give a positive beta.")
+        losses = more["ipo"] = (margin - 1 / (2 * beta)) ** 2
+    found = output(losses, preference=preference, chosen=beta * chosen, rejected=beta * rejected, **more)
+    if not kl_weight:
+        return found
+    kl = masked_sum(stats.kl(kl_direction), stats.mask)  # (pair, side)
+    figures = {"loss/kl": kl_weight * kl.sum(1), "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
+    figures = {name: value.detach() for name, value in figures.items()}
+    return LossOutput(losses + kl_weight * kl.sum(1), {**found.metrics, **figures})

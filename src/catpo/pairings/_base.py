@@ -48,11 +48,11 @@ def finish(
     sample: Sample,
     chosen: str,
     rejected: str,
-    present: Collection[str],
+    present: Collection[str] | None,
     vocabulary: Mapping[str, str] | None,
     meta: Mapping[str, Any],
 ) -> PreferencePair | Dropped:
-    """The pair with its labels, or the reason why there is nothing to learn from."""
+    """The pair with its labels, or the reason why there is nothing to learn from; no labels where nobody knows the objects."""
     chosen, rejected = chosen.strip(), rejected.strip()
     if not rejected:
         return Dropped("empty answer")
@@ -60,12 +60,13 @@ def finish(
         return Dropped("nothing left")
     if chosen == rejected:
         return Dropped("same text")
+    texts = {} if present is None else {"chosen": chosen, "rejected": rejected}
     return PreferencePair(
         id=pair_id(sample.images, sample.prompt, chosen, rejected),
         images=sample.images,
         prompt=sample.prompt,
         chosen=chosen,
         rejected=rejected,
-        labels={"chosen": label(chosen, present, vocabulary), "rejected": label(rejected, present, vocabulary)},
+        labels={side: label(text, present or (), vocabulary) for side, text in texts.items()},
         meta={"sample": sample.id, **meta},
     )

@@ -1,0 +1,51 @@
+"""Chosen is the model's answer to the picture, rejected its answer to a noised one: no truth, no judge (SeVa)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from catpo.errors import UserError
+from catpo.pairings._base import Dropped, finish
+from catpo.types import PreferencePair, Sample
+from catpo.views import View
+
+
+def asks(sample: Sample, rng: random.Random, *, view: str = "noised(step=500)") -> list[Sample]:
+    """The same question on the corrupted picture.
+
+    Raises:
+        UserError: no such view, or one that is not a corrupted picture.
+    """
+    shown = View.of(view)
+    if shown.acts_on != "picture":
+        raise UserError(f"seva(view={view!r}): give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
+    generator = shown.generator(rng.random())
+    images = tuple(shown.of_file(image, generator) for image in sample.images)
+    return [replace(sample, id=f"{sample.id}/seva", images=images)]
+
+
+def make(
+    sample: Sample,
+    answer: str,
+    rng: random.Random,
+    vocabulary: Mapping[str, str] | None = None,
+    others: Sequence[str] = (),
+    *,
+    view: str = "noised(step=500)",
+) -> PreferencePair | Dropped:
+    """The answer against the one to the corrupted picture (Zhu et al. 2024); equal answers give no pair.
+
+    Object words are labelled where `sample.truth["present"]` tells what is there. The authors noise the normalised pixels, at
+    step 500 or 800; here the picture itself is noised.
+
+    Args:
+        sample: the picture with its question.
+        answer: the model's answer.
+        rng: not used here; `asks` draws the noise.
+        vocabulary: surface form -> object; the built-in words if None.
+        others: the answer to the corrupted picture.
+        view: how the picture is corrupted.
+    """
+    return finish(sample, answer, others[0], sample.truth.get("present"), vocabulary, {"view": view})

@@ -1,0 +1,30 @@
+"""The order of pairs in training: batches of like length, so that little is padded. Knows nothing of what a pair is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class LikeLengths(Sampler[int]):
+    """Pairs of like length side by side, the longest first, otherwise in an order drawn anew for each epoch.
+
+    The order depends on seed and epoch only (accelerate calls `set_epoch`), so a resumed run goes on with the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator))

@@ -1,0 +1,260 @@
+"""Every method once more, as slow loops over plain numbers: from the papers and from what their released code computes.
+
+Nothing of catpo is imported. `p` and `r` are the policy's and the reference's logits by side or `side@view`, `ids` the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+BETA = 0.1
+
+
+def log_softmax(row):
+    top = max(row)
+    return [value - top - math.log(sum(math.exp(each - top) for each in row)) for value in row]
+
+
+def log_sigmoid(value):
+    return -math.log1p(math.exp(-value)) if value > -30 else value - math.log1p(math.exp(value))
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def logps(logits, tokens):
+    return [log_softmax(row)[token] for row, token in zip(logits, tokens, strict=True)]
+
+
+def raw(logits, tokens):
+    return [row[token] for row, token in zip(logits, tokens, strict=True)]
+
+
+def divergence(first, second):
+    """KL[first || second] of each position over the whole vocabulary."""
+    found = []
+    for row, other in zip(first, second, strict=True):
+        log_p, log_q = log_softmax(row), log_softmax(other)
+        found.append(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
+    return found
+
+
+def ratio(p, r, ids, key, weights=None):
+    """Delta: the weighted sum of log-ratios of a side, perhaps under a view."""
+    tokens = ids[key.split("@")[0]]
+    pairs = zip(logps(p[key], tokens), logps(r[key], tokens), strict=True)
+    weights = weights or [1.0] * len(tokens)
+    return sum(weight * (a - b) for weight, (a, b) in zip(weights, pairs, strict=True))
+
+
+def margin(p, r, ids, weights=None):
+    weights = weights or {}
+    return ratio(p, r, ids, "chosen", weights.get("chosen")) - ratio(p, r, ids, "rejected", weights.get("rejected"))
+
+
+# ---- which tokens differ --------------------------------------------------------------------------------------------------
+
+
+def longest_match(a, b, a_from, a_to, b_from, b_to):
+    best = (a_from, b_from, 0)
+    for i in range(a_from, a_to):
+        for j in range(b_from, b_to):
+            size = 0
+            while i + size < a_to and j + size < b_to and a[i + size] == b[j + size]:
+                size += 1
+            if size > best[2]:
+                best = (i, j, size)
+    return best
+
+
+def matching_blocks(a, b, a_from, a_to, b_from, b_to):
+    i, j, size = longest_match(a, b, a_from, a_to, b_from, b_to)
+    if not size:
+        return []
+    before = matching_blocks(a, b, a_from, i, b_from, j)
+    return [*before, (i, j, size), *matching_blocks(a, b, i + size, a_to, j + size, b_to)]
+
+
+def joined(blocks):
+    """Neighbouring blocks are one."""
+    found = []
+    for i, j, size in blocks:
+        if found and found[-1][0] + found[-1][2] == i and found[-1][1] + found[-1][2] == j:
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + size)
+        else:
+            found.append((i, j, size))
+    return found
+
+
+def segment_weights(ids, weight, block=3, one_sided=False, elsewhere=1.0):
+    rejected, chosen = ids["rejected"], ids["chosen"]
+    blocks = joined(matching_blocks(rejected, chosen, 0, len(rejected), 0, len(chosen)))
+    kept = [each for each in blocks if each[2] >= block] + [(len(rejected), len(chosen), 0)]
+    weights = {"chosen": [elsewhere] * len(chosen), "rejected": [elsewhere] * len(rejected)}
+    a = b = 0
+    for i, j, size in kept:
+        if (i > a and j > b) or one_sided:
+            for at in range(a, i):
+                weights["rejected"][at] = weight
+            for at in range(b, j):
+                weights["chosen"][at] = weight
+        a, b = i + size, j + size
+    return weights
+
+
+# ---- the methods ----------------------------------------------------------------------------------------------------------
+
+
+def dpo(p, r, ids, smoothing=0.0):
+    h = margin(p, r, ids)
+    return -(1 - smoothing) * log_sigmoid(BETA * h) - smoothing * log_sigmoid(-BETA * h)
+
+
+def ipo(p, r, ids, mean=False):
+    if not mean:
+        return (margin(p, r, ids) - 1 / (2 * BETA)) ** 2
+    chosen, rejected = (ratio(p, r, ids, side) / len(ids[side]) for side in ("chosen", "rejected"))
+    return (chosen - rejected - 1 / (2 * BETA)) ** 2
+
+
+def catpo(p, r, ids, weights, kl_weight):
+    kl = 0.0
+    for side in ("chosen", "rejected"):
+        for weight, each in zip(weights[side], divergence(p[side], r[side]), strict=True):
+            kl += weight * each
+    return -log_sigmoid(BETA * margin(p, r, ids, weights)) + kl_weight * kl
+
+
+def ddpo(p, r, ids, weight, mean):
+    omega = segment_weights(ids, weight)
+    scores = []
+    for side in ("chosen", "rejected"):
+        scores.append(ratio(p, r, ids, side, omega[side]) / (sum(omega[side]) if mean else 1))
+    return -log_sigmoid(BETA * (scores[0] - scores[1]))
+
+
+def vdpo(p, r, ids, gamma, unconditional, view, suffix=False):
+    first = 0
+    while suffix and ids["chosen"][first] == ids["rejected"][first]:
+        first += 1
+    scores = []
+    for side in ("chosen", "rejected"):
+        clean, reference = logps(p[side], ids[side]), logps(r[side], ids[side])
+        without = logps({"policy": p, "reference": r}[unconditional][f"{side}@{view}"], ids[side])
+        score = 0.0
+        for at in range(first, len(clean)):
+            score += gamma * clean[at] - (gamma - 1) * without[at] - reference[at]
+        scores.append(score)
+    return -log_sigmoid(BETA * (scores[0] - scores[1]))
+
+
+def tpo(p, r, ids, view, multiply=False):
+    scores = []
+    for side in ("chosen", "rejected"):
+        score = 0.0
+        for model, sign in ((p, 1), (r, -1)):
+            clean, noised = raw(model[side], ids[side]), raw(model[f"{side}@{view}"], ids[side])
+            for at, logp in enumerate(logps(model[side], ids[side])):
+                s = sigmoid(clean[at] - noised[at])
+                c = 0.5 + (s if side == "chosen" else 1 - s)
+                score += sign * (c * logp if multiply else logp + math.log(c))
+        scores.append(score)
+    return -log_sigmoid(BETA * (scores[0] - scores[1]))
+
+
+def povid(p, r, ids, view, one_sigmoid=False):
+    slipped = 0.0
+    for model, sign in ((p, 1), (r, -1)):
+        for row, noised in zip(model["chosen"], model[f"chosen@{view}"], strict=True):
+            slip = max(range(len(noised)), key=lambda token: noised[token])
+            slipped += sign * log_softmax(row)[slip]
+    chosen, rejected = ratio(p, r, ids, "chosen"), ratio(p, r, ids, "rejected")
+    if one_sigmoid:
+        return -log_sigmoid(BETA * (chosen - 0.5 * rejected - 0.5 * slipped))
+    return -0.5 * log_sigmoid(BETA * (chosen - rejected)) - 0.5 * log_sigmoid(BETA * (chosen - slipped))
+
+
+def mdpo(p, r, ids, view):
+    chosen = ratio(p, r, ids, "chosen")
+    image = chosen - ratio(p, r, ids, f"chosen@{view}")
+    return -log_sigmoid(BETA * margin(p, r, ids)) - log_sigmoid(BETA * image) - log_sigmoid(BETA * chosen)
+
+
+def tdpo(p, r, ids, version, alpha=0.5):
+    moved = {side: sum(divergence(r[side], p[side])) for side in ("chosen", "rejected")}
+    less = moved["rejected"] - moved["chosen"]
+    return -log_sigmoid(BETA * (margin(p, r, ids) - (less if version == 1 else alpha * less)))
+
+
+def chip(p, r, ids, view, omega=4.0, tau=0.1, released=False):
+    weights = segment_weights(ids, omega)
+    moved = {side: sum(divergence(r[side], p[side])) for side in ("chosen", "rejected")}
+    chosen = ratio(p, r, ids, "chosen", weights["chosen"])
+    image = chosen - ratio(p, r, ids, f"chosen@{view}", weights["chosen"])
+    if released:
+        policy, reference = logps(p[f"chosen@{view}"], ids["chosen"]), logps(r[f"chosen@{view}"], ids["chosen"])
+        of_policy = sum(weight * each for weight, each in zip(weights["chosen"], policy, strict=True))
+        image = chosen - (of_policy - sum(reference) * sum(weights["chosen"]))
+    return -log_sigmoid(BETA * (margin(p, r, ids, weights) + image - tau * (moved["rejected"] - moved["chosen"])))
+
+
+def chip_levels(p, r, ids, view, omega=4.0, tau=0.1):
+    moved = {side: sum(divergence(r[side], p[side])) for side in ("chosen", "rejected")}
+    image = ratio(p, r, ids, "chosen") - ratio(p, r, ids, f"chosen@{view}")
+    response = -log_sigmoid(BETA * margin(p, r, ids))
+    segment = -log_sigmoid(BETA * margin(p, r, ids, segment_weights(ids, omega)))
+    return response + segment + tau * BETA * (moved["rejected"] - moved["chosen"]) - log_sigmoid(BETA * image)
+
+
+def tgdpo(p, r, ids, judge, alpha=0.5):
+    total = 0.0
+    for side, sign in (("chosen", 1), ("rejected", -1)):
+        policy, reference, rewards = (logps(each, ids[side]) for each in (p[side], r[side], judge[f"{side}@judge"]))
+        for at in range(len(policy)):
+            q, d = rewards[at] - reference[at], policy[at] - reference[at]
+            total += sign * BETA * (1 + sign * alpha * BETA * q) * d
+    return -log_sigmoid(total)
+
+
+def hsa_dpo(p, r, ids, severity):
+    return -log_sigmoid(BETA * (ratio(p, r, ids, "chosen") - severity * ratio(p, r, ids, "rejected")))
+
+
+def amp(p, r, ids, is_best):
+    return -log_sigmoid(BETA * margin(p, r, ids)) - is_best * ratio(p, r, ids, "chosen")
+
+
+def rrpo(p, r, ids, alpha):
+    phrases = segment_weights(ids, 1.0, block=1, one_sided=True, elsewhere=0.0)
+    return -log_sigmoid(BETA * margin(p, r, ids, phrases)) + alpha * sum(divergence(r["chosen"], p["chosen"]))
+
+
+def opa_dpo(p, r, ids, view, weights=None):
+    longest = max(len(each) for each in ids.values())
+    weights = weights or {side: [1.0] * len(ids[side]) for side in ids}
+
+    def rewards(key):
+        side = key.split("@")[0]
+        pairs = zip(weights[side], logps(p[key], ids[side]), logps(r[key], ids[side]), strict=True)
+        found = [weight * (a - b) for weight, a, b in pairs]
+        return found + [0.0] * (longest - len(found))
+
+    chosen, rejected, masked = rewards("chosen"), rewards("rejected"), rewards(f"chosen@{view}")
+    total = 0.0
+    for at in range(longest):
+        total -= log_sigmoid(BETA * (chosen[at] - rejected[at]))
+        total -= 0.2 * log_sigmoid(BETA * (chosen[at] - masked[at]))
+        total -= log_sigmoid(BETA * chosen[at])
+    return total / longest
+
+
+def opa_dpo_sums(p, r, ids, view):
+    chosen = ratio(p, r, ids, "chosen")
+    image = chosen - ratio(p, r, ids, f"chosen@{view}")
+    return -log_sigmoid(BETA * margin(p, r, ids)) - 0.2 * log_sigmoid(BETA * image) - log_sigmoid(BETA * chosen)
+
+
+def tars(p, r, ids, view):
+    image = ratio(p, r, ids, "chosen") - ratio(p, r, ids, f"chosen@{view}")
+    return -log_sigmoid(BETA * margin(p, r, ids)) - log_sigmoid(BETA * image)

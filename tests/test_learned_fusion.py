@@ -1,0 +1,142 @@
+"""Learned coefficients of Eq. 11: at first the weights of fixed ones; right gradients; a run learns and resumes them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from catpo.batching import PairCollator
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.fusion import Fusion
+from catpo.learned_fusion import LearnedFusion
+from catpo.rewards import RewardStore
+from catpo.scoring import score_pairs
+from catpo.trainer import CatPOTrainer
+from catpo.training import train
+from tiny import llava, pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    family = llava()
+    family.model.save_pretrained(path)
+    family.processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "store"
+    score_pairs(pairs(8), families.load(folder), path, progress=False)
+    return RewardStore.open(path)
+
+
+OPTIONS = [
+    {}, {"gamma": 0.5, "delta": 0.1}, {"normalise": "none"}, {"normalise": "zscore", "activation": "sigmoid"},
+    {"normalise": "quantile"}, {"scope": "pair"}, {"eos": "zero"}, {"eos": "scored"}, {"shared": "neutral"},
+    {"base_weight": 0.2, "temperature": 2.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_before_training_weights_are_those_of_fixed_coefficients(folder, store, options):
+    fusion = Fusion(learned=True, **options)
+    needs = frozenset({"weights", "policy_logps", "reference_logps", "mask"})
+    batch = PairCollator(families.load(folder), store, fusion, needs)(pairs(8)[:4])
+    found = LearnedFusion(fusion)(batch)
+    for number, pair in enumerate(pairs(8)[:4]):
+        fixed = store.weights(pair.id, Fusion(**{"gamma": 0.25, "delta": 0.25, **options}))
+        for side, expected in enumerate((fixed.chosen, fixed.rejected)):
+            assert found[number, side, : len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+            assert not found[number, side, len(expected) :].any()
+
+
+def slow_weights(signals, logits, base_weight=0.5):
+    """Eq. 11 and 7, token by token; signals are [side][token][3]."""
+    total = sum(math.exp(each) for each in logits)
+    found = []
+    for side, tokens in enumerate(signals):
+        for token in tokens:
+            score = sum(math.exp(logit) / total * value for logit, value in zip(logits, token, strict=True))
+            squashed = math.tanh(max(score, 0.0))
+            found.append(base_weight + (squashed if side == 0 else 1 - squashed))
+    return found
+
+
+def test_learned_weights_are_equation_11_at_any_coefficients():
+    random = np.random.default_rng(0)
+    signals = random.uniform(0, 1, (2, 4, 3))
+    fusion = LearnedFusion(Fusion(learned=True)).double()
+    with torch.no_grad():
+        fusion.logits.copy_(torch.tensor([0.3, -1.0, 0.7]))
+    batch = {
+        "signals": torch.tensor(signals)[None],
+        "is_scored": torch.ones(1, 2, 4).bool(),
+        "mask": torch.ones(1, 2, 4).bool(),
+    }
+    expected = slow_weights(signals.tolist(), fusion.logits.tolist())
+    assert fusion(batch).flatten().tolist() == pytest.approx(expected, abs=1e-12)
+
+    def of(logits):
+        return torch.func.functional_call(fusion, {"logits": logits}, (batch,))
+
+    assert torch.autograd.gradcheck(of, (torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True),))
+
+
+def run(folder, store, output, **options):
+    given = dict(
+        pairs=pairs(8), model=str(folder), rewards=store.path, output=output, learning_rate=1e-3, epochs=2, batch_size=2,
+        accumulation=1, lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False,
+        objective="catpo(learned=True, learned_rate=0.05)",
+    )  # fmt: skip
+    return train(**{**given, **options})
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_the_coefficients_and_resumes_them(folder, store, tmp_path, monkeypatch):
+    whole = run(folder, store, tmp_path / "whole")
+    logged = [[row[f"fusion/{name}"] for name in Fusion().needs] for row in rows(whole.output) if "loss" in row]
+    assert logged[0] == pytest.approx([0.25, 0.25, 0.5], abs=1e-6)
+    assert logged[-1] != pytest.approx(logged[0], abs=1e-3) and sum(logged[-1]) == pytest.approx(1)
+    final = json.loads((whole.output / "catpo.json").read_text())["learned_fusion"]
+    assert set(final) == set(Fusion().needs) and list(final.values()) != pytest.approx(logged[0], abs=1e-3)
+
+    step, steps = CatPOTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 6:  # after the checkpoint of step 4
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, store, tmp_path / "killed")
+    monkeypatch.setattr(CatPOTrainer, "training_step", step)
+    resumed = run(folder, store, tmp_path / "killed", resume=True)
+    again = [[row[f"fusion/{name}"] for name in Fusion().needs] for row in rows(resumed.output) if "loss" in row]
+    assert np.array(again) == pytest.approx(np.array(logged), abs=1e-5)
+
+
+def test_any_method_can_learn_its_token_weights(folder, store, tmp_path):
+    result = run(folder, store, tmp_path / "run", objective="dpo(weights='catpo(learned=True)')", max_steps=2)
+    assert "fusion/semantic" in rows(result.output)[-2]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"keep": 0.5}, "keep has no place"), ({"signals": {"semantic": 1.0}}, "signals has no place"),
+    ({"alpha": 0.3}, "alpha has no place"), ({"normalise": "mean_calibrated"}, "one by one"),
+    ({"learned_rate": -1.0}, "learned_rate"),
+])  # fmt: skip
+def test_what_does_not_go_with_learning_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Fusion(learned=True, **options)

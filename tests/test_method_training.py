@@ -1,0 +1,241 @@
+"""Training with every method: what the trainer computes is the method on plain logits, and twenty steps lower the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from catpo import registry
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.readings import Readings
+from catpo.scoring import score_pairs
+from catpo.testing import loss_from_logits
+from catpo.trainer import CatPOConfig, CatPOTrainer
+from catpo.training import train
+from catpo.types import SIDES
+from catpo.views import View
+from tiny import llava, pairs
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+METHODS = registry.names("objectives")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    family = llava()
+    family.model.save_pretrained(path)
+    family.processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "store"
+    score_pairs(pairs(8), families.load(folder), path, progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judge") / "store"
+    score_pairs(pairs(8), llava(seed=4), path, progress=False)
+    return path
+
+
+def trainer(folder, tmp_path, objective, peft_config=None, given=None, **options):
+    defaults = dict(
+        output_dir=str(tmp_path / "run"), objective=objective, learning_rate=1e-3, per_device_train_batch_size=2, max_steps=20,
+        logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
+    )  # fmt: skip
+    return CatPOTrainer(str(folder), CatPOConfig(**{**defaults, **options}), given or pairs(8), peft_config=peft_config)
+
+
+def with_judge(name, judge):
+    return f"tgdpo(judge={str(judge)!r})" if name == "tgdpo" else name
+
+
+def curve(run, name="loss"):
+    return [log[name] for log in run.state.log_history if name in log]
+
+
+# ---- the same as on plain logits ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_logits(family, encoded, side):
+    """The logits that predict one response, from a row of its own through the whole model."""
+    ids = [*encoded.prompt_ids, *encoded.response_ids[side]]
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(), **encoded.pixels}
+    logits = family.unwrapped(**inputs).logits
+    return logits[0, len(encoded.prompt_ids) - 1 : -1].double().numpy()
+
+
+def logits_of(family, readings, pair):
+    """Logits of both sides, clean and under every view that the objective reads."""
+    encoded = family.encode(pair)
+    found = {side: plain_logits(family, encoded, side) for side in SIDES}
+    for name in readings.views:
+        seen = replace(readings, family=family)._shown(View.of(name), pair, encoded)[0]
+        found |= {f"{side}@{name}": plain_logits(family, seen, side) for side in SIDES}
+    return found
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", [
+    pytest.param(method, marks=() if method in ("tpo(weights='catpo')", "povid", "vdpo") else pytest.mark.slow)
+    for method in [
+        *[each for each in METHODS if each != "tars"], "vdpo(unconditional='reference')", "vdpo(view='none')",
+        "mdpo(view='another')", "mdpo(form='code')", "povid(form='paper')", "tpo(weights='catpo')",
+        "chip(weights='catpo(alpha=0.3)')",
+    ]
+])  # fmt: skip
+def test_the_trainer_computes_the_method_on_plain_logits(folder, store, judge, tmp_path, method, peft_config):
+    """Packed rows, chunked head, cached or online reference against whole logits of separate rows, per pair."""
+    run = trainer(folder, tmp_path, with_judge(method, judge), peft_config, rewards=str(store))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in run.family.unwrapped.named_parameters():
+            if parameter.requires_grad and (peft_config is None or "lora_B" in name):
+                parameter += 0.05 * torch.randn_like(parameter)
+    given = pairs(8)[:3]
+    batch = run.data_collator(given)
+    found = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
+    reference = families.load(folder)
+    for number, pair in enumerate(given):
+        policy_logits, reference_logits = (logits_of(each, run.readings, pair) for each in (run.family, reference))
+        if method == "tgdpo":
+            other = llava(seed=4)
+            policy_logits |= {f"{side}@judge": plain_logits(other, other.encode(pair), side) for side in SIDES}
+        weights = {
+            side: batch["weights"][number, place][batch["mask"][number, place]].tolist() for place, side in enumerate(SIDES)
+        }
+        expected = loss_from_logits(
+            run.objective.spec,
+            policy=policy_logits,
+            reference=reference_logits,
+            tokens=run.family.encode(pair).response_ids,
+            weights=weights,
+        )
+        assert found[number].item() == pytest.approx(expected, abs=2e-4, rel=2e-4)
+
+
+# ---- twenty steps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", [
+    pytest.param(method, marks=() if method == "chip" else pytest.mark.slow)
+    for method in [*METHODS, "tpo(weights='catpo')", "vdpo(unconditional='reference')", "vdpo(view='none')"]
+])  # fmt: skip
+def test_twenty_steps_lower_the_loss(folder, store, judge, tmp_path, method, peft_config):
+    run = trainer(folder, tmp_path, with_judge(method, judge), peft_config, rewards=str(store))
+    run.train()
+    losses = curve(run)
+    assert len(losses) == 20 and all(math.isfinite(loss) for loss in losses)
+    assert curve(run, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert curve(run, "grad_norm")[0] > 0
+    assert sum(losses[-4:]) / 4 < losses[0]
+
+
+def test_policy_and_reference_see_one_draw_unless_the_code_form_is_asked_for(folder, tmp_path):
+    same = trainer(folder, tmp_path, "mdpo", reference="online", max_steps=1)
+    same.train()
+    assert curve(same)[0] == pytest.approx(3 * math.log(2), abs=1e-5)
+    apart = trainer(folder, tmp_path, "mdpo(form='code')", reference="online", max_steps=1)
+    apart.train()
+    assert curve(apart)[0] != pytest.approx(3 * math.log(2), abs=1e-5)
+    assert len(apart.readings.views) == 2
+
+
+@pytest.mark.parametrize("method", ["tpo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("chip", "tars"))])
+def test_online_and_cached_reference_and_separate_rows_give_one_curve(folder, store, tmp_path, method):
+    cached = trainer(folder, tmp_path, method, rewards=str(store), max_steps=3)
+    online = trainer(folder, tmp_path, method, reference="online", max_steps=3)
+    separate = trainer(folder, tmp_path, method, rewards=str(store), prefix="separate", max_steps=3)
+    for run in (cached, online, separate):
+        run.train()
+    assert curve(cached) == pytest.approx(curve(online), abs=3e-5)
+    assert curve(cached) == pytest.approx(curve(separate), abs=3e-5)
+
+
+@pytest.mark.slow
+def test_a_batch_of_eight_equals_eight_of_one(folder, store, tmp_path):
+    together = trainer(folder, tmp_path, "chip", rewards=str(store), per_device_train_batch_size=8, max_steps=2)
+    alone = trainer(
+        folder, tmp_path, "chip", rewards=str(store), per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=2
+    )
+    together.train()
+    alone.train()
+    assert curve(together) == pytest.approx(curve(alone), abs=3e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_path, monkeypatch):
+    options = dict(
+        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=2, accumulation=1,
+        lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False, objective="tpo",
+    )  # fmt: skip
+    whole = train(output=tmp_path / "whole", **options)
+    step, steps = CatPOTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:  # in the second epoch, after the checkpoint of step 6
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(output=tmp_path / "killed", **options)
+    monkeypatch.setattr(CatPOTrainer, "training_step", step)
+    resumed = train(output=tmp_path / "killed", **options, resume=True)
+    rows = [
+        [json.loads(line) for line in (each.output / "metrics.jsonl").read_text().splitlines()] for each in (whole, resumed)
+    ]
+    losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_every_epoch_draws_anew(folder, store, tmp_path):
+    run = trainer(folder, tmp_path, "tpo", rewards=str(store), given=pairs(2), max_steps=3)
+    seen = []
+    plain = run.readings.of_policy
+    run.readings.of_policy = lambda model, hidden, batch: (
+        seen.append(batch["views"]["noised(step=500)"]["model_inputs"]["pixel_values"].clone()), plain(model, hidden, batch)
+    )[1]  # fmt: skip
+    run.train()
+    totals = [each.sum(dim=(1, 2, 3)).sort().values for each in seen]
+    assert len(totals) == 3 and run.readings.epoch == 2
+    assert not torch.allclose(totals[0], totals[1]) and not torch.allclose(totals[1], totals[2])
+
+
+# ---- what comes with the pairs --------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_row_reach_the_loss(folder, tmp_path):
+    plain = trainer(folder, tmp_path, "hsa_dpo", reference="online")
+    severe = [replace(pair, meta={"severity": 2.5}) for pair in pairs(2)]
+    batch = plain.data_collator(severe)
+    stats = plain.pair_stats(plain.model, batch)
+    assert stats.meta("severity", 1.0).tolist() == [2.5, 2.5]
+    assert plain.data_collator(pairs(2))["meta severity 1.0"].tolist() == [1.0, 1.0]
+    with pytest.raises(UserError, match=r"pair .*: 'severity' is 'high', not a number"):
+        plain.data_collator([replace(severe[0], meta={"severity": "high"})])
+
+
+def test_tgdpo_without_a_judge_says_what_to_do(folder, store, tmp_path):
+    with pytest.raises(UserError, match="judge='folder'"):
+        trainer(folder, tmp_path, "tgdpo", rewards=str(store))
+
+
+def test_an_objective_that_reads_no_view_adds_no_row(folder, store, tmp_path):
+    run = trainer(folder, tmp_path, "catpo", rewards=str(store))
+    assert run.readings.is_empty and "views" not in run.data_collator(pairs(2))
+    assert not Readings(run.family, frozenset({"policy_logps", "mask"})).reads_reference

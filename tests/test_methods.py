@@ -1,0 +1,203 @@
+"""Every method against its formula in slow loops, through `loss_from_logits`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import method_oracles as oracles
+from catpo.errors import UserError
+from catpo.testing import loss_from_logits
+
+VOCABULARY = 9
+VIEW = "noised"
+SIDES = ("chosen", "rejected")
+
+
+class Case:
+    """A pair with random logits; part of the responses is the same."""
+
+    def __init__(self, seed: int, views=(VIEW,)):
+        random = np.random.default_rng(seed)
+        shared = random.integers(0, VOCABULARY, 4).tolist()
+        middle = [random.integers(0, VOCABULARY, count).tolist() for count in (3, 1 + seed % 3)]
+        self.ids = {side: [*shared[:3], *part, *shared, *part[:seed]] for side, part in zip(SIDES, middle, strict=True)}
+        keys = [*SIDES, *(f"{side}@{view}" for side in SIDES for view in views)]
+        draw = lambda: {key: random.normal(size=(len(self.ids[key.split("@")[0]]), VOCABULARY)) * 2 for key in keys}
+        self.policy, self.reference = draw(), draw()
+        self.weights = {side: random.uniform(0.5, 1.5, len(self.ids[side])).tolist() for side in SIDES}
+
+    def loss(self, spec, **options):
+        given = {"policy": self.policy, "reference": self.reference, "tokens": self.ids, **options}
+        return loss_from_logits(spec, **given)
+
+    @property
+    def slow(self):
+        plain = [{key: value.tolist() for key, value in each.items()} for each in (self.policy, self.reference)]
+        return (*plain, self.ids)
+
+
+CASES = {
+    "dpo": oracles.dpo,
+    "dpo(label_smoothing=0.1)": lambda *c: oracles.dpo(*c, smoothing=0.1),
+    "dpo(loss_type='ipo')": oracles.ipo,
+    "dpo(loss_type='ipo', reduction='mean')": lambda *c: oracles.ipo(*c, mean=True),
+    "ddpo(form='code')": lambda *c: oracles.ddpo(*c, weight=1.1, mean=False),
+    "ddpo(form='paper')": lambda *c: oracles.ddpo(*c, weight=5.0, mean=True),
+    "ddpo(segment_weight=3.0)": lambda *c: oracles.ddpo(*c, weight=3.0, mean=False),
+    "vdpo(guidance=1.5)": lambda *c: oracles.vdpo(*c, 1.5, "policy", VIEW),
+    "vdpo(guidance=2.0, form='code')": lambda *c: oracles.vdpo(*c, 2.0, "policy", VIEW),
+    "vdpo(guidance=1.5, unconditional='reference')": lambda *c: oracles.vdpo(*c, 1.5, "reference", VIEW),
+    "vdpo(guidance=1.0, form='code')": lambda *c: oracles.vdpo(*c, 1.0, "policy", VIEW, suffix=True),
+    "vdpo(guidance=1.0, form='paper')": oracles.dpo,
+    "tpo(form='code')": lambda *c: oracles.tpo(*c, VIEW),
+    "tpo(form='paper')": lambda *c: oracles.tpo(*c, VIEW, multiply=True),
+    "povid(form='code')": lambda *c: oracles.povid(*c, VIEW),
+    "povid(form='paper')": lambda *c: oracles.povid(*c, VIEW, one_sigmoid=True),
+    "mdpo(form='code')": lambda *c: oracles.mdpo(*c, VIEW),
+    "mdpo(form='paper')": lambda *c: oracles.mdpo(*c, VIEW),
+    "tdpo(version=1)": lambda *c: oracles.tdpo(*c, 1),
+    "tdpo(version=2, alpha=0.3)": lambda *c: oracles.tdpo(*c, 2, 0.3),
+    "tdpo": lambda *c: oracles.tdpo(*c, 2),
+    "tdpo(form='code')": lambda *c: oracles.tdpo(*c, 1),
+    "chip(form='code')": lambda *c: oracles.chip(*c, VIEW),
+    "chip(form='code', segment_weight=1.0)": lambda *c: oracles.chip(*c, VIEW, omega=1.0),
+    "chip(segment_weight=1.1, released_sum=True)": lambda *c: oracles.chip(*c, VIEW, omega=1.1, released=True),
+    "chip(form='paper')": lambda *c: oracles.chip_levels(*c, VIEW),
+    "hsa_dpo(severity=1.7)": lambda *c: oracles.hsa_dpo(*c, 1.7),
+    "amp": lambda *c: oracles.amp(*c, 1.0),
+    "amp(is_best=0.0)": lambda *c: oracles.amp(*c, 0.0),
+    "rrpo(alpha=0.05)": lambda *c: oracles.rrpo(*c, 0.05),
+    "opa_dpo(form='code')": lambda *c: oracles.opa_dpo(*c, VIEW),
+    "opa_dpo(form='paper')": lambda *c: oracles.opa_dpo_sums(*c, VIEW),
+    "tars": lambda *c: oracles.tars(*c, VIEW),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spec", CASES)
+def test_every_method_equals_its_formula(spec, seed):
+    case = Case(seed)
+    assert case.loss(spec) == pytest.approx(CASES[spec](*case.slow), abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kl_weight", [0.0, 0.03, 1.0])
+def test_catpo_equals_equations_8_to_10(seed, kl_weight):
+    case = Case(seed)
+    expected = oracles.catpo(*case.slow, case.weights, kl_weight)
+    assert case.loss(f"catpo(kl_weight={kl_weight})", weights=case.weights) == pytest.approx(expected, abs=1e-10)
+    unit = {side: [1.0] * len(case.ids[side]) for side in SIDES}
+    assert case.loss(f"catpo(kl_weight={kl_weight})") == pytest.approx(oracles.catpo(*case.slow, unit, kl_weight), abs=1e-10)
+
+
+def test_tgdpo_takes_the_token_rewards_of_a_judge():
+    case, random = Case(0, views=()), np.random.default_rng(7)
+    judge = {f"{side}@judge": random.normal(size=(len(case.ids[side]), VOCABULARY)) for side in SIDES}
+    expected = oracles.tgdpo(*case.slow, {key: value.tolist() for key, value in judge.items()})
+    assert case.loss("tgdpo", reference={**case.reference, **judge}) == pytest.approx(expected, abs=1e-10)
+    assert case.loss("tgdpo", policy={**case.policy, **judge}) == pytest.approx(expected, abs=1e-10)
+    assert case.loss("tgdpo(alpha=0.0)") == pytest.approx(oracles.dpo(*case.slow), abs=1e-10)
+    with pytest.raises(UserError, match="reads the reference's logits of 'chosen@judge'"):
+        case.loss("tgdpo")
+
+
+# ---- token weights in any method ------------------------------------------------------------------------------------------
+
+
+def test_token_weights_turn_dpo_into_weighted_dpo():
+    case = Case(1)
+    weighted = case.loss("dpo(weights='catpo')", weights=case.weights)
+    assert weighted == pytest.approx(oracles.catpo(*case.slow, case.weights, 0.0), abs=1e-10)
+    assert case.loss("dpo", weights=case.weights) == pytest.approx(oracles.dpo(*case.slow), abs=1e-10)
+
+
+def test_token_weights_scale_positions_of_opa_dpo():
+    case = Case(2)
+    expected = oracles.opa_dpo(*case.slow, VIEW, case.weights)
+    assert case.loss("opa_dpo(weights='catpo')", weights=case.weights) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("spec", [
+    "dpo", "ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "hsa_dpo", "amp", "rrpo", "opa_dpo", "tars",
+    "tgdpo(alpha=0.0)",
+])  # fmt: skip
+def test_unit_token_weights_change_nothing_and_others_do(spec):
+    case = Case(3)
+    weighted = spec[:-1] + ", weights='catpo')" if spec.endswith(")") else spec + "(weights='catpo')"
+    unit = {side: [1.0] * len(case.ids[side]) for side in SIDES}
+    assert case.loss(weighted, weights=unit) == pytest.approx(case.loss(spec), abs=1e-12)
+    assert case.loss(weighted, weights=case.weights) != pytest.approx(case.loss(spec), abs=1e-6)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("dpo(weights='tpo')", "only 'catpo'"),
+    ("dpo(weights='catpo(kl_weight=0.1)')", "the weights have no option 'kl_weight'"),
+    ("dpo(keep=0.5)", r'Give dpo\(weights="catpo\(keep=0.5\)"\)'),
+    ("tdpo(alpha=0.3, keep=0.5)", "weighs no tokens by itself"),
+    ("catpo(weights='catpo')", "weighs tokens by itself"),
+    ("dpo(betta=0.5)", "Did you mean 'beta'"),
+])  # fmt: skip
+def test_weights_that_cannot_be_are_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        Case(0).loss(spec)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec, reason", [
+    ("vdpo(guidance=0.0)", "multiplies the policy's log-probs by 0"),
+    ("dpo(beta=0.0)", "its gradient is zero"),
+    ("catpo(beta=0.0, kl_weight=0.0)", "its gradient is zero"),
+    ("tpo(beta=0.0)", "its gradient is zero"),
+    ("povid(text_weight=0.0, noise_weight=0.0)", "its gradient is zero"),
+])  # fmt: skip
+def test_a_configuration_without_gradient_is_refused_with_the_reason(spec, reason):
+    with pytest.raises(UserError, match=reason):
+        Case(0).loss(spec)
+
+
+@pytest.mark.parametrize("spec", ["ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "opa_dpo"])
+def test_methods_whose_code_and_paper_differ_take_a_form(spec):
+    with pytest.raises(UserError, match="form='other' is not known"):
+        Case(0).loss(f"{spec}(form='other')")
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("tpo(view='nosed')", "There is no view 'nosed'"), ("tpo(view='noised(steps=3)')", "Did you mean 'step'"),
+    ("tdpo(version=3)", "versions 1 and 2"), ("vdpo(unconditional='base')", "unconditional='base' is not known"),
+    ("dpo(loss_type='hinge')", "loss_type='hinge' is not known"), ("dpo(loss_type='ipo', beta=0.0)", "positive beta"),
+])  # fmt: skip
+def test_unknown_words_are_answered(spec, message):
+    with pytest.raises(UserError, match=message):
+        Case(0).loss(spec)
+
+
+def test_a_view_that_is_not_given_is_named():
+    case = Case(0, views=())
+    with pytest.raises(UserError, match="reads the policy's logits of 'chosen@noised', which are not given"):
+        case.loss("povid")
+    with pytest.raises(UserError, match="has 2 rows"):
+        case.loss("dpo", policy={**case.policy, "chosen": case.policy["chosen"][:2]})
+
+
+def test_of_several_views_the_one_that_is_asked_for_is_read():
+    case = Case(0, views=("noised", "cropped"))
+    assert case.loss("mdpo") == pytest.approx(oracles.mdpo(*case.slow, "cropped"), abs=1e-10)
+    assert case.loss("mdpo(view='noised(step=800)')") == pytest.approx(oracles.mdpo(*case.slow, "noised"), abs=1e-10)
+    only = {key: value for key, value in case.policy.items() if "noised" not in key}
+    reference = {key: value for key, value in case.reference.items() if "noised" not in key}
+    expected = oracles.tars(*case.slow, "cropped")
+    assert case.loss("tars", policy=only, reference=reference) == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_released_v_dpo_setting_would_leave_a_constant():
+    """gamma = 0: whatever the policy says with the picture, the loss stays."""
+    case = Case(0)
+    other = {**case.policy, "chosen": case.policy["chosen"] + 1.0, "rejected": -case.policy["rejected"]}
+    slow = [{key: value.tolist() for key, value in each.items()} for each in (other, case.reference)]
+    assert oracles.vdpo(*case.slow, 0.0, "policy", VIEW) == pytest.approx(oracles.vdpo(*slow, case.ids, 0.0, "policy", VIEW))
+    assert math.isfinite(case.loss("vdpo"))

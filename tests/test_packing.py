@@ -1,0 +1,119 @@
+"""Attention part by part against the same attention under a dense mask, and under FlexAttention's block mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from catpo import last_layer, packing
+from catpo.attention import AttentionRecorder
+from catpo.batching import pack, run_backbone
+from catpo.families._base import load
+from tiny import llava, pairs
+from tiny_families import build
+
+
+def loss_and_gradients(family, batch):
+    """A sum that every response token takes part in, and its gradient to every weight of the decoder."""
+    hidden = run_backbone(family.unwrapped, batch).last_hidden_state
+    rows = batch["row"][:, :, None].expand_as(batch["mask"])[batch["mask"]]
+    loss = hidden[rows, batch["predictors"][batch["mask"]]].pow(2).sum()
+    return loss, torch.autograd.grad(loss, [each for each in family.decoder.parameters() if each.ndim > 1], allow_unused=True)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("make", [llava, lambda: build("qwen2_5_vl")], ids=["llava", "qwen2_5_vl"])
+def test_part_by_part_equals_a_dense_mask_with_its_gradients(make, padding_side):
+    family = make()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)], padding_side=padding_side)
+    assert packing.is_layout(batch["model_inputs"]["attention_mask"])
+    expected, expected_gradients = loss_and_gradients(family, batch)
+    family.use_packed_attention()
+    found, gradients = loss_and_gradients(family, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for mine, plain in zip(gradients, expected_gradients, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_checkpointed_layers_keep_the_layout():
+    family = llava()
+    family.use_packed_attention()
+    batch = pack(family, [family.encode(pair) for pair in pairs(2)])
+    _, plain = loss_and_gradients(family, batch)
+    family.unwrapped.train()
+    family.unwrapped.gradient_checkpointing_enable()
+    _, checkpointed = loss_and_gradients(family, batch)
+    for mine, expected in zip(checkpointed, plain, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_layout_sees_what_the_rows_say():
+    layout = packing.layout_of([[(0, 2), (2, 3), (3, 5)], [(1, 2), (2, 4), (4, 5)]])
+    expected = torch.tensor(
+        [
+            [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+            [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 0, 1]],
+        ]
+    )
+    assert torch.equal(packing.visible(layout, 5), expected.bool())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
+    """On a CPU, where FlexAttention has a forward pass only; on a GPU the same block mask trains."""
+    made = build(name)
+    made.model.save_pretrained(tmp_path)
+    made.processor.save_pretrained(tmp_path)
+    found = {}
+    for attention in ("sdpa", "flex_attention"):
+        family = load(tmp_path, attention=attention)
+        batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+        recorder = AttentionRecorder(batch["tokens_at"].reshape(3, -1), batch["patches"], (0, 1))
+        with family.recordable_attention(), recorder, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            hidden = run_backbone(family.unwrapped, batch).last_hidden_state
+        rows = batch["row"][:, :, None].expand_as(batch["mask"])[batch["mask"]]
+        found[attention] = hidden[rows, batch["predictors"][batch["mask"]]], recorder.mean()
+    for mine, expected in zip(found["flex_attention"], found["sdpa"], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=2e-4)  # sharp attention
+
+
+@pytest.mark.parametrize("make", [llava, lambda: build("qwen2_5_vl"), lambda: build("qwen3_vl"), lambda: build("gemma3")])
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_a_last_layer_read_at_responses_gives_the_same_there(make, is_checkpointed):
+    family = make()
+    family.use_packed_attention()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    expected, expected_gradients = loss_and_gradients(family, batch)
+    if is_checkpointed:
+        family.unwrapped.train()
+        family.unwrapped.gradient_checkpointing_enable()
+    with last_layer.read_at_responses(family.decoder):
+        found, gradients = loss_and_gradients(family, batch)
+        elsewhere = run_backbone(family.unwrapped, batch).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for mine, plain in zip(gradients, expected_gradients, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    plain = run_backbone(family.unwrapped, batch).last_hidden_state
+    assert packing.is_layout(batch["model_inputs"]["attention_mask"]) == (not torch.allclose(elsewhere, plain, atol=1e-2))
+
+
+def test_what_is_not_packed_goes_through_the_whole_last_layer():
+    family = llava()
+    batch = pack(family, [family.encode(pairs(1)[0])], prefix="separate")
+    plain = run_backbone(family.unwrapped, batch).last_hidden_state
+    with last_layer.read_at_responses(family.decoder):
+        assert torch.equal(run_backbone(family.unwrapped, batch).last_hidden_state, plain)
+
+
+def test_reading_at_responses_twice_is_reading_once():
+    family = llava()
+    family.use_packed_attention()
+    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    plain, _ = loss_and_gradients(family, batch)
+    with last_layer.read_at_responses(family.decoder), last_layer.read_at_responses(family.decoder):
+        found, _ = loss_and_gradients(family, batch)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert not packing.reads_responses(family.decoder.layers[-1].self_attn)
