@@ -6,12 +6,14 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from catpo.benchmarks import scenes
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.evaluation import evaluate
@@ -64,7 +66,7 @@ def test_a_task_shows_the_pictures_and_prompts_of_the_benchmark(exported):
     (shown,) = task["doc_to_visual"](docs[0])
     assert shown.tobytes() == sample.images[0].open().tobytes()
     assert task["doc_to_text"](docs[0], lmms_eval_specific_kwargs=None) == sample.prompt
-    assert task["generation_kwargs"]["until"] == [] and task["generation_kwargs"]["max_new_tokens"] == 1024
+    assert task["generation_kwargs"]["until"] == [] and task["generation_kwargs"]["max_new_tokens"] == 96
 
 
 def test_a_judged_benchmark_is_exported_without_asking_and_graded_by_its_judge(tmp_path):
@@ -78,6 +80,14 @@ def test_a_judged_benchmark_is_exported_without_asking_and_graded_by_its_judge(t
     assert doc["pictures"] == [str((tmp_path / "mmhal/images/a.jpg").resolve())]
     graded = tasks.grade(doc, ["It is."])
     assert tasks.sum_up([graded["score"]]) == 5.0
+
+
+def test_a_benchmark_that_ranks_given_answers_is_not_exported(tmp_path, monkeypatch):
+    items = scenes.Benchmark.items
+    ranked = lambda *given: [replace(item, options={"A": "a", "B": "b"}) for item in items(*given)]
+    monkeypatch.setattr(scenes.Benchmark, "items", ranked)
+    with pytest.raises(UserError, match="ranks given answers"):
+        tasks.export_tasks([SCENES], tmp_path / "tasks")
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,8 @@ def test_changed_answers_are_filtered(page):
     assert 0 < fixed < everything
     set_control(page, "changed-way", "fixed")
     assert count("") == fixed
+    set_control(page, "changed-category", "scenes/captions")
+    assert count("") == fixed  # these evaluations changed in captions only
     set_control(page, "changed-search", "no such words")
     assert count("") == 0
     sizes = page.execute_script("return [...document.querySelectorAll('img[data-image]')].map(i => i.naturalWidth)")

@@ -215,7 +215,9 @@ def lmms_eval(
     data: Annotated[Path | None, Parameter(help="Folder with the benchmarks' official files.")] = None,
     judge: Annotated[str | None, Parameter(help="Who grades what needs a judge.")] = None,
     limit: Annotated[int | None, Parameter(help="Only the first so many pictures of each benchmark.")] = None,
-    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens.")] = 1024,
+    max_new_tokens: Annotated[
+        int | None, Parameter(help="Longest answer, in tokens; each benchmark's own if left out.")
+    ] = None,
 ) -> None:
     """Write benchmarks as tasks of lmms-eval that catpo grades."""
     from catpo.lmms.tasks import export_tasks

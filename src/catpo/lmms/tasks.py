@@ -16,6 +16,7 @@ from PIL import Image
 
 from catpo.benchmarks._base import Item
 from catpo.comparison import resample
+from catpo.errors import UserError
 from catpo.grading import Task, grade_row, open_judges, open_tasks
 from catpo.judges._base import Judge
 from catpo.runs import write_atomic
@@ -57,7 +58,7 @@ def export_tasks(
     data: str | Path | None = None,
     judge: str | None = None,
     limit: int | None = None,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
     """Write each benchmark as a task of lmms-eval; gives the tasks' names.
 
@@ -67,21 +68,26 @@ def export_tasks(
         data: folder with the benchmarks' official files.
         judge: who grades what needs a judge.
         limit: only the first so many pictures of each benchmark.
-        max_new_tokens: where an answer is cut.
+        max_new_tokens: where an answer is cut; each benchmark's own if None.
 
     Raises:
-        UserError: a benchmark or its files are not there.
+        UserError: a benchmark or its files are not there, or it ranks given answers.
     """
     folder = Path(output)
     names = []
     for task in open_tasks(benchmarks, data=data, limit=limit, is_answered_here=True, max_new_tokens=max_new_tokens):
+        if any(item.options is not None for item in task.items):
+            raise UserError(
+                f"{task.spec} ranks given answers, which tasks do not. Choose a protocol in which the model writes."
+            )
         name = f"catpo_{task.name}"
         folder.mkdir(parents=True, exist_ok=True)
         origin = {"benchmark": str(task.spec), "data": str(Path(data).resolve()) if data else None, "judge": judge}
         rows = [_question(item, folder, origin) for item in task.items]
         write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         metrics = "".join(METRIC.format(name=metric) for metric in _metric_names(task))
-        text = YAML.format(task=name, questions=f"{name}.jsonl", max_new_tokens=max_new_tokens, metrics=metrics.rstrip())
+        longest = max_new_tokens or task.benchmark.max_new_tokens
+        text = YAML.format(task=name, questions=f"{name}.jsonl", max_new_tokens=longest, metrics=metrics.rstrip())
         write_atomic(folder / f"{name}.yaml", text)
         names.append(name)
     return names
