@@ -136,6 +136,8 @@ def _attend_row(
     prompt = at(query, first, split), at(key, start, split), at(value, start, split)
     outputs = [fused(module, *prompt, None, **options)[0]]
     for begin, end in responses:
+        if begin == end:  # there is no such part: a row may hold one response
+            continue
         keys, values = (torch.cat([at(each, start, split), at(each, begin, end)], dim=2) for each in (key, value))
         own = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril()
         mask = torch.cat([own.new_ones(end - begin, split - start), own], dim=1)[None, None]
