@@ -144,14 +144,14 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        about = _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
+        about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
         if is_main_process():
-            write_json(output / "catpo.json", {**about, "complete": False})
+            write_json(output / "catpo.json", {**about(), "complete": False})
         with families.quiet():
             trainer.train(resume_from_checkpoint=checkpoint)
             if is_main_process():
                 _save_model(trainer, output / "model")
-                write_json(output / "catpo.json", {**about, "complete": True})
+                write_json(output / "catpo.json", {**about(), "complete": True})  # with coefficients as they were learned
     return TrainingResult(output, output / "model", _last_metrics(output))
 
 
