@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from catpo.errors import UserError
 from catpo.pairs_file import write_pairs
 from catpo.scoring import score
+from catpo.training import train
 from tiny import llava, pairs
 
 
@@ -39,7 +41,7 @@ def losses(folder, name):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("lora", ["none", "lora(r=4, alpha=8)"], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", ["none", pytest.param("lora(r=4, alpha=8)", marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_two_processes_train_as_one_does(folder, lora):
     curves = []
     for processes in (1, 2):
@@ -51,6 +53,7 @@ def test_two_processes_train_as_one_does(folder, lora):
     assert json.loads((folder / f"{lora[:4]}-2" / "catpo.json").read_text())["complete"]
 
 
-def test_two_processes_do_not_score_on_the_side(folder):
-    done = run(folder, "unscored", 2)
-    assert done.returncode != 0 and "run `catpo score` first" in done.stderr
+def test_several_processes_do_not_score_on_the_side(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run `catpo score` first"):
+        train(pairs=str(folder / "pairs"), model=folder / "model", output=tmp_path / "unscored")
