@@ -152,6 +152,7 @@ def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: f
         if measure == "time" and "flops" in mine[0] and "flops" in theirs[fastest][0]:
             sides = {"ours": mine, "peer": theirs[fastest]}
             more |= {f"gflop_{name}": runs[0]["flops"] / 1e9 for name, runs in sides.items()}
+            more |= {f"token_passes_{name}": runs[0]["token_passes"] for name, runs in sides.items()}
             more |= {
                 f"share_of_matmul_{name}": runs[0]["flops"] / speed / statistics.median(map(seconds, runs))
                 for name, runs in sides.items()

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -59,12 +60,20 @@ def main() -> None:
 
 
 class Watch(TrainerCallback):
-    """Seconds of each step, of what lies between steps (fetching data), and the operations of the first step."""
+    """Seconds of each step and of what lies between steps (fetching data); operations and token passes of the first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: type[torch.nn.Module], *, backward: int) -> None:
         self.steps: list[float] = []
         self.between: list[float] = []
         self.flops = FlopCounterMode(display=False)
+        self.decoder, self.backward, self.token_passes = decoder, backward, 0
+        register_module_forward_hook(self.count)
+
+    def count(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        """Tokens through a decoder: once forward, and where a graph is kept, `backward` times back."""
+        if isinstance(module, self.decoder) and not self.steps:
+            hidden = output.last_hidden_state
+            self.token_passes += hidden.shape[0] * hidden.shape[1] * (1 + self.backward * hidden.requires_grad)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter()
@@ -98,6 +107,7 @@ def train(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         "memory": peak_mebibytes() - before,
         "losses": losses,
         "flops": watch.flops.get_total_flops(),
+        "token_passes": watch.token_passes,
     }
 
 
@@ -123,7 +133,7 @@ def make_trainer(
     trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    watch = Watch()
+    watch = Watch(type(family.decoder), backward=1 if options.lora else 2)  # frozen weights take no gradient
     trainer.add_callback(watch)
     return trainer, watch
 

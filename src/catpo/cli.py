@@ -25,7 +25,10 @@ START = Group("Start", sort_key=2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted."""
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
     except UserError as error:
         print(f"catpo: {error}", file=sys.stderr)
         sys.exit(2)
