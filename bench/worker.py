@@ -130,10 +130,10 @@ def make_trainer(
         "seed": 0,
         "beta": 0.1,
     }
+    watch = Watch(type(family.decoder), backward=1 if options.lora else 2)  # frozen weights take no gradient
     trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    watch = Watch(type(family.decoder), backward=1 if options.lora else 2)  # frozen weights take no gradient
     trainer.add_callback(watch)
     return trainer, watch
 

@@ -46,3 +46,27 @@ def builtin() -> Path:
 
     assert (BUILTIN / "model.safetensors").is_file(), f"{BUILTIN} is not packaged; see tools/train_builtin_vlm.py"
     return BUILTIN
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, as a user has one. Tests read it, and leave it as it is."""
+    from tiny import llava
+
+    path = tmp_path_factory.mktemp("model")
+    family = llava()
+    family.model.save_pretrained(path)
+    family.processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward store of eight pairs, scored with that model."""
+    from catpo.families import _base as families
+    from catpo.scoring import score_pairs
+    from tiny import pairs
+
+    path = tmp_path_factory.mktemp("rewards") / "store"
+    score_pairs(pairs(8), families.load(folder), path, progress=False)
+    return path

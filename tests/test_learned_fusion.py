@@ -15,27 +15,9 @@ from catpo.families import _base as families
 from catpo.fusion import Fusion
 from catpo.learned_fusion import LearnedFusion
 from catpo.rewards import RewardStore
-from catpo.scoring import score_pairs
 from catpo.trainer import CatPOTrainer
 from catpo.training import train
-from tiny import llava, pairs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    family = llava()
-    family.model.save_pretrained(path)
-    family.processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rewards") / "store"
-    score_pairs(pairs(8), families.load(folder), path, progress=False)
-    return RewardStore.open(path)
-
+from tiny import pairs
 
 OPTIONS = [
     {}, {"gamma": 0.5, "delta": 0.1}, {"normalise": "none"}, {"normalise": "zscore", "activation": "sigmoid"},
@@ -48,10 +30,11 @@ OPTIONS = [
 def test_before_training_weights_are_those_of_fixed_coefficients(folder, store, options):
     fusion = Fusion(learned=True, **options)
     needs = frozenset({"weights", "policy_logps", "reference_logps", "mask"})
-    batch = PairCollator(families.load(folder), store, fusion, needs)(pairs(8)[:4])
+    rewards = RewardStore.open(store)
+    batch = PairCollator(families.load(folder), rewards, fusion, needs)(pairs(8)[:4])
     found = LearnedFusion(fusion)(batch)
     for number, pair in enumerate(pairs(8)[:4]):
-        fixed = store.weights(pair.id, Fusion(**{"gamma": 0.25, "delta": 0.25, **options}))
+        fixed = rewards.weights(pair.id, Fusion(**{"gamma": 0.25, "delta": 0.25, **options}))
         for side, expected in enumerate((fixed.chosen, fixed.rejected)):
             assert found[number, side, : len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
             assert not found[number, side, len(expected) :].any()
@@ -91,7 +74,7 @@ def test_learned_weights_are_equation_11_at_any_coefficients():
 
 def run(folder, store, output, **options):
     given = dict(
-        pairs=pairs(8), model=str(folder), rewards=store.path, output=output, learning_rate=1e-3, epochs=2, batch_size=2,
+        pairs=pairs(8), model=str(folder), rewards=store, output=output, learning_rate=1e-3, epochs=2, batch_size=2,
         accumulation=1, lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False,
         objective="catpo(learned=True, learned_rate=0.05)",
     )  # fmt: skip

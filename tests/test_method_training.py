@@ -27,22 +27,6 @@ METHODS = registry.names("objectives")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    family = llava()
-    family.model.save_pretrained(path)
-    family.processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rewards") / "store"
-    score_pairs(pairs(8), families.load(folder), path, progress=False)
-    return path
-
-
-@pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     path = tmp_path_factory.mktemp("judge") / "store"
     score_pairs(pairs(8), llava(seed=4), path, progress=False)

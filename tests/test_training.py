@@ -23,23 +23,6 @@ from tiny import llava, pair, pairs
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model on disk, as a user has one."""
-    path = tmp_path_factory.mktemp("model")
-    family = llava()
-    family.model.save_pretrained(path)
-    family.processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rewards") / "store"
-    score_pairs(pairs(8), families.load(folder), path, progress=False)
-    return path
-
-
 def config(tmp_path, **options):
     defaults = dict(
         output_dir=str(tmp_path / "run"), learning_rate=1e-3, per_device_train_batch_size=2, max_steps=4, logging_steps=1,

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from catpo.families import _base as families
 from catpo.trainer import CatPOConfig, CatPOTrainer
-from tiny import llava, pairs
+from tiny import pairs
 
 trl = pytest.importorskip("trl", reason="TRL is a development dependency")
 
@@ -20,15 +20,6 @@ COMMON = dict(
     use_cpu=True, bf16=False,
     disable_tqdm=True, lr_scheduler_type="cosine", warmup_steps=2, seed=11, max_grad_norm=1.0, beta=0.1,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    family = llava()
-    family.model.save_pretrained(path)
-    family.processor.save_pretrained(path)
-    return path
 
 
 def rows():
