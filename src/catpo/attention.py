@@ -90,7 +90,7 @@ class AttentionRecorder:
     keys: Int[Tensor, "rows patches"]
     layers: tuple[int, ...]
     heads: Callable[[Tensor], Tensor] = field(default_factory=lambda: choose_heads("mean"))
-    memory: int = 1 << 26
+    memory: int = 1 << 20
     """Elements of the largest temporary, rows x heads x tokens x length."""
     by_layer: dict[int, Float[Tensor, "rows tokens patches"]] = field(default_factory=dict)
 

@@ -36,6 +36,8 @@ from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
 QUERIES = ("token", "predictor")
+SORTED_BATCHES = 4
+"""Batches whose pairs are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -391,14 +393,18 @@ def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
 def _by_length(
     scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int | None
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
-    """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only."""
-    encoded = [(pair, scorer.encode(pair)) for pair in pairs]
-    encoded.sort(key=lambda item: (-item[1].length, item[0].id))
-    while encoded:
-        longest = encoded[0][1].length
-        count = batch_size if batch_tokens is None else min(batch_size, max(1, batch_tokens // longest))
-        yield encoded[:count]
-        encoded = encoded[count:]
+    """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only.
+
+    They are sorted some batches at a time, since the pixels of a whole shard may not fit in memory.
+    """
+    for start in range(0, len(pairs), SORTED_BATCHES * batch_size):
+        encoded = [(pair, scorer.encode(pair)) for pair in pairs[start : start + SORTED_BATCHES * batch_size]]
+        encoded.sort(key=lambda item: (-item[1].length, item[0].id))
+        while encoded:
+            longest = encoded[0][1].length
+            count = batch_size if batch_tokens is None else min(batch_size, max(1, batch_tokens // longest))
+            yield encoded[:count]
+            encoded = encoded[count:]
 
 
 def another_pair(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
