@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from catpo.batching import pack, response_hidden, run_backbone, unflatten
+from catpo.batching import add_pair_forward, pack, response_hidden, run_backbone, unflatten
 from catpo.errors import UserError
 from catpo.head import token_stats
 from catpo.types import SIDES
@@ -44,6 +46,17 @@ def test_every_layout_gives_the_plain_forwards_logps(family, options):
         for side_number, side in enumerate(SIDES):
             expected = plain_logps(family, each, side)
             torch.testing.assert_close(found[number, side_number, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_that_takes_pairs_runs_its_own_weights():
+    model = llava().unwrapped
+    add_pair_forward(model)
+    other = copy.deepcopy(model)
+    ids = torch.tensor([[1, 9, 10]])
+    before = other(input_ids=ids).logits
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    assert torch.equal(other(input_ids=ids).logits, before) and not torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(family):

@@ -217,10 +217,9 @@ def add_pair_forward(model: Any) -> None:
     """
     if getattr(model, "_takes_pairs", False):
         return
-    plain = model.forward
 
     def forward(self: Any, *args: Any, pair_batch: Batch | None = None, **options: Any) -> Any:
-        return plain(*args, **options) if pair_batch is None else _pair_forward(self, pair_batch, **options)
+        return type(self).forward(self, *args, **options) if pair_batch is None else _pair_forward(self, pair_batch, **options)
 
     model.forward = MethodType(forward, model)
     model._takes_pairs = True
