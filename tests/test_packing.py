@@ -7,7 +7,7 @@ import torch
 
 from catpo import last_layer, packing
 from catpo.attention import AttentionRecorder
-from catpo.batching import pack, run_backbone
+from catpo.batching import pack, response_hidden, run_backbone
 from catpo.families._base import load
 from tiny import llava, pairs
 from tiny_families import build
@@ -15,9 +15,7 @@ from tiny_families import build
 
 def loss_and_gradients(family, batch):
     """A sum that every response token takes part in, and its gradient to every weight of the decoder."""
-    hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-    rows = batch["row"][:, :, None].expand_as(batch["mask"])[batch["mask"]]
-    loss = hidden[rows, batch["predictors"][batch["mask"]]].pow(2).sum()
+    loss = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch).pow(2).sum()
     return loss, torch.autograd.grad(loss, [each for each in family.decoder.parameters() if each.ndim > 1], allow_unused=True)
 
 
@@ -73,8 +71,7 @@ def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
         recorder = AttentionRecorder(batch["tokens_at"].reshape(3, -1), batch["patches"], (0, 1))
         with family.recordable_attention(), recorder, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-        rows = batch["row"][:, :, None].expand_as(batch["mask"])[batch["mask"]]
-        found[attention] = hidden[rows, batch["predictors"][batch["mask"]]], recorder.mean()
+        found[attention] = response_hidden(hidden, batch), recorder.mean()
     for mine, expected in zip(found["flex_attention"], found["sdpa"], strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=2e-4)  # sharp attention
 
