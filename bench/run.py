@@ -87,8 +87,8 @@ CASES = [
     ),
     Case("kl-llava-576", "llava-576", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
     Case("kl-qwen-1200", "qwen-1200", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
-    Case("score-llava-576", "llava-576", 4, Side("score"), (Side("forward"),), {"time": 1.15, "memory": 1.10}),
-    Case("eager-llava-576", "llava-576", 4, Side("score"), (Side("eager"),), {"time": 0.35}),
+    Case("score-llava-576", "llava-576", 2, Side("score"), (Side("forward"),), {"time": 1.15, "memory": 1.10}),
+    Case("eager-llava-576", "llava-576", 2, Side("score"), (Side("eager"),), {"time": 0.35}),
     Case("eager-llava-1156", "llava-1156", 1, Side("score"), (Side("eager"),), {"time": 0.35}),
     Case(
         "epoch-llava-576", "llava-576", 1, Side("epoch", CATPO), (Side("epoch", "trl"), Side("epoch", "trl-responses")),

@@ -219,11 +219,11 @@ def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = families.load(options.model)
     score_pairs(pairs[:1], family, output / "warm", progress=False)
-    return measured(lambda: score_pairs(pairs, family, output / "rewards", batch_size=options.pairs, progress=False))
+    return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False))
 
 
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """The same packed rows through the plain model, and the log-probs of their response tokens."""
+    """The same packed rows through the plain model, as many at once, and the log-probs of their response tokens."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = families.load(options.model)
 
@@ -271,7 +271,7 @@ def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
     def run() -> None:
         if options.trainer not in TRL:
-            score_pairs(pairs, family, output / "rewards", batch_size=4, progress=False)
+            score_pairs(pairs, family, output / "rewards", progress=False)
             options.rewards = output / "rewards"
         trainer, _ = make_trainer(options, family, pairs, output, options.steps)
         with response_only_head(options.trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from catpo import cli, config, recipes
 from catpo.batching import PairCollator, run_backbone
 from catpo.errors import UserError
 from catpo.families import _base as families
+from catpo.memory import DecoderMemory, pass_tokens
 from catpo.pairs_file import write_pairs
 from catpo.plan import plan, weight_bytes
 from catpo.scoring import score
@@ -52,7 +54,7 @@ def test_a_blueprint_encodes_as_the_model_does(name, tmp_path):
 
 
 def test_a_plan_of_scoring_tells_the_store_that_is_written(folder, tmp_path):
-    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"))
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), batch_size=8)
     made = plan("score", options("score", **given))
     store = score(**given, output=tmp_path / "rewards", progress=False)
     written = sum(file.stat().st_size for file in (tmp_path / "rewards" / "shards").glob("*.safetensors"))
@@ -149,3 +151,16 @@ def test_every_recipe_plans_with_another_model_and_data(folder, path, tmp_path, 
     recipe = recipes.read(path)
     assert recipe["train"]["output"] and recipe["score"]["output"] == recipe["train"]["rewards"]
     assert recipe["train"].get("quantization") == ("4bit" if "24gb" in path.stem else None)
+
+
+def test_a_forward_pass_has_no_more_than_2048_tokens_on_a_cpu_and_half_of_what_a_gpu_has_left(folder, monkeypatch):
+    family = families.load(folder / "model", device="cpu")
+    assert pass_tokens(family, family.device) == 2048
+    gibibytes = lambda count: types.SimpleNamespace(total_memory=count << 30)
+    tokens = {}
+    for count in (24, 80):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, count=count: gibibytes(count))
+        tokens[count] = pass_tokens(family, torch.device("cuda"))
+        taken = tokens[count] * DecoderMemory(family).largest_layer + weight_bytes(family, None)
+        assert 0.49 < taken / (count << 30) < 0.51
+    assert tokens[80] > 3 * tokens[24]

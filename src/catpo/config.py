@@ -76,10 +76,10 @@ class ScoreOptions:
     """Keep the reference's final hidden states, from which training has the exact KL without a reference model."""
     maps: bool = True
     """Keep each token's attention map for the report."""
-    batch_size: int = 8
-    """Pairs per forward pass."""
+    batch_size: int = 32
+    """Most pairs per forward pass."""
     batch_tokens: int | None = None
-    """Most tokens of a batch, padding counted: batches as large as memory allows, up to the batch size."""
+    """Most tokens per forward pass, padding counted; by the device's memory if left out."""
     shard_size: int = 64
     """Pairs per file; an interrupted run goes on from the last whole one."""
     limit: int | None = None

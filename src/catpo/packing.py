@@ -122,7 +122,7 @@ class ReadsResponses:
 def attend(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: dict[str, Any]
 ) -> tuple[Float[Tensor, "rows length heads size"], None]:
-    """Part by part: causal attention inside the prompt, each response against the prompt's keys and its own."""
+    """Part by part: prompt and first response as one sequence, each further response against the prompt's keys and its own."""
     inputs = zip(query.split(1), key.split(1), value.split(1), layout[:, 0].tolist(), strict=True)
     return torch.cat([_attend_row(fused, module, *row, options) for row in inputs]), None
 
@@ -130,18 +130,25 @@ def attend(
 def _attend_row(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: list[list[int]], options: dict[str, Any]
 ) -> Float[Tensor, "1 length heads size"]:
-    (start, split), *responses = parts
+    (start, split), (_, beside), *others = parts
     at = lambda tensor, begin, end: tensor[:, :, begin:end]
     first = split - 1 if reads_responses(module) else start
-    prompt = at(query, first, split), at(key, start, split), at(value, start, split)
-    outputs = [fused(module, *prompt, None, **options)[0]]
-    for begin, end in responses:
+    # the first response stands right behind the prompt: one causal sequence
+    outputs = [_causal(fused, module, at(query, first, beside), at(key, start, beside), at(value, start, beside), options)]
+    for begin, end in others:
         if begin == end:  # there is no such part: a row may hold one response
             continue
         keys, values = (torch.cat([at(each, start, split), at(each, begin, end)], dim=2) for each in (key, value))
-        own = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).tril()
-        mask = torch.cat([own.new_ones(end - begin, split - start), own], dim=1)[None, None]
-        outputs.append(fused(module, at(query, begin, end), keys, values, mask, **options)[0])
+        outputs.append(_causal(fused, module, at(query, begin, end), keys, values, options))
     after = query.shape[2] - parts[-1][1]
     blank = lambda count: outputs[0].new_zeros(1, count, *outputs[0].shape[2:])
     return torch.cat([blank(first), *outputs, blank(after)], dim=1)
+
+
+def _causal(
+    fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Float[Tensor, "1 queries heads size"]:
+    """Attention of the last queries of a sequence to all of it up to themselves."""
+    queries, keys = query.shape[2], key.shape[2]
+    mask = None if queries == keys else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return fused(module, query, key, value, None if mask is None else mask[None, None], **options)[0]

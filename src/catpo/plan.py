@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from rich.table import Table
 from torch import nn
@@ -22,6 +23,7 @@ from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
+from catpo.memory import DecoderMemory, pass_tokens
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
 from catpo.spec import parse
@@ -94,12 +96,13 @@ def plan(command: str, options: Mapping[str, Any]) -> Plan:
 def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any]) -> Plan:
     choose_layers(options["layers"], family.depth)
     row = _row_length(family, encoded)
-    tokens = max(each for each in row) * options["batch_size"]
+    bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or families.best_device()))
+    together = max(1, min(options["batch_size"], bound // max(row), len(pairs)))
     memory = {
         "weights": weight_bytes(family, options["quantization"]),
-        "activations": tokens * _Decoder(family).largest_layer,
-        "attention mask": options["batch_size"] * max(row) ** 2,
-        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
+        "activations": together * max(row) * DecoderMemory(family).largest_layer,
+        "attention mask": together * max(row) ** 2,
+        "head tile": _tile_bytes(_responses(encoded) * together),
     }
     return Plan(
         command="score",
@@ -109,7 +112,7 @@ def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         pairs=len(pairs),
         dev_pairs=0,
         tokens=_tokens(encoded, row),
-        steps=math.ceil(len(pairs) / options["batch_size"]),
+        steps=math.ceil(len(pairs) / together),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=memory,
         store=store_bytes(family, encoded, len(pairs), len(options["signals"]), options["hidden"], options["maps"]),
@@ -123,7 +126,7 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
     head = family.head.weight.numel() * family.head.weight.element_size()
     trained, trained_bytes = _trained(family, options["lora"])
     tokens = max(row) * options["batch_size"]
-    decoder = _Decoder(family)
+    decoder = DecoderMemory(family)
     objective = objectives.build(parse(options["objective"]))
     needs = requirements(objective.loss, objective.options)
     keeps_kl = bool(kl_direction(needs))
@@ -217,43 +220,6 @@ def _trained(family: Family, lora: str | None) -> tuple[int, int]:
     family.freeze_vision()
     trained = [parameter for parameter in family.unwrapped.parameters() if parameter.requires_grad]
     return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
-
-
-class _Decoder:
-    """Bytes per token that a decoder of Llama's build keeps, from its sizes."""
-
-    def __init__(self, family: Family) -> None:
-        text = family.unwrapped.config.get_text_config()
-        self.layers, self.width = text.num_hidden_layers, text.hidden_size
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or self.width // heads
-        self.queries = heads * size
-        self.keys = (getattr(text, "num_key_value_heads", None) or heads) * size
-        self.inner = text.intermediate_size
-        self.element = family.unwrapped.dtype.itemsize
-
-    @property
-    def layer(self) -> int:
-        """Kept for the backward pass of one layer: inputs of both norms and their results, queries, keys and values before and
-        after rotation, attention's output, and the MLP's gate, its activation, the other half and their product.
-        """
-        norms = 2 * (2 * self.width + self.width * 4 // self.element)  # norms work in float32
-        attention = 3 * self.queries + 4 * self.keys
-        return self.element * (norms + attention + 4 * self.inner)
-
-    @property
-    def kept(self) -> int:
-        return self.layers * self.layer
-
-    @property
-    def checkpointed(self) -> int:
-        """The input of each layer, and one layer recomputed."""
-        return self.layers * self.width * self.element + self.layer
-
-    @property
-    def largest_layer(self) -> int:
-        """A forward pass alone holds one layer at a time."""
-        return self.layer
 
 
 def _responses(encoded: Sequence[Encoded]) -> int:

@@ -26,6 +26,7 @@ from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
 from catpo.last_layer import read_at_responses
+from catpo.memory import pass_tokens
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import lock, versions
@@ -36,8 +37,8 @@ from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
 QUERIES = ("token", "predictor")
-SORTED_BATCHES = 4
-"""Batches whose pairs are sorted by length together."""
+SORTED_PAIRS = 32
+"""Pairs that are sorted by length together, if they are fewer than a batch: their pixels are in memory."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def score(
     patches: str | int = "all",
     hidden: bool = True,
     maps: bool = True,
-    batch_size: int = 8,
+    batch_size: int = 32,
     batch_tokens: int | None = None,
     shard_size: int = 64,
     limit: int | None = None,
@@ -102,7 +103,9 @@ def score(
         patches: `all` pictures' patches or those of one picture.
         hidden: keep the reference's final hidden states, which give training the exact KL of Eq. 9 without a reference model.
         maps: keep each token's attention map for the report.
-        batch_tokens: most tokens of a batch, padding counted; `batch_size` is then the most pairs.
+        batch_size: most pairs of a forward pass.
+        batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and on a
+            GPU as many as half its memory holds.
         limit: score the first so many pairs only.
 
     Raises:
@@ -133,7 +136,7 @@ def score_pairs(
     *,
     hidden: bool = True,
     maps: bool = True,
-    batch_size: int = 8,
+    batch_size: int = 32,
     batch_tokens: int | None = None,
     shard_size: int = 64,
     max_length: int | None = None,
@@ -144,6 +147,7 @@ def score_pairs(
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length)
+    bound = batch_tokens or pass_tokens(family, family.device)
     with lock(output):
         made_of = provenance(family, settings, hidden=hidden, maps=maps) | {"labels_hash": _labels_hash(pairs)}
         writer = RewardWriter.create_or_resume(output, made_of, [pair.id for pair in pairs], shard_size=shard_size)
@@ -153,7 +157,7 @@ def score_pairs(
             for shard in writer.missing_shards():
                 here = writer.pairs_of(shard)
                 scored = {}
-                for batch in _by_length(scorer, pairs[here], batch_size, batch_tokens):
+                for batch in _by_length(scorer, pairs[here], batch_size, bound):
                     others = [another_pair(pairs, pair) for pair, _ in batch]
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
@@ -391,18 +395,19 @@ def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
 
 
 def _by_length(
-    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int | None
+    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
     """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only.
 
-    They are sorted some batches at a time, since the pixels of a whole shard may not fit in memory.
+    They are sorted some at a time, since the pixels of a whole shard may not fit in memory.
     """
-    for start in range(0, len(pairs), SORTED_BATCHES * batch_size):
-        encoded = [(pair, scorer.encode(pair)) for pair in pairs[start : start + SORTED_BATCHES * batch_size]]
+    window = max(SORTED_PAIRS, batch_size)
+    for start in range(0, len(pairs), window):
+        encoded = [(pair, scorer.encode(pair)) for pair in pairs[start : start + window]]
         encoded.sort(key=lambda item: (-item[1].length, item[0].id))
         while encoded:
             longest = encoded[0][1].length
-            count = batch_size if batch_tokens is None else min(batch_size, max(1, batch_tokens // longest))
+            count = min(batch_size, max(1, batch_tokens // longest))
             yield encoded[:count]
             encoded = encoded[count:]
 

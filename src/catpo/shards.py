@@ -68,8 +68,8 @@ class Shard:
         checksums = {self.parquet_path.name: checksum(parquet)}
         if tensors is not None:
             checksums[self.tensors_path.name] = checksum(tensors)
-            write_atomic(self.tensors_path, tensors)
-        write_atomic(self.parquet_path, parquet)
+            write_atomic(self.tensors_path, tensors, is_durable=False)
+        write_atomic(self.parquet_path, parquet, is_durable=False)  # what a power cut loses, the checksums tell
         write_json(self.checksums_path, checksums)
         self.checksums = checksums
 

@@ -553,14 +553,14 @@ def load(
         ) from error
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    loaded.to(device or _best_device()).eval()
+    loaded.to(device or best_device()).eval()
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attention is not None:
         family.use_packed_attention(attention)
     return family
 
 
-def _best_device() -> str:
+def best_device() -> str:
     """A GPU if there is one; of several processes on a machine, each takes its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
