@@ -88,6 +88,7 @@ CASES = [
     Case("kl-llava-576", "llava-576", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
     Case("kl-qwen-1200", "qwen-1200", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
     Case("score-llava-576", "llava-576", 2, Side("score"), (Side("forward"),), {"time": 1.15, "memory": 1.10}),
+    *(Case(f"score-llava-{size}", f"llava-{size}", 1, Side("score"), (Side("forward"),)) for size in (144, 1156, 2916)),
     Case("eager-llava-576", "llava-576", 2, Side("score"), (Side("eager"),), {"time": 0.35}),
     Case("eager-llava-1156", "llava-1156", 1, Side("score"), (Side("eager"),), {"time": 0.35}),
     Case(
@@ -95,6 +96,7 @@ CASES = [
         {"time": 1.0},
     ),
     Case("loading-llava-576", "llava-576", 4, Side(trainer=CATPO, workers=2), (), {"waiting": 0.10}),
+    Case("signals-of-11000-responses", "llava-576", 5500, Side("signals"), (), {"seconds": 1.0}),
 ]  # fmt: skip
 
 
@@ -124,6 +126,8 @@ def main() -> None:
 
 def prepared(case: Case, folder: Path, steps: int) -> list[str]:
     """Model and reward store of a case's shape, written once, as a worker's arguments."""
+    if case.ours.work == "signals":
+        return ["--shape", case.shape, "--model", "none", "--pairs", str(case.pairs)]
     model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.pairs}"
     if not model.exists():
         write_model(SHAPES[case.shape], model)
@@ -142,6 +146,8 @@ def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: f
         mine.append(call(case.ours))
         for peer in case.peers:
             theirs[peer].append(call(peer))
+    if case.ours.work == "signals":
+        return [row(case, "seconds", list(map(seconds, mine)), [1.0] * len(mine))]
     if not case.peers:
         shares = [sum(run["waits"]) / sum(run["seconds"]) for run in mine]
         return [row(case, "waiting", shares, [1.0] * len(shares), loss_gap=gap)]

@@ -16,6 +16,7 @@ from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
@@ -28,11 +29,13 @@ from bench.shapes import SHAPES, make_pairs
 from catpo.batching import Batch, pack, response_hidden, run_backbone
 from catpo.families import _base as families
 from catpo.head import token_stats
-from catpo.scoring import score_pairs
+from catpo.rewards import ResponseRow, RewardStore, RewardWriter
+from catpo.runs import lock
+from catpo.scoring import PAPER_SIGNALS, score_pairs
 from catpo.stats import PairStats
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.training import lora_config
-from catpo.types import SIDES, PreferencePair
+from catpo.types import SIDES, PatchGrid, PreferencePair, Side
 
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")
@@ -41,7 +44,7 @@ TRL = ("trl", "trl-responses")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", required=True, help="train, score, forward, eager or epoch")
+    parser.add_argument("--work", required=True, help="train, score, forward, eager, epoch or signals")
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rewards", type=Path)
@@ -280,6 +283,37 @@ def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return measured(run)
 
 
+def signals(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Opening a reward store of many pairs and reading every response's signals."""
+    rng = np.random.default_rng(0)
+    names, tokens, shard = (*PAPER_SIGNALS, "image_contrast"), 80, 64
+    ids = [f"pair-{number}" for number in range(options.pairs)]
+
+    def response(pair: str, side: Side) -> ResponseRow:
+        values = {name: rng.random(tokens, np.float32) for name in names}
+        special, labels = np.arange(tokens) == tokens - 1, np.full(tokens, -1, np.int8)
+        grids = [PatchGrid(0, 24, 24, (0.0, 0.0, 1.0, 1.0))]
+        words = rng.integers(0, 32_000, tokens, np.int32)
+        return ResponseRow(
+            pair_id=pair, side=side, token_ids=words, logps=-values["semantic"], signals=values, labels=labels,
+            pieces=[f" word{word}" for word in words], is_special=special, grids=grids,
+        )  # fmt: skip
+
+    with lock(output / "store") as folder:
+        about = {"model": "none", "signals": list(names), "hidden": False, "maps": False}
+        writer = RewardWriter.create_or_resume(folder, about, ids, shard_size=shard)
+        for number in writer.missing_shards():
+            here = ids[writer.pairs_of(number)]
+            writer.write_shard(number, [response(pair, side) for pair in here for side in SIDES])
+        writer.finish()
+
+    def run() -> None:
+        store = RewardStore.open(folder)
+        assert sum(len(store.get(pair, side).signals) for pair in ids for side in SIDES) == 2 * len(ids) * len(names)
+
+    return measured(run)
+
+
 def measured(run: Callable[[], object]) -> dict[str, Any]:
     before = resident_mebibytes()
     began = time.perf_counter()
@@ -305,7 +339,7 @@ def _status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-WORK = {each.__name__: each for each in (train, score, forward, eager, epoch)}
+WORK = {each.__name__: each for each in (train, score, forward, eager, epoch, signals)}
 
 if __name__ == "__main__":
     main()

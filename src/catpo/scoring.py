@@ -104,8 +104,8 @@ def score(
         hidden: keep the reference's final hidden states, which give training the exact KL of Eq. 9 without a reference model.
         maps: keep each token's attention map for the report.
         batch_size: most pairs of a forward pass.
-        batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and on a
-            GPU as many as half its memory holds.
+        batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and
+            on a GPU as many as half its memory holds.
         limit: score the first so many pairs only.
 
     Raises:
