@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from catpo import __version__, config, registry
 from catpo.errors import UserError, did_you_mean
+from catpo.runs import is_main_process
 
 Options = Parameter(name="*")
 Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted."""
     try:
         try:
-            app(arguments)
+            with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # of several processes one prints
+                app(arguments)
         finally:
             sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
     except UserError as error:

@@ -29,10 +29,14 @@ from catpo.grading import (
     write_scores,
 )
 from catpo.likelihood import most_likely
+from catpo.processes import Team
 from catpo.progress import track
-from catpo.runs import append_rows, lock, read_json, repair_rows, versions, write_atomic, write_json
+from catpo.runs import append_rows, read_json, repair_rows, versions, write_atomic, write_json
 from catpo.served import PREFIX, ServedModel
 from catpo.spec import Spec
+
+PART = ".answers-{}.jsonl"
+"""What each of several processes has answered: one row per batch."""
 
 
 def evaluate(
@@ -101,19 +105,26 @@ def evaluate(
     _check_pictures(tasks)
     if judge is not None:
         open_judges(tasks, judge)  # a mistake in it is told before hours of answering, not after
-    with lock(output) as folder:
-        check_begun(folder, begun)
+    team = Team()
+    if served and team.count > 1:
+        raise UserError(f"{model} is asked by one process: its server takes many questions at once. Start catpo by itself.")
+    with team.lock(output) as folder:
+        if team.is_first:
+            check_begun(folder, begun)
         family = served or (
             families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
         )
-        begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
-        check_begun(folder, begun)
-        if not (folder / ABOUT).exists():
-            write_json(folder / ABOUT, {**begun, "versions": versions()})
-        _answer(folder, tasks, family, batch_size, max_new_tokens, progress)
+        if team.is_first:
+            begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
+            check_begun(folder, begun)
+            if not (folder / ABOUT).exists():
+                write_json(folder / ABOUT, {**begun, "versions": versions()})
+        _answer(folder, tasks, family, batch_size, max_new_tokens, progress and team.is_first, team)
         if served:
             _note_server(folder, served)
-        return write_scores(folder, tasks, judge, progress)
+        scores = team.agree("scores", lambda: write_scores(folder, tasks, judge, progress))
+    team.leave()
+    return scores
 
 
 def _served(model: str | Path | Family, base_url: str | None, **loading: Any) -> ServedModel | None:
@@ -157,16 +168,41 @@ def _answer(
     batch_size: int,
     max_new_tokens: int | None,
     progress: bool,
+    team: Team,
 ) -> None:
-    """Every batch that is not answered yet. Batches do not depend on what is done, so neither do answers."""
+    """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers.
+
+    One process writes answers.jsonl batch by batch. Several write a file each, which the first joins in the end.
+    """
     batches = _batches(tasks, batch_size, max_new_tokens)
-    done = _resume(folder / ANSWERS, batches)
-    total, before = (sum(len(batch) for _, batch in some) for some in (batches, batches[:done]))
-    with track(total, "Answering", "answers", done=before, enabled=progress) as bar:
-        for tokens, batch in batches[done:]:
+    done = team.agree("done", lambda: _resume(folder / ANSWERS, batches))
+    beside = team.agree("beside", lambda: [*_answered_beside(folder)])
+    todo = [number for number in range(done, len(batches)) if number not in beside]
+    total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), todo))
+    with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar:
+
+        def answered(number: int) -> list[dict[str, str]]:
+            tokens, batch = batches[number]
             answers = _asked(family, [item for _, item in batch], tokens)
-            append_rows(folder / ANSWERS, [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)])
-            bar.advance(len(batch))
+            bar.advance(total - left + team.add("answered", len(batch)) - bar.count)
+            return [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)]
+
+        if team.count > 1:
+            for number in team.claim("todo", todo):
+                append_rows(folder / PART.format(team.number), [{"batch": number, "rows": answered(number)}])
+            team.wait("answered")
+        if team.is_first:
+            found = _answered_beside(folder)
+            for number in range(done, len(batches)):
+                append_rows(folder / ANSWERS, found.get(number) or answered(number))
+            for file in folder.glob(PART.format("*")):
+                file.unlink()
+
+
+def _answered_beside(folder: Path) -> dict[int, list[dict[str, str]]]:
+    """Batches that several processes have answered and that are not joined yet, by number."""
+    rows = (row for file in folder.glob(PART.format("*")) for row in repair_rows(file))
+    return {row["batch"]: row["rows"] for row in rows}
 
 
 def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,15 @@ class RewardWriter:
             writer.finish()
     """
 
-    def __init__(self, path: Path, description: dict[str, Any], pair_ids: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, description: dict[str, Any], pair_ids: Sequence[str], *, written: Iterable[int] | None = None
+    ) -> None:
         self.path = path
         self.description = description
         self.pair_ids = list(pair_ids)
         self.shards = [Shard(path, number) for number in range(_shard_count(description))]
-        self._written = {shard.number for shard in self.shards if shard.is_whole()}
+        whole = (shard.number for shard in self.shards if shard.is_whole()) if written is None else written
+        self._written = set(whole)
 
     @classmethod
     def create_or_resume(
@@ -89,6 +92,12 @@ class RewardWriter:
         for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
             leftover.unlink()  # of a killed run
         return cls(path, description, pair_ids)
+
+    @classmethod
+    def join(cls, path: str | Path, pair_ids: Sequence[str]) -> RewardWriter:
+        """A further writer, in another process, for a store that `create_or_resume` has begun; it is told what to write."""
+        path = Path(path)
+        return cls(path, read_json(path / "store.json", made_by="catpo score"), pair_ids, written=range(0))
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are still to be written, a damaged one among them."""
@@ -138,12 +147,13 @@ class RewardWriter:
         self.shards[shard].write(to_parquet(rows, self.description["signals"]), to_safetensors(arrays) if arrays else None)
         self._written.add(shard)
 
-    def finish(self) -> None:
-        """Mark the store complete, so that it can be opened.
+    def finish(self, *, elsewhere: Iterable[int] = ()) -> None:
+        """Mark the store complete, so that it can be opened; shards `elsewhere` were written by further writers.
 
         Raises:
             UserError: shards are missing.
         """
+        self._written.update(number for number in elsewhere if self.shards[number].is_there())
         missing = self.missing_shards()
         if missing:
             raise UserError(f"{self.path} cannot be finished: {len(missing)} of {len(self.shards)} shards are missing.")

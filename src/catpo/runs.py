@@ -145,12 +145,17 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes: of several that `torchrun` or `accelerate launch` started for one training, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process writes: of several that `torchrun` or `accelerate launch` started for one command, the first."""
+    return process_number() == 0
+
+
+def process_number() -> int:
+    """Which of the processes that `torchrun` or `accelerate launch` started this is."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started for one training."""
+    """How many processes `torchrun` or `accelerate launch` started for one command."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -27,9 +27,10 @@ from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
 from catpo.last_layer import read_at_responses
 from catpo.memory import pass_tokens
+from catpo.processes import Team
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
-from catpo.runs import lock, versions
+from catpo.runs import versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.spec import Spec, check_options, parse
@@ -148,20 +149,21 @@ def score_pairs(
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length)
     bound = batch_tokens or pass_tokens(family, family.device)
-    with lock(output):
-        made_of = provenance(family, settings, hidden=hidden, maps=maps) | {"labels_hash": _labels_hash(pairs)}
-        writer = RewardWriter.create_or_resume(output, made_of, [pair.id for pair in pairs], shard_size=shard_size)
-        done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in writer.missing_shards())
+    team = Team()
+    with team.lock(output):
+        writer = _writer(team, output, family, settings, pairs, shard_size, hidden=hidden, maps=maps)
+        missing = team.agree("missing", writer.missing_shards)
+        done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
-        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar:
-            for shard in writer.missing_shards():
+        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress and team.is_first) as bar:
+            for shard in team.claim("missing", missing):
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in _by_length(scorer, pairs[here], batch_size, bound):
                     others = [another_pair(pairs, pair) for pair, _ in batch]
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
-                    bar.advance(len(batch))
+                    bar.advance(done + team.add("scored", len(batch)) - bar.count)
                 responses = [scored[pair.id, side] for pair in pairs[here] for side in SIDES]
                 writer.write_shard(
                     shard,
@@ -169,8 +171,28 @@ def score_pairs(
                     hidden=np.concatenate([response.hidden for response in responses]) if hidden else None,
                     maps=_joined_maps([response.map for response in responses]) if maps else None,
                 )
-        writer.finish()
+            team.wait("scored")
+        team.agree("finished", lambda: writer.finish(elsewhere=missing))
+    team.leave()
     return RewardStore.open(output)
+
+
+def _writer(
+    team: Team,
+    output: str | Path,
+    family: Family,
+    settings: ScoreSettings,
+    pairs: Sequence[PreferencePair],
+    shard_size: int,
+    **kept: bool,
+) -> RewardWriter:
+    """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
+    ids = [pair.id for pair in pairs]
+    if team.is_first:
+        made_of = provenance(family, settings, **kept) | {"labels_hash": _labels_hash(pairs)}
+        writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)
+    team.wait("begun")
+    return writer if team.is_first else RewardWriter.join(output, ids)
 
 
 def provenance(family: Family, settings: ScoreSettings, *, hidden: bool, maps: bool) -> dict[str, Any]:

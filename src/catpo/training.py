@@ -21,7 +21,7 @@ from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.runs import check_same, is_main_process, lock, process_count, read_json, read_rows, versions, write_json
+from catpo.runs import check_same, is_main_process, lock, read_json, read_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
@@ -98,8 +98,6 @@ def train(
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
                 return TrainingResult(output, output / "model", _last_metrics(output))
-        if rewards is None and process_count() > 1:
-            raise UserError("Several processes train from a finished reward store: run `catpo score` first and give --rewards.")
         everything = list(open_data(pairs).pairs()) if isinstance(pairs, str | Path) else pairs
         train_pairs, dev_pairs = dev_split([check_pair(pair) for pair in everything][:limit], dev_share, seed)
         if quantization is not None and lora is None:
