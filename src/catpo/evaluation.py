@@ -33,6 +33,7 @@ from catpo.progress import track
 from catpo.runs import append_rows, lock, read_json, repair_rows, versions, write_atomic, write_json
 from catpo.served import PREFIX, ServedModel
 from catpo.spec import Spec
+from catpo.stopping import on_sigterm
 
 
 def evaluate(
@@ -162,8 +163,9 @@ def _answer(
     batches = _batches(tasks, batch_size, max_new_tokens)
     done = _resume(folder / ANSWERS, batches)
     total, before = (sum(len(batch) for _, batch in some) for some in (batches, batches[:done]))
-    with track(total, "Answering", "answers", done=before, enabled=progress) as bar:
+    with track(total, "Answering", "answers", done=before, enabled=progress) as bar, on_sigterm() as stop:
         for tokens, batch in batches[done:]:
+            stop.leave_if_asked(f"{bar.count} of {total} answers are in {folder}.")
             answers = _asked(family, [item for _, item in batch], tokens)
             append_rows(folder / ANSWERS, [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)])
             bar.advance(len(batch))

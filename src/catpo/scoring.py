@@ -32,6 +32,7 @@ from catpo.runs import lock, versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.spec import Spec, check_options, parse
+from catpo.stopping import on_sigterm
 from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
@@ -149,8 +150,9 @@ def score_pairs(
         writer = RewardWriter.create_or_resume(output, made_of, [pair.id for pair in pairs], shard_size=shard_size)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in writer.missing_shards())
         bar: Track[PreferencePair]
-        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar:
+        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress) as bar, on_sigterm() as stop:
             for shard in writer.missing_shards():
+                stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in _by_length(scorer, pairs[here], batch_size, batch_tokens):
