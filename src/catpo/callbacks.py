@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 
 from catpo.errors import UserError
 from catpo.progress import track
-from catpo.runs import append_rows, repair_rows, write_atomic, write_json
+from catpo.runs import append_rows, read_rows, repair_rows, write_atomic, write_json
 
+CLOSING = "train_runtime"
+"""Stands in the last row of a run alone."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -92,12 +94,31 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [row for row in repair_rows(self.path) if row["step"] <= state.global_step and state.global_step]
+        kept = [
+            row
+            for row in repair_rows(self.path)
+            if row["step"] <= state.global_step and state.global_step and CLOSING not in row
+        ]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and state.is_world_process_zero:
-            append_rows(self.path, [{"step": state.global_step, **logs}])
+        if not logs or not state.is_world_process_zero:
+            return
+        if CLOSING in logs:
+            if state.global_step < state.max_steps:  # left early: the run has no last row yet
+                return
+            logs = {**logs, "train_loss": _mean_loss(read_rows(self.path))}
+        append_rows(self.path, [{"step": state.global_step, **logs}])
+
+
+def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Over all steps of a run, also those before it was resumed; a row tells the mean since the row before."""
+    total = last = 0.0
+    for row in rows:
+        if "loss" in row:
+            total += row["loss"] * (row["step"] - last)
+            last = row["step"]
+    return total / max(last, 1)
 
 
 class StepProgress(TrainerCallback):

@@ -14,7 +14,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
 
 from catpo import __version__, config, registry
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.runs import is_main_process
 
 Options = Parameter(name="*")
@@ -26,7 +26,7 @@ START = Group("Start", sort_key=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits 2 with a message where the user can act, 130 when interrupted."""
+    """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
     try:
         try:
             with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # of several processes one prints
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"catpo: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"catpo: {stopped}", file=sys.stderr)
+        sys.exit(143)
     except KeyboardInterrupt:
         print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
         sys.exit(130)

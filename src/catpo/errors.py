@@ -10,6 +10,10 @@ class UserError(Exception):
     """What happened, on which item, and what to do next; shown without a traceback, exit code 2."""
 
 
+class Stopped(Exception):
+    """The process was asked to leave (SIGTERM) and has left at a safe place; says how far it came. Exit code 143."""
+
+
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of an error message about an unknown word: the closest known word, or all of them.
 

@@ -34,6 +34,7 @@ from catpo.progress import track
 from catpo.runs import append_rows, read_json, repair_rows, versions, write_atomic, write_json
 from catpo.served import PREFIX, ServedModel
 from catpo.spec import Spec
+from catpo.stopping import on_sigterm
 
 PART = ".answers-{}.jsonl"
 """What each of several processes has answered: one row per batch."""
@@ -179,9 +180,10 @@ def _answer(
     beside = team.agree("beside", lambda: [*_answered_beside(folder)])
     todo = [number for number in range(done, len(batches)) if number not in beside]
     total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), todo))
-    with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar:
+    with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
 
         def answered(number: int) -> list[dict[str, str]]:
+            stop.leave_if_asked(f"{bar.count} of {total} answers are in {folder}.")
             tokens, batch = batches[number]
             answers = _asked(family, [item for _, item in batch], tokens)
             bar.advance(total - left + team.add("answered", len(batch)) - bar.count)

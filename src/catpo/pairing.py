@@ -28,6 +28,7 @@ from catpo.pairs_file import ABOUT, ROWS, append_pairs
 from catpo.progress import track
 from catpo.runs import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
+from catpo.stopping import on_sigterm
 from catpo.types import Picture, PreferencePair, Sample
 
 BLOCKS = "blocks.jsonl"
@@ -160,8 +161,9 @@ class _Work:
         done = self._resume()
         seen = {row["id"] for row in read_rows(self.folder / ROWS)}
         asked = sum(len(block) for block in self.blocks[:done])
-        with track(len(self.samples), "Pairing", "answers", done=asked, enabled=progress) as bar:
+        with track(len(self.samples), "Pairing", "answers", done=asked, enabled=progress) as bar, on_sigterm() as stop:
             for number, lazy in enumerate(self.blocks[done:], start=done):
+                stop.leave_if_asked(f"{number} of {len(self.blocks)} blocks of answers are in {self.folder}.")
                 block = [_held(sample) for sample in lazy]
                 pairs, dropped = _pairs_of(block, generate, maker, seen)
                 size = append_pairs(self.folder, pairs)

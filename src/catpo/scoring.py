@@ -34,6 +34,7 @@ from catpo.runs import versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.spec import Spec, check_options, parse
+from catpo.stopping import on_sigterm
 from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
@@ -155,8 +156,9 @@ def score_pairs(
         missing = team.agree("missing", writer.missing_shards)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
-        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress and team.is_first) as bar:
+        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress and team.is_first) as bar, on_sigterm() as stop:
             for shard in team.claim("missing", missing):
+                stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in _by_length(scorer, pairs[here], batch_size, bound):

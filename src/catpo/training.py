@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from catpo.callbacks import MetricsFile, StepProgress
+from catpo.callbacks import CLOSING, MetricsFile, StepProgress
+from catpo.checkpoints import AllTrained, WholeCheckpoints, last_whole
 from catpo.data import dev_split, open_data
-from catpo.errors import UserError
+from catpo.errors import Stopped, UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.runs import check_same, is_main_process, lock, read_json, read_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
+from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
 
@@ -126,7 +128,6 @@ def train(
             logging_steps=logging_steps,
             save_strategy="steps" if save_steps else "epoch",
             save_steps=save_steps or 500,
-            save_total_limit=1,
             eval_strategy="epoch" if dev_pairs else "no",
             dataloader_num_workers=workers,
             train_sampling_strategy="group_by_length" if group_by_length else "random",
@@ -145,12 +146,33 @@ def train(
         about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
         if is_main_process():
             write_json(output / "catpo.json", {**about(), "complete": False})
-        with families.quiet():
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with families.quiet(), on_sigterm() as stop:
+            _run(trainer, checkpoint, stop)
             if is_main_process():
                 _save_model(trainer, output / "model")
                 write_json(output / "catpo.json", {**about(), "complete": True})  # with coefficients as they were learned
     return TrainingResult(output, output / "model", _last_metrics(output))
+
+
+def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
+    """All steps that are left; leaves with a checkpoint after the next one when it is asked to."""
+    accelerator = trainer.accelerator
+    any_process = lambda is_so: bool(accelerator.reduce(torch.tensor(float(is_so), device=accelerator.device)) > 0)
+    here_only = lambda is_so: is_so
+    trainer.add_callback(
+        WholeCheckpoints(stop, any_process if process_count() > 1 else here_only, accelerator.wait_for_everyone)
+    )
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except AllTrained:
+        trainer.log({CLOSING: 0.0, "total_flos": trainer.state.total_flos})
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise Stopped(
+            f"SIGTERM: step {state.global_step} of {state.max_steps} is done, with a checkpoint in {trainer.args.output_dir}. "
+            "Give the same command with --resume to go on."
+        )
 
 
 _NOT_SETTINGS = ("output", "resume", "pairs", "workers", "report_to", "progress", "device")
@@ -178,10 +200,9 @@ def _last_metrics(output: Path) -> dict[str, float]:
     return rows[-1] if rows else {}
 
 
-def _checkpoint(output: Path, resume: bool) -> str | None:
+def _checkpoint(output: Path, resume: bool) -> Path | None:
     is_finished = (output / "model").exists()
-    folder = output / "checkpoints"
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole(output / "checkpoints")
     if not resume and (is_finished or last):
         raise UserError(f"{output} already holds a run. Give resume=True (--resume) to go on, or another --output.")
     return last
@@ -189,16 +210,18 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
 
 def _save_model(trainer: CatPOTrainer, folder: Path) -> None:
     """Weights (or adapter) and processor, complete or not at all."""
-    part = folder.with_name(".model.part")
+    part, old = folder.with_name(".model.part"), folder.with_name(".model.old")
+    for leftover in (part, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
     type(model).save_pretrained(model, part)  # the customary key names, unlike the checkpoints'
     trainer.family.processor.save_pretrained(part)
     if folder.exists():
-        folder.rename(folder.with_name(".model.old"))
+        folder.rename(old)
     part.rename(folder)
-    shutil.rmtree(folder.with_name(".model.old"), ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int) -> dict[str, Any]:

@@ -1,0 +1,386 @@
+"""Kill `pair`, `score`, `train` and `evaluate` at many moments, go on, and compare with the undisturbed run.
+
+    python -m bench.kills --kills 30            # random moments, and one kill at every write
+    python -m bench.kills --work score --processes 2
+
+Every attempt is a fork of a process that has imported everything, since imports take longer than these runs. A run of two
+processes is started as `torchrun` starts it, by its environment variables; one of them is killed and the other after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from catpo.evaluation import evaluate
+from catpo.pairing import pair
+from catpo.pairs_file import write_pairs
+from catpo.scoring import score
+from catpo.training import train
+from catpo.types import PreferencePair, pair_id
+
+TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
+          "eval_samples_per_second", "eval_steps_per_second")  # fmt: skip
+"""What differs between two undisturbed runs."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+"""Events of Python's audit that change files, beside `open` and `fsync`."""
+LONGEST = 300.0
+"""Seconds after which a process counts as hanging."""
+
+
+# ---- what is run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command on small data; called again on the same folder it goes on."""
+
+    command: str
+    run: Callable[[Path, Path], object]
+    """(inputs, output)"""
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.command}, {self.processes} processes" if self.processes > 1 else self.command
+
+
+def _pair(inputs: Path, output: Path) -> object:
+    return pair(model="builtin", data="scenes(count=6)", output=output, batch_size=2, block_size=2, progress=False)
+
+
+def _score(inputs: Path, output: Path) -> object:
+    return score(pairs=inputs / "pairs", model="builtin", output=output, batch_size=2, shard_size=2, progress=False)
+
+
+def _train(lora: str | None) -> Callable[[Path, Path], object]:
+    return lambda inputs, output: train(
+        pairs=inputs / "pairs", rewards=inputs / "rewards", model="builtin", output=output, lora=lora, objective="catpo",
+        epochs=2, batch_size=1, accumulation=2, dev_share=0.25, save_steps=2, logging_steps=3, learning_rate=1e-4, resume=True,
+        progress=False,
+    )  # fmt: skip
+
+
+def _evaluate(inputs: Path, output: Path) -> object:
+    return evaluate(
+        model="builtin", benchmarks=["scenes(count=3)"], output=output, batch_size=3, max_new_tokens=6, progress=False
+    )
+
+
+WORKS = [
+    Work("pair", _pair),
+    Work("score", _score),
+    Work("train full", _train(None)),
+    Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)")),
+    Work("evaluate", _evaluate),
+    Work("score", _score, processes=2),
+    Work("train full", _train(None), processes=2),
+    Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)"), processes=2),
+]
+
+
+def prepare(inputs: Path) -> None:
+    """Pairs of short captions, and their rewards; in a process of its own, so that this one never starts a thread."""
+
+    def make(_: Path, output: Path) -> None:
+        from catpo.data import open_data
+
+        samples = list(open_data("scenes(count=8)").samples())
+        texts = [f"There is a picture with the number {number}." for number in range(len(samples) + 1)]
+        rows = [(sample.images, sample.prompt, texts[number], texts[number + 1]) for number, sample in enumerate(samples)]
+        write_pairs(output / "pairs", [PreferencePair(pair_id(*row), *row) for row in rows], {})
+        score(pairs=output / "pairs", model="builtin", output=output / "rewards", progress=False)
+
+    attempt = Attempt(Work("inputs", make), inputs, inputs)
+    if attempt.wait() != [0]:
+        raise SystemExit(f"the inputs could not be made:\n{attempt.messages()}")
+
+
+# ---- one attempt ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a process kills itself: before its n-th change of a file; `is_torn`: after half of what it was writing."""
+
+    number: int
+    process: int = 0
+    is_torn: bool = False
+
+
+class Attempt:
+    """A run that has been started in processes of its own."""
+
+    def __init__(self, work: Work, inputs: Path, output: Path, moment: Moment | None = None) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.log = output.with_name(f"{output.name}.log")
+        port = _free_port() if work.processes > 1 else 0
+        self.pids = [self._start(work, inputs, output, process, port, moment) for process in range(work.processes)]
+
+    def _start(self, work: Work, inputs: Path, output: Path, process: int, port: int, moment: Moment | None) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            if work.processes > 1:
+                ranks = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": work.processes, "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
+            watch = Watch(output, moment if moment and moment.process == process else None)
+            work.run(inputs, output)
+            watch.note()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def wait(self, kill_after: float = LONGEST) -> list[int]:
+        """Exit codes in the order of the processes, negative for signals; when one is killed, so are the others.
+
+        `kill_after` counts seconds on a processor, so that it means the same moment on a busy machine.
+        """
+        left, codes = dict(enumerate(self.pids)), [0] * len(self.pids)
+        deadline = time.monotonic() + LONGEST
+        while left:
+            for process, pid in list(left.items()):
+                done, status, usage = os.wait4(pid, os.WNOHANG)
+                if done:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+                    self.seconds = usage.ru_utime + usage.ru_stime
+                    del left[process]
+                elif _processor_seconds(pid) > kill_after or time.monotonic() > deadline or any(codes):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.002)
+        return codes
+
+    def messages(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+
+
+class Watch:
+    """Counts a process's changes of files under a folder, and kills it at one of them."""
+
+    def __init__(self, folder: Path, moment: Moment | None) -> None:
+        self.folder, self.moment, self.count = str(folder), moment, 0
+        self.sizes: dict[str, int] = {}
+        self.fsync = os.fsync
+        os.fsync = self._synced  # the audit does not tell of it
+        sys.addaudithook(self._event)
+
+    def note(self) -> None:
+        """Leave the count for whoever wants to kill at each."""
+        print(f"changes: {os.environ.get('RANK', 0)} {self.count}", flush=True)
+
+    def _event(self, name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "open":
+            path, _, flags = arguments
+            if not isinstance(path, str | os.PathLike) or not flags & WRITES or not self._is_inside(path):
+                return
+            self.sizes[os.fspath(path)] = os.path.getsize(path) if os.path.exists(path) and not flags & os.O_TRUNC else 0
+        elif name not in CHANGES or not self._is_inside(arguments[0]):
+            return
+        self._reached(None)
+
+    def _synced(self, descriptor: int) -> None:
+        if self._is_inside(os.readlink(f"/proc/self/fd/{descriptor}")):
+            self._reached(descriptor)
+        self.fsync(descriptor)
+
+    def _is_inside(self, path: Any) -> bool:
+        return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self.folder)
+
+    def _reached(self, descriptor: int | None) -> None:
+        self.count += 1
+        if self.moment is None or self.count != self.moment.number:
+            return
+        if self.moment.is_torn and descriptor is not None:
+            before = self.sizes.get(os.readlink(f"/proc/self/fd/{descriptor}"), 0)
+            os.ftruncate(descriptor, before + (os.fstat(descriptor).st_size - before) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _processor_seconds(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+# ---- what is compared -----------------------------------------------------------------------------------------------------
+
+
+def contents(output: Path) -> dict[str, str]:
+    """File -> hash of what must not differ; of checkpoints, which name their folders, the names alone."""
+    found = {}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if path.is_dir() or name.endswith(".lock"):
+            continue
+        if name.startswith("checkpoints/"):
+            found[name] = ""
+        elif name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = "\n".join(json.dumps({key: row[key] for key in sorted(row) if key not in TIMING}) for row in rows)
+        else:
+            found[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return found
+
+
+def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} {'is missing' if name not in found else 'is left over' if name not in expected else 'differs'}"
+        for name in sorted({*expected, *found})
+        if expected.get(name) != found.get(name)
+    ]
+
+
+# ---- the trials -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Findings:
+    """What killing one command has shown."""
+
+    work: Work
+    seconds: float
+    kills: int = 0
+    early: int = 0
+    """Kills that hit before the end."""
+    runs: int = 0
+    """Runs that were brought to their end and compared."""
+    problems: list[str] = field(default_factory=list)
+
+
+class Trials:
+    """Kills a command in a folder of its own until it ends, and compares."""
+
+    def __init__(self, work: Work, inputs: Path, place: Path, seed: int) -> None:
+        self.work, self.inputs, self.place = work, inputs, place
+        self.random = random.Random(f"{work.name}/{seed}")
+        undisturbed = place / "undisturbed"
+        attempt = Attempt(work, inputs, undisturbed)
+        if any(attempt.wait()):
+            raise SystemExit(f"{work.name} fails undisturbed:\n{attempt.messages()}")
+        self.expected = contents(undisturbed)
+        counts = [line.split()[1:] for line in attempt.log.read_text().splitlines() if line.startswith("changes: ")]
+        self.moments = [
+            Moment(number, int(process), is_torn=self.random.random() < 0.5)
+            for process, count in sorted(counts)
+            for number in range(1, int(count) + 1)
+        ]
+        self.findings = Findings(work, attempt.seconds)
+
+    def at_random(self, kills: int) -> None:
+        """Kill, go on and kill again, at random moments of the undisturbed run's time, until so many hit before the end."""
+        while self.findings.early < kills and len(self.findings.problems) < 5:
+            output, moments, was_killed = self._folder(), [], True
+            while was_killed:
+                moments.append(round(self.random.uniform(0, self.findings.seconds), 2))
+                attempt = Attempt(self.work, self.inputs, output)
+                codes = attempt.wait(moments[-1])
+                was_killed = self._was_killed(codes)
+            self._compare(output, f"{moments[:-1]} s", attempt, codes)
+
+    def at_writes(self, most: int | None = None) -> None:
+        """One run per change of a file, or some of them, killed there; about every second with that file torn."""
+        chosen = self.moments if most is None else self.random.sample(self.moments, min(most, len(self.moments)))
+        for moment in chosen:
+            output = self._folder()
+            self._was_killed(Attempt(self.work, self.inputs, output, moment).wait())
+            attempt = Attempt(self.work, self.inputs, output)
+            self._compare(output, str(moment), attempt, attempt.wait())
+
+    def _was_killed(self, codes: list[int]) -> bool:
+        self.findings.kills += 1
+        self.findings.early += -signal.SIGKILL in codes
+        return -signal.SIGKILL in codes
+
+    def _folder(self) -> Path:
+        self.findings.runs += 1
+        return self.place / f"run-{self.findings.runs}"
+
+    def _compare(self, output: Path, where: str, attempt: Attempt, codes: list[int]) -> None:
+        """After the run has come to its end."""
+        if any(codes):
+            self.findings.problems.append(f"killed at {where}, it does not go on (exit {codes}): {attempt.messages()}")
+        found = differences(self.expected, contents(output))
+        if found and not any(codes):
+            self.findings.problems.append(f"killed at {where}: {', '.join(found)}")
+        if not found:
+            shutil.rmtree(output)
+
+
+def kill(work: Work, *, kills: int, writes: int | None, inputs: Path, place: Path, seed: int = 0) -> Findings:
+    """Both kinds of kills of one command."""
+    trials = Trials(work, inputs, place, seed)
+    trials.at_writes(writes)
+    trials.at_random(trials.findings.early + kills)
+    return trials.findings
+
+
+def table(findings: list[Findings]) -> Table:
+    made = Table("command", "undisturbed", "kills", "before the end", "runs compared", "differences")
+    for each in findings:
+        numbers = (each.kills, each.early, each.runs, len(each.problems))
+        made.add_row(each.work.name, f"{each.seconds:.1f} s CPU", *(str(number) for number in numbers))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", help="one command only", choices=sorted({work.command for work in WORKS}))
+    parser.add_argument("--processes", type=int, help="only runs of so many processes")
+    parser.add_argument("--kills", type=int, default=30, help="at random moments, before the end")
+    parser.add_argument("--writes", type=int, help="kills at so many writes; each of them if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the runs; those that differ are left there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    works = [work for work in WORKS if options.work in (None, work.command) and options.processes in (None, work.processes)]
+    findings = []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.keep or Path(temporary)
+        prepare(place / "inputs")
+        for number, work in enumerate(works):
+            folder = place / f"work-{number}"
+            folder.mkdir(parents=True)
+            findings.append(
+                kill(work, kills=options.kills, writes=options.writes, inputs=place / "inputs", place=folder, seed=options.seed)
+            )
+            print(f"{work.name}: {findings[-1].early} kills, {len(findings[-1].problems)} differences", file=sys.stderr)
+            print(*findings[-1].problems, sep="\n", file=sys.stderr)
+    Console(width=110).print(table(findings))
+    sys.exit(1 if any(each.problems for each in findings) else 0)
+
+
+if __name__ == "__main__":
+    main()
