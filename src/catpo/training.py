@@ -22,7 +22,7 @@ from catpo.data import dev_split, open_data
 from catpo.errors import Stopped, UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.runs import check_same, is_main_process, lock, read_json, read_rows, versions, write_json
+from catpo.runs import check_same, is_main_process, lock, process_count, read_json, read_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
