@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from catpo import config, recipes, registry
+from catpo import config, recipes, registry, strict_yaml
 from catpo.errors import UserError
 from catpo.objectives import _base as objectives
 from catpo.spec import Spec, check_options, parse
@@ -174,5 +174,5 @@ def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
 def test_every_type_of_an_option_has_a_word_for_messages() -> None:
     for options in config.COMMANDS.values():
         for name, hint in config.hints(options).items():
-            assert recipes._word(config.arms(hint)[0]), name
+            assert strict_yaml.word(config.arms(hint)[0]), name
             assert typing.get_origin(hint) is not dict

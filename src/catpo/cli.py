@@ -268,6 +268,28 @@ def demo(
 
 
 @app.command(group=START, sort_key=2)
+def study(
+    file: Annotated[Path, Parameter(help="The study: a YAML file such as those in recipes/studies.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for all studies; they share pairs, scores and cells.")] = Path(
+        "runs/studies"
+    ),
+    jobs: Annotated[int, Parameter(help="Cells at the same time, each in a process of its own.")] = 1,
+) -> None:
+    """Run a grid of methods, options and seeds to the end, with tables and figures; exits 1 if a cell failed."""
+    from catpo.study.run import study
+
+    outcome = study(file, output=output, jobs=jobs)
+    print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Tables and figures: {outcome.folder}")
+    for called, reason in outcome.failed.items():
+        print(f"catpo: {called} failed: {reason}", file=sys.stderr)
+    if outcome.failed:
+        sys.exit(1)
+
+
+@app.command(group=START, sort_key=3)
 def init(
     folder: Annotated[Path, Parameter(help="Where to write recipe.yaml.")] = Path(),
     /,
@@ -286,7 +308,7 @@ def init(
     print(f"Wrote {path}. Next: catpo pair --config {path}")
 
 
-@app.command(group=START, sort_key=3)
+@app.command(group=START, sort_key=4)
 def doctor(
     model: Annotated[str | None, Parameter(help="Also check whether this model can be used.")] = None,
     /,

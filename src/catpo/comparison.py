@@ -218,31 +218,69 @@ def at_equal_coverage(evaluations: Sequence[Evaluation], *, resamples: int = 100
     Returns:
         One row per benchmark with captions and evaluation; none where the items are not the same.
     """
+    return at_equal_coverage_over_runs([evaluations], resamples=resamples, seed=seed)
+
+
+def at_equal_coverage_over_runs(
+    runs: Sequence[Sequence[Evaluation]], *, resamples: int = 1000, seed: int = 0
+) -> list[Coverage]:
+    """`at_equal_coverage` of several runs (training seeds) of the same models, on average over the runs.
+
+    Within a run all models are cut to the smallest Cover among them. A draw of pictures is the same for all models and runs, so
+    the intervals are over pictures, with the runs as they are.
+
+    Args:
+        runs: evaluations of each run, the same models in the same order.
+        resamples: bootstrap draws of pictures.
+        seed: of the draws.
+    """
+    everything = [evaluation for run in runs for evaluation in run]
     found = []
-    for benchmark in _common(evaluations):
-        keys = _common_items(evaluations, benchmark, is_caption=True)
-        if not keys or len(evaluations) < 2:
+    for benchmark in _common(everything):
+        keys = _common_items(everything, benchmark, is_caption=True)
+        if not keys or len(runs[0]) < 2:
             continue
-        graded = [[evaluation.grades[benchmark][key] for key in keys] for evaluation in evaluations]
-        draws = _Draws.of(graded[0], resamples, seed)
-        curves = [_Curve.of(rows) for rows in graded]
-        sums = [(draws.sum(curve.grounded), draws.sum(curve.hallucinated)) for curve in curves]
-        target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (draw)
-        cut = [_cut(grounded, hallucinated, target) for grounded, hallucinated in sums]
-        cover = _percent(target, draws.sum(curves[0].present))
-        for number, (evaluation, curve, (objects, chair_i)) in enumerate(zip(evaluations, curves, cut, strict=True)):
+        draws = _Draws.of([runs[0][0].grades[benchmark][key] for key in keys], resamples, seed)
+        cuts = [_cut_alike(draws, [[each.grades[benchmark][key] for key in keys] for each in run]) for run in runs]
+        cover, objects, chair_i = (
+            np.mean(figures, axis=0) for figures in zip(*((c.cover, c.objects, c.chair_i) for c in cuts), strict=True)
+        )
+        for number, evaluation in enumerate(runs[0]):
             found.append(
                 Coverage(
                     model=evaluation.name,
                     benchmark=benchmark,
                     cover=float(cover[0]),
-                    objects=float(objects[0]),
-                    chair_i=_estimate(chair_i),
-                    is_cut=float(objects[0]) < curve.grounded.shape[1] - 1,
-                    difference=_estimate(chair_i - cut[0][1]) if number else None,
+                    objects=float(objects[number, 0]),
+                    chair_i=_estimate(chair_i[number]),
+                    is_cut=any(each.is_cut[number] for each in cuts),
+                    difference=_estimate(chair_i[number] - chair_i[0]) if number else None,
                 )
             )
     return found
+
+
+@dataclass(frozen=True)
+class _CutAlike:
+    """Models cut to the smallest Cover among them; the first draw takes every picture once."""
+
+    cover: Floats
+    """[1 + resamples]"""
+    objects: Floats
+    """[models, 1 + resamples]"""
+    chair_i: Floats
+    """[models, 1 + resamples]"""
+    is_cut: list[bool]
+
+
+def _cut_alike(draws: _Draws, graded: Sequence[Sequence[Mapping[str, Any]]]) -> _CutAlike:
+    curves = [_Curve.of(rows) for rows in graded]
+    sums = [(draws.sum(curve.grounded), draws.sum(curve.hallucinated)) for curve in curves]
+    target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (draw)
+    cut = [_cut(grounded, hallucinated, target) for grounded, hallucinated in sums]
+    objects, chair_i = (np.stack(each) for each in zip(*cut, strict=True))
+    is_cut = [float(each[0]) < curve.grounded.shape[1] - 1 for each, curve in zip(objects, curves, strict=True)]
+    return _CutAlike(_percent(target, draws.sum(curves[0].present)), objects, chair_i, is_cut)
 
 
 def coverage_curves(evaluations: Sequence[Evaluation], benchmark: str) -> dict[str, tuple[Floats, Floats]]:

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES_AT_ONCE = 64
 """Resamples worked on together; bounds the memory of `bootstrap_auroc` to this many rows of scores."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
 
 
 class Interval(NamedTuple):
@@ -87,6 +89,22 @@ def interval(values: ArrayLike, level: float = 0.95) -> Interval:
         return Interval(float("nan"), float("nan"))
     low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
+
+
+def mean_interval(values: ArrayLike) -> Interval:
+    """95 % interval of the mean of few independent numbers, such as training seeds: Student's t. NaN for less than two.
+
+    >>> low, high = mean_interval([1.0, 2.0, 3.0])
+    >>> round(low, 2), round(high, 2)
+    (-0.48, 4.48)
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if len(numbers) < 2:
+        return Interval(float("nan"), float("nan"))
+    freedom = len(numbers) - 1
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
+    half = quantile * float(numbers.std(ddof=1)) / len(numbers) ** 0.5
+    return Interval(float(numbers.mean()) - half, float(numbers.mean()) + half)
 
 
 class _Ranked:

@@ -1,10 +1,12 @@
-"""Choosing among given answers by how likely the model finds them. Knows no benchmark."""
+"""How likely a model finds given responses, token by token; and choosing among answers by it. Knows no benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from catpo.batching import Prefix, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.families._base import Family
@@ -21,7 +23,6 @@ def most_likely(family: Family, samples: Sequence[Sample], options: Sequence[Opt
     return [min(each, key=each.__getitem__) for each in losses]
 
 
-@torch.inference_mode()
 def option_losses(
     family: Family, samples: Sequence[Sample], options: Sequence[Options], *, batch_size: int = 8
 ) -> list[dict[str, float]]:
@@ -33,8 +34,6 @@ def option_losses(
         options: of each sample.
         batch_size: rows in one forward pass; two options of a sample share one, as the two responses of a pair do.
     """
-    was_training = family.model.training
-    family.model.eval()
     couples = [(number, couple) for number, each in enumerate(options) for couple in _couples(list(each))]
     losses: list[dict[str, float]] = [{} for _ in samples]
     for start in range(0, len(couples), batch_size):
@@ -42,7 +41,6 @@ def option_losses(
         pairs = [_pair(samples[number], *(options[number][key] for key in couple)) for number, couple in some]
         for (number, couple), values in zip(some, _pair_losses(family, pairs), strict=True):
             losses[number] |= dict(zip(couple, values, strict=True))
-    family.model.train(was_training)
     return losses
 
 
@@ -56,10 +54,24 @@ def _pair(sample: Sample, first: str, second: str) -> PreferencePair:
 
 
 def _pair_losses(family: Family, pairs: Sequence[PreferencePair]) -> list[list[float]]:
+    return [[float(-logps.mean()) for logps in sides] for sides in response_logps(family, pairs, batch_size=len(pairs))]
+
+
+@torch.inference_mode()
+def response_logps(
+    family: Family, pairs: Sequence[PreferencePair], *, batch_size: int = 16
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Log-probs in nats of the tokens of chosen and rejected response of each pair, the token that ends a response included."""
+    was_training = family.model.training
+    family.model.eval()
     prefix: Prefix = "shared" if family.shares_prefix else "separate"
-    batch = to_device(pack(family, [family.encode(pair) for pair in pairs], prefix=prefix), family.device)
-    hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
-    logps = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps
-    summed = unflatten(logps.float(), batch["mask"]).sum(-1)  # (pair, side)
-    losses: list[list[float]] = (-summed / batch["mask"].sum(-1)).tolist()
-    return losses
+    found = []
+    for start in range(0, len(pairs), batch_size):
+        encoded = [family.encode(pair) for pair in pairs[start : start + batch_size]]
+        batch = to_device(pack(family, encoded, prefix=prefix), family.device)
+        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+        logps = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps
+        sides, mask = unflatten(logps.double(), batch["mask"]).cpu(), batch["mask"].cpu()
+        found += [(sides[row, 0][mask[row, 0]].numpy(), sides[row, 1][mask[row, 1]].numpy()) for row in range(len(encoded))]
+    family.model.train(was_training)
+    return found

@@ -6,22 +6,20 @@ Knows the options' names and types from `config.py`, and nothing of what they do
 from __future__ import annotations
 
 import dataclasses
-import re
-import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from catpo.config import COMMANDS, arms, field_docs, hints
+from catpo import strict_yaml
+from catpo.config import COMMANDS, field_docs, hints
 from catpo.errors import UserError, did_you_mean
 
 OWN_KEYS = frozenset({"output", "limit"})
 """Options that mean another thing in each section, so that a recipe cannot set them for all."""
 FOR_BUILTIN = {"lora": "null", "learning_rate": "5e-5", "epochs": 1, "batch_size": 8, "accumulation": 1}
 """How the built-in model is trained, as in the demo."""
+ADVICE = "`catpo init` writes a recipe to start from."
 
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -31,7 +29,7 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         UserError: no such file, not YAML, a key twice, an unknown option, a value of another type; names file and key.
     """
     path = Path(path)
-    recipe = _mapping(_load(path), str(path))
+    recipe = strict_yaml.mapping(strict_yaml.load(path, what="recipe", advice=ADVICE), str(path))
     shared = {key: value for key, value in recipe.items() if key not in COMMANDS}
     known_shared = {name for options in COMMANDS.values() for name in hints(options)} - OWN_KEYS
     for key in shared:
@@ -76,51 +74,9 @@ def starter(folder: str | Path = "runs/first") -> str:
     return "\n".join(lines) + "\n"
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML data; refuses a key that stands twice, and reads 1e-6 as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, "a list or mapping cannot be a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). `catpo init` writes a recipe to start from.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8. `catpo init` writes a recipe to start from.") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: {error.problem}. Correct the recipe.") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not a YAML recipe ({str(error).splitlines()[0]}). `catpo init` writes one.") from error
-
-
-def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where} must be lines of the form `option: value`, not {_shown(value)}.")
-    return value
-
-
 def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
     known = hints(COMMANDS[command])
-    section = _mapping(given, f"{path}: '{command}'")
+    section = strict_yaml.mapping(given, f"{path}: '{command}'")
     for key in section:
         if key not in known:
             raise UserError(
@@ -128,48 +84,7 @@ def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) ->
             )
     merged = {**{key: (key, value) for key, value in shared.items() if key in known}}
     merged |= {key: (f"{command}.{key}", value) for key, value in section.items()}
-    return {key: _fitted(value, known[key], f"{path}: '{name}'") for key, (name, value) in merged.items()}
-
-
-def _fitted(value: Any, hint: Any, where: str) -> Any:
-    for arm in arms(hint):
-        fitted = _fit(value, arm)
-        if fitted is not MISSING:
-            return fitted
-    raise UserError(f"{where} must be {' or '.join(_word(arm) for arm in arms(hint))}, not {_shown(value)}.")
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """The value as the type, or MISSING where it is of another."""
-    origin = typing.get_origin(hint)
-    if hint is type(None):
-        return None if value is None else MISSING
-    if origin is Literal:
-        return value if value in typing.get_args(hint) else MISSING
-    if origin in (list, tuple):
-        if isinstance(value, str) and origin is tuple:  # a single item needs no brackets
-            value = [value]
-        items = [_fit(item, typing.get_args(hint)[0]) for item in value] if isinstance(value, list) else [MISSING]
-        return MISSING if MISSING in items else origin(items)
-    if hint is Path:
-        return Path(value) if isinstance(value, str) and value else MISSING
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is hint else MISSING
-
-
-def _word(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(str(choice) for choice in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple):
-        return f"a list, each {_word(typing.get_args(hint)[0])}"
-    words = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return words[hint]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return {key: strict_yaml.fitted(value, known[key], f"{path}: '{name}'") for key, (name, value) in merged.items()}
 
 
 def _as_yaml(value: Any) -> str:

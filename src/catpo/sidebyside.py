@@ -113,14 +113,14 @@ def _markdown(sides: SideBySide) -> str:
     headings, rows = _cells(sides)
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)], *rows]
     table = [
-        "| " + " | ".join(cell if cell.strip("-:") == "" else _for_markdown(cell) for cell in line) + " |" for line in lines
+        "| " + " | ".join(cell if cell.strip("-:") == "" else for_markdown(cell) for cell in line) + " |" for line in lines
     ]
-    return "\n".join([*table, "", "\\* the interval leaves 0 out", *(f"\n{_for_markdown(note)}" for note in sides.notes)])
+    return "\n".join([*table, "", "\\* the interval leaves 0 out", *(f"\n{for_markdown(note)}" for note in sides.notes)])
 
 
 def _latex(sides: SideBySide) -> str:
     headings, rows = _cells(sides)
-    lines = [" & ".join(map(_for_latex, line)) + r" \\" for line in (headings, *rows)]
+    lines = [" & ".join(map(for_latex, line)) + r" \\" for line in (headings, *rows)]
     body = [lines[0], r"\midrule", *lines[1:]]
     columns = "ll" + "r" * (len(headings) - 2)
     notes = [
@@ -139,11 +139,13 @@ def _change(change: Estimate, *, is_clear: bool) -> str:
     return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]{'*' if is_clear else ''}"
 
 
-def _for_markdown(text: str) -> str:
+def for_markdown(text: str) -> str:
+    """A text in which nothing is markup."""
     return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
 
 
-def _for_latex(text: str) -> str:
+def for_latex(text: str) -> str:
+    """The same for LaTeX; signed numbers as formulas."""
     special: dict[str, Any] = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     escaped = re.sub(r"[\\~^&%$#_{}]", lambda found: special.get(found[0], f"\\{found[0]}"), text)
     return re.sub(r"(?<![\w])[+-]\d+(?:\.\d+)?", lambda found: f"${found[0]}$", escaped)
