@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ class Shared:
     @property
     def name(self) -> str:
         made_by = parse(self.method).name if self.method else "given"
-        return f"{made_by}-seed{self.seed}-{_hash(self)}"
+        return f"{made_by}-seed{self.seed}-{_hash(asdict(self))}"
 
     def folder(self, output: Path) -> Path:
         return output / "shared" / self.name
@@ -110,7 +110,7 @@ class Cell:
         """Readable, and unlike that of any other cell."""
         what = parse(self.objective).name if self.objective else "untrained"
         rate = f"-{self.learning_rate:.3g}" if self.learning_rate else ""
-        return f"{what}{rate}-seed{self.seed}-{_hash(self)}"
+        return f"{what}{rate}-seed{self.seed}-{_hash(asdict(self))}"
 
     def folder(self, output: Path) -> Path:
         return output / "cells" / self.name
@@ -285,19 +285,9 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and bool(read_json(path).get("complete"))
 
 
-def _hash(what: Shared | Cell) -> str:
-    """Of all fields that are not left at their defaults, so that a new option does not make old cells strangers."""
-    text = json.dumps(_told(what), sort_keys=True, default=str)
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-
-
-def _told(what: Any) -> dict[str, Any]:
-    told = {each.name: getattr(what, each.name) for each in fields(what) if getattr(what, each.name) != _default(each)}
-    return {name: _told(value) if is_dataclass(value) else value for name, value in told.items()}
-
-
-def _default(of: Field[Any]) -> Any:
-    return of.default_factory() if of.default_factory is not MISSING else of.default
 
 
 def _tidy(folder: Path, keep_model: bool) -> None:
