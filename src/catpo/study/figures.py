@@ -18,6 +18,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator
 
 from catpo.errors import UserError, did_you_mean
 from catpo.runs import read_rows, write_atomic
@@ -166,6 +167,7 @@ def curves(
             drawing.plot(steps, values.mean(0), color=colour)
             drawing.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             drawing.set(xlabel="step", ylabel=_label(metric))
+            drawing.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, axes[-1], [row.name for row in shown], lines=True)
     return figure
 
@@ -259,7 +261,7 @@ def _legend(figure: Figure, axes: Any, names: Sequence[str], *, lines: bool) -> 
 
 def _half(spread: Any) -> float | None:
     half = spread.high - spread.value
-    return None if math.isnan(half) else half
+    return None if math.isnan(half) or half < 1e-9 else half
 
 
 def _metric(found: Results, name: str) -> str:

@@ -16,8 +16,6 @@ from catpo.recipes import FOR_BUILTIN
 from catpo.spec import parse, parse_list
 
 BUILTIN = "builtin"
-RATE_FACTORS = (0.4, 1.0, 2.0)
-"""The budget of learning rates where none is given, in units of the model's usual one."""
 SECTIONS = {
     "pair": frozenset({"model", "data", "output", "method", "seed", "limit"}),
     "score": frozenset({"pairs", "model", "output", "limit"}),
@@ -85,6 +83,8 @@ class Study:
     """Held-out pictures; none: nothing is evaluated."""
     learning_rates: list[float] | None = None
     """The budget: every method is tuned over this list. One rate: no tuning."""
+    rate_factors: list[float] = field(default_factory=lambda: [1.0])
+    """The budget as multiples of the model's usual rate, which fit another model too; not used beside `learning_rates`."""
     tuning: Tuning | None = None
     reference: str | None = None
     """The row that others are compared with; the first if left out."""
@@ -109,7 +109,7 @@ class Study:
         if self.learning_rates is not None:
             return self.learning_rates
         usual = float(FOR_BUILTIN["learning_rate"]) if self.model == BUILTIN else COMMANDS["train"].learning_rate
-        return [factor * usual for factor in RATE_FACTORS]
+        return [float(f"{factor * usual:.3g}") for factor in self.rate_factors]
 
     @property
     def compared_with(self) -> str:
@@ -235,7 +235,7 @@ def _check(study: Study, whole: _Place) -> None:
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise UserError(f"{whole.of('seeds')} must be one or more different whole numbers.")
     if not study.rates or any(rate <= 0 for rate in study.rates):
-        raise UserError(f"{whole.of('learning_rates')} must be one or more positive numbers.")
+        raise UserError(f"{whole.path}: 'learning_rates' or 'rate_factors' must be one or more positive numbers.")
     if len(study.rates) > 1 and (study.tuning is None or not study.tuning.benchmarks):
         raise UserError(
             f"{whole.path}: {len(study.rates)} rates are tried, so 'tuning.benchmarks' must name pictures to choose by: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -69,6 +70,8 @@ def _reason(task: Task, output: Path, keep_model: bool) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return f"{type(error).__name__}: {error} (see {folder / 'error.txt'})"
+    finally:
+        gc.collect()  # a trainer refers to itself, and the next model needs the room
     (task.folder(output) / "error.txt").unlink(missing_ok=True)
     return ""
 
@@ -82,11 +85,14 @@ def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep_models: b
     orphans = []
     with fresh(min(jobs, len(tasks))) as pool:
         futures: dict[Future[str], Task] = {pool.submit(_reason, task, output, keep_models): task for task in tasks}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                orphans.append(futures[future])
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except BrokenProcessPool:
+                    orphans.append(futures[future])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # when interrupted: begin nothing more
     for task in orphans:
         with fresh(1) as pool:
             try:

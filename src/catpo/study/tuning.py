@@ -24,8 +24,8 @@ class Choice:
 
     @property
     def is_at_the_edge(self) -> bool:
-        """The best is the smallest or largest that was tried: a wider budget might give a better one."""
-        return len(self.values) > 1 and self.rate in (min(self.values), max(self.values))
+        """The best is the smallest or largest of several that were tried: a wider budget might give a better one."""
+        return len(self.values) > 2 and self.rate in (min(self.values), max(self.values))
 
 
 def choose(cells: Mapping[float, Cell], untrained: Cell, metric: str, output: Path) -> Choice:
