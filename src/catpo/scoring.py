@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catpo import registry
+from catpo import memory, registry
 from catpo.attention import AttentionRecorder, choose_heads, choose_layers
 from catpo.batching import Batch, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.data import open_data
@@ -218,7 +218,8 @@ class PairScorer:
         self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: Sequence[PreferencePair]
     ) -> list[ScoredResponse]:
         """The signals of a batch; `others` are pairs whose pictures serve as "another picture" to each."""
-        with torch.inference_mode(), self.family.recordable_attention():
+        doing = f"scoring {len(encoded)} pairs (the longest has {max(each.length for each in encoded):,} tokens)"
+        with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, encoded, self.settings, pairs, others)
             return [
                 self._response(run, number, side_number, each, pair, side)
