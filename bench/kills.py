@@ -144,8 +144,9 @@ class Attempt:
             return pid
         status = 1
         try:
-            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1), os.dup2(log, 2)
+            sys.stdout = sys.stderr = open(self.log, "a", buffering=1)  # noqa: SIM115 (until the end)
+            os.dup2(sys.stderr.fileno(), 2)
+            torch.set_num_threads(1)  # makes torch's pools anew, which a fork leaves broken
             if work.processes > 1:
                 ranks = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": work.processes, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")

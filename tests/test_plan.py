@@ -11,9 +11,9 @@ import torch
 
 from catpo import cli, config, recipes
 from catpo.batching import PairCollator, run_backbone
+from catpo.capacity import DecoderMemory, pass_tokens
 from catpo.errors import UserError
 from catpo.families import _base as families
-from catpo.memory import DecoderMemory, pass_tokens
 from catpo.pairs_file import write_pairs
 from catpo.plan import plan, weight_bytes
 from catpo.scoring import score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from catpo.errors import UserError
+from catpo.finite import check_gradients
 from catpo.progress import track
 from catpo.runs import append_rows, read_rows, repair_rows, write_atomic, write_json
 
@@ -37,6 +38,20 @@ class FirstStepCheck(TrainerCallback):
                 f"First step: the gradient norm is {norm}, so nothing is learned. Are all weights 0, is the loss constant, "
                 "or are the trained parameters not part of the decoder?"
             )
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops a run before a gradient that is not finite spoils its weights and its next checkpoint.
+
+    In float16 the gradient scaler finds such gradients, and leaves the step out.
+    """
+
+    def __init__(self, model: nn.Module, last_pairs: Callable[[], Sequence[str]]) -> None:
+        self.model, self.last_pairs = model, last_pairs
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.fp16:
+            check_gradients(self.model.parameters(), self.last_pairs(), state.global_step)
 
 
 class NewDraws(TrainerCallback):

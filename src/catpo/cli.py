@@ -14,6 +14,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
 
 from catpo import __version__, config, registry
+from catpo.disk import refusal
 from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.runs import is_main_process
 
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"catpo: {stopped}", file=sys.stderr)
         sys.exit(143)
+    except OSError as error:
+        if refusal(error) is None or isinstance(error, BrokenPipeError):
+            raise
+        print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. What was finished is whole: make room or choose "
+              "another --output, then give the same command again.", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except KeyboardInterrupt:
         print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
         sys.exit(130)

@@ -18,12 +18,12 @@ from rich.table import Table
 from torch import nn
 
 from catpo.attention import choose_layers
+from catpo.capacity import DecoderMemory, pass_tokens
 from catpo.data import dev_split, open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
-from catpo.memory import DecoderMemory, pass_tokens
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
 from catpo.spec import parse

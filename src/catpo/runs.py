@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from catpo.errors import UserError
 
 LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
 """What `versions` tells: libraries that can change a number."""
+
+
+PART = re.compile(r"\..+\.\d+\.part")
+"""A file that `write_atomic` has not finished."""
 
 
 def versions() -> dict[str, str]:
@@ -174,6 +179,9 @@ def lock(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error
     with stream:
         _take(stream, folder)
+        for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
+            if PART.fullmatch(part.name):  # of a killed process
+                part.unlink(missing_ok=True)
         yield folder
 
 
@@ -190,9 +198,9 @@ def _take(stream: Any, folder: Path) -> None:
         ) from error
     except OSError:  # a file system without locks
         return
-    stream.truncate(0)
-    stream.write(str(os.getpid()))
-    stream.flush()
+    with suppress(OSError):  # a full disk: who holds it is not told
+        os.truncate(stream.fileno(), 0)
+        os.write(stream.fileno(), str(os.getpid()).encode())
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | Path, ignore: Iterable[str] = ()) -> None:

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catpo import registry
+from catpo import memory, registry
 from catpo.attention import AttentionRecorder, choose_heads, choose_layers
 from catpo.batching import Batch, pack, response_hidden, run_backbone, to_device, unflatten
+from catpo.capacity import pass_tokens
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
 from catpo.last_layer import read_at_responses
-from catpo.memory import pass_tokens
 from catpo.processes import Team
 from catpo.progress import Track, track
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
@@ -244,7 +244,8 @@ class PairScorer:
         self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: Sequence[PreferencePair]
     ) -> list[ScoredResponse]:
         """The signals of a batch; `others` are pairs whose pictures serve as "another picture" to each."""
-        with torch.inference_mode(), self.family.recordable_attention():
+        doing = f"scoring {len(encoded)} pairs (the longest has {max(each.length for each in encoded):,} tokens)"
+        with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, encoded, self.settings, pairs, others)
             return [
                 self._response(run, number, side_number, each, pair, side)

@@ -20,13 +20,14 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from catpo import last_layer
+from catpo import last_layer, memory
 from catpo.adaptive import AdaptiveRewards
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
-from catpo.callbacks import FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
+from catpo.callbacks import FiniteGradients, FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
+from catpo.finite import CAUSES, check_losses
 from catpo.head import Head, TokenStats, token_stats
 from catpo.learned_fusion import LearnedFusion
 from catpo.objectives import _base as objectives
@@ -143,6 +144,7 @@ class CatPOTrainer(Trainer):
                 *(callbacks or []),
                 NewDraws(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
+                FiniteGradients(self.family.model, lambda: self.last_pairs),
                 *([FirstStepCheck(self.family.model)] if args.self_check else []),
                 *self._adaptive_rewards(args, everything, collator),
             ],
@@ -245,7 +247,7 @@ class CatPOTrainer(Trainer):
         self._keep_frozen_parts_in_evaluation_mode()
         stats = self.pair_stats(model, inputs)
         output = self.objective.loss(stats, **self.objective.options)
-        self._check_finite(output, inputs)
+        self._check_finite(output, stats, inputs)
         self._record(output, stats, inputs)
         loss = output.losses.mean()
         return (loss, output) if return_outputs else loss
@@ -309,19 +311,17 @@ class CatPOTrainer(Trainer):
         with policy.disable_adapter():
             yield self.model, self.family.head
 
-    def _check_finite(self, output: LossOutput, inputs: Batch) -> None:
-        bad = [
-            pair
-            for pair, value in zip(inputs["pair_ids"], output.losses.detach().tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
-        if not bad:
-            return
-        terms = [name for name, values in output.metrics.items() if not torch.isfinite(values).all()]
-        raise UserError(
-            f"The loss became {output.losses.detach().tolist()} at step {self.state.global_step} (pairs {', '.join(bad)}; "
-            f"not finite: {', '.join(terms) or 'the loss itself'}). Lower the learning rate; `catpo inspect` shows the pairs."
-        )
+    def _check_finite(self, output: LossOutput, stats: PairStats, inputs: Batch) -> None:
+        made_of = {name: getattr(stats, name) for name in CAUSES if name in self.needs}
+        check_losses(output.losses, output.metrics, made_of, inputs["pair_ids"], self.state.global_step)
+        self.last_pairs = inputs["pair_ids"]
+
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; running out of memory tells what takes it."""
+        rows, tokens = inputs["model_inputs"]["input_ids"].shape
+        doing = f"at step {self.state.global_step} with {len(inputs['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
+        with memory.explained(doing, self.model, self.optimizer):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     # ---- the log ------------------------------------------------------------------------------------------------------
 

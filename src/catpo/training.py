@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback
 
+from catpo import disk
 from catpo.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.checkpoints import AllTrained, WholeCheckpoints, last_whole
 from catpo.data import dev_split, open_data
@@ -146,7 +147,7 @@ def train(
         about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
         if is_main_process():
             write_json(output / "catpo.json", {**about(), "complete": False})
-        with families.quiet(), on_sigterm() as stop:
+        with families.quiet(), on_sigterm() as stop, disk.explained(lambda: _whole_so_far(output)):
             _run(trainer, checkpoint, stop)
             if is_main_process():
                 _save_model(trainer, output / "model")
@@ -198,6 +199,15 @@ def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0)
 def _last_metrics(output: Path) -> dict[str, float]:
     rows = read_rows(output / "metrics.jsonl")
     return rows[-1] if rows else {}
+
+
+def _whole_so_far(output: Path) -> str:
+    """For a message about a full disk."""
+    last = last_whole(output / "checkpoints")
+    return (
+        f"Whole so far: {last or 'no checkpoint'}. An older checkpoint is removed after a newer one is whole, so there must be "
+        "room for two. Make room, then give the same command with --resume."
+    )
 
 
 def _checkpoint(output: Path, resume: bool) -> Path | None:

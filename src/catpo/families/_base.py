@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from catpo import registry
+from catpo import memory, registry
 from catpo.attention import recordable
 from catpo.errors import UserError
 from catpo.head import Head
@@ -466,7 +466,8 @@ class Family:
             inputs = self.process(
                 [samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left"
             )
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            random_of = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+            with memory.explained(f"answering {len(batch)} questions at once", self.model), random_of:
                 torch.manual_seed(int(_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
                 tokens = self.model.generate(
                     **{name: value.to(self.device) for name, value in inputs.items()},

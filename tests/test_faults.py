@@ -1,0 +1,397 @@
+"""Kills, SIGTERM, full disks, damaged files, losses that are no numbers, memory that runs out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from catpo import cli, disk, finite, memory, runs, scoring, stopping
+from catpo.checkpoints import MARK, last_whole
+from catpo.errors import Stopped, UserError
+from catpo.evaluation import evaluate
+from catpo.pairing import pair
+from catpo.rewards import RewardStore
+from catpo.scoring import score_pairs
+from catpo.trainer import CatPOTrainer
+from catpo.training import train
+from tiny import llava, pairs
+
+kills = pytest.importorskip("bench.kills", reason="bench is not in an sdist")
+
+
+def in_child(work):
+    """Does `work` in a fork; gives its exit code and what it said last."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code, said = 0, ""
+        try:
+            said = str(work())
+        except BaseException as error:
+            code, said = 1, f"{type(error).__name__}: {error}"
+            if not isinstance(error, UserError | Stopped):
+                said += traceback.format_exc()
+        os.write(writer, said.encode()[:60000])
+        os._exit(code)
+    os.close(writer)
+    said = os.fdopen(reader).read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def files(folder):
+    """Name -> bytes."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.endswith(".lock")}
+
+
+def training(folder, store, output, **options):
+    defaults = dict(
+        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=1, accumulation=2,
+        lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=3, dev_share=0.25, progress=False, resume=True,
+    )  # fmt: skip
+    return train(output=output, **{**defaults, **options})
+
+
+def rows(output):
+    """Of metrics.jsonl, without what differs between two undisturbed runs."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in kills.TIMING} for row in found]
+
+
+# ---- SIGKILL --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["score", "train lora"])
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(command, tmp_path_factory, tmp_path):
+    inputs = tmp_path_factory.getbasetemp() / "kill-inputs"
+    if not inputs.exists():
+        kills.prepare(inputs)
+    work = next(work for work in kills.WORKS if work.command == command and work.processes == 1)
+    found = kills.kill(work, kills=2, writes=3, inputs=inputs, place=tmp_path)
+    assert found.early >= 4
+    assert found.problems == []
+
+
+def test_the_harness_sees_a_difference(tmp_path):
+    def forgets(inputs: Path, output: Path) -> None:
+        output.mkdir(exist_ok=True)
+        runs.append_rows(output / "rows.jsonl", [{"row": 1}])
+        runs.append_rows(output / "rows.jsonl", [{"row": 2}])
+
+    found = kills.kill(kills.Work("forgets", forgets), kills=0, writes=None, inputs=tmp_path, place=tmp_path)
+    assert found.kills == found.early == 5  # the folder, and two opens and syncs
+    assert any("rows.jsonl differs" in problem for problem in found.problems)
+
+
+def test_a_checkpoint_counts_once_it_is_whole(folder, store, tmp_path):
+    assert last_whole(tmp_path) is None
+    training(folder, store, tmp_path / "run", max_steps=3)
+    whole = last_whole(tmp_path / "run" / "checkpoints")
+    assert whole.name == "checkpoint-3" and [path.name for path in whole.parent.iterdir()] == ["checkpoint-3"]
+    (whole.parent / "checkpoint-9").mkdir()  # of a process that was killed while it wrote
+    assert last_whole(whole.parent) == whole
+    (whole / MARK).unlink()
+    assert last_whole(whole.parent) is None
+
+
+def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(folder, store, tmp_path):
+    whole = training(folder, store, tmp_path / "run", max_steps=2)
+    before, told = files(whole.model), rows(tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "catpo.json").read_text())
+    (tmp_path / "run" / "catpo.json").write_text(json.dumps({**about, "complete": False}))
+    training(folder, store, tmp_path / "run", max_steps=2)
+    assert files(whole.model) == before and rows(tmp_path / "run") == told
+
+
+# ---- SIGTERM --------------------------------------------------------------------------------------------------------------
+
+
+def terminating(monkeypatch, owner, name, number):
+    """Sends SIGTERM to this process when `owner.name` is called for the `number`-th time."""
+    original, calls = getattr(owner, name), []
+
+    def calls_it(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, calls_it)
+
+
+@pytest.mark.parametrize("lora", ["lora(r=4, alpha=8)", None], ids=["lora", "full"])
+def test_sigterm_writes_a_checkpoint_from_which_training_goes_on_exactly(folder, store, tmp_path, lora, monkeypatch):
+    whole = training(folder, store, tmp_path / "whole", lora=lora)
+    with monkeypatch.context() as patch:
+        terminating(patch, CatPOTrainer, "training_step", 10)  # within step 5
+        with pytest.raises(Stopped, match=r"step 5 of 6 is done, with a checkpoint.*--resume"):
+            training(folder, store, tmp_path / "left", lora=lora)
+    assert last_whole(tmp_path / "left" / "checkpoints").name == "checkpoint-5" and not (tmp_path / "left" / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = training(folder, store, tmp_path / "left", lora=lora)
+    assert files(resumed.model) == files(whole.model)
+    assert [row["step"] for row in rows(tmp_path / "left")] == [2, 3, 3, 4, 5, 6, 6, 6]  # one row more than undisturbed
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [2, 3, 3, 4, 6, 6, 6]
+    train_loss = [rows(tmp_path / run)[-1]["train_loss"] for run in ("left", "whole")]
+    assert train_loss[0] == pytest.approx(train_loss[1], abs=1e-6)
+
+
+def test_sigterm_lets_scoring_finish_its_shard(folder, tmp_path, monkeypatch):
+    terminating(monkeypatch, scoring.PairScorer, "score_batch", 2)
+    given = dict(pairs=pairs(6), settings=None, shard_size=2, progress=False)
+    with pytest.raises(Stopped, match="4 of 6 pairs are scored in .* Give the same command again"):
+        score_pairs(family=llava(), output=tmp_path / "store", **given)
+    assert len(list((tmp_path / "store" / "shards").glob("*.json"))) == 2
+    score_pairs(family=llava(), output=tmp_path / "store", **given)
+    score_pairs(family=llava(), output=tmp_path / "whole", **given)
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+
+
+def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_path, monkeypatch):
+    from catpo.families import _base as families
+
+    family = families.load("builtin")
+    given = dict(model=family, data="scenes(count=4)", block_size=2, max_new_tokens=4, progress=False)
+    terminating(monkeypatch, family, "generate", 1)
+    with pytest.raises(Stopped, match="1 of 2 blocks of answers are in"):
+        pair(output=tmp_path / "pairs", **given)
+    terminating(monkeypatch, family, "generate", 1)
+    asked = dict(model=family, benchmarks=["scenes(count=2)"], batch_size=2, max_new_tokens=4, progress=False)
+    with pytest.raises(Stopped, match=r"2 of \d+ answers are in"):
+        evaluate(output=tmp_path / "evaluation", **asked)
+    assert evaluate(output=tmp_path / "evaluation", **asked) == evaluate(output=tmp_path / "whole", **asked)
+
+
+def test_a_process_that_left_on_sigterm_has_exit_code_143(monkeypatch, capsys):
+    def leaves(*_):
+        with stopping.on_sigterm() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.leave_if_asked("2 shards are there.")
+
+    monkeypatch.setattr(cli, "app", leaves)
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 143
+    assert "SIGTERM: 2 shards are there. Give the same command again to go on." in capsys.readouterr().err
+
+
+def test_a_second_sigterm_ends_at_once_and_a_handler_of_the_users_own_stays():
+    def insists():
+        with stopping.on_sigterm() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert in_child(insists) == (-signal.SIGTERM, "")
+    own = lambda *_: None
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with stopping.on_sigterm():
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- the disk -------------------------------------------------------------------------------------------------------------
+
+
+def limited(size, work):
+    """Does `work` where no file may grow beyond so many bytes."""
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        return work()
+
+    return small
+
+
+def test_a_disk_that_refuses_leaves_whole_shards_and_says_so(tmp_path):
+    given = dict(pairs=pairs(6), settings=None, shard_size=2, progress=False)
+    whole = score_pairs(family=llava(), output=tmp_path / "whole", **given)
+    size = min(path.stat().st_size for path in (tmp_path / "whole" / "shards").glob("*.safetensors"))
+    code, said = in_child(limited(size - 1, lambda: score_pairs(family=llava(), output=tmp_path / "small", **given)))
+    assert code == 1 and said.startswith("UserError") and "File too large" in said and "00000.safetensors" in said
+    assert not list((tmp_path / "small").rglob("*.part"))
+    score_pairs(family=llava(), output=tmp_path / "small", **given)
+    assert files(tmp_path / "small") == files(whole.path)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(folder, store, tmp_path):
+    """A full disk after the first checkpoint: safetensors and torch have errors of their own for it."""
+    code, said = in_child(limited(20_000, lambda: training(folder, store, tmp_path / "run")))
+    assert code == 1 and said.startswith("UserError"), said
+    assert "no checkpoint" in said and "--resume" in said
+    with pytest.MonkeyPatch.context() as patch:
+        terminating(patch, CatPOTrainer, "training_step", 4)
+        with pytest.raises(Stopped):
+            training(folder, store, tmp_path / "run")
+    code, said = in_child(limited(20_000, lambda: training(folder, store, tmp_path / "run")))
+    assert code == 1 and "Whole so far: " in said and "checkpoint-2" in said and "room for two" in said
+    resumed, whole = (training(folder, store, tmp_path / name) for name in ("run", "whole"))
+    assert files(resumed.model) == files(whole.model)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_on_a_small_full_file_system_the_last_good_state_stays(folder, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null"):
+        pytest.skip("mounting is not allowed here")
+    try:
+        given = dict(pairs=pairs(8), family=llava(), shard_size=1, progress=False)
+        with pytest.raises(UserError, match="No space left on device"):
+            score_pairs(output=small / "store", **given)
+        assert list((small / "store" / "shards").glob("*.json")) and not list(small.rglob("*.part"))
+        os.system(f"mount -o remount,size=8m {small}")
+        score_pairs(output=small / "store", **given)
+        score_pairs(output=tmp_path / "whole", **given)
+        assert files(small / "store") == files(tmp_path / "whole")
+        os.system(f"mount -o remount,ro {small}")
+        with pytest.raises(UserError, match=r"cannot be used as output \(Read-only file system\)"):
+            score_pairs(output=small / "store", **given)
+        assert len(RewardStore.open(small / "store")) == 8
+    finally:
+        os.system(f"umount {small}")
+
+
+def test_a_read_only_folder_is_refused_before_any_work():
+
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        place.chmod(0o555)
+
+        def locks():
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            with runs.lock(place / "store"):
+                pass
+
+        code, said = in_child(locks)
+        place.chmod(0o755)
+    assert code == 1 and "cannot be used as output (Permission denied). Choose another --output." in said
+
+
+def test_refusals_of_the_disk_are_told_from_other_errors():
+    assert disk.refusal(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert disk.refusal(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert disk.refusal(OSError(errno.EROFS, "Read-only file system")) == "Read-only file system"
+    assert disk.refusal(RuntimeError("shapes cannot be multiplied")) is None
+    assert disk.refusal(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
+
+
+def test_the_command_line_tells_of_a_full_disk_without_a_traceback(monkeypatch, capsys):
+    def fills(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/images")
+
+    monkeypatch.setattr(cli, "app", fills)
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 2
+    assert "catpo: /data/images: No space left on device. What was finished is whole" in capsys.readouterr().err
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_any_flipped_byte_of_a_shard_is_found_named_and_scored_again_alone(folder, tmp_path):
+    given = dict(pairs=pairs(4), settings=None, shard_size=2, progress=False)
+    store = score_pairs(family=llava(), output=tmp_path / "store", **given)
+    before = files(store.path)
+    for path in sorted((store.path / "shards").glob("00001.*")):
+        content = path.read_bytes()
+        for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            changed = bytearray(content)
+            changed[place] ^= 0x10
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match="shard 00001 is damaged"):
+                RewardStore.open(store.path).hidden(pairs(4)[3].id, "chosen")
+            times = {other: other.stat().st_mtime_ns for other in (store.path / "shards").glob("00000.*")}
+            score_pairs(family=llava(), output=store.path, **given)
+            assert files(store.path) == before
+            assert times == {other: other.stat().st_mtime_ns for other in times}
+
+
+# ---- losses that are no numbers -------------------------------------------------------------------------------------------
+
+
+NAN = torch.tensor([[[float("nan")]]])
+FINE = torch.zeros(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "made_of, terms, advice",
+    [
+        ({"weights": NAN, "policy_logps": NAN}, ["loss/preference"], "the token weights are the cause: score the pairs again"),
+        ({"weights": FINE, "reference_logps": NAN, "policy_logps": FINE}, ["loss/preference"], "reference='online'"),
+        ({"reference_logps": FINE, "policy_logps": NAN}, ["loss/preference", "loss/kl"], "lower the learning rate, leave"),
+        ({"policy_logps": FINE}, ["loss/kl"], "kl_weight"),
+        ({"policy_logps": FINE}, ["loss/preference"], "lower beta"),
+    ],
+)
+def test_a_loss_that_is_no_number_names_pairs_term_and_the_setting(made_of, terms, advice):
+    losses = torch.tensor([0.7, float("inf")])
+    metrics = {"loss/preference": torch.zeros(2), "loss/kl": torch.zeros(2)} | dict.fromkeys(terms, losses)
+    with pytest.raises(UserError) as raised:
+        finite.check_losses(losses, metrics, made_of, ["a1", "b2"], step=7)
+    assert f"at step 7 (pairs b2; not finite: {', '.join(sorted(terms, reverse=True))})" in str(raised.value)
+    assert advice in str(raised.value)
+    finite.check_losses(torch.tensor([0.7, 0.6]), metrics, made_of, ["a1", "b2"], step=7)
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(folder, store, tmp_path, monkeypatch):
+    step, calls = CatPOTrainer.training_step, []
+
+    def spoils(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 8:  # in step 4
+            next(each for each in model.parameters() if each.grad is not None).grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(CatPOTrainer, "training_step", spoils)
+    with pytest.raises(UserError, match="gradient of step 3 is not finite .*pairs [0-9a-f]+.*--resume"):
+        training(folder, store, tmp_path / "run")
+    monkeypatch.setattr(CatPOTrainer, "training_step", step)
+    resumed, whole = (training(folder, store, tmp_path / name) for name in ("run", "whole"))
+    assert files(resumed.model) == files(whole.model)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_running_out_of_memory_names_what_is_held_and_the_setting_to_lower(folder, store, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(CatPOTrainer, "pair_stats", full)
+    with pytest.raises(UserError) as raised:
+        training(folder, store, tmp_path / "run", batch_size=2)
+    message = str(raised.value)
+    assert "Out of memory at step 0 with 2 pairs (2 rows of " in message and "2.50 GiB more were asked for" in message
+    assert "Held: weights " in message and "lower batch_size (in training raise accumulation" in message
+    assert "quantization='4bit'" in message
+
+
+def test_optimiser_and_gradients_are_counted(folder):
+    model = torch.nn.Linear(10, 10, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 10)).sum().backward()
+    optimizer.step()
+    assert memory.parts(model, optimizer) == {"weights": 400, "gradients": 400, "optimiser": 804}
+
+
+def test_torchs_message_of_a_cpu_without_memory_is_known_and_other_errors_pass():
+    with pytest.raises(UserError, match="Out of memory scoring 8 pairs"), memory.explained("scoring 8 pairs", llava().model):
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="shapes"), memory.explained("scoring", llava().model):
+        raise RuntimeError("shapes do not fit")
