@@ -81,7 +81,7 @@ def add_head_reading(model: Any) -> None:
 
 
 def at_head(model: Any, hidden: Tensor, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """`read(hidden, head, *args, **options)` inside the forward of the output layer, where FSDP and ZeRO have its weights whole.
+    """`read(hidden, head, *args, **options)` inside the forward of the output layer, where sharded weights are whole.
 
     What it returns is tensors, or a tuple of them.
     """
