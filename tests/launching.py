@@ -8,9 +8,12 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.commands import launch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import distributed
 
 from catpo import processes
@@ -47,11 +50,31 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
     return [results[number] for number in range(count)]
 
 
+def environment_of(recipe: str | Path) -> dict[str, str]:
+    """What `accelerate launch --config_file RECIPE` sets in the environment of its processes, but on CPUs."""
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(recipe), "--num_processes", "2", "-m", "catpo"])
+    arguments, *_ = launch._validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        _, made = prepare_deepspeed_cmd_env(arguments)
+    else:
+        made = prepare_multi_gpu_env(arguments)
+    set_here = {name: value for name, value in made.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
+    return {**set_here, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+
+
+def _let_fsdp_take_cpus() -> None:
+    """accelerate 1.15 silently leaves FSDP out on CPUs (`AcceleratorState.__init__`); so they are called GPUs here."""
+    distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+
 def _run(function: Callable[[], Any], environment: dict[str, str], write: Any) -> None:
     os.environ.update(environment)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     processes._common_store.cache_clear()
+    if "ACCELERATE_USE_FSDP" in environment:
+        _let_fsdp_take_cpus()
     try:
         write.send((True, function()))
     except BaseException:

@@ -21,7 +21,7 @@ from catpo import packing
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.fusion import Fusion
-from catpo.head import Direction, Head, TokenStats, token_stats
+from catpo.head import Direction, Head, TokenStats, add_head_reading, at_head, token_stats
 from catpo.rewards import RewardStore
 from catpo.stats import kl_direction
 from catpo.tensors import pad_indices
@@ -223,31 +223,42 @@ def add_pair_forward(model: Any) -> None:
 
     model.forward = MethodType(forward, model)
     model._takes_pairs = True
+    add_head_reading(model)
 
 
 def _pair_forward(
     model: Any,
     batch: Batch,
     *,
-    hidden_only: bool = False,
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
-) -> Tensor | TokenStats | tuple[TokenStats, Any]:
-    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them."""
+    inside: Callable[[Any], Any] | None = None,
+) -> TokenStats | tuple[TokenStats, Any]:
+    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them.
+
+    With `inside` only what that makes of the model, as for a reference: here is where sharded weights are whole.
+    """
+    if inside is not None:
+        return inside(model)
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
-    if hidden_only:
-        return hidden
-    stats = token_stats(
+    stats = at_head(
+        model,
         hidden,
-        Head.of(model),
+        token_stats,
         batch["token_ids"][batch["mask"]],
         reference_hidden=reference_hidden if direction else None,
         reference_head=reference_head,
         direction=direction or "policy||reference",
     )
     return stats if read is None else (stats, read(model, hidden, batch))
+
+
+def hidden_and_logps(model: Any, batch: Batch) -> tuple[Float[Tensor, "flat width"], Float[Tensor, " flat"]]:
+    """Final hidden states that predict the response tokens, and the tokens' log-probs."""
+    hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
+    return hidden, at_head(model, hidden, token_stats, batch["token_ids"][batch["mask"]]).logps
 
 
 # ---- the collator ---------------------------------------------------------------------------------------------------------

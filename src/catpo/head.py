@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,6 +51,10 @@ class Head:
         bias = None if self.bias is None else self.bias.detach().clone()
         return Head(self.weight.detach().clone(), bias, self.scale, self.softcap)
 
+    def to(self, device: torch.device) -> Head:
+        """The same head on a device."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
     def logits(self, hidden: Float[Tensor, "tokens width"], words: slice = slice(None)) -> Float[Tensor, "tokens words"]:
         """Logits of some words, or all, in arithmetic precision; use on a tile at a time."""
         bias = None if self.bias is None else self.bias[words].to(hidden.dtype)
@@ -59,6 +65,30 @@ class Head:
     def slope(self, logits: Tensor) -> Tensor | float:
         """By how much `logits(...)` changes with the plain projection."""
         return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
+
+
+def add_head_reading(model: Any) -> None:
+    """Teach the output layer of a transformers model to run a function in its forward; see `at_head`."""
+    layer = model.get_output_embeddings()
+    if getattr(layer, "_runs_functions", False):
+        return
+
+    def forward(self: Any, hidden: Tensor, *args: Any, run: Callable[[Tensor], Any] | None = None, **options: Any) -> Any:
+        return type(self).forward(self, hidden, *args, **options) if run is None else run(hidden)
+
+    layer.forward = MethodType(forward, layer)
+    layer._runs_functions = True
+
+
+def at_head(model: Any, hidden: Tensor, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`read(hidden, head, *args, **options)` inside the forward of the output layer, where sharded weights are whole.
+
+    What it returns is tensors, or a tuple of them.
+    """
+    layer = model.get_output_embeddings()
+    if not getattr(layer, "_runs_functions", False):
+        return read(hidden, Head.of(model), *args, **options)
+    return layer(hidden, run=lambda states: read(states, Head.of(model), *args, **options))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ A view is one more row per pair, with the sides that are read under it; policy a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from catpo.batching import Batch, Prefix, pack, response_hidden, run_backbone, stored_logps, unflatten
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
-from catpo.head import Head, likeliest_tokens, token_logits, token_stats
+from catpo.head import at_head, likeliest_tokens, token_logits, token_stats
 from catpo.rewards import RewardStore
 from catpo.scoring import another_pair
 from catpo.stats import ViewNeed, view_needs
@@ -27,8 +27,6 @@ from catpo.views import View
 
 Quantities = dict[str, Tensor]
 """By the names under which `PairStats` reads them."""
-Run = Callable[[Batch], Float[Tensor, "flat width"]]
-"""A model on the rows of a batch: the final hidden states that predict its response tokens."""
 
 
 @dataclass
@@ -173,19 +171,19 @@ class Readings:
 
     def of_policy(self, model: Any, hidden: Float[Tensor, "flat width"], batch: Batch) -> Quantities:
         """The policy's figures; to be called inside its forward, with its final hidden states for the clean picture."""
-        return self._read("policy", lambda rows: _hidden(model, rows), Head.of(model), hidden, batch)
+        return self._read("policy", model, hidden, batch)
 
     @torch.no_grad()
-    def of_reference(self, run: Run, head: Head, hidden: Float[Tensor, "flat width"] | None, batch: Batch) -> Quantities:
-        """The reference's figures; `hidden` are its states for the clean picture, if they are there already."""
+    def of_reference(self, model: Any, hidden: Float[Tensor, "flat width"] | None, batch: Batch) -> Quantities:
+        """The reference's figures, inside its forward; `hidden` are its states for the clean picture, if they are there."""
         if hidden is None and self.reads_clean_reference:
-            hidden = run(batch)
-        return self._read("reference", run, head, hidden, batch)
+            hidden = _hidden(model, batch)
+        return self._read("reference", model, hidden, batch)
 
-    def _read(self, whose: str, run: Run, head: Head, hidden: Tensor | None, batch: Batch) -> Quantities:
+    def _read(self, whose: str, model: Any, hidden: Tensor | None, batch: Batch) -> Quantities:
         read: Quantities = {}
         if f"{whose}_logits" in self.needs and hidden is not None:
-            logits = token_logits(hidden, head, batch["token_ids"][batch["mask"]])
+            logits = at_head(model, hidden, token_logits, batch["token_ids"][batch["mask"]])
             read[f"{whose}_logits"] = unflatten(logits, batch["mask"])
         for view, sides in self.views.items():
             rows = batch["views"][view]
@@ -194,9 +192,9 @@ class Readings:
                 continue
             takes_gradient = bool(wanted & {"policy_logps", "policy_logits"})
             with torch.set_grad_enabled(torch.is_grad_enabled() and takes_gradient):
-                under_view = run(rows)
+                under_view = _hidden(model, rows)
             for quantity in wanted:
-                values = self._quantity(quantity, head, under_view, rows, hidden, batch)
+                values = self._quantity(quantity, model, under_view, rows, hidden, batch)
                 for side, of_side in sides.items():
                     if quantity in of_side:
                         read[str(ViewNeed(quantity, side, view))] = values[:, SIDES.index(side)]
@@ -207,19 +205,21 @@ class Readings:
 
     @staticmethod
     def _quantity(
-        quantity: str, head: Head, under_view: Tensor, rows: Batch, hidden: Tensor | None, batch: Batch
+        quantity: str, model: Any, under_view: Tensor, rows: Batch, hidden: Tensor | None, batch: Batch
     ) -> Float[Tensor, "pairs 2 tokens"]:
         ids, mask = rows["token_ids"][rows["mask"]], rows["mask"]
         if quantity.endswith("_top_logps"):
             assert hidden is not None
             is_read = mask[batch["mask"]]  # of the clean picture's tokens, those that the view has too
-            return unflatten(token_stats(hidden[is_read], head, likeliest_tokens(under_view, head)).logps, mask)
+            likeliest = at_head(model, under_view, likeliest_tokens)
+            return unflatten(at_head(model, hidden[is_read], token_stats, likeliest).logps, mask)
         if quantity.endswith("_logits"):
-            return unflatten(token_logits(under_view, head, ids), mask)
-        return unflatten(token_stats(under_view, head, ids).logps, mask)
+            return unflatten(at_head(model, under_view, token_logits, ids), mask)
+        return unflatten(at_head(model, under_view, token_stats, ids).logps, mask)
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:
+def _hidden(model: Any, batch: Batch) -> Float[Tensor, "flat width"]:
+    """Final hidden states that predict a batch's response tokens."""
     return response_hidden(run_backbone(model, batch).last_hidden_state, batch)
 
 

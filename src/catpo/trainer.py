@@ -9,8 +9,7 @@ import copy
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,16 +18,17 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo import last_layer, memory
 from catpo.adaptive import AdaptiveRewards
-from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, unflatten
+from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, hidden_and_logps, unflatten
 from catpo.callbacks import FiniteGradients, FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.finite import CAUSES, check_losses
-from catpo.head import Head, TokenStats, token_stats
+from catpo.head import Head, TokenStats
 from catpo.learned_fusion import LearnedFusion
 from catpo.objectives import _base as objectives
 from catpo.objectives._base import LossOutput, Objective
@@ -150,8 +150,14 @@ class CatPOTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        if self.reference_model is not None:
+            self.reference_model.to(self.args.device)
+        if self.reference_head is not None:
+            self.reference_head = self.reference_head.to(self.args.device)
         if self.learned_fusion is not None:
             self._prepare_learned_fusion(self.learned_fusion)
+        if self.is_fsdp_enabled:
+            self._name_layers(self.accelerator.state.fsdp_plugin)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ class CatPOTrainer(Trainer):
             self.family.model = get_peft_model(self.family.model, peft_config)
         elif not is_adapter:
             self._prepare_full(args, ref_model)
-        self.reference_head = None if is_adapter else self.family.head.frozen_copy()
+        self.reference_head: Head | None = None if is_adapter else self.family.head.frozen_copy()
         last_layer.install(self.family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
@@ -215,9 +221,18 @@ class CatPOTrainer(Trainer):
         # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
+    def _name_layers(self, plugin: Any) -> None:
+        """Tells FSDP which layers to gather: accelerate stops at a kind that transformers names and the model lacks."""
+        if plugin.transformer_cls_names_to_wrap is None:
+            there = {type(module).__name__ for module in self.family.unwrapped.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there & set(self.family.unwrapped._no_split_modules or ()))
+
     def _prepare_learned_fusion(self, fusion: LearnedFusion) -> None:
-        if self.is_deepspeed_enabled:
-            raise UserError("learned=True is not offered under DeepSpeed, whose optimiser takes the model's parameters only.")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError(
+                "learned=True is not offered under FSDP and DeepSpeed, whose optimisers take the model's parameters only. "
+                "Train with recipes/accelerate/ddp.yaml, or in one process."
+            )
         fusion.to(self.args.device)
         self.add_callback(KeepFusion(fusion, self.accelerator.reduce))
 
@@ -237,6 +252,18 @@ class CatPOTrainer(Trainer):
         file = Path(resume_from_checkpoint) / KeepFusion.FILE
         if self.learned_fusion is not None and file.is_file():
             self.learned_fusion.restore(read_json(file, made_by="catpo train")["logits"])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    def whole_weights(self) -> dict[str, Any] | None:
+        """The weights put together from the parts that the processes hold; None where each holds them all.
+
+        To be called by every process; what the first gets is whole.
+        """
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
@@ -288,28 +315,22 @@ class CatPOTrainer(Trainer):
 
     @torch.no_grad()
     def _run_reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with self.accelerator.autocast(), self._reference() as (model, head):
-            hidden = model(pair_batch=batch, hidden_only=True)
-            logps = token_stats(hidden, head, batch["token_ids"][batch["mask"]]).logps
+        hidden, logps = self._in_reference(batch, lambda model: hidden_and_logps(model, batch))
         return hidden, unflatten(logps, batch["mask"])
 
     def _read_reference(self, batch: Batch, hidden: Tensor | None) -> dict[str, Tensor]:
         """What the objective reads of the reference beyond log-probs and hidden states of the clean picture."""
         if not self.readings.reads_reference:
             return {}
-        with self.accelerator.autocast(), self._reference() as (model, head):
-            run = lambda rows: model(pair_batch=rows, hidden_only=True)
-            return self.readings.of_reference(run, head, hidden, batch)
+        return self._in_reference(batch, lambda model: self.readings.of_reference(model, hidden, batch))
 
-    @contextmanager
-    def _reference(self) -> Iterator[tuple[nn.Module, Head]]:
-        """The online reference: a frozen copy, or the policy with its adapter switched off."""
-        if self.reference_model is not None:
-            yield self.reference_model, Head.of(self.reference_model)
-            return
-        policy = self.accelerator.unwrap_model(self.model)
-        with policy.disable_adapter():
-            yield self.model, self.family.head
+    def _in_reference(self, batch: Batch, run: Callable[[Any], Any]) -> Any:
+        """`run` inside the forward of the online reference: a frozen copy, or the policy with its adapter switched off."""
+        with self.accelerator.autocast():
+            if self.reference_model is not None:
+                return self.reference_model(pair_batch=batch, inside=run)
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                return self.model(pair_batch=batch, inside=run)
 
     def _check_finite(self, output: LossOutput, stats: PairStats, inputs: Batch) -> None:
         made_of = {name: getattr(stats, name) for name in CAUSES if name in self.needs}

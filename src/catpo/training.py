@@ -5,9 +5,9 @@ Knows nothing of a step; that is `trainer.py`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from catpo.data import dev_split, open_data
 from catpo.errors import Stopped, UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.runs import check_same, is_main_process, lock, process_count, read_json, read_rows, versions, write_json
+from catpo.processes import Team
+from catpo.runs import check_same, process_count, read_json, read_rows, versions, write_json
 from catpo.spec import Spec, check_options, parse
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
@@ -94,7 +95,8 @@ def train(
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in locals().items() if name not in _NOT_SETTINGS
     }
-    with lock(output) if is_main_process() else nullcontext():
+    team = Team()
+    with team.lock(output):
         checkpoint = _checkpoint(output, resume)
         if checkpoint and (output / "catpo.json").exists():
             begun = read_json(output / "catpo.json", made_by="catpo train")
@@ -135,7 +137,7 @@ def train(
             bf16=bf16,
             report_to=report_to,
             disable_tqdm=True,
-            use_cpu=family.device.type == "cpu",
+            use_cpu=_is_on_cpu(device),
         )
         config.gradient_checkpointing = gradient_checkpointing  # as an argument, newer transformers warn even of False
         trainer = CatPOTrainer(
@@ -145,13 +147,16 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
-        if is_main_process():
+        if team.is_first:
             write_json(output / "catpo.json", {**about(), "complete": False})
         with families.quiet(), on_sigterm() as stop, disk.explained(lambda: _whole_so_far(output)):
             _run(trainer, checkpoint, stop)
-            if is_main_process():
-                _save_model(trainer, output / "model")
+            weights = trainer.whole_weights()
+            if team.is_first:
+                _save_model(trainer, output / "model", weights)
                 write_json(output / "catpo.json", {**about(), "complete": True})  # with coefficients as they were learned
+        team.wait("saved")
+    team.leave()
     return TrainingResult(output, output / "model", _last_metrics(output))
 
 
@@ -177,6 +182,11 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
 
 
 _NOT_SETTINGS = ("output", "resume", "pairs", "workers", "report_to", "progress", "device")
+
+
+def _is_on_cpu(device: str | None) -> bool:
+    """Whether the training runs on CPUs. DeepSpeed finds its device itself; asked for a CPU, accelerate would leave it out."""
+    return (device == "cpu" or not torch.cuda.is_available()) and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
 def lora_config(text: str | Spec, family: Family) -> LoraConfig:
@@ -218,15 +228,15 @@ def _checkpoint(output: Path, resume: bool) -> Path | None:
     return last
 
 
-def _save_model(trainer: CatPOTrainer, folder: Path) -> None:
-    """Weights (or adapter) and processor, complete or not at all."""
+def _save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] | None) -> None:
+    """Weights (or adapter) and processor, complete or not at all; `weights` where the model holds a part of them only."""
     part, old = folder.with_name(".model.part"), folder.with_name(".model.old")
     for leftover in (part, old):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
-    type(model).save_pretrained(model, part)  # the customary key names, unlike the checkpoints'
+    type(model).save_pretrained(model, part, state_dict=weights)  # the customary key names, unlike the checkpoints'
     trainer.family.processor.save_pretrained(part)
     if folder.exists():
         folder.rename(old)
@@ -246,5 +256,6 @@ def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count:
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": dev_count},
         "settings": dict(settings),
+        "processes": {"count": process_count(), "engine": trainer.accelerator.distributed_type.value},
         "versions": versions(),
     }
