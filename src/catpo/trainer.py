@@ -101,6 +101,9 @@ class CatPOTrainer(Trainer):
         UserError: something of the above does not fit together; says what.
     """
 
+    reference_head: Head | None
+    """Output head of the reference; None where it is the policy's own."""
+
     def __init__(
         self,
         model: str | nn.Module | Family,
@@ -207,7 +210,7 @@ class CatPOTrainer(Trainer):
             self.family.model = get_peft_model(self.family.model, peft_config)
         elif not is_adapter:
             self._prepare_full(args, ref_model)
-        self.reference_head: Head | None = None if is_adapter else self.family.head.frozen_copy()
+        self.reference_head = None if is_adapter else self.family.head.frozen_copy()
         last_layer.install(self.family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
