@@ -61,7 +61,7 @@ def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         return
     from catpo import recipes
 
-    recipe = recipes.read(given[0].value)[commands[-1]]
+    recipe = recipes.read(given[0].value).get(commands[-1], {})
     for argument in arguments:
         name = argument.field_info.name
         if name in recipe and not argument.tokens:
@@ -153,6 +153,15 @@ def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe 
     from catpo.report.build import report
 
     print(f"Report: {report(**config.keywords(options))}")
+
+
+@app.command(group=STEPS, sort_key=6)
+def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe = None) -> None:
+    """Pair, score and train in turn: each round's model answers in the next (on-policy)."""
+    from catpo import recipes
+    from catpo.rounds import rounds
+
+    rounds(**config.keywords(options), steps=None if recipe is None else recipes.read(recipe))
 
 
 @app.command(group=LOOK, sort_key=1)
@@ -332,7 +341,7 @@ def doctor(
 @app.command(name="list", group=LOOK, sort_key=4)
 def list_plugins(
     kind: Annotated[
-        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks or judges.")
+        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges or scorers.")
     ] = None,
     /,
 ) -> None:

@@ -44,6 +44,8 @@ class PairOptions:
     """Pictures answered at once."""
     block_size: int = 64
     """Pictures between two writes; an interrupted run goes on from the last one."""
+    judge: str | None = None
+    """Who is asked by methods that need a judge, with options; `catpo list judges` shows all."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
     dtype: str = "auto"
@@ -224,6 +226,38 @@ class ReportOptions:
     """Pairs shown at most, spread evenly over the store."""
     title: str = "catpo report"
     """Title of the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOptions:
+    """`catpo rounds`: pair, score and train in turn, each round with the model of the round before."""
+
+    output: Path
+    """Folder of the rounds."""
+    model: str | None = None
+    """Model of the first round: hub id, folder, or `builtin`; the recipe's if left out, as what follows."""
+    data: str | None = None
+    """Pictures with prompts: a folder, or a data set such as scenes(count=400)."""
+    rounds: int = 3
+    """How many rounds."""
+    fresh: bool = False
+    """Give each round an equal part of the data of its own, instead of all of it."""
+    method: str | None = None
+    """How pairs are made; `catpo list pairings` shows all."""
+    judge: str | None = None
+    """Who is asked by methods that need a judge; `catpo list judges` shows all."""
+    objective: str | None = None
+    """Loss with its options."""
+    pair: str = ""
+    """Further options of `catpo pair`, e.g. "temperature=0.7, block_size=16"."""
+    score: str = ""
+    """Further options of `catpo score`, e.g. "batch_size=16"."""
+    train: str = ""
+    """Further options of `catpo train`, e.g. "epochs=1, learning_rate=5e-5, lora=None"."""
+    limit: int | None = None
+    """Pictures in a round."""
+    seed: int = 0
+    """Seed of the first round; the next round has the next."""
 
 
 COMMANDS: dict[str, type] = {

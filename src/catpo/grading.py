@@ -24,7 +24,7 @@ from catpo.comparison import resample
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.intervals import interval
-from catpo.judges._base import Judge
+from catpo.judges._base import Judge, open_judge
 from catpo.progress import track
 from catpo.runs import check_same, lock, read_json, read_rows, versions, write_atomic, write_json
 from catpo.spec import Spec, check_options, parse
@@ -367,9 +367,7 @@ def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Ju
             f"{', '.join(task.name for task in needing)} is graded by a judge: name one with --judge (`catpo list judges`). "
             "The answers are kept."
         )
-    spec = parse(judge)
-    make = registry.load("judges", spec.name)
-    made: Judge = make(**check_options(make, spec))
+    made = open_judge(judge)
     return {task.name: made.decoding_as(task.benchmark.judge_decoding) for task in needing}
 
 

@@ -7,11 +7,13 @@ begins. A killed run therefore goes on where it stopped and ends with the same f
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,8 @@ from catpo.datasets._base import Dataset
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.pairings._base import Dropped
+from catpo.judges._base import Judge, open_judge
+from catpo.pairings._base import Decoding, Dropped
 from catpo.pairs_file import ABOUT, ROWS, append_pairs
 from catpo.progress import track
 from catpo.runs import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
@@ -65,6 +68,7 @@ def pair(
     max_new_tokens: int = 96,
     batch_size: int = 32,
     block_size: int = 64,
+    judge: str | Spec | None = None,
     adapter: str | Path | None = None,
     device: str | None = None,
     dtype: str = "auto",
@@ -84,6 +88,7 @@ def pair(
         max_new_tokens: where an answer is cut.
         batch_size: answers at once.
         block_size: answers between two writes.
+        judge: who is asked by methods that need a judge, e.g. `openai(model='gpt-4o')`; it is asked again for nothing it said.
         adapter: LoRA adapter put on the model.
         device: `cpu`, `cuda`, ...; None takes what there is.
         dtype: of the weights; `auto` is the checkpoint's own.
@@ -96,23 +101,18 @@ def pair(
     dataset = open_data(data)
     samples = list(islice(dataset.samples(), limit))
     _check_counts(samples, data, limit=limit, batch_size=batch_size, block_size=block_size)
-    maker = _Maker(spec, dataset.vocabulary, seed)
-    maker(
-        samples[0], "", [""] * len(maker.asks(samples[0]))
-    )  # a wrong option or a truth that is not there shows before any answer is paid for
-    decoding: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-    }
+    decoding = Decoding(seed, temperature, top_p, max_new_tokens, batch_size)
+    grader = open_judge(judge) if judge is not None else None
+    maker = _Maker(spec, dataset.vocabulary, decoding, grader)
+    maker.check(samples[0])  # a wrong option or a truth that is not there shows before any answer is paid for
     begun = {
         "format": 1,
         "method": str(spec),
         "data": str(data) if not isinstance(data, Dataset) else data.name,
         "data_hash": _hash_samples(samples),
         "seed": seed,
-        "decoding": {**decoding, "block_size": block_size},
+        "decoding": {**{name: value for name, value in vars(decoding).items() if name != "seed"}, "block_size": block_size},
+        **({} if grader is None else {"judge": str(judge)}),
     }
     with lock(output) as folder:
         _check_begun(folder, begun)
@@ -123,30 +123,60 @@ def pair(
             write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
         work = _Work(folder, samples, block_size)
         if not read_json(folder / ABOUT)["complete"]:
-            work.run(lambda block: family.generate(block, seed=seed, **decoding), maker, progress)
+            work.run(maker.answering(family), maker, progress)
         return work.finish()
 
 
-class _Maker:
-    """The pairing method with its options; each sample has random numbers of its own."""
+Answers = list[tuple[str, Sequence[Any]]]
+"""Of each sample of a block: the model's answer, and what else the method has of it."""
 
-    def __init__(self, spec: Spec, vocabulary: Mapping[str, str] | None, seed: int) -> None:
+
+class _Maker:
+    """The pairing method with its options; each sample has random numbers of its own.
+
+    Beside `make`, its module may define `asks` (what the model is to answer beside the sample itself) or `search` (its own way
+    to get answers out of the model). `make` names what it wants of `others` and `judge` among its parameters.
+    """
+
+    def __init__(self, spec: Spec, vocabulary: Mapping[str, str] | None, decoding: Decoding, judge: Judge | None) -> None:
         self.make: Callable[..., PreferencePair | Dropped] = registry.load("pairings", spec.name)
         self.options = check_options(self.make, spec)
-        self.vocabulary, self.seed = vocabulary, seed
+        self.vocabulary, self.decoding, self.judge = vocabulary, decoding, judge
+        self.workers = 1 if judge is None else judge.workers
+        module = sys.modules[self.make.__module__]
+        self._asks, self._search = getattr(module, "asks", None), getattr(module, "search", None)
+        self._wants = inspect.signature(self.make).parameters.keys() & {"others", "judge"}
+        if judge is None and "needs_judge" in vars(module) and module.needs_judge(**self.options):
+            raise UserError(f"{spec.name} asks a judge: name one with --judge (`catpo list judges` shows them).")
 
-        self._asks = getattr(sys.modules[self.make.__module__], "asks", None)  # stands beside `make` in its module
+    def check(self, sample: Sample) -> None:
+        """Raises what the method has to say against its options or a sample, before any work."""
+        self(sample, "", [""] * len(self.asks(sample)))
 
     def asks(self, sample: Sample) -> list[Sample]:
         """What the method wants answered beside the sample itself, e.g. the same question on another view of the picture."""
         return [] if self._asks is None else self._asks(sample, self._random(sample), **self.options)
 
-    def __call__(self, sample: Sample, answer: str, others: Sequence[str] = ()) -> PreferencePair | Dropped:
-        further = () if self._asks is None else (others,)
-        return self.make(sample, answer, self._random(sample), self.vocabulary, *further, **self.options)
+    def answering(self, family: Family) -> Callable[[Sequence[Sample]], Answers]:
+        """What gives a block's answers."""
+        if self._search is not None:
+            find = self._search(family, self.decoding, **self.options)
+            return lambda block: [("", found) for found in find(block)]
+        return lambda block: self._asked(family, block)
+
+    def _asked(self, family: Family, block: Sequence[Sample]) -> Answers:
+        further = [self.asks(sample) for sample in block]
+        answers = iter(family.generate([*block, *(each for group in further for each in group)], **vars(self.decoding)))
+        own = [next(answers) for _ in block]
+        return [(answer, [next(answers) for _ in group]) for answer, group in zip(own, further, strict=True)]
+
+    def __call__(self, sample: Sample, answer: str, others: Sequence[Any] = ()) -> PreferencePair | Dropped:
+        wanted = {"others": others, "judge": self.judge}
+        further = {name: wanted[name] for name in self._wants}
+        return self.make(sample, answer, self._random(sample), self.vocabulary, **further, **self.options)
 
     def _random(self, sample: Sample) -> random.Random:
-        return random.Random(f"{self.seed}/{sample.id}")
+        return random.Random(f"{self.decoding.seed}/{sample.id}")
 
 
 class _Work:
@@ -156,7 +186,7 @@ class _Work:
         self.folder, self.samples = folder, samples
         self.blocks = [samples[start : start + block_size] for start in range(0, len(samples), block_size)]
 
-    def run(self, generate: Callable[[Sequence[Sample]], list[str]], maker: _Maker, progress: bool) -> None:
+    def run(self, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
         """Do the blocks that are not done."""
         done = self._resume()
         seen = {row["id"] for row in read_rows(self.folder / ROWS)}
@@ -165,7 +195,7 @@ class _Work:
             for number, lazy in enumerate(self.blocks[done:], start=done):
                 stop.leave_if_asked(f"{number} of {len(self.blocks)} blocks of answers are in {self.folder}.")
                 block = [_held(sample) for sample in lazy]
-                pairs, dropped = _pairs_of(block, generate, maker, seen)
+                pairs, dropped = _pairs_of(block, answering, maker, seen)
                 size = append_pairs(self.folder, pairs)
                 row = {"block": number, "asked": len(block), "kept": len(pairs), "dropped": dropped, "bytes": size}
                 append_rows(self.folder / BLOCKS, [row])
@@ -214,16 +244,13 @@ def _held(sample: Sample) -> Sample:
 
 
 def _pairs_of(
-    block: Sequence[Sample], generate: Callable[[Sequence[Sample]], list[str]], maker: _Maker, seen: set[str]
+    block: Sequence[Sample], answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, seen: set[str]
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """A block's pairs, and how many answers gave none, by reason; `seen` ids grow."""
     pairs: list[PreferencePair] = []
     dropped: Counter[str] = Counter()
-    further = [maker.asks(sample) for sample in block]
-    answers = iter(generate([*block, *(each for group in further for each in group)]))
-    own = [next(answers) for _ in block]
-    for sample, answer, group in zip(block, own, further, strict=True):
-        made = maker(sample, answer, [next(answers) for _ in group])
+    answers = answering(block)
+    for made in _in_threads(maker.workers, lambda place: maker(block[place], *answers[place]), range(len(block))):
         if isinstance(made, Dropped):
             dropped[made.reason] += 1
         elif made.id in seen:
@@ -232,6 +259,19 @@ def _pairs_of(
             seen.add(made.id)
             pairs.append(made)
     return pairs, dict(dropped)
+
+
+def _in_threads(workers: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """The results in the order of the items; where one fails, no further ones are begun."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(function, items)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_begun(folder: Path, begun: Mapping[str, Any]) -> None:

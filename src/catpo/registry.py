@@ -20,6 +20,7 @@ PUBLIC_NAMES = {
     "pairings": "make",
     "benchmarks": "Benchmark",
     "judges": "Judge",
+    "scorers": "Scorer",
 }
 """Plugin folder -> the one public name that each of its modules defines."""
 

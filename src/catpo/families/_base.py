@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import (
@@ -28,6 +28,8 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
 from transformers.utils import logging
 
@@ -43,6 +45,7 @@ TOKEN_INPUTS = ("mm_token_type_ids", "token_type_ids")
 """Model inputs beside the ids that have one value per token."""
 BUILTIN = Path(__file__).parent.parent / "assets" / "vlm"
 """The packaged model, called `builtin` on the command line."""
+SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ class Encoded:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids.values())
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """How a begun answer goes on."""
+
+    text: str
+    """With its leading space; nothing, where the answer was finished already."""
+    logps: tuple[float, ...]
+    """Log-prob of each of its tokens, a last token that ends the answer included."""
+    ending: Literal["answer", "sentence", "cut"]
+    """Whether the whole answer ends here, only the sentence, or neither before the longest length."""
 
 
 class Family:
@@ -344,11 +359,14 @@ class Family:
         """
         self._refuse_special(response, name)
         tail = prompt_text[-200:]  # enough context; placeholders are not expanded here
-        before = self._ids(tail)
-        lead = "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
+        before, lead = self._ids(tail), self._lead(prompt_text)
         together = self._ids(tail + lead + response.strip())
         ids = together[len(before) :] if together[: len(before)] == before else self._ids(lead + response.strip())
         return [*ids, self.eos_token_id]
+
+    def _lead(self, prompt_text: str) -> str:
+        """What stands between the prompt and an answer."""
+        return "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
 
     @cached_property
     def _answers_start_with_space(self) -> bool:
@@ -439,7 +457,6 @@ class Family:
 
     # ---- generation ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def generate(
         self,
         samples: Sequence[Sample],
@@ -456,11 +473,61 @@ class Family:
         Sampling draws from a generator seeded by `seed` and the samples' ids, so that the same call gives the same answers.
         `progress` is called with the number of samples just finished.
         """
+        texts = [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
+        answers = [""] * len(samples)
+        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
+        for batch, new in self._generated(samples, texts, batch_size, seed, eos_token_id=self._stops, **options):
+            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[index] = text.strip()
+            if progress:
+                progress(len(batch))
+        return answers
+
+    def next_sentences(
+        self,
+        samples: Sequence[Sample],
+        begun: Sequence[str],
+        *,
+        max_new_tokens: int = 70,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | str = 0,
+        batch_size: int = 32,
+    ) -> list[Sentence]:
+        """How each begun answer goes on, up to the end of its next sentence; draws as `generate` does.
+
+        A row may stand several times in one batch, and is drawn anew each time. A sentence ends with a token that ends in a
+        full stop, an exclamation mark or a question mark.
+        """
+        texts = [
+            self._begun(self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}"), start)
+            for sample, start in zip(samples, begun, strict=True)
+        ]
+        found: list[Sentence | None] = [None] * len(samples)
+        ends = torch.tensor(sorted({*self._stops, *self._sentence_ends}), device=self.device)
+        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
+        watch = _Watch()
+        for batch, new in self._generated(
+            samples,
+            texts,
+            batch_size,
+            seed,
+            eos_token_id=ends.tolist(),
+            logits_processor=LogitsProcessorList([watch]),
+            **options,
+        ):
+            for index, ids, logps in zip(batch, new.tolist(), watch.logps(new).tolist(), strict=True):
+                found[index] = self._sentence(begun[index], ids, logps)
+        return [each for each in found if each is not None]
+
+    @torch.inference_mode()
+    def _generated(
+        self, samples: Sequence[Sample], texts: Sequence[str], batch_size: int, seed: int | str, **options: Any
+    ) -> Iterator[tuple[list[int], Int[Tensor, "rows new"]]]:
+        """Places of a batch, and the tokens that were generated for it, after texts of like length."""
         was_training = self.model.training
         self.model.eval()
-        texts = [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
         order = sorted(range(len(samples)), key=lambda index: (-len(texts[index]), index))
-        answers = [""] * len(samples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = self.process(
@@ -471,18 +538,36 @@ class Family:
                 torch.manual_seed(int(_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
                 tokens = self.model.generate(
                     **{name: value.to(self.device) for name, value in inputs.items()},
-                    **_sampling(temperature, top_p),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=self.stop_ids or self.eos_token_id,
                     pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id,
+                    **options,
                 )
-            new = tokens[:, inputs["input_ids"].shape[1] :]
-            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[index] = text.strip()
-            if progress:
-                progress(len(batch))
+            yield batch, tokens[:, inputs["input_ids"].shape[1] :]
         self.model.train(was_training)
-        return answers
+
+    @property
+    def _stops(self) -> list[int]:
+        return self.stop_ids or [self.eos_token_id]
+
+    @cached_property
+    def _sentence_ends(self) -> list[int]:
+        """Every token that ends in a full stop, an exclamation mark or a question mark."""
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))], skip_special_tokens=True)
+        return [token for token, text in enumerate(texts) if text.rstrip().endswith(SENTENCE_ENDS)]
+
+    def _begun(self, prompt_text: str, start: str) -> str:
+        """The prompt with the beginning of an answer behind it."""
+        return prompt_text + self._lead(prompt_text) + start if start else prompt_text
+
+    def _sentence(self, begun: str, ids: list[int], logps: list[float]) -> Sentence:
+        """What was generated behind a begun answer, as far as it goes."""
+        ends = {*self._stops, *self._sentence_ends}
+        count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        before = self._ids(begun)
+        start = self.tokenizer.decode(before, skip_special_tokens=True)
+        text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[len(start) :]  # with its leading space
+        last = ids[count - 1]
+        ending = "answer" if last in self._stops else "sentence" if last in ends else "cut"
+        return Sentence(text if begun else text.lstrip(), tuple(logps[:count]), ending)
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -493,6 +578,30 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
         missing = [amount for axis in reversed(range(1, tensor.ndim)) for amount in (0, sizes[axis - 1] - tensor.shape[axis])]
         filled.append(nn.functional.pad(tensor, missing) if any(missing) else tensor)
     return torch.cat(filled)
+
+
+class _Watch(LogitsProcessor):
+    """Notes what the model itself gives each token that is drawn, before temperature and top-p."""
+
+    def __init__(self) -> None:
+        self._noted: list[Tensor] = []
+        self._next: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note(input_ids[:, -1:])
+        self._next = scores.float().log_softmax(-1)
+        return scores
+
+    def _note(self, tokens: Tensor) -> None:
+        if self._next is not None:
+            self._noted.append(self._next.gather(1, tokens))
+
+    def logps(self, new: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new"]:
+        """Log-probs of the tokens of a finished generation; the next one begins anew."""
+        self._note(new[:, -1:])
+        noted = torch.cat(self._noted[: new.shape[1]], dim=1)
+        self._noted, self._next = [], None
+        return noted
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from catpo import registry
+from catpo.spec import Spec, check_options, parse
+
 
 class Judge(ABC):
     """Base of every module in `judges/`. Options are keyword arguments of its constructor.
@@ -37,3 +40,15 @@ class Judge(ABC):
         Raises:
             UserError: there is no reply to be had; names the item.
         """
+
+
+def open_judge(text: str | Spec) -> Judge:
+    """The judge that `name(option=value)` stands for.
+
+    Raises:
+        UserError: no such judge or option.
+    """
+    spec = parse(text)
+    make = registry.load("judges", spec.name)
+    made: Judge = make(**check_options(make, spec))
+    return made

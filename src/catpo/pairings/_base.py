@@ -18,6 +18,26 @@ class Dropped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One of several answers to a sample."""
+
+    text: str
+    reward: float
+    """Larger is better; what it measures is the method's."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How `catpo pair` was told to sample."""
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 96
+    batch_size: int = 32
+
+
 def label(text: str, present: Collection[str], vocabulary: Mapping[str, str] | None = None) -> tuple[Span, ...]:
     """Every object word of a text, grounded if the object is present.
 
