@@ -151,13 +151,13 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("model", "ok", f"a LoRA adapter for {base}; about that: catpo doctor {base}")
         return
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         yield Finding("model", "missing", f"{model}: {_first_line(error)} Give a hub id, a folder, or `builtin`.")
         return
     try:
         with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)
+            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except (ValueError, ImportError, KeyError) as error:
         yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {_first_line(error)}")
         return
@@ -165,7 +165,7 @@ def _model(model: str) -> Iterator[Finding]:
     yield from _fits(empty)
     yield _attention(empty)
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         yield Finding("processor", "missing", f"{_first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
         return

@@ -10,6 +10,16 @@ class UserError(Exception):
     """What happened, on which item, and what to do next; shown without a traceback, exit code 2."""
 
 
+def shown(text: str, *, length: int = 80) -> str:
+    r"""Somebody's text as a message can quote it: on one line, and not too long.
+
+    >>> shown("a\nb"), len(shown("a" * 100))
+    ('a\\nb', 80)
+    """
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of an error message about an unknown word: the closest known word, or all of them.
 

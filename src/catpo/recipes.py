@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
@@ -18,6 +19,10 @@ import yaml
 from catpo.config import COMMANDS, arms, field_docs, hints
 from catpo.errors import UserError, did_you_mean
 
+MAX_BYTES = 1_000_000
+"""A larger file is no recipe."""
+MAX_BRACKETS = 1000
+"""Reading takes time with the square of how deep they are nested."""
 OWN_KEYS = frozenset({"output", "limit"})
 """Options that mean another thing in each section, so that a recipe cannot set them for all."""
 FOR_BUILTIN = {"lora": "null", "learning_rate": "5e-5", "epochs": 1, "batch_size": 8, "accumulation": 1}
@@ -98,7 +103,12 @@ _Loader.add_implicit_resolver(
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, which no recipe needs. `catpo init` writes a recipe to start from.")
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise UserError(f"{path} has more than {MAX_BRACKETS:,} brackets, which no recipe needs. Write it flat.")
+        return yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). `catpo init` writes a recipe to start from.") from error
     except UnicodeDecodeError as error:
@@ -168,7 +178,7 @@ def _word(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # never the whole of it: aliases of YAML make a little text very much
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, SchedulerType
 from transformers.trainer_utils import get_last_checkpoint
 
 from catpo.callbacks import MetricsFile, StepProgress
-from catpo.data import dev_split, open_data
-from catpo.errors import UserError
+from catpo.data import dev_split, read_pairs
+from catpo.errors import UserError, did_you_mean
 from catpo.families import _base as families
 from catpo.families._base import Family
+from catpo.rewards import RewardStore
 from catpo.runs import check_same, is_main_process, lock, process_count, read_json, read_rows, versions, write_json
-from catpo.spec import Spec, check_options, parse
+from catpo.skipped import Skipped
+from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
 
@@ -70,7 +72,9 @@ def train(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     report_to: str = "none",
+    on_error: str = "stop",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
     """Train a model on preference pairs; writes `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/` into `output`.
@@ -83,6 +87,8 @@ def train(
         dev_share: share of the pairs kept out of training and logged as `eval_…`.
         resume: go on from the last checkpoint in `output`.
         save_steps: a checkpoint every so many steps; 0: one per epoch.
+        on_error: `skip` leaves out pairs that cannot be used or were not scored, and says in `catpo.json` which.
+        trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
         UserError: see `CatPOTrainer`; or `output` holds another run.
@@ -100,13 +106,30 @@ def train(
                 return TrainingResult(output, output / "model", _last_metrics(output))
         if rewards is None and process_count() > 1:
             raise UserError("Several processes train from a finished reward store: run `catpo score` first and give --rewards.")
-        everything = list(open_data(pairs).pairs()) if isinstance(pairs, str | Path) else pairs
-        train_pairs, dev_pairs = dev_split([check_pair(pair) for pair in everything][:limit], dev_share, seed)
+        check_positive(
+            batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
+        )
+        check_not_negative(
+            learning_rate=learning_rate, epochs=epochs, warmup_steps=warmup_steps, weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm, seed=seed, save_steps=save_steps, adaptive=adaptive, workers=workers,
+        )  # fmt: skip
+        if scheduler not in (known := [each.value for each in SchedulerType]):
+            raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+        skipped = Skipped(on_error)
+        everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else _checked(pairs, skipped, limit)
+        train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
         if quantization is not None and lora is None:
             raise UserError(
                 "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
             )
-        family = families.load(model, device=device, dtype=dtype, quantization=quantization, attention=attention)
+        family = families.load(
+            model, device=device, dtype=dtype, quantization=quantization, attention=attention,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if skipped.goes_on:
+            usable = _usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
+            train_pairs, dev_pairs = dev_split(usable, dev_share, seed)
+            skipped.write(output)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
@@ -144,7 +167,7 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
+        about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs), skipped)
         if is_main_process():
             write_json(output / "catpo.json", {**about(), "complete": False})
         with families.quiet():
@@ -155,7 +178,26 @@ def train(
     return TrainingResult(output, output / "model", _last_metrics(output))
 
 
-_NOT_SETTINGS = ("output", "resume", "pairs", "workers", "report_to", "progress", "device")
+_NOT_SETTINGS = (
+    "output", "resume", "pairs", "workers", "report_to", "progress", "device", "on_error", "trust_remote_code",
+)  # fmt: skip
+
+
+def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
+    return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
+
+
+def _usable(
+    pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
+) -> list[PreferencePair]:
+    """The pairs that the model can read and that were scored."""
+
+    def use(pair: PreferencePair) -> None:
+        if store is not None:
+            store.get(pair.id, "chosen")
+        family.encode(pair, max_length=max_length)
+
+    return skipped.usable(pairs, use, lambda pair: f"pair {pair.id}")
 
 
 def lora_config(text: str | Spec, family: Family) -> LoraConfig:
@@ -203,7 +245,9 @@ def _save_model(trainer: CatPOTrainer, folder: Path) -> None:
     shutil.rmtree(folder.with_name(".model.old"), ignore_errors=True)
 
 
-def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int) -> dict[str, Any]:
+def _provenance(
+    trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int, skipped: Skipped
+) -> dict[str, Any]:
     objective = trainer.objective
     return {
         "format": 1,
@@ -214,6 +258,7 @@ def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count:
         "model": trainer.family.model_id,
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": dev_count},
+        **({"skipped": skipped.summary()} if skipped.goes_on else {}),
         "settings": dict(settings),
         "versions": versions(),
     }
