@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from catpo import registry
 from catpo.runs import read_json, write_json
 from catpo.shards import checksum
 
@@ -103,6 +104,11 @@ def ask(place: Place, source: Any) -> list[Any]:
 
 def score(place: Place, source: Any, *options: Any) -> list[Any]:
     return ["score", "--pairs", source, "--model", place.model, "--output", place.out, *options]
+
+
+def train(place: Place, source: Any, *options: Any) -> list[Any]:
+    return ["train", "--pairs", source, "--model", place.model, "--output", place.out, "--dev-share", "0", "--max-steps", "1",
+            *options]  # fmt: skip
 
 
 def show_store(place: Place) -> list[Any]:
@@ -524,6 +530,7 @@ def tables() -> None:
     for name, content in {
         "not-json": b"rows",
         "nan": b'{"image": "a.png", "prompt": NaN, "chosen": "A", "rejected": "B"}\n',
+        "key-twice": b'{"image": "a.png", "prompt": "Q", "chosen": "A", "chosen": "C", "rejected": "B"}\n',
         "torn": b'{"image": "a.pn',
         "latin-1": '{"image": "a.png", "prompt": "é"}\n'.encode("latin-1"),
         "empty": b"",
@@ -644,6 +651,38 @@ def options() -> None:
         ("attention", ["--attention", "flash_attention_9"], "flash_attention_9"),
     ]:
         bad(f"score-{name}", lambda p, arguments=arguments: score(p, p.data(PAIR), *arguments), said)
+
+
+def training() -> None:
+    for name, arguments, said in [
+        ("batch-size", ["--batch-size", "0"], "batch_size"),
+        ("accumulation", ["--accumulation", "-4"], "accumulation"),
+        ("learning-rate", ["--learning-rate", "nan"], "learning_rate"),
+        ("learning-rate-negative", ["--learning-rate=-1"], "learning_rate"),
+        ("epochs", ["--epochs=-1"], "epochs"),
+        ("epochs-infinite", ["--epochs", "inf"], "epochs"),
+        ("seed", ["--seed=-1"], "seed"),
+        ("limit", ["--limit", "0"], "limit"),
+        ("scheduler", ["--scheduler", "cosin"], "cosin"),
+        ("dev-share", ["--dev-share", "2"], "dev_share"),
+        ("objective-unknown", ["--objective", "dpoo"], "dpoo"),
+        ("objective-option", ["--objective", "dpo(beta='high')"], "beta"),
+        ("objective-code", ["--objective", f"dpo(beta={CODE})"], "beta"),
+        ("lora-option", ["--lora", "lora(rank=4)"], "rank"),
+        ("lora-zero", ["--lora", "lora(r=0)"], "r=0"),
+        ("lora-code", ["--lora", f"lora(r={CODE})"], "'r'"),
+        ("rewards-absent", ["--rewards", "nowhere"], "nowhere"),
+        ("quantization", ["--quantization", "1bit"], "1bit"),
+    ]:
+        bad(f"train-{name}", lambda p, arguments=arguments: train(p, p.data(PAIR), *arguments), said)
+    bad("train-bad-row", lambda p: train(p, p.data(PAIR, {**PAIR, "chosen": ""})), "data.jsonl:2", "'chosen'")
+    bad("train-not-scored", lambda p: train(p, p.data(PAIR), "--rewards", p.store), "pair", "is not in")
+    bad("train-tampered-store", lambda p: train(p, p.data(PAIR), "--rewards", _older(p)), "format 1")
+
+
+def _older(place: Place) -> Path:
+    _about_store(place, {"format": 1})
+    return place.path / "store"
 
 
 RECIPE = "model: builtin\npair:\n  data: scenes(count=1)\n  output: out\n"
@@ -902,6 +941,24 @@ def official_files() -> None:
         bad(f"pope-{name}", lambda p, c=content: _pope(p, c), "coco_pope_random.json", "")
 
 
+def any_official_files() -> None:
+    """Files of the right names that hold something else."""
+    for benchmark in ("amber", "chair", "llava_bench", "mmhal", "object_halbench", "pope", "seed"):
+        for name, content in {
+            "list": b"[]", "object": b"{}", "number": b"7", "numbers": b"[1]", "objects": b"[{}]", "null": b"null",
+            "texts": b'["a"]', "empty": b"", "binary": encoded(),
+        }.items():  # fmt: skip
+            bad(f"official-{benchmark}-{name}", lambda p, b=benchmark, c=content: _official(p, b, c))
+
+
+def _official(place: Place, benchmark: str, content: bytes) -> list[Any]:
+    for source in registry.load("benchmarks", benchmark).sources:
+        packed = gzip.compress(content) if source.places[0].endswith(".gz") else content
+        place.write(f"official/{source.places[0]}", packed)
+    given = place.write("answers.jsonl", json.dumps({"id": "1", "question_id": 1, "image_id": 1, "answer": "yes"}))
+    return grade(place, given, "--data", place.path / "official", "--judge", "recorded(file='none')", benchmarks=benchmark)
+
+
 def _pope(place: Place, row: bytes) -> list[Any]:
     for subset in ("random", "popular", "adversarial"):
         place.write(f"official/pope/coco_pope_{subset}.json", row + b"\n")
@@ -979,7 +1036,7 @@ def models() -> None:
         ("type-list", lambda folder: _config(folder, model_type=["llava"]), "cannot be loaded"),
         ("sizes-text", lambda folder: _config(folder, text_config={"model_type": "llama", "hidden_size": "big"}), "big"),
         ("sizes-other", lambda folder: _config(folder, text_config=SMALL), "cannot be loaded"),
-        ("remote-code", lambda folder: _remote(folder), "trust_remote_code"),
+        ("remote-code", lambda folder: remote(folder), "trust_remote_code"),
         ("remote-processor", lambda folder: _remote_processor(folder), "trust_remote_code"),
         ("pickled-weights", lambda folder: _pickled(folder), "safetensors"),
         ("weights-torn", lambda folder: _cut(folder / "model.safetensors"), "cannot be loaded"),
@@ -994,7 +1051,7 @@ def models() -> None:
         ("template-code", lambda folder: (folder / "chat_template.jinja").write_text(JINJA), "chat template"),
         ("template-that-refuses", lambda folder: (folder / "chat_template.jinja").write_text(RAISES), "chat template"),
     ]:  # fmt: skip
-        bad(f"model-{name}", lambda p, change=change: _changed_model(p, change), "own-model", *says)
+        bad(f"model-{name}", lambda p, change=change: changed_model(p, change), "own-model", *says)
     for name, files, *says in [
         ("config-torn", {"adapter_config.json": "{"}, "adapter_config.json"),
         ("config-list", {"adapter_config.json": "[]"}, "adapter_config.json"),
@@ -1016,7 +1073,7 @@ LORA = '{"peft_type": "LORA", "base_model_name_or_path": "MODEL", "target_module
 JINJA = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 
 
-def _changed_model(place: Place, change: Callable[[Path], Any]) -> list[Any]:
+def changed_model(place: Place, change: Callable[[Path], Any]) -> list[Any]:
     folder = shutil.copytree(place.model, place.path / "own-model")
     change(folder)
     return ["pair", "--data", place.data(SAMPLE), "--model", folder, "--output", place.out]
@@ -1026,7 +1083,7 @@ def _config(folder: Path, **changes: Any) -> None:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
 
 
-def _remote(folder: Path) -> None:
+def remote(folder: Path) -> None:
     _config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"})
     (folder / "evil.py").write_text("open('pwned', 'w')\n")
 
@@ -1140,7 +1197,7 @@ def _graded(place: Place, text: str) -> bool:
 
 for table in (
     text_fields, other_fields, sample_fields, lines, paths, pictures, odd_pictures, llava_style, tables, options, recipes,
-    stores, answers, official_files, results, models, texts,
+    stores, training, answers, official_files, any_official_files, results, models, texts,
 ):  # fmt: skip
     table()
 

@@ -10,11 +10,13 @@ import pytest
 
 from catpo.cli import main
 from catpo.families import _base as families
+from catpo.rewards import RewardStore
 from catpo.runs import read_json
-from hostile_cases import BAD, GOOD, Case, Fine, Place, names
+from hostile_cases import BAD, GOOD, PAIR, Case, Fine, Place, changed_model, names, remote, score
+from report_fixtures import make_evaluation
 
 NEXT_STEP = re.compile(
-    r"\b(add|call|check|choose|convert|correct|delete|did you mean|evaluate|get|give|grade|install|keep|known:|leave|load|"
+    r"\b(add|call|check|choose|convert|correct|delete|did you mean|evaluate|get|give|grade|install|keep|known|leave|load|"
     r"lower|make|mend|must|name|needs?|put|raise|remove|rename|replace|run|save|score|set|shorten|start|take|use|write)\b|`catpo",
     re.IGNORECASE,
 )
@@ -85,6 +87,31 @@ def test_bad_input_is_a_message_and_leaves_nothing_half_written(
     assert all(sign.isprintable() or sign == "\n" for sign in shown.err)
     assert unfinished(place.out)
     assert not (place.path / "pwned").exists()
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.path / "modules"))
+    monkeypatch.syspath_prepend(str(place.path / "modules"))
+    command = changed_model(place, remote)
+    assert run(command) == 2
+    assert not (place.path / "pwned").exists()
+    assert run([*command, "--trust-remote-code"]) == 2  # the code is no model
+    assert (place.path / "pwned").exists()
+
+
+def test_tables_in_the_terminal_show_markup_and_control_characters_as_text(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "\x1b[2J[bold]\u202ename[/bold].png"
+    assert run(["data", "check", place.data({**PAIR, "image": name}, {**PAIR, "chosen": "\x1b[31m[red]A[/red]"})]) == 1
+    for folder in ("[bold]base[/bold]", "other\x1b[2J"):
+        make_evaluation(place.path / folder, wrong=0.2)
+    assert run(["compare", place.path / "[bold]base[/bold]", place.path / "other\x1b[2J"]) == 0
+    assert run(score(place, place.data({**PAIR, "chosen": "\x1b[2J\x07 [red]dog[/red] \u202eA"}), "--no-hidden")) == 0
+    assert run(["inspect", place.out, "--pair", RewardStore.open(place.out).pair_ids[0]]) == 0
+    shown = capsys.readouterr().out
+    assert "[bold]" in shown and "[red]dog" in shown.replace(" ", "")
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
 
 
 @pytest.mark.parametrize("case", GOOD, ids=names(GOOD))

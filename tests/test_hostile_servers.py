@@ -189,7 +189,9 @@ def test_the_key_is_in_no_file_and_no_output_whatever_goes_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Judge and served model, good answers and bad: everything they print and write is searched."""
-    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    for name in ("OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, CANARY)
+    assert run("score", "--pairs", "scenes", "--model", "nobody/nothing", "--output", "store") == 2
     echo = json.dumps({"error": {"message": f"bad key {CANARY}", "code": CANARY}}).encode()
     wrong = [Answer(401, echo), Answer(500, echo), Answer(400, echo), Answer(404, echo), Answer(200, CANARY.encode()),
              Answer(302, b"", {"Location": f"http://127.0.0.1:9/{CANARY}"})]  # fmt: skip

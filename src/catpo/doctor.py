@@ -143,7 +143,7 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from catpo.families._base import resolve
+    from catpo.families._base import FAILURES, resolve
 
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():
@@ -152,13 +152,13 @@ def _model(model: str) -> Iterator[Finding]:
         return
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except FAILURES as error:
         yield Finding("model", "missing", f"{model}: {_first_line(error)} Give a hub id, a folder, or `builtin`.")
         return
     try:
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except (ValueError, ImportError, KeyError) as error:
+    except FAILURES as error:
         yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {_first_line(error)}")
         return
     yield _family(type(empty).__name__, config.model_type)
@@ -166,7 +166,7 @@ def _model(model: str) -> Iterator[Finding]:
     yield _attention(empty)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except FAILURES as error:
         yield Finding("processor", "missing", f"{_first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
         return
     name = type(processor).__name__

@@ -153,13 +153,13 @@ def _note_server(folder: Path, served: ServedModel) -> None:
 
 def _unusable(tasks: Sequence[Task], skipped: Skipped) -> dict[str, Any]:
     """Which items' pictures cannot be opened, as `evaluation.json` keeps it."""
-    opened: dict[Picture, UserError | None] = {}
+    opened: dict[int, UserError | None] = {}  # many questions are about one picture
 
     def use(found: tuple[Task, Item]) -> None:
         for picture in found[1].sample.images:
-            if picture not in opened:
-                opened[picture] = _error_of(picture)
-            if error := opened[picture]:
+            if id(picture) not in opened:
+                opened[id(picture)] = _error_of(picture)
+            if error := opened[id(picture)]:
                 raise error
 
     skipped.usable(each_item(tasks), use, lambda found: f"{found[0].name}/{found[1].id}")

@@ -66,7 +66,7 @@ class Table:
             for number, values in enumerate(self.data):
                 yield Row(f"{self.name}, row {number}", {**values, NUMBER: number})
         except FAILURES as error:
-            raise UserError(f"{self.name} cannot be read to its end ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{self.name} cannot be read to its end ({str(error).splitlines()[0]}). Mend the file or get it again.") from error
 
     def pictures(self, row: Row, field: str) -> tuple[Picture, ...]:
         """The picture(s) of a row: encoded bytes, or names inside `root`."""

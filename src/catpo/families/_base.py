@@ -572,6 +572,7 @@ def load(
         path, adapter = _adapter_base(Path(path)), path
     options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
     _check_dtype(dtype)
+    _check_device(device)
     _refuse_pickles(Path(path), f"model '{model}'", ("model.safetensors", "model.safetensors.index.json"))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -594,7 +595,7 @@ def load(
         )
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    _to_device(loaded, device).eval()
+    loaded.to(device or _best_device()).eval()
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attention is not None:
         family.use_packed_attention(attention)
@@ -607,14 +608,14 @@ FAILURES = (
 """What transformers raises over a checkpoint that is not there, is damaged, or is none."""
 
 
-def _not_loaded(model: str | Path, error: Exception) -> UserError:
+def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
             f"model '{model}' brings Python code of its own, which is not run unless you ask for it. Read that code, then give "
             "--trust-remote-code (trust_remote_code=True)."
         )
     return UserError(
-        f"model '{model}' cannot be loaded: {_first_line(error)} Give a hub id, a folder made by save_pretrained, or 'builtin'."
+        f"model '{model}' cannot be {done}: {_first_line(error)} Give a hub id, a folder made by save_pretrained, or 'builtin'."
     )
 
 
@@ -635,9 +636,9 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(f"dtype='{dtype}' is not known. {did_you_mean(dtype, ('auto', 'float32', 'bfloat16', 'float16'))}")
 
 
-def _to_device(model: Any, device: str | torch.device | None) -> Any:
+def _check_device(device: str | torch.device | None) -> None:
     try:
-        return model.to(device or _best_device())
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         raise UserError(f"device='{device}' cannot be used ({_first_line(error)}). Give cpu, cuda, or leave it out.") from error
 
@@ -666,7 +667,7 @@ def blueprint(
             empty.generation_config = GenerationConfig.from_pretrained(path)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except FAILURES as error:
-        raise _not_loaded(model, error) from error
+        raise _not_loaded(model, error, "read") from error
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
