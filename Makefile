@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all demo bench clean
+.PHONY: help install check format test test-all nightly demo bench clean
 
 help:
 	@echo "make demo      pair, score, train, evaluate and report on built-in pictures"
 	@echo "make test      tests (seconds each);  make test-all  adds the slow ones"
+	@echo "make nightly   the tests that read random input, with thousands of examples"
 	@echo "make bench     speed and memory against TRL; OUT=FILE keeps the figures, CASE=NAME runs one case"
 	@echo "make check     format, lint, types, imports, spelling"
 	@echo "make install   the virtual environment in $(VENV), made on the first use of any of these"
@@ -41,6 +42,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -m nightly --hypothesis-profile=nightly -n $(WORKERS) --dist worksteal
 
 demo: $(STAMP)
 	$(BIN)/catpo demo

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ import pytest
 from catpo.display import merge, words
 from catpo.fusion import Fusion
 from catpo.intervals import auroc
+from catpo.pairs_file import write_pairs
 from catpo.report.build import report
 from catpo.rewards import RewardStore
+from catpo.runs import read_rows
 from catpo.types import SIDES
+from hostile_cases import TEXTS
 from report_fixtures import HOSTILE, make_evaluation, make_pairs, make_run, make_store
 
 pytestmark = pytest.mark.browser
@@ -23,6 +28,23 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
+MARKUP = [
+    *TEXTS.values(),
+    "<script>window.hacked=10</script>",
+    "</textarea></title></style><script>window.hacked=11</script>",
+    "--><script>window.hacked=12</script><!--",
+    "]]><script>window.hacked=13</script>",
+    "<svg onload=window.hacked=14>",
+    "<iframe srcdoc='<script>parent.hacked=15</script>'></iframe>",
+    "<a href='javascript:window.hacked=16'>dog</a>",
+    '"onmouseover="window.hacked=17" \'',
+    "<body onload=window.hacked=18><details open ontoggle=window.hacked=19>",
+    "\\u003cscript\\u003ewindow.hacked=20\\u003c/script\\u003e &lt;script&gt;window.hacked=21&lt;/script&gt;",
+    "{{constructor.constructor('window.hacked=22')()}} {% raw %} {{ 7*7 }} <%= 7*7 %> #{7*7} ${7*7}",
+    "`${window.hacked=23}` '-window.hacked=24-' \";window.hacked=25;//",
+    "<img src=x onerror=window.hacked=26>" + "dog " * 500,
+]
+"""Texts of people who try; each would set `window.hacked` if it were run."""
 HOSTILE_NAME = "<img src=x onerror=window.hacked=3> {{7*7}}"
 OTHER_FUSIONS = [
     {"alpha": 0.0},
@@ -317,6 +339,54 @@ def test_hostile_texts_show_literally_and_do_nothing(page, store):
         page.execute_script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
         == 0
     )
+
+
+@pytest.fixture(scope="module")
+def full_of_markup(tmp_path_factory):
+    """A report in which every text that anybody can give tries to be markup; a pair per text."""
+    folder = tmp_path_factory.mktemp("markup")
+    unlabelled = dict.fromkeys(SIDES, ())
+    pairs = [
+        replace(pair, prompt=text, chosen=f"{text} Yes.", rejected=f"{text} No.", labels=unlabelled, meta={"note": text})
+        for pair, text in zip(make_pairs(folder / "drawn", len(MARKUP)), MARKUP, strict=True)
+    ]
+    write_pairs(folder / "pairs", pairs, {"method": MARKUP[0], "data": MARKUP[1], "model": MARKUP[2]})
+    make_store(folder / "rewards", pairs, labels=False)
+    make_run(folder / "run", objective=MARKUP[3])
+    for number, name in enumerate(("base", "other")):
+        make_evaluation(folder / name, wrong=0.2, seed=number)
+        rows = read_rows(folder / name / "answers.jsonl")
+        changed = [{**row, "answer": f"{row['answer']} {MARKUP[place % len(MARKUP)]}"} for place, row in enumerate(rows)]
+        (folder / name / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    evaluations = [folder / name for name in ("base", "other")]
+    report(output=folder, rewards=folder / "rewards", pairs=folder / "pairs", runs=[folder / "run"], evaluations=evaluations,
+           title=MARKUP[4])  # fmt: skip
+    return folder
+
+
+def test_no_text_of_any_pair_answer_or_file_is_run(browser, full_of_markup):
+    browser.get_log("browser")
+    browser.get((full_of_markup / "report.html").as_uri())
+    seen = set()
+    for _ in MARKUP:
+        seen.add(_visible(browser.execute_script("return document.getElementById('prompt').textContent")))
+        browser.execute_script("document.getElementById('next').click()")
+    assert {_visible(text) for text in MARKUP} <= seen
+    browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert browser.execute_script("return window.hacked") is None
+    active = """
+        const all = [...document.querySelectorAll('main *')];
+        const acts = each => /^(script|iframe|object|embed|form|base)$/i.test(each.localName)
+            || [...each.attributes].some(a => /^on/i.test(a.name) || /^ *javascript:/i.test(a.value));
+        return all.filter(acts).map(each => each.outerHTML);
+    """
+    assert browser.execute_script(active) == []
+    assert "49" not in browser.title
+    assert browser.get_log("browser") == []
+
+
+def _visible(text):
+    return "".join(sign for sign in text if sign.isprintable() and sign not in " ⏎")
 
 
 def test_a_script_put_into_the_page_does_not_run(browser, made):

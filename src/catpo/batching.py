@@ -21,7 +21,7 @@ from catpo import packing
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.fusion import Fusion
-from catpo.head import Direction, Head, TokenStats, add_head_reading, at_head, token_stats
+from catpo.head import Direction, Head, add_head_reading, at_head, token_stats
 from catpo.rewards import RewardStore
 from catpo.stats import kl_direction
 from catpo.tensors import pad_indices

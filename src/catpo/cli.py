@@ -21,6 +21,8 @@ from catpo.runs import is_main_process
 Options = Parameter(name="*")
 Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
 DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
+LONGEST = 1500
+"""Characters of a message."""
 STEPS = Group("The five steps", sort_key=0)
 LOOK = Group("Look", sort_key=1)
 START = Group("Start", sort_key=2)
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
     except UserError as error:
-        print(f"catpo: {error}", file=sys.stderr)
+        print(f"catpo: {_shown(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(f"catpo: {stopped}", file=sys.stderr)
@@ -52,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `catpo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _shown(message: str) -> str:
+    """A message as a terminal can take it, however long or strange the text that it quotes; it ends with what to do."""
+    from catpo.display import plain
+
+    message = plain(message)
+    return message if len(message) <= LONGEST else f"{message[: LONGEST * 2 // 3]} … {message[-LONGEST // 3 :]}"
 
 
 def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

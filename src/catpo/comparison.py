@@ -99,7 +99,12 @@ class Evaluation:
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
-        return {(str(row["benchmark"]), str(row["id"])): row for row in read_rows(self.path / "answers.jsonl")}
+        answers: dict[tuple[str, str], Mapping[str, Any]] = {}
+        for number, row in enumerate(read_rows(self.path / "answers.jsonl"), start=1):
+            if not all(isinstance(row.get(name), str) for name in ("benchmark", "id", "answer")):
+                raise UserError(f"{self.path / 'answers.jsonl'}:{number} is not an answer. Run `catpo evaluate` again.")
+            answers[row["benchmark"], row["id"]] = row
+        return answers
 
     def labels(self, benchmark: str) -> dict[str, list[tuple[str, str]]]:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
@@ -133,13 +138,42 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
         raise UserError(
             f"{folder} holds no finished evaluation (no scores.json in it). Run `catpo evaluate --output {folder}`."
         )
-    scores = read_json(folder / "scores.json", made_by="catpo evaluate")
+    scores = _checked_scores(read_json(folder / "scores.json", made_by="catpo evaluate"), folder)
     grades: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for number, row in enumerate(read_rows(folder / "grades.jsonl"), start=1):
-        if not {"benchmark", "id", "group", "picture", "counts"} <= set(row) or not isinstance(row["counts"], dict):
+        if not _is_grade(row):
             raise UserError(f"{folder / 'grades.jsonl'}:{number} is not a graded answer. Run `catpo evaluate` again.")
         grades.setdefault(str(row["benchmark"]), {})[str(row["group"]), str(row["id"])] = row
     return Evaluation(folder, name or folder.resolve().name, scores, grades)
+
+
+def _checked_scores(scores: dict[str, Any], folder: Path) -> dict[str, Any]:
+    benchmarks = scores.get("benchmarks", {})
+    is_scores = isinstance(benchmarks, dict) and all(isinstance(each, dict) for each in benchmarks.values())
+    metrics = [each.get("metrics", {}) for each in benchmarks.values()] if is_scores else [None]
+    for each in metrics:
+        values = each.values() if isinstance(each, dict) else [None]
+        if not all(isinstance(value, dict) and all(map(_is_number_or_none, value.values())) for value in values):
+            raise UserError(f"{folder / 'scores.json'} does not hold scores of benchmarks. Run `catpo evaluate` again.")
+    return scores
+
+
+def _is_grade(row: Mapping[str, Any]) -> bool:
+    counts, named = row.get("counts"), row.get("mentions")
+    return (
+        all(isinstance(row.get(name), str) for name in ("benchmark", "id", "group", "picture"))
+        and isinstance(counts, dict)
+        and all(value is not None and _is_number_or_none(value) for value in counts.values())
+        and (named is None or (isinstance(named, list) and all(_is_mention(each) for each in named)))
+    )
+
+
+def _is_mention(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[1] in (GROUNDED, HALLUCINATED)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:

@@ -48,8 +48,12 @@ class PairOptions:
     """Who is asked by methods that need a judge, with options; `catpo list judges` shows all."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens with rows and pictures that cannot be used: stop at the first, or leave them out and write down which."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along; read it first."""
     device: str | None = None
     """cpu, cuda, …; the best there is if left out."""
 
@@ -90,12 +94,16 @@ class ScoreOptions:
     """Longest prompt and response in tokens; a longer pair is refused."""
     adapter: Path | None = None
     """LoRA adapter to put on the model."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens with rows and pairs that cannot be used: stop at the first, or leave them out and write down which."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
     quantization: str | None = None
     """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
     attention: str | None = None
     """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along; read it first."""
     device: str | None = None
     """cpu, cuda, …; the best there is if left out."""
 
@@ -156,6 +164,8 @@ class TrainOptions:
     """Processes that prepare batches."""
     limit: int | None = None
     """Use the first so many pairs only."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens with rows and pairs that cannot be used: stop at the first, or leave them out and write down which."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
     quantization: str | None = None
@@ -168,6 +178,8 @@ class TrainOptions:
     """Less memory, more time."""
     report_to: str = "none"
     """Tracker: tensorboard, wandb, … or none."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along; read it first."""
     device: str | None = None
     """cpu, cuda, …; the best there is if left out."""
 
@@ -200,8 +212,12 @@ class EvaluateOptions:
     """Longest answer, in tokens; each benchmark's own if left out: 96, or what papers have."""
     shuffled: bool = False
     """Control: answer each item looking at another item's picture."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens with rows and pictures that cannot be used: stop at the first, or leave them out and write down which."""
     dtype: str = "auto"
     """Precision of the model; `auto` is the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along; read it first."""
     device: str | None = None
     """cpu, cuda, …; the best there is if left out."""
 

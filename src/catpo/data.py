@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 from catpo import registry
 from catpo.datasets._base import Dataset, Scanned
 from catpo.errors import UserError, did_you_mean
+from catpo.skipped import Skipped
 from catpo.spec import Spec, check_kind, check_options, keyword_options, parse
-from catpo.types import SIDES, PreferencePair, Sample
+from catpo.types import SIDES, PreferencePair, Sample, check_pair
 
 DEV_SHARE, DEV_SEED = 0.1, 42
 
@@ -51,6 +52,50 @@ def scan(text: str | Path) -> Iterator[Scanned]:
     request = _request(text)
     rows = request.make.scan(*request.arguments, **request.options)
     return islice((row for row in rows if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit)
+
+
+def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> list[PreferencePair]:
+    """The first so many pairs, checked; bad rows are left out if `skipped` goes on.
+
+    Raises:
+        UserError: a row cannot be used, or none can.
+    """
+    if not skipped.goes_on:
+        return [check_pair(pair) for pair in islice(open_data(data).pairs(), limit)]
+    request, seen = _request(data), set()
+    pairs = []
+    for where, row in request.make.scan(*request.arguments, **request.options):
+        if isinstance(row, UserError):
+            skipped.note(where, row)
+        elif isinstance(row, PreferencePair) and request.part.has(row):
+            if row.id in seen:
+                skipped.note(where, UserError(f"{where}: pair {row.id} stands in the data twice. Remove one of them."))
+            else:
+                seen.add(row.id)
+                pairs.append((where, row))
+    usable = skipped.usable(pairs, lambda found: check_pair(found[1]), lambda found: found[0])
+    return list(islice(_of_part([pair for _, pair in usable], request.part), limit))
+
+
+def read_samples(
+    data: str | Path | Dataset, skipped: Skipped, limit: int | None = None
+) -> tuple[list[Sample], Mapping[str, str] | None]:
+    """The first so many samples, and the data set's object words; bad rows are left out if `skipped` goes on.
+
+    Raises:
+        UserError: a row cannot be used, or none can.
+    """
+    if not skipped.goes_on or isinstance(data, Dataset):
+        dataset = open_data(data)
+        return list(islice(dataset.samples(), limit)), dataset.vocabulary
+    request = _request(data)
+    samples = []
+    for where, row in request.make.scan(*request.arguments, **request.options):
+        if isinstance(row, UserError):
+            skipped.note(where, row)
+        elif isinstance(row, Sample) and request.part.has(row):
+            samples.append(row)
+    return list(islice(samples, request.part.limit))[:limit], request.make.words(*request.arguments, **request.options)
 
 
 def dev_split(pairs: Sequence[PreferencePair], share: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
@@ -120,11 +165,14 @@ class _PartOf(Dataset):
         return islice(filter(self.part.has, self.whole.samples()), self.part.limit)
 
     def pairs(self) -> Iterator[PreferencePair]:
-        pairs: Iterator[PreferencePair] = filter(self.part.has, self.whole.pairs())
-        if self.part.part != "all":
-            train, dev = dev_split(list(pairs), self.part.dev_share, self.part.dev_seed)
-            pairs = iter(train if self.part.part == "train" else dev)
-        return islice(pairs, self.part.limit)
+        return _of_part(filter(self.part.has, self.whole.pairs()), self.part)
+
+
+def _of_part(pairs: Iterable[PreferencePair], part: Part) -> Iterator[PreferencePair]:
+    if part.part != "all":
+        train, dev = dev_split(list(pairs), part.dev_share, part.dev_seed)
+        pairs = train if part.part == "train" else dev
+    return islice(pairs, part.limit)
 
 
 @dataclass(frozen=True)

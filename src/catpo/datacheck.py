@@ -180,6 +180,8 @@ def convert_data(data: str | Path, output: str | Path) -> int:
         for block in _blocks(open_data(data).pairs()):
             append_pairs(folder, block)
             count += len(block)
+        if not count:
+            raise UserError(f"{data} holds no preference pairs. `catpo data check` says what is wrong with its rows.")
         write_json(folder / ABOUT, {**about, "pairs": count, "complete": True})
     return count
 

@@ -143,7 +143,7 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from catpo.families._base import resolve
+    from catpo.families._base import FAILURES, resolve
 
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():
@@ -151,22 +151,22 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("model", "ok", f"a LoRA adapter for {base}; about that: catpo doctor {base}")
         return
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except FAILURES as error:
         yield Finding("model", "missing", f"{model}: {_first_line(error)} Give a hub id, a folder, or `builtin`.")
         return
     try:
         with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)
-    except (ValueError, ImportError, KeyError) as error:
+            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except FAILURES as error:
         yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {_first_line(error)}")
         return
     yield _family(type(empty).__name__, config.model_type)
     yield from _fits(empty)
     yield _attention(empty)
     try:
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except FAILURES as error:
         yield Finding("processor", "missing", f"{_first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
         return
     name = type(processor).__name__

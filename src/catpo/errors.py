@@ -14,6 +14,16 @@ class Stopped(Exception):
     """The process was asked to leave (SIGTERM) and has left at a safe place; says how far it came. Exit code 143."""
 
 
+def shown(text: str, *, length: int = 80) -> str:
+    r"""Somebody's text as a message can quote it: on one line, and not too long.
+
+    >>> shown("a\nb"), len(shown("a" * 100))
+    ('a\\nb', 80)
+    """
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of an error message about an unknown word: the closest known word, or all of them.
 

@@ -23,9 +23,11 @@ from catpo.grading import (
     about,
     answer_row,
     check_begun,
+    each_item,
     grade_answers,
     open_judges,
     open_tasks,
+    without_skipped,
     write_scores,
 )
 from catpo.likelihood import most_likely
@@ -33,8 +35,10 @@ from catpo.processes import Team
 from catpo.progress import track
 from catpo.runs import append_rows, read_json, repair_rows, versions, write_atomic, write_json
 from catpo.served import PREFIX, ServedModel
+from catpo.skipped import Skipped
 from catpo.spec import Spec
 from catpo.stopping import on_sigterm
+from catpo.types import Picture
 
 PART = ".answers-{}.jsonl"
 """What each of several processes has answered: one row per batch."""
@@ -54,8 +58,10 @@ def evaluate(
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     shuffled: bool = False,
+    on_error: str = "stop",
     dtype: str = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Ask a model everything that the benchmarks ask, greedily, and score its answers; or score answers made elsewhere.
@@ -73,6 +79,8 @@ def evaluate(
         limit: only the first so many pictures of each benchmark.
         batch_size: answers at once, and between two writes.
         max_new_tokens: where an answer is cut, yes/no answers sooner; each benchmark's own if None: 96, or what papers have.
+        on_error: `skip` leaves out items whose picture cannot be used, and says in `scores.json` which.
+        trust_remote_code: run Python code that the checkpoint brings along.
         shuffled: a control: each question is asked with another picture. A model that looks must fail.
         dtype: of the weights; `auto` is the checkpoint's own.
         device: `cpu`, `cuda`, ...; None takes what there is.
@@ -99,11 +107,15 @@ def evaluate(
     if model is None:
         raise UserError("nothing to evaluate: name a model with --model, or answers made elsewhere with --answers.")
     numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    tasks = open_tasks(benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, **numbers)
+    skipped = Skipped(on_error)
+    tasks = open_tasks(
+        benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, skipped=skipped, **numbers
+    )
     decoding = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=shuffled, decoding=decoding)
     served = _served(model, base_url, adapter=adapter, device=device, dtype=dtype if dtype != "auto" else None)
-    _check_pictures(tasks)
+    if not skipped.goes_on:
+        _check_pictures(tasks)
     if judge is not None:
         open_judges(tasks, judge)  # a mistake in it is told before hours of answering, not after
     team = Team()
@@ -113,14 +125,19 @@ def evaluate(
         if team.is_first:
             check_begun(folder, begun)
         family = served or (
-            families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+            families.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if isinstance(model, str | Path)
+            else model
         )
         if team.is_first:
             begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
             check_begun(folder, begun)
             if not (folder / ABOUT).exists():
-                write_json(folder / ABOUT, {**begun, "versions": versions()})
-        _answer(folder, tasks, family, batch_size, max_new_tokens, progress and team.is_first, team)
+                unusable = _unusable(tasks, skipped) if skipped.goes_on else {}
+                write_json(folder / ABOUT, {**begun, "versions": versions(), **unusable})
+                skipped.write(folder)
+        team.wait("begun")
+        _answer(folder, without_skipped(tasks, folder), family, batch_size, max_new_tokens, progress and team.is_first, team)
         if served:
             _note_server(folder, served)
         scores = team.agree("scores", lambda: write_scores(folder, tasks, judge, progress))
@@ -145,6 +162,29 @@ def _note_server(folder: Path, served: ServedModel) -> None:
     noted = read_json(folder / ABOUT, made_by="catpo evaluate")
     names = served.answered_by | set(noted.get("server", {}).get("answered_by", []))
     write_json(folder / ABOUT, {**noted, "server": {"url": served.server.url, "answered_by": sorted(names)}})
+
+
+def _unusable(tasks: Sequence[Task], skipped: Skipped) -> dict[str, Any]:
+    """Which items' pictures cannot be opened, as `evaluation.json` keeps it."""
+    opened: dict[int, UserError | None] = {}  # many questions are about one picture
+
+    def use(found: tuple[Task, Item]) -> None:
+        for picture in found[1].sample.images:
+            if id(picture) not in opened:
+                opened[id(picture)] = _error_of(picture)
+            if error := opened[id(picture)]:
+                raise error
+
+    skipped.usable(each_item(tasks), use, lambda found: f"{found[0].name}/{found[1].id}")
+    return {"skipped": {row["what"]: row["why"] for row in skipped.rows}}
+
+
+def _error_of(picture: Picture) -> UserError | None:
+    try:
+        picture.open()
+    except UserError as error:
+        return error
+    return None
 
 
 def _check_pictures(tasks: Sequence[Task]) -> None:

@@ -21,13 +21,14 @@ from catpo.benchmarks._answers import read_records, some
 from catpo.benchmarks._base import Benchmark, FolderBenchmark, Grade, Item
 from catpo.benchmarks._files import Folder, Record
 from catpo.comparison import resample
-from catpo.data import open_data
+from catpo.data import read_samples
 from catpo.errors import UserError
 from catpo.intervals import interval
 from catpo.judges._base import Judge, open_judge
 from catpo.progress import track
 from catpo.runs import check_same, lock, read_json, read_rows, versions, write_atomic, write_json
-from catpo.spec import Spec, check_options, parse
+from catpo.skipped import Skipped
+from catpo.spec import Spec, check_options, check_positive, parse
 
 ABOUT, ANSWERS, GRADES, SCORES = "evaluation.json", "answers.jsonl", "grades.jsonl", "scores.json"
 RESAMPLES = 1000
@@ -54,6 +55,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
         limit=about["limit"],
         is_shuffled=about["shuffled"],
         is_answered_here="temperature" in about["decoding"],
+        skipped=Skipped("skip" if "skipped" in about else "stop"),
     )
     with lock(output) as folder:
         rows = read_rows(folder / ANSWERS)
@@ -89,7 +91,9 @@ def grade_answers(
         UserError: an answer is missing (where the benchmark cannot do without), given twice, or for no item; names the items.
     """
     files = [Path(each) for each in ([answers] if isinstance(answers, str | Path) else answers)]
-    _check_positive(limit=limit)
+    check_positive(limit=limit)
+    if judge is not None:
+        parse(judge)
     whole = open_tasks(benchmarks, data=data)
     given = _given_answers(files, whole)
     tasks = [_with_answered(task, given[task.name], limit) for task in whole]
@@ -163,6 +167,7 @@ def open_tasks(
     limit: int | None = None,
     is_shuffled: bool = False,
     is_answered_here: bool = False,
+    skipped: Skipped | None = None,
     **counts: int | None,
 ) -> list[Task]:
     """Every benchmark with what it asks.
@@ -173,12 +178,13 @@ def open_tasks(
         limit: only the first so many pictures of each benchmark.
         is_shuffled: each item gets the picture of another.
         is_answered_here: a model is asked; otherwise answers made elsewhere are graded.
+        skipped: takes bad rows of data sets, if it goes on over them.
         counts: other numbers that must be positive.
 
     Raises:
         UserError: bad benchmark, option or number; files are missing.
     """
-    _check_positive(limit=limit, **counts)
+    check_positive(limit=limit, **counts)
     specs = [parse(benchmark) for benchmark in benchmarks]
     names = [spec.name for spec in specs]
     if not names:
@@ -186,20 +192,16 @@ def open_tasks(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"benchmark '{name}' is given twice. Evaluate its second options into another --output.")
-    return [_open(spec, data, limit, is_shuffled, is_answered_here) for spec in specs]
+    return [_open(spec, data, limit, is_shuffled, is_answered_here, skipped or Skipped()) for spec in specs]
 
 
-def _check_positive(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more.")
-
-
-def _open(spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool) -> Task:
+def _open(
+    spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool, skipped: Skipped
+) -> Task:
     make = registry.load("benchmarks", spec.name)
     benchmark: Benchmark = make(**check_options(make, spec))
     benchmark.is_answered_here = is_answered_here
-    items, hashes = _items(spec, benchmark, data)
+    items, hashes = _items(spec, benchmark, data, skipped)
     if _waits_for_answers(benchmark):
         return Task(spec, benchmark, items, hashes)
     if not items:
@@ -227,11 +229,10 @@ def _first_pictures(items: list[Item], limit: int | None) -> list[Item]:
     return [item for item in items if item.picture in pictures]
 
 
-def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None) -> tuple[list[Item], dict[str, str]]:
+def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: Skipped) -> tuple[list[Item], dict[str, str]]:
     """Items, and the hashes of the files they are made of."""
     if not isinstance(benchmark, FolderBenchmark):
-        dataset = open_data(benchmark.data)
-        return benchmark.items(list(dataset.samples()), dataset.vocabulary), {}
+        return benchmark.items(*read_samples(benchmark.data, skipped)), {}
     if data is None:
         raise UserError(
             f"{spec.name} is made of official files: say where they are with --data DIR. `catpo data get {spec.name}` shows "
@@ -255,6 +256,12 @@ def _shuffle_pictures(items: Sequence[Item], spec: Spec, *, seed: int = 0) -> li
         others[last], others[place] = others[place], others[last]
     moved = dict(zip(names, others, strict=True))
     return [replace(item, sample=replace(item.sample, images=images[moved[item.picture]])) for item in items]
+
+
+def without_skipped(tasks: Sequence[Task], folder: Path) -> list[Task]:
+    """The tasks without the items that the evaluation in `folder` leaves out."""
+    left_out = read_json(folder / ABOUT, made_by="catpo evaluate").get("skipped", {})
+    return [replace(task, items=[item for item in task.items if f"{task.name}/{item.id}" not in left_out]) for task in tasks]
 
 
 def each_item(tasks: Sequence[Task]) -> Iterator[tuple[Task, Item]]:
@@ -341,16 +348,28 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     begun = read_json(folder / ABOUT, made_by="catpo evaluate")
     answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS)}
     judges = open_judges(tasks, judge)
-    graded = {task.name: _grade_task(folder, task, answers, judges.get(task.name), progress) for task in tasks}
+    left_out = begun.get("skipped", {})
+    graded = {
+        task.name: _grade_task(folder, task, answers, judges.get(task.name), progress)
+        for task in without_skipped(tasks, folder)
+    }
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
     write_atomic(folder / GRADES, "".join(lines))
     kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions", "server")
     scores = {
         **{key: begun.get(key) for key in kept if key != "server" or key in begun},
+        **({"skipped": _skipped(left_out, tasks)} if "skipped" in begun else {}),
         "benchmarks": {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks},
     }
     write_json(folder / SCORES, scores)
     return scores
+
+
+def _skipped(left_out: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, Any]:
+    """How many items were left out, and the first of them; all stand in evaluation.json."""
+    rows = [{"what": name, "why": why} for name, why in left_out.items()]
+    items = {f"{task.name}/{item.id}" for task, item in each_item(tasks)}
+    return {"count": len(rows), "of": len(items | set(left_out)), "rows": rows[:LISTED]}
 
 
 def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Judge]:
@@ -359,15 +378,16 @@ def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Ju
     Raises:
         UserError: a benchmark needs a judge and none is named, or it is not known.
     """
+    spec = None if judge is None else parse(judge)
     needing = [task for task in tasks if task.benchmark.needs_judge]
     if not needing:
         return {}
-    if judge is None:
+    if spec is None:
         raise UserError(
             f"{', '.join(task.name for task in needing)} is graded by a judge: name one with --judge (`catpo list judges`). "
             "The answers are kept."
         )
-    made = open_judge(judge)
+    made = open_judge(spec)
     return {task.name: made.decoding_as(task.benchmark.judge_decoding) for task in needing}
 
 

@@ -59,7 +59,7 @@ def _find_pair(store: RewardStore, pair: str) -> str:
         return found[0]
     if found:
         raise UserError(f"{len(found)} pairs begin with '{pair}': {', '.join(found[:3])}, … Give more of the id.")
-    raise UserError(f"{store.path} has no pair '{pair}'. It begins with {', '.join(store.pair_ids[:3])}.")
+    raise UserError(f"{store.path} has no pair '{pair}'. Give one that it has; the first are {', '.join(store.pair_ids[:3])}.")
 
 
 def _find_column(store: RewardStore, signal: str) -> str:

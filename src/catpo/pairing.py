@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from catpo import registry
-from catpo.data import open_data
+from catpo.data import read_samples
 from catpo.datasets._base import Dataset
 from catpo.errors import UserError
 from catpo.families import _base as families
@@ -30,7 +29,8 @@ from catpo.pairings._base import Decoding, Dropped
 from catpo.pairs_file import ABOUT, ROWS, append_pairs
 from catpo.progress import track
 from catpo.runs import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
-from catpo.spec import Spec, check_options, parse
+from catpo.skipped import Skipped
+from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
 from catpo.stopping import on_sigterm
 from catpo.types import Picture, PreferencePair, Sample
 
@@ -70,8 +70,10 @@ def pair(
     block_size: int = 64,
     judge: str | Spec | None = None,
     adapter: str | Path | None = None,
+    on_error: str = "stop",
     device: str | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> PairingResult:
     """Let a model answer a data set's samples and write preference pairs: the answers against corrected ones.
@@ -90,6 +92,8 @@ def pair(
         block_size: answers between two writes.
         judge: who is asked by methods that need a judge, e.g. `openai(model='gpt-4o')`; it is asked again for nothing it said.
         adapter: LoRA adapter put on the model.
+        on_error: `skip` leaves out rows and pictures that cannot be used, and says in `pairs.json` which.
+        trust_remote_code: run Python code that the checkpoint brings along.
         device: `cpu`, `cuda`, ...; None takes what there is.
         dtype: of the weights; `auto` is the checkpoint's own.
         progress: show it on stderr.
@@ -98,12 +102,19 @@ def pair(
         UserError: bad model, data or option; the output was begun with others, or another process writes it; no pair came out.
     """
     spec = parse(method)
-    dataset = open_data(data)
-    samples = list(islice(dataset.samples(), limit))
-    _check_counts(samples, data, limit=limit, batch_size=batch_size, block_size=block_size)
+    check_positive(limit=limit, batch_size=batch_size, block_size=block_size, max_new_tokens=max_new_tokens)
+    check_not_negative(temperature=temperature)
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} must lie in (0, 1].")
+    skipped = Skipped(on_error)
+    samples, vocabulary = read_samples(data, skipped, limit)
+    if not samples:
+        raise UserError(f"{data} holds no samples to answer. Give it pictures.")
+    if skipped.goes_on:
+        samples = skipped.usable(samples, lambda sample: [image.open() for image in sample.images], lambda sample: sample.id)
     decoding = Decoding(seed, temperature, top_p, max_new_tokens, batch_size)
     grader = open_judge(judge) if judge is not None else None
-    maker = _Maker(spec, dataset.vocabulary, decoding, grader)
+    maker = _Maker(spec, vocabulary, decoding, grader)
     maker.check(samples[0])  # a wrong option or a truth that is not there shows before any answer is paid for
     begun = {
         "format": 1,
@@ -116,7 +127,11 @@ def pair(
     }
     with lock(output) as folder:
         _check_begun(folder, begun)
-        family = families.load(model, adapter=adapter, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+        family = (
+            families.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if isinstance(model, str | Path)
+            else model
+        )
         begun |= {"model": family.model_id, "model_hash": family.model_hash}
         _check_begun(folder, begun)
         if not (folder / ABOUT).exists():
@@ -124,7 +139,9 @@ def pair(
         work = _Work(folder, samples, block_size)
         if not read_json(folder / ABOUT)["complete"]:
             work.run(maker.answering(family), maker, progress)
-        return work.finish()
+        if skipped.goes_on:
+            skipped.write(folder)
+        return work.finish(skipped)
 
 
 Answers = list[tuple[str, Sequence[Any]]]
@@ -212,7 +229,7 @@ class _Work:
             os.truncate(path, size)
         return len(rows)
 
-    def finish(self) -> PairingResult:
+    def finish(self, skipped: Skipped) -> PairingResult:
         """Sum up, say that all is there, and remove the notes on blocks."""
         about = read_json(self.folder / ABOUT, made_by="catpo pair")
         if not about["complete"]:
@@ -231,7 +248,7 @@ class _Work:
                     f"none of {len(self.samples)} answers gave a pair ({reasons}). "
                     f"Give more --data or a higher --temperature, and another --output than {self.folder}."
                 )
-            about |= {"counts": counts, "complete": True}
+            about |= {"counts": counts, **({"skipped": skipped.summary()} if skipped.goes_on else {}), "complete": True}
             write_json(self.folder / ABOUT, about)
         (self.folder / BLOCKS).unlink(missing_ok=True)
         return PairingResult(self.folder, **about["counts"])
@@ -288,11 +305,3 @@ def _hash_samples(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(f"{sample.id}\0{sample.prompt}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _check_counts(samples: Sequence[Sample], data: Any, *, limit: int | None, batch_size: int, block_size: int) -> None:
-    for name, value in {"limit": limit, "batch_size": batch_size, "block_size": block_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more.")
-    if not samples:
-        raise UserError(f"{data} holds no samples to answer. Give it pictures.")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from catpo.errors import UserError
 from catpo.runs import append_rows, write_atomic, write_json
-from catpo.types import Picture, PreferencePair
+from catpo.types import Picture, PreferencePair, opened
 
 ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
 EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
@@ -49,19 +46,18 @@ def _row(folder: Path, pair: PreferencePair) -> dict[str, Any]:
 
 
 def _save(folder: Path, picture: Picture) -> str:
-    """The picture's bytes as they are, once, under a name made of them."""
+    """The picture's bytes as they are, once, under a name made of them; a broken one is refused."""
     content = picture.read()
-    path = Path(PICTURES) / f"{Picture(data=content).digest()}.{_extension(content, picture)}"
+    held = Picture(data=content, name=picture.label)
+    held.open()
+    path = Path(PICTURES) / f"{held.digest()}.{_extension(content)}"
     if not (folder / path).exists():
         (folder / PICTURES).mkdir(exist_ok=True)
         write_atomic(folder / path, content, is_durable=False)
     return path.as_posix()
 
 
-def _extension(content: bytes, picture: Picture) -> str:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = image.format or "img"
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{picture} is not a picture that can be read ({error}). Replace or remove it.") from error
+def _extension(content: bytes) -> str:
+    with opened(content) as image:
+        kind = image.format or "img"
     return EXTENSIONS.get(kind, kind.lower())

@@ -85,7 +85,12 @@ def plan(command: str, options: Mapping[str, Any]) -> Plan:
     Raises:
         UserError: what the command itself would refuse: model, data, objective, or options that do not fit.
     """
-    family = families.blueprint(options["model"], dtype=options["dtype"], quantization=options["quantization"])
+    family = families.blueprint(
+        options["model"],
+        dtype=options["dtype"],
+        quantization=options["quantization"],
+        trust_remote_code=options["trust_remote_code"],
+    )
     everything = [check_pair(pair) for pair in open_data(options["pairs"]).pairs()][: options["limit"]]
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")

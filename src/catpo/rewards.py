@@ -147,8 +147,12 @@ class RewardWriter:
         self.shards[shard].write(to_parquet(rows, self.description["signals"]), to_safetensors(arrays) if arrays else None)
         self._written.add(shard)
 
-    def finish(self, *, elsewhere: Iterable[int] = ()) -> None:
-        """Mark the store complete, so that it can be opened; shards `elsewhere` were written by further writers.
+    def finish(self, *, elsewhere: Iterable[int] = (), skipped: Mapping[str, Any] | None = None) -> None:
+        """Mark the store complete, so that it can be opened.
+
+        Args:
+            elsewhere: shards that further writers were to write.
+            skipped: which pairs are not in it, and why.
 
         Raises:
             UserError: shards are missing.
@@ -157,7 +161,7 @@ class RewardWriter:
         missing = self.missing_shards()
         if missing:
             raise UserError(f"{self.path} cannot be finished: {len(missing)} of {len(self.shards)} shards are missing.")
-        self.description["complete"] = True
+        self.description |= {"complete": True} if skipped is None else {"complete": True, "skipped": skipped}
         write_json(self.path / "store.json", self.description)
 
 
@@ -169,13 +173,13 @@ class RewardStore:
         self.provenance: Mapping[str, Any] = provenance
         """What `store.json` says: model, options, versions."""
         self._shards = shards
-        table = pa.concat_tables([shard.read_table() for shard in shards]).combine_chunks()
+        table = pa.concat_tables([shard.read_table(self.signals) for shard in shards]).combine_chunks()
         self._columns, self._offsets = token_columns(table, [*COLUMNS, *self.signals], path)
         self._grids, self._grid_offsets = grid_column(table)
         ids, sides = table["pair_id"].to_pylist(), table["side"].to_pylist()
         self.pair_ids: list[str] = ids[::2]
         """All pairs, in the order in which they were scored."""
-        if sides != len(ids[::2]) * list(SIDES) or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
+        if sides != provenance["pair_count"] * list(SIDES) or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
             raise UserError(
                 f"{path}: the shards hold other pairs than store.json says. Score the pairs again into a new folder."
             )
@@ -202,14 +206,15 @@ class RewardStore:
             raise UserError(
                 f"{path}/store.json does not say {', '.join(sorted(absent))}. Score the pairs again into a new folder."
             )
-        shards = [Shard(path, number) for number in range(_shard_count(provenance))]
-        there = sum(shard.is_there() for shard in shards)
-        if there < len(shards) or not provenance.get("complete"):
+        _check_fields(path, provenance)
+        count = _shard_count(provenance)
+        there = sum(each.stem.isdecimal() and int(each.stem) < count for each in path.glob("shards/*.json"))
+        if there < count or not provenance.get("complete"):
             raise UserError(
-                f"{path} is incomplete: {there} of {len(shards)} shards are there. Run the same `catpo score` again, "
+                f"{path} is incomplete: {there} of {count} shards are there. Run the same `catpo score` again, "
                 "it goes on where it stopped."
             )
-        return cls(path, provenance, shards)
+        return cls(path, provenance, [Shard(path, number) for number in range(count)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RewardStore.open, (self.path,)  # open files do not travel to worker processes
@@ -245,9 +250,9 @@ class RewardStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything in the store; where the model lies does not count."""
+        """Hash of everything in the store; where the model lies and what was left out do not count."""
         digest = hashlib.blake2b(digest_size=16)
-        known = {field: value for field, value in self.provenance.items() if field != "model"}
+        known = {field: value for field, value in self.provenance.items() if field not in ("model", "skipped")}
         digest.update(json.dumps(known, sort_keys=True).encode())
         for shard in self._shards:
             digest.update(json.dumps(shard.checksums, sort_keys=True).encode())
@@ -332,7 +337,7 @@ class RewardStore:
                 "reference='online'."
             )
         shard, first, last = self._place(pair_id, side)
-        return shard.tensors.get_slice("hidden")[first:last]
+        return shard.read_array("hidden", slice(first, last))
 
     def maps(self, pair_id: str, side: Side) -> NDArray[np.floating]:
         """Attention maps, float16 [tokens, patches].
@@ -343,7 +348,7 @@ class RewardStore:
         if not self.has_maps:
             raise UserError(f"{self.path} holds no attention maps. Score again with them (`catpo score --maps`).")
         shard, first, last = self._place(pair_id, side)
-        return shard.tensors.get_slice("maps")[first:last, : self._patch_count(pair_id, side)]
+        return shard.read_array("maps", slice(first, last), self._patch_count(pair_id, side))
 
     def _patch_count(self, pair_id: str, side: Side) -> int:
         """Patches that attention was recorded on: of all pictures, or of the one that was asked for."""
@@ -381,6 +386,32 @@ class RewardStore:
         number = row // rows_per_shard
         start = self._offsets[number * rows_per_shard]
         return self._shards[number], int(self._offsets[row] - start), int(self._offsets[row + 1] - start)
+
+
+def _check_fields(path: Path, provenance: Mapping[str, Any]) -> None:
+    """Refuse a `store.json` whose values no writer of this library can have put there."""
+    signals, patches = provenance["signals"], _mapping(provenance.get("attention", {})).get("patches", "all")
+    is_kept = {
+        "pair_count": _is_count(provenance["pair_count"]),
+        "shard_size": _is_count(provenance["shard_size"]),
+        "signals": isinstance(signals, list) and all(isinstance(name, str) for name in signals),
+        "attention": isinstance(provenance.get("attention", {}), Mapping),
+        "attention.patches": patches == "all" or (isinstance(patches, int) and patches >= 0),
+        "versions": isinstance(provenance.get("versions", {}), Mapping),
+    }
+    wrong = next((name for name, is_right in is_kept.items() if not is_right), None)
+    if wrong is not None:
+        raise UserError(
+            f"{path}/store.json: '{wrong}' is not what `catpo score` writes. Score the pairs again into a new folder."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size: int) -> dict[str, Any]:
@@ -421,7 +452,7 @@ def _shard_count(description: Mapping[str, Any]) -> int:
 
 def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: str, next_step: str) -> None:
     """Refuse when a field differs; where the model lies may differ as long as its hash is the same."""
-    ignored = {"complete", "model"} if "model_hash" in now else {"complete"}
+    ignored = {"complete", "skipped"} | ({"model"} if "model_hash" in now else set())
     before, after = _flat(stored), _flat(now)
     for field in [*after, *(field for field in before if field not in after)]:
         if field.split(".")[0] not in ignored and before.get(field) != after.get(field):

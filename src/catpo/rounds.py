@@ -133,8 +133,8 @@ def _do(
     progress: bool,
 ) -> Round:
     """One round; what it has already is not made again."""
-    common = {"model": model, "progress": progress}
-    seeds = {"seed": seed + number - 1}
+    common: dict[str, Any] = {"model": model, "progress": progress}
+    seeds: dict[str, Any] = {"seed": seed + number - 1}
     made: PairingResult = make_pairs(data=data, output=folder / "pairs", **common, **seeds, **options["pair"])
     score_pairs(pairs=folder / "pairs", output=folder / "rewards", **common, **options["score"])
     run = train_model(

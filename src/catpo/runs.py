@@ -17,6 +17,7 @@ try:
 except ImportError:  # Windows: no advisory locks, the rest works
     fcntl = None  # type: ignore[assignment]
 
+from catpo import strictjson
 from catpo.errors import UserError
 
 LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
@@ -80,7 +81,7 @@ def read_json(path: str | Path, *, made_by: str = "catpo") -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = strictjson.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
     except (ValueError, RecursionError) as error:

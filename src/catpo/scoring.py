@@ -6,7 +6,7 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from catpo import memory, registry
 from catpo.attention import AttentionRecorder, choose_heads, choose_layers
 from catpo.batching import Batch, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.capacity import pass_tokens
-from catpo.data import open_data
+from catpo.data import read_pairs
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
@@ -33,9 +33,10 @@ from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
-from catpo.spec import Spec, check_options, parse
+from catpo.skipped import Skipped
+from catpo.spec import Spec, check_options, check_positive, parse
 from catpo.stopping import on_sigterm
-from catpo.types import SIDES, PreferencePair, Side, Span, check_pair
+from catpo.types import SIDES, PreferencePair, Side, Span
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
 QUERIES = ("token", "predictor")
@@ -87,7 +88,9 @@ def score(
     dtype: str = "auto",
     quantization: str | None = None,
     attention: str | None = None,
+    on_error: str = "stop",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> RewardStore:
     """Score every response token of a data set's pairs with the reference model.
@@ -109,24 +112,35 @@ def score(
         batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and
             on a GPU as many as half its memory holds.
         limit: score the first so many pairs only.
+        on_error: `skip` leaves out pairs that cannot be used, and says in `store.json` which; `stop` refuses them.
+        trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
+    settings = ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
+    check_positive(limit=limit, batch_size=batch_size, batch_tokens=batch_tokens, shard_size=shard_size, max_length=max_length)
+    skipped = Skipped(on_error)
+    chosen_pairs = read_pairs(pairs, skipped, limit)
+    if not chosen_pairs:
+        raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
     family = (
         model
         if isinstance(model, Family)
-        else families.load(model, adapter=adapter, device=device, dtype=dtype, quantization=quantization, attention=attention)
-    )
-    settings = ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
+        else families.load(
+            model, adapter=adapter, device=device, dtype=dtype, quantization=quantization, attention=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    )  # fmt: skip
     settings.check(family.depth)
-    chosen_pairs = [check_pair(pair) for pair in _limited(open_data(pairs).pairs(), limit)]
-    if not chosen_pairs:
-        raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
+    if skipped.goes_on:
+        chosen_pairs = skipped.usable(
+            chosen_pairs, lambda pair: family.encode(pair, max_length=max_length), lambda pair: f"pair {pair.id}"
+        )
     return score_pairs(
         chosen_pairs, family, output, settings, hidden=hidden, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
         shard_size=shard_size,
-        max_length=max_length, progress=progress,
+        max_length=max_length, skipped=skipped, progress=progress,
     )  # fmt: skip
 
 
@@ -142,6 +156,7 @@ def score_pairs(
     batch_tokens: int | None = None,
     shard_size: int = 64,
     max_length: int | None = None,
+    skipped: Skipped | None = None,
     progress: bool = True,
 ) -> RewardStore:
     """`score` on pairs that are in memory already."""
@@ -174,7 +189,10 @@ def score_pairs(
                     maps=_joined_maps([response.map for response in responses]) if maps else None,
                 )
             team.wait("scored")
-        team.agree("finished", lambda: writer.finish(elsewhere=missing))
+        left_out = None if skipped is None or not skipped.goes_on else skipped
+        if left_out and team.is_first:
+            left_out.write(Path(output))
+        team.agree("finished", lambda: writer.finish(elsewhere=missing, skipped=left_out.summary() if left_out else None))
     team.leave()
     return RewardStore.open(output)
 
@@ -353,7 +371,8 @@ class TeacherForced:
             sizes = _patches_by_picture(each)
             if not isinstance(picture, int) or not 0 <= picture < len(sizes):
                 raise UserError(
-                    f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here)."
+                    f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here). "
+                    "Give a lower number, or all."
                 )
             spans.append((sum(sizes[:picture]), sizes[picture]))
         rows = self.batch["patches"].shape[0] // len(spans)
@@ -466,10 +485,3 @@ def _patches_by_picture(encoded: Encoded) -> list[int]:
 def _joined_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
     widest = max(each.shape[1] for each in maps)
     return np.concatenate([np.pad(each, ((0, 0), (0, widest - each.shape[1]))) for each in maps])
-
-
-def _limited(pairs: Iterable[PreferencePair], limit: int | None) -> Iterator[PreferencePair]:
-    for number, pair in enumerate(pairs):
-        if limit is not None and number >= limit:
-            return
-        yield pair

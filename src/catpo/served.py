@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from PIL import Image
-
 from catpo.chat import ChatServer
 from catpo.errors import UserError
-from catpo.types import Picture, Sample
+from catpo.types import Picture, Sample, opened
 
 PREFIX = "openai:"
 """`--model openai:NAME` is model NAME of a server."""
@@ -78,7 +76,7 @@ def data_url(picture: Picture) -> str:
     """The picture's own bytes where every reader shows them alike, else the picture as catpo shows it to a model, as PNG."""
     shown = picture.open()  # a broken picture is told here
     content = picture.read()
-    with Image.open(io.BytesIO(content)) as image:
+    with opened(content) as image:
         mime = MIME_TYPES.get(image.format or "")
         is_alike = image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1  # orientation
     if mime is None or not is_alike:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from catpo.errors import UserError
 from catpo.fusion import ResponseSignals
@@ -31,6 +31,8 @@ COLUMNS = {
 """Columns with one value per token, beside one per signal."""
 
 
+MAX_GRID = 10_000
+"""Most rows and columns of patches: a hundred times those of the largest pictures that models take."""
 GRID = {
     **dict.fromkeys(("picture", "rows", "columns"), pa.int32()),
     **dict.fromkeys(("left", "top", "right", "bottom"), pa.float64()),
@@ -80,24 +82,55 @@ class Shard:
         """Whether every file is there and is what was written."""
         try:
             for name in {self.parquet_path.name, *self.checksums}:
-                self._read(name)
+                self._read(Path(name).name)
         except UserError:
             return False
         return True
 
-    def read_table(self) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self._read(self.parquet_path.name)), use_threads=False)
+    def read_table(self, signals: Sequence[str]) -> pa.Table:
+        """The token columns, which have the kinds and hold the values that a writer of this library gives them.
+
+        Raises:
+            UserError: the file is not what was written, or somebody else wrote it.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(self._read(self.parquet_path.name)), use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damage(self.parquet_path.name) from error
+        if problem := _problem_of(table, signals):
+            raise UserError(
+                f"{self.store}: shard {self.number:05d}: {problem}. `catpo score` did not write that: score the pairs again "
+                "into a new folder."
+            )
+        return table
+
+    def read_array(self, name: str, rows: slice, width: int | None = None) -> NDArray[Any]:
+        """Rows of one of the arrays, through a memory map; of each the first `width` values, or all.
+
+        Raises:
+            UserError: the file is not what was written, or has no such array or rows.
+        """
+        try:
+            found = self.tensors.get_slice(name)[rows, :width] if width is not None else self.tensors.get_slice(name)[rows]
+        except (SafetensorError, IndexError, OSError) as error:
+            raise self._damage(self.tensors_path.name) from error
+        if len(found) != rows.stop - rows.start or (width is not None and found.shape[1:] != (width,)):
+            raise self._damage(self.tensors_path.name)
+        return found
 
     @cached_property
     def tensors(self) -> Any:
-        """The open safetensors file, verified once per process; rows are read through a memory map."""
+        """The open safetensors file, verified once per process."""
         self._read(self.tensors_path.name)
-        return safe_open(self.tensors_path, framework="numpy").__enter__()
+        try:
+            return safe_open(self.tensors_path, framework="numpy").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise self._damage(self.tensors_path.name) from error
 
     @cached_property
     def checksums(self) -> dict[str, str]:
         try:
-            return read_json(self.checksums_path)
+            return {name: str(each) for name, each in read_json(self.checksums_path).items()}
         except UserError as error:
             raise self._damage(self.checksums_path.name) from error
 
@@ -163,6 +196,35 @@ def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
 
 def _grid_fields(grid: PatchGrid) -> dict[str, float]:
     return dict(zip(GRID, (grid.picture, grid.rows, grid.columns, *grid.box), strict=True))
+
+
+def _problem_of(table: pa.Table, signals: Sequence[str]) -> str:
+    """What in a table no writer of this library has put there; empty if nothing."""
+    kinds = {"pair_id": pa.string(), "side": pa.string(), **COLUMNS, **dict.fromkeys(signals, pa.list_(pa.float32()))}
+    for name, kind in {**kinds, "grids": pa.list_(pa.struct(GRID))}.items():
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            return f"column '{name}' is missing or of another kind than {kind}"
+        cells = table[name].combine_chunks()
+        inner = cells.flatten() if pa.types.is_list(kind) else cells
+        if cells.null_count or inner.null_count:
+            return f"column '{name}' has empty cells"
+        if pa.types.is_floating(inner.type) and not np.isfinite(inner.to_numpy(zero_copy_only=False)).all():
+            return f"column '{name}' holds what is not a finite number"
+    labels = table["labels"].combine_chunks().flatten().to_numpy()
+    if not np.isin(labels, (-1, 0, 1)).all():
+        return "column 'labels' holds other values than -1, 0 and 1"
+    return _problem_of_grids(table["grids"].combine_chunks())
+
+
+def _problem_of_grids(column: pa.ListArray) -> str:
+    if (column.value_lengths().to_numpy() < 1).any():
+        return "column 'grids' has a row without a grid"
+    fields = column.flatten()
+    picture, rows, columns = (fields.field(name).to_numpy(zero_copy_only=False) for name in ("picture", "rows", "columns"))
+    sides = np.concatenate([rows, columns])
+    if (picture < 0).any() or (sides < 1).any() or (sides > MAX_GRID).any():
+        return f"column 'grids' has a grid that is not of 1 to {MAX_GRID} rows and columns"
+    return ""
 
 
 def grid_column(table: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

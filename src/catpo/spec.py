@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import UserError, did_you_mean, shown
+
+VALUES = "Write values as numbers, quoted texts, True, False, None, or lists of these; nothing is evaluated."
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def parse_list(text: str) -> list[Spec]:
     """
     node = _expression(text, f"[{text}]", "name(option=value, ...), name, ...")
     if not isinstance(node, ast.List):  # a], [b
-        raise UserError(f"'{_short(text)}' is not of the form name(option=value, ...), name, ....")
+        raise UserError(f"'{shown(text)}' is not of the form name(option=value, ...), name, .... {VALUES}")
     return [_spec(element, text) for element in node.elts]
 
 
@@ -89,6 +91,27 @@ def check_kind(what: str, value: Any, default: Any) -> None:
             raise UserError(f"{what}: it must be {words}, such as {default!r}.")
 
 
+def check_positive(**counts: int | None) -> None:
+    """Raise UserError unless each is 1 or more, or None.
+
+    >>> check_positive(limit=0)
+    Traceback (most recent call last):
+    catpo.errors.UserError: limit=0 must be 1 or more.
+    """
+    _check_range("must be 1 or more", lambda value: value >= 1, counts)
+
+
+def check_not_negative(**numbers: float | None) -> None:
+    """Raise UserError unless each is a finite number of 0 or more, or None."""
+    _check_range("must be a number, 0 or more", lambda value: 0 <= value < math.inf, numbers)
+
+
+def _check_range(must: str, is_right: Callable[[float], bool], numbers: Mapping[str, float | None]) -> None:
+    for name, value in numbers.items():
+        if value is not None and not is_right(value):
+            raise UserError(f"{name}={value} {must}.")
+
+
 def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
     """Names and defaults of a function's keyword-only parameters."""
     parameters = inspect.signature(function).parameters.values()
@@ -99,14 +122,14 @@ def _expression(text: str, source: str, form: str) -> ast.expr:
     try:
         return ast.parse(source.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"'{_short(text)}' is not of the form {form}.") from error
+        raise UserError(f"'{shown(text)}' is not of the form {form}. {VALUES}") from error
 
 
 def _spec(node: ast.expr, text: str) -> Spec:
     if isinstance(node, ast.Name):
         return Spec(node.id)
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise UserError(f"'{_short(text)}' is not of the form name(option=value, ...).")
+        raise UserError(f"'{shown(text)}' is not of the form name(option=value, ...). {VALUES}")
     return Spec(node.func.id, _literal_options(node, text))
 
 
@@ -114,14 +137,14 @@ def _literal_options(node: ast.Call, text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
-            raise UserError(f"'{_short(text)}': '**' is not allowed in options.")
+            raise UserError(f"'{shown(text)}': '**' is not allowed in options. Write each as option=value.")
         if keyword.arg in options:
-            raise UserError(f"'{_short(text)}': option '{keyword.arg}' is given twice.")
+            raise UserError(f"'{shown(text)}': option '{keyword.arg}' is given twice. Remove one of them.")
         try:
             options[keyword.arg] = _plain(ast.literal_eval(keyword.value))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             raise UserError(
-                f"'{_short(text)}': the value of '{keyword.arg}' must be a number, a quoted text, True, False, None, or a "
+                f"'{shown(text)}': the value of '{keyword.arg}' must be a number, a quoted text, True, False, None, or a "
                 "list, tuple or dict of these."
             ) from error
     return options
@@ -139,9 +162,3 @@ def _plain(value: Any) -> Any:
     elif not (value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))):
         raise ValueError(f"{value!r} is not plain")
     return value
-
-
-def _short(text: str) -> str:
-    """The text for a message: on one line, and not too long."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
@@ -13,6 +14,11 @@ import yaml
 
 from catpo.config import arms
 from catpo.errors import UserError
+
+MAX_BYTES = 1_000_000
+"""A larger file is none that somebody wrote."""
+MAX_BRACKETS = 1000
+"""Reading takes time with the square of how deep they are nested."""
 
 
 class Lines(dict[Any, Any]):
@@ -64,7 +70,12 @@ def load(path: Path, *, what: str, advice: str) -> Any:
         UserError: no such file, not YAML, a key twice.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, which no {what} needs. {advice}")
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise UserError(f"{path} has more than {MAX_BRACKETS:,} brackets, which no {what} needs. Write it flat.")
+        return yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). {advice}") from error
     except UnicodeDecodeError as error:
@@ -125,5 +136,5 @@ def word(hint: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message, not too long."""
-    text = repr(value)
+    text = reprlib.repr(value)  # never the whole of it: aliases of YAML make a little text very much
     return text if len(text) <= 60 else text[:57] + "..."

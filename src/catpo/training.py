@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, SchedulerType
 
 from catpo import disk
 from catpo.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.checkpoints import AllTrained, WholeCheckpoints, last_whole
-from catpo.data import dev_split, open_data
-from catpo.errors import Stopped, UserError
+from catpo.data import dev_split, read_pairs
+from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.processes import Team
+from catpo.rewards import RewardStore
 from catpo.runs import check_same, process_count, read_json, read_rows, versions, write_json
-from catpo.spec import Spec, check_options, parse
+from catpo.skipped import Skipped
+from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
@@ -74,7 +76,9 @@ def train(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     report_to: str = "none",
+    on_error: str = "stop",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
     """Train a model on preference pairs; writes `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/` into `output`.
@@ -87,6 +91,8 @@ def train(
         dev_share: share of the pairs kept out of training and logged as `eval_…`.
         resume: go on from the last checkpoint in `output`.
         save_steps: a checkpoint every so many steps; 0: one per epoch.
+        on_error: `skip` leaves out pairs that cannot be used or were not scored, and says in `catpo.json` which.
+        trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
         UserError: see `CatPOTrainer`; or `output` holds another run.
@@ -103,13 +109,30 @@ def train(
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
                 return TrainingResult(output, output / "model", _last_metrics(output))
-        everything = list(open_data(pairs).pairs()) if isinstance(pairs, str | Path) else pairs
-        train_pairs, dev_pairs = dev_split([check_pair(pair) for pair in everything][:limit], dev_share, seed)
+        check_positive(
+            batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
+        )
+        check_not_negative(
+            learning_rate=learning_rate, epochs=epochs, warmup_steps=warmup_steps, weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm, seed=seed, save_steps=save_steps, adaptive=adaptive, workers=workers,
+        )  # fmt: skip
+        if scheduler not in (known := [each.value for each in SchedulerType]):
+            raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+        skipped = Skipped(on_error)
+        everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else _checked(pairs, skipped, limit)
+        train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
         if quantization is not None and lora is None:
             raise UserError(
                 "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
             )
-        family = families.load(model, device=device, dtype=dtype, quantization=quantization, attention=attention)
+        family = families.load(
+            model, device=device, dtype=dtype, quantization=quantization, attention=attention,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if skipped.goes_on:
+            usable = _usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
+            train_pairs, dev_pairs = dev_split(usable, dev_share, seed)
+            skipped.write(output)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
@@ -146,7 +169,7 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs))
+        about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs), skipped)
         if team.is_first:
             write_json(output / "catpo.json", {**about(), "complete": False})
         with families.quiet(), on_sigterm() as stop, disk.explained(lambda: _whole_so_far(output)):
@@ -181,7 +204,26 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
         )
 
 
-_NOT_SETTINGS = ("output", "resume", "pairs", "workers", "report_to", "progress", "device")
+_NOT_SETTINGS = (
+    "output", "resume", "pairs", "workers", "report_to", "progress", "device", "on_error", "trust_remote_code",
+)  # fmt: skip
+
+
+def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
+    return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
+
+
+def _usable(
+    pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
+) -> list[PreferencePair]:
+    """The pairs that the model can read and that were scored."""
+
+    def use(pair: PreferencePair) -> None:
+        if store is not None:
+            store.get(pair.id, "chosen")
+        family.encode(pair, max_length=max_length)
+
+    return skipped.usable(pairs, use, lambda pair: f"pair {pair.id}")
 
 
 def _is_on_cpu(device: str | None) -> bool:
@@ -244,7 +286,9 @@ def _save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int) -> dict[str, Any]:
+def _provenance(
+    trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int, skipped: Skipped
+) -> dict[str, Any]:
     objective = trainer.objective
     return {
         "format": 1,
@@ -255,6 +299,7 @@ def _provenance(trainer: CatPOTrainer, settings: Mapping[str, Any], train_count:
         "model": trainer.family.model_id,
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": dev_count},
+        **({"skipped": skipped.summary()} if skipped.goes_on else {}),
         "settings": dict(settings),
         "processes": {"count": process_count(), "engine": trainer.accelerator.distributed_type.value},
         "versions": versions(),

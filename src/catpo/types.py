@@ -18,6 +18,10 @@ Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 MAX_PIXELS = 100_000_000
 """A larger picture is refused as a decompression bomb."""
+MAX_BYTES = 200_000_000
+"""A larger file is refused before it is read."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+"""Formats that are opened. Pillow knows more, among them PostScript, which it hands to another program to run."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class Picture:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(content)) as image:
+                with opened(content) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise UserError(
                             f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
                         )
-                    return ImageOps.exif_transpose(image).convert("RGB")
+                    return _of_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         except UserError:
             raise
         except (
@@ -69,6 +73,8 @@ class Picture:
         if self.data is not None:
             return self.data
         try:
+            if self.load is None and (size := cast(Path, self.path).stat().st_size) > MAX_BYTES:
+                raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")
             content = self.load() if self.load is not None else cast(Path, self.path).read_bytes()
         except OSError as error:
             raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
@@ -80,8 +86,26 @@ class Picture:
         """Hash of the encoded bytes: the picture's identity."""
         return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or str(self.path or "in memory")
+
     def __str__(self) -> str:
-        return f"picture '{self.name or self.path or 'in memory'}'"
+        return f"picture '{self.label}'"
+
+
+def opened(content: bytes) -> Image.Image:
+    """Encoded bytes as a picture whose pixels are not read yet; raises what Pillow raises."""
+    Image.init()  # else it knows its most frequent formats only
+    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits as viewers show it; Pillow would cut all values above 255 off."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from catpo.errors import UserError
 ANSWER_FIELDS = ("answer", "response", "text", "caption", "prediction", "output")
 """What files call the answer, in the order looked for."""
 ID_FIELDS = ("id", "question_id", "image_id")
+MAX_BYTES = 200_000_000
+"""Of a file of answers; the largest official one has some millions."""
 SHOWN = 10
 """Ids named in a message."""
 
@@ -24,9 +26,9 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist. Give a file with answers: `--answers FILE`.")
-    records = parse_records(decode(contents(path), path), str(path))
+    records = parse_records(decode(contents(path, most=MAX_BYTES), path), str(path))
     if not records:
-        raise UserError(f"{path} has no answers in it.")
+        raise UserError(f"{path} has no answers in it. Give a file with answers: `--answers FILE`.")
     return records
 
 

@@ -5,7 +5,6 @@ Source: LisaAnne/Hallucination utils/chair.py:14-127, and the forks that replace
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,4 +183,4 @@ def _captions(folder: Folder) -> dict[str, list[str]]:
 
 def _each(folder: Folder, kind: str) -> Iterator[Any]:
     for split in ("train", "val"):
-        yield json.loads(folder.read(f"{kind}_{split}2014.json"))
+        yield folder.json(f"{kind}_{split}2014.json")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from catpo import strictjson
 from catpo.errors import UserError
 from catpo.types import Picture
+
+MAX_BYTES = 2_000_000_000
+"""More is not read from one file; the largest official one, COCO's instances of train2014, has 448 million."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +125,20 @@ class Folder:
         return self.known_pictures[file]
 
 
-def contents(path: Path) -> bytes:
-    """Bytes of a file, unpacked if it ends with .gz.
+def contents(path: Path, *, most: int = MAX_BYTES) -> bytes:
+    """Bytes of a file, unpacked if it ends with .gz; not more than `most`.
 
     Raises:
-        UserError: it cannot be read or unpacked.
+        UserError: it cannot be read or unpacked, or is too large.
     """
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+            content = stream.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}). Check the path, or get the file again.") from error
+    if len(content) > most:
+        raise UserError(f"{path} holds more than {most:,} bytes. Is it the right file? Give another, or parts of it.")
+    return content
 
 
 def decode(content: bytes, path: str | Path) -> str:
@@ -155,19 +163,27 @@ def parse_records(text: str, where: str) -> list[Record]:
         UserError: a row is not JSON or not an object; names it.
     """
     if text.lstrip().startswith("["):
-        listed = enumerate(_json(text, where), start=1)
-        records = [Record(f"{where}: row {number}", row) for number, row in listed]
+        rows = [(f"{where}: row {number}", row) for number, row in enumerate(_json(text, where), start=1)]
     else:  # not splitlines(): U+2028 may stand inside a JSON text
         lines = [(f"{where}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        records = [Record(place, _json(line.removesuffix(","), place)) for place, line in lines]  # SEED-Bench ends with commas
-    for record in records:
-        if not isinstance(record.row, dict):
-            raise UserError(f"{record.place} must be a JSON object.")
-    return records
+        rows = [(place, _json(line.removesuffix(","), place)) for place, line in lines]  # SEED-Bench ends with commas
+    return [_record(place, row) for place, row in rows]
+
+
+def _record(place: str, row: Any) -> Record:
+    if not isinstance(row, dict):
+        raise UserError(f"{place} must be a JSON object.")
+    for name, value in row.items():
+        if isinstance(value, str) and not value.isascii() and _HALVES.search(value):
+            raise UserError(f"{place}: '{name}' holds half a character (a lone surrogate). Remove it.")
+    return Record(place, row)
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return strictjson.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}). Mend or remove it.") from error

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
-from catpo.errors import UserError
+from catpo.errors import UserError, shown
 from catpo.types import Picture, PreferencePair, Sample, check_pair, pair_id
 
+MAX_TEXT = 1_000_000
+"""Characters of the longest text; no model reads as much, so a longer one is a mistake in the data."""
 Made = TypeVar("Made")
 Scanned = tuple[str, "PreferencePair | Sample | UserError"]
 """Place of a row, and what it becomes, or why it becomes nothing."""
@@ -44,6 +46,11 @@ class Dataset:
         dataset = cls(*arguments, **options)
         rows: Iterator[Any] = dataset.pairs() if type(dataset).pairs is not Dataset.pairs else dataset.samples()
         yield from ((f"row {number}", row) for number, row in enumerate(rows))
+
+    @classmethod
+    def words(cls, *arguments: Any, **options: Any) -> Mapping[str, str] | None:
+        """The vocabulary, also of a data set with bad rows."""
+        return cls.vocabulary
 
 
 class RowDataset(Dataset):
@@ -83,7 +90,9 @@ class Row:
     values: Mapping[str, Any]
 
     def error(self, field: str, problem: str) -> UserError:
-        return UserError(f"{self.where}: field '{field}' {problem}.")
+        """What is wrong with a field; where the problem does not say what to do, mending or removing the row is it."""
+        advice = "" if ". " in problem else " Correct the row or remove it."
+        return UserError(f"{self.where}: field '{field}' {problem}.{advice}")
 
     def text(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""
@@ -116,10 +125,12 @@ class Row:
             raise self.error(field, "is missing" if value is None else f"must be a text, not {type(value).__name__}")
         if not value.strip():
             raise self.error(field, "is empty")
+        if len(value) > MAX_TEXT:
+            raise self.error(field, f"is longer than {MAX_TEXT:,} characters. Shorten the text, or remove the row")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise self.error(field, f"holds half a character (a lone surrogate at {error.start})") from error
+            raise self.error(field, f"holds half a character (a lone surrogate at {error.start}). Remove it") from error
         return value
 
     def picture(self, field: str, name: Any, root: Path) -> Picture:
@@ -127,15 +138,16 @@ class Row:
         name = self.checked(field, name)
         is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or PureWindowsPath(name).drive
         if is_absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
-            raise self.error(field, f"'{name}' leaves the folder. Give a path relative to {root}, inside it")
+            raise self.error(field, f"'{shown(name)}' leaves the folder. Give a path relative to {root}, inside it")
         try:
             path = (root / name).resolve()
             if not path.is_relative_to(root):
-                raise self.error(field, f"'{name}' is a link that leads out of the folder. Put the picture itself inside")
+                raise self.error(field, f"'{shown(name)}' is a link that leads out of the folder. Put the picture inside")
             if not path.is_file():
-                raise self.error(field, f"'{name}' is not a file in {root}. Check the name")
+                raise self.error(field, f"'{shown(name)}' is not a file in {root}. Check the name")
         except (OSError, ValueError, RuntimeError) as error:  # NUL in the name, a name too long, a loop of links
-            raise self.error(field, f"{name!r} is not a usable path ({error})") from error
+            reason = getattr(error, "strerror", None) or error
+            raise self.error(field, f"'{shown(name)}' is not a usable path ({reason})") from error
         return Picture(path=path, name=f"{name} ({self.where})")
 
 

@@ -6,12 +6,14 @@ Pictures stay encoded, and on disk, until they are opened. Knows no column by na
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import logging
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -47,9 +49,10 @@ class Table:
             raise UserError(f"{plugin} needs a place to read: {plugin}(source='FILE, FOLDER or hub id').")
         path = Path(source)
         try:
-            data = _local(path, split, streaming) if path.exists() else _hub(str(source), split, streaming)
-        except FAILURES as error:
-            first_line = str(error).strip().split("\n", 1)[0]
+            with _quiet():
+                data = _local(path, split, streaming) if path.exists() else _hub(str(source), split, streaming)
+        except (*FAILURES, StopIteration) as error:  # the latter of an empty file
+            first_line = str(error).strip().split("\n", 1)[0] or "it is empty"
             raise UserError(
                 f"{plugin}: '{source}' cannot be read ({first_line}). Give a .parquet or .json file, a folder of them, a "
                 "folder made by save_to_disk, or the id of a data set on the hub (needs a connection the first time)."
@@ -63,7 +66,9 @@ class Table:
             for number, values in enumerate(self.data):
                 yield Row(f"{self.name}, row {number}", {**values, NUMBER: number})
         except FAILURES as error:
-            raise UserError(f"{self.name} cannot be read to its end ({str(error).splitlines()[0]}).") from error
+            raise UserError(
+                f"{self.name} cannot be read to its end ({str(error).splitlines()[0]}). Mend the file or get it again."
+            ) from error
 
     def pictures(self, row: Row, field: str) -> tuple[Picture, ...]:
         """The picture(s) of a row: encoded bytes, or names inside `root`."""
@@ -76,11 +81,27 @@ class Table:
     def _picture(self, row: Row, field: str, cell: Any, place: int) -> Picture:
         name = row.where + (f", picture {place}" if place else "")
         if isinstance(cell, Mapping) and cell.get("bytes"):
+            if not isinstance(cell["bytes"], bytes):
+                raise row.error(field, f"must hold the picture's bytes, not {type(cell['bytes']).__name__}")
             if not isinstance(self.data, datasets.Dataset):
                 return Picture(data=bytes(cell["bytes"]), name=name)
             return Picture(load=partial(_cell, self.data, row.values[NUMBER], field, place), name=name)
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         return row.picture(field, path, self.root)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's log of what it could not read, tracebacks in it: the error itself says what there is to say."""
+    level, had_bars = logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 NUMBER = "row number"

@@ -9,16 +9,16 @@ Every row is checked when the folder is opened, so that nothing fails halfway; p
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from catpo import strictjson
 from catpo.datasets import _base
 from catpo.datasets._base import Row
-from catpo.errors import UserError
+from catpo.errors import UserError, did_you_mean
 from catpo.runs import read_json
 from catpo.types import SIDES, Picture, PreferencePair, Sample, Span, check_pair, pair_id
 
@@ -26,6 +26,8 @@ DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "labels", "meta", "references", "truth")
 USUAL_FILES = ("pairs.jsonl", "data.jsonl")
 LABELS = ("grounded", "hallucinated")
+MAX_LINE = 16_000_000
+"""Bytes of the longest row."""
 
 
 class Dataset(_base.Dataset):
@@ -81,6 +83,11 @@ class Dataset(_base.Dataset):
         """Every line, bad ones too."""
         return islice(_reader(Path(source), prompt).scan(), limit)
 
+    @classmethod
+    def words(cls, source: str | Path, *, vocabulary: str | None = None, **options: Any) -> Mapping[str, str] | None:
+        """DIR/vocabulary.json, or the file named."""
+        return _vocabulary(_row_file(Path(source)).parent, vocabulary)
+
 
 def _reader(source: Path, prompt: str) -> _Reader:
     file = _row_file(source)
@@ -111,6 +118,7 @@ class _Reader:
             where = f"{self.file}:{number}"
             try:
                 row = _Row(where, _object(line, where))
+                row.unknown()
                 made = self._pair(row) if row.is_pair else self._sample(row, number)
                 if made.id in seen:
                     raise UserError(
@@ -125,7 +133,7 @@ class _Reader:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with open(self.file, "rb") as stream:
-                for number, line in enumerate(stream, start=1):
+                for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
                     content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                     if content.strip():
                         yield number, content
@@ -137,14 +145,11 @@ class _Reader:
         prompt, chosen, rejected = row.text("prompt", self.prompt), row.text("chosen"), row.text("rejected")
         texts = {"chosen": chosen, "rejected": rejected}
         meta = {**row.mapping("meta"), **row.unknown()}
-        labels: dict[str, tuple[Span, ...]] = {
-            side: row.spans(side, texts[side]) for side in SIDES if side in row.mapping("labels")
-        }
+        labels: dict[str, tuple[Span, ...]] = {side: row.spans(side, texts[side]) for side in SIDES if side in row.labels()}
         name = row.identity() or row.named(lambda: pair_id(images, prompt, chosen, rejected))
         return row.named(lambda: check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta)))
 
     def _sample(self, row: _Row, number: int) -> Sample:
-        row.unknown()
         return Sample(
             id=row.identity() or str(number),
             images=self._images(row),
@@ -189,6 +194,14 @@ class _Row(Row):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise self.error(f"truth.{key}", "must be a list of object names")
         return truth
+
+    def labels(self) -> dict[str, Any]:
+        """Side -> its labelled stretches, not yet checked."""
+        labels = self.mapping("labels")
+        for key in labels:
+            if key not in SIDES:
+                raise self.error(f"labels.{key}", f"is not known. {did_you_mean(key, SIDES)} Rename it")
+        return labels
 
     def spans(self, side: str, text: str) -> tuple[Span, ...]:
         """Labelled stretches of a response: [[start, end, "grounded" or "hallucinated"], ...]."""
@@ -253,8 +266,10 @@ def _vocabulary(root: Path, name: str | None) -> Mapping[str, str] | None:
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise UserError(f"{where} is longer than {MAX_LINE:,} bytes. Is it JSON Lines? Each line must be one JSON object.")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = strictjson.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:

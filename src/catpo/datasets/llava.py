@@ -16,13 +16,13 @@ The formats are told apart by their fields:
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from catpo import strictjson
 from catpo.datasets import _base
 from catpo.datasets._base import Row, make_pair
 from catpo.datasets._table import Table
@@ -117,6 +117,8 @@ class Dataset(_base.RowDataset):
         if self.table is not None:
             return self.table.pictures(row, field)
         value = row.values.get(field)
+        if value == []:
+            raise row.error(field, "is an empty list. Give at least one picture")
         return tuple(row.picture(field, name, self.root) for name in (value if isinstance(value, list) else [value]))
 
 
@@ -125,17 +127,19 @@ def _json_rows(path: Path) -> Iterator[Row]:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            values: Any = [json.loads(line) for line in content.splitlines() if line.strip()]
+            values: Any = [strictjson.loads(line) for line in content.split("\n") if line.strip()]
         else:
-            values = json.loads(content)
+            values = strictjson.loads(content)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
+        raise UserError(f"{path} is not valid JSON ({error}). Mend it, or write it again.") from error
     if isinstance(values, dict):
         values = [{"image_id": number, **value} if isinstance(value, dict) else value for number, value in values.items()]
     if not isinstance(values, list):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}, not a list of rows.")
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, not a list of rows. Give it one: [{{...}}, ...].")
     for number, value in enumerate(values):
         yield Row(f"{path}, row {number}", value if isinstance(value, dict) else {})
 
@@ -174,18 +178,23 @@ def _scored(row: Row) -> list[tuple[float, str]]:
     """Score and text of each answer: its `score`, or the mean of its ratings (Silkie); unrated answers are left out."""
     completions = row.values["completions"]
     if isinstance(completions, Mapping):  # as the `datasets` library turns a list of objects: an object of lists
+        columns = list(completions.values())
+        if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+            raise row.error("completions", "must be a list of answers")
         completions = [dict(zip(completions, values, strict=True)) for values in zip(*completions.values(), strict=True)]
     if not isinstance(completions, list) or not all(isinstance(each, Mapping) for each in completions):
         raise row.error("completions", "must be a list of answers")
-    scores = [(_score(each), row.checked("completions.response", each.get("response"))) for each in completions]
+    scores = [(_score(row, each), row.checked("completions.response", each.get("response"))) for each in completions]
     return [(score, text) for score, text in scores if score is not None]
 
 
-def _score(answer: Mapping[str, Any]) -> float | None:
+def _score(row: Row, answer: Mapping[str, Any]) -> float | None:
     score = answer.get("score")
     if isinstance(score, int | float):
         return float(score)
-    ratings = [each.get("Rating") for each in (answer.get("annotations") or {}).values() if isinstance(each, Mapping)]
+    if not isinstance(annotations := answer.get("annotations") or {}, Mapping):
+        raise row.error("completions.annotations", "must be an object: {...}")
+    ratings = [each.get("Rating") for each in annotations.values() if isinstance(each, Mapping)]
     numbers = [float(str(rating)) for rating in ratings if str(rating).replace(".", "", 1).isdigit()]
     return sum(numbers) / len(numbers) if numbers else None
 

@@ -8,11 +8,11 @@ question, chosen and rejected, or these three as columns. The other columns are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from catpo import strictjson
 from catpo.datasets import _base
 from catpo.datasets._base import Row, make_pair
 from catpo.datasets._table import NUMBER, Table
@@ -52,8 +52,8 @@ class Dataset(_base.RowDataset):
         if text is None:
             return row
         try:
-            inner = json.loads(text) if isinstance(text, str) else text
-        except ValueError as error:
+            inner = strictjson.loads(text) if isinstance(text, str) else text
+        except (ValueError, RecursionError) as error:
             raise row.error("text", f"is not valid JSON ({error})") from error
         if not isinstance(inner, dict):
             raise row.error("text", "must be a JSON object with question, chosen and rejected")

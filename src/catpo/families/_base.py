@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
+from jinja2 import TemplateError
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,13 +34,14 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from catpo import memory, registry
 from catpo.attention import recordable
-from catpo.errors import UserError
+from catpo.errors import UserError, did_you_mean
 from catpo.head import Head
 from catpo.packing import as_numbers
+from catpo.runs import read_json
 from catpo.tensors import fingerprint
 from catpo.types import SIDES, PatchGrid, Picture, PreferencePair, Sample, Side
 
@@ -261,7 +265,10 @@ class Family:
         """
         text = self.prompt_text(pair.prompt, len(pair.images), name=f"pair {pair.id}")
         pictures = [picture.open() for picture in pair.images]
-        inputs = self._processed([pictures], [text])
+        try:
+            inputs = self._processed([pictures], [text])
+        except UserError as error:
+            raise UserError(f"pair {pair.id}: {error}") from error
         prompt_ids = inputs.pop("input_ids")[0].tolist()
         inputs.pop("attention_mask", None)
         per_token = {name: inputs.pop(name)[0].tolist() for name in TOKEN_INPUTS if name in inputs}
@@ -272,12 +279,19 @@ class Family:
         }
         encoded = Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs, per_token)
         longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
+        self._check_positions(longest, f"pair {pair.id}")
         if max_length is not None and longest > max_length:
             raise UserError(
                 f"pair {pair.id}: {longest} tokens ({len(patches)} of them image tokens) exceed max_length={max_length}. "
                 "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
             )
         return encoded
+
+    def _check_positions(self, count: int, name: str) -> None:
+        """Refuse what is longer than anything the model was made for; it would cost much memory and mean little."""
+        most = getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and count > most:
+            raise UserError(f"{name}: {count:,} tokens are more than the {most:,} that the model reads. Shorten or remove it.")
 
     def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
         """A pair's texts alone, as the model reads a prompt without a picture."""
@@ -308,9 +322,15 @@ class Family:
     def _processed(self, pictures: Sequence[Sequence[Image]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
         lacks_bos = any(self._begins_without_bos(text) for text in texts)  # all of them: they share a template
         nested = [list(group) for group in pictures]
-        return dict(
-            self.processor(images=nested, text=list(texts), return_tensors="pt", add_special_tokens=lacks_bos, **options)
-        )
+        try:
+            return dict(
+                self.processor(images=nested, text=list(texts), return_tensors="pt", add_special_tokens=lacks_bos, **options)
+            )
+        except (ValueError, ZeroDivisionError) as error:  # e.g. Qwen-VL's, of pictures 200 times as wide as high
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for group in pictures for picture in group[:3])
+            raise UserError(
+                f"the model's processor refuses a picture ({_first_line(error)}). Sizes: {sizes}. Replace or remove it."
+            ) from error
 
     def _begins_without_bos(self, text: str) -> bool:
         """Whether the tokenizer has to put the begin-of-sequence token: some chat templates write it, some leave it out."""
@@ -334,6 +354,11 @@ class Family:
             raise UserError(
                 f"{self.model_id} has no chat template, so its prompts are not known. Use an instruction-tuned checkpoint, or "
                 "put chat_template.jinja beside its processor."
+            ) from error
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"{self.model_id}: its chat template cannot be used ({_first_line(error)}). Correct chat_template.jinja beside "
+                "its processor."
             ) from error
 
     def _refuse_special(self, text: str, name: str) -> None:
@@ -533,6 +558,7 @@ class Family:
             inputs = self.process(
                 [samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left"
             )
+            self._check_positions(inputs["input_ids"].shape[1], f"sample {samples[batch[0]].id}")  # the longest
             random_of = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
             with memory.explained(f"answering {len(batch)} questions at once", self.model), random_of:
                 torch.manual_seed(int(_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
@@ -566,8 +592,16 @@ class Family:
         start = self.tokenizer.decode(before, skip_special_tokens=True)
         text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[len(start) :]  # with its leading space
         last = ids[count - 1]
-        ending = "answer" if last in self._stops else "sentence" if last in ends else "cut"
+        ending: Literal["answer", "sentence", "cut"] = (
+            "answer" if last in self._stops else "sentence" if last in ends else "cut"
+        )
         return Sentence(text if begun else text.lstrip(), tuple(logps[:count]), ending)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line; a first line that ends with a colon says nothing without the second."""
+    first, _, rest = (str(error).strip() or type(error).__name__).partition("\n")
+    return f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -649,18 +683,28 @@ def load(
     if adapter is None and (Path(path) / "adapter_config.json").is_file():
         path, adapter = _adapter_base(Path(path)), path
     options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
+    _check_dtype(dtype)
+    _check_device(device)
+    _refuse_pickles(Path(path), f"model '{model}'", ("model.safetensors", "model.safetensors.index.json"))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with quiet():
-            loaded = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+            loaded, found = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
         processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
+    except FAILURES as error:
+        raise _not_loaded(model, error) from error
+    if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"model '{model}' cannot be loaded: {first_line} Give a hub id, a folder made by save_pretrained, or 'builtin'."
-        ) from error
+            f"model '{model}' lacks {len(missing)} of its weights, {missing[0]} among them, which would be random numbers. "
+            "Get the checkpoint again."
+        )
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
     loaded.to(device or best_device()).eval()
@@ -670,29 +714,72 @@ def load(
     return family
 
 
+FAILURES = (
+    OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises over a checkpoint that is not there, is damaged, or is none."""
+
+
+def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model '{model}' brings Python code of its own, which is not run unless you ask for it. Read that code, then give "
+            "--trust-remote-code (trust_remote_code=True)."
+        )
+    return UserError(
+        f"model '{model}' cannot be {done}: {_first_line(error)} Give a hub id, a folder made by save_pretrained, or 'builtin'."
+    )
+
+
+def _refuse_pickles(folder: Path, name: str, wanted: Sequence[str]) -> None:
+    """Weights in another format than safetensors can run code when they are opened: they are told, and left alone."""
+    if not folder.is_dir() or any((folder / file).is_file() for file in wanted):
+        return
+    pickles = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles:
+        raise UserError(
+            f"{name} has its weights in {pickles[0]}, a format that can run code when it is opened. Only safetensors are "
+            "loaded: get them from its publisher, or write them with save_pretrained in a place where nothing can be lost."
+        )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and not (isinstance(found := getattr(torch, dtype, None), torch.dtype) and found.is_floating_point):
+        raise UserError(f"dtype='{dtype}' is not known. {did_you_mean(dtype, ('auto', 'float32', 'bfloat16', 'float16'))}")
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise UserError(f"device='{device}' cannot be used ({_first_line(error)}). Give cpu, cuda, or leave it out.") from error
+
+
 def best_device() -> str:
     """A GPU if there is one; of several processes on a machine, each takes its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def blueprint(model: str | Path, *, dtype: str = "auto", quantization: str | None = None) -> Family:
+def blueprint(
+    model: str | Path, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+) -> Family:
     """The family of a model whose weights are not loaded: shapes, names and the real processor, for plans and checks.
 
     Raises:
         UserError: as `load`.
     """
     path = resolve(model)
+    _check_dtype(dtype)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config, dtype=precision)
+            empty = AutoModelForImageTextToText.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
         if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
             empty.generation_config = GenerationConfig.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"model '{model}' cannot be read: {first_line} Give a hub id, a folder, or 'builtin'.") from error
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        raise _not_loaded(model, error, "read") from error
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
@@ -737,8 +824,8 @@ def quiet() -> Iterator[None]:
 
 
 def _adapter_base(adapter: Path) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
+    base = read_json(adapter / "adapter_config.json", made_by="save_pretrained").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise UserError(
             f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}."
         )
@@ -753,7 +840,12 @@ def _processor_folder(path: str, adapter: str | Path | None) -> str:
 def _with_adapter(model: Any, adapter: str | Path) -> Any:
     from peft import PeftModel  # only where an adapter is used: peft starts slowly
 
+    _refuse_pickles(Path(adapter), f"adapter '{adapter}'", ("adapter_model.safetensors",))
     try:
+        cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
         return PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"adapter '{adapter}' cannot be put on the model: {str(error).splitlines()[0]}") from error
+    except FAILURES as error:
+        raise UserError(
+            f"adapter '{adapter}' cannot be put on the model: {_first_line(error)} Give a folder made by save_pretrained of an "
+            "adapter of this model, with adapter_model.safetensors."
+        ) from error

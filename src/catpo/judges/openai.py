@@ -9,6 +9,7 @@ user's cache folder, or in the file that `cache` names, by a hash of model, serv
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ class Judge(_Base):
         repeat: number of the repetition. Another number asks anew instead of taking the kept reply; for the spread of a judge.
         workers: questions under way at once.
         timeout: seconds that a reply may take.
+        retries: how often a server that is busy, slow or broken is asked again, after 1, 2, 4, … seconds or when it says.
         cache: file of replies; '' for the user's own, 'none' to keep nothing.
     """
 
@@ -48,6 +50,7 @@ class Judge(_Base):
         repeat: int = 1,
         workers: int = 4,
         timeout: float = 120.0,
+        retries: int = 6,
         cache: str = "",
     ) -> None:
         if not model:
@@ -55,7 +58,9 @@ class Judge(_Base):
         for name, value in (("repeat", repeat), ("workers", workers)):
             if value < 1:
                 raise UserError(f"openai({name}={value}): it must be 1 or more.")
-        self.server = ChatServer(model, base_url=base_url, timeout=timeout)
+        if not 0 < timeout < math.inf or retries < 0:
+            raise UserError(f"openai(timeout={timeout}, retries={retries}): give seconds above 0, and 0 retries or more.")
+        self.server = ChatServer(model, base_url=base_url, timeout=timeout, retries=retries)
         options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         self.given = {name: value for name, value in options.items() if value is not None}
         self.decoding = _sent(self.given)

@@ -8,10 +8,10 @@ completions, one per question in order.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from catpo import strictjson
 from catpo.errors import UserError
 from catpo.judges._base import Judge as _Base
 
@@ -52,9 +52,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         listed = (
-            json.loads(text)
+            strictjson.loads(text)
             if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
+            else [strictjson.loads(line) for line in text.split("\n") if line.strip()]
         )
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check the path.") from error

@@ -77,7 +77,11 @@ def load_run(folder: Path, name: str) -> Run:
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} holds no training run (no metrics.jsonl in it). `catpo train --output {folder}` makes one.")
     about = read_json(folder / "catpo.json", made_by="catpo train") if (folder / "catpo.json").is_file() else {}
-    return Run(name, folder, about, read_rows(folder / "metrics.jsonl"))
+    rows = read_rows(folder / "metrics.jsonl")
+    for number, row in enumerate(rows, start=1):
+        if not _is_number(row.get("step", 0)):
+            raise UserError(f"{folder / 'metrics.jsonl'}:{number}: 'step' must be a number. Remove the line or train again.")
+    return Run(name, folder, about, rows)
 
 
 def training_curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[tuple[str, Markup]]:

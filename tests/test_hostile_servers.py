@@ -1,0 +1,218 @@
+"""Judges and served models that are slow, silent, broken or without end, and a key that must never be seen again."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catpo.cli import main
+from catpo.pairs_file import write_pairs
+from fake_chat import Answer, completion, serve
+from report_fixtures import make_pairs
+
+CANARY = "sk-canary-0123456789abcdef"
+QUESTION = {
+    "question": "What is on the mat?", "gt_answer": "A dog.", "question_type": "attribute", "image_id": "a",
+    "image_src": "a.jpg", "image_content": ["dog", "mat"], "model_answer": "A cat.",
+}  # fmt: skip
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: Any) -> int:
+    try:
+        main([str(each) for each in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def judged(url: str, *, timeout: float = 0.3, retries: int = 0) -> list[Any]:
+    """Answers to MMHal-Bench's first question, graded by the judge at an address."""
+    folder = Path("official/mmhal")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "response_template.json").write_text(json.dumps([QUESTION]))
+    Path("answers.json").write_text(json.dumps([QUESTION]))
+    judge = f"openai(model='judge', base_url={url!r}, timeout={timeout}, retries={retries})"
+    return ["evaluate", "--benchmarks", "mmhal", "--data", "official", "--answers", "answers.json", "--judge", judge,
+            "--output", "out"]  # fmt: skip
+
+
+@contextmanager
+def raw(talk: Callable[[socket.socket, threading.Event], None]) -> Iterator[str]:
+    """A server that reads a request and then does what `talk` does, until the end of the test."""
+    over = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.05)
+
+    def answer(connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.recv(65536)
+                talk(connection, over)
+            except OSError:  # the client has gone
+                pass
+
+    def listen() -> None:
+        while not over.is_set():
+            try:
+                threads.append(threading.Thread(target=answer, args=(listener.accept()[0],)))
+            except TimeoutError:
+                continue
+            threads[-1].start()
+
+    threads = [threading.Thread(target=listen)]
+    threads[0].start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        listener.close()
+
+
+def never(connection: socket.socket, over: threading.Event) -> None:
+    over.wait()
+
+
+def drop_by_drop(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
+    while not over.wait(0.02):
+        connection.sendall(b" ")
+
+
+def headers_without_end(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(HEAD)
+    while not over.is_set():
+        connection.sendall(b"X-More: " + b"x" * 4000 + b"\r\n")
+
+
+def hundred_megabytes(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
+    for _ in range(1600):
+        if over.is_set():
+            break
+        connection.sendall(b" " * 62_500)
+
+
+def half_a_body(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(HEAD + b'Content-Length: 1000\r\n\r\n{"choices": [')
+
+
+def no_http(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
+def hang_up(connection: socket.socket, over: threading.Event) -> None:
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("talk", "reason"),
+    [
+        (never, "no answer within 0.3 s"),
+        (drop_by_drop, "was not complete within 0.3 s"),
+        (headers_without_end, "the connection broke"),
+        (hundred_megabytes, "more than 1,000,000 bytes"),
+        (half_a_body, "the connection broke"),
+        (no_http, "the connection broke"),
+        (hang_up, "the connection broke"),
+    ],
+)
+def test_a_judge_that_does_not_answer_is_given_up_with_item_reason_and_next_step(
+    talk: Callable[..., None], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with raw(talk) as url:
+        assert run(*judged(url)) == 2
+    message = capsys.readouterr().err
+    assert "mmhal/0" in message and reason in message and "Traceback" not in message
+    assert "give the same command again" in message or "Is it a chat server?" in message
+    assert not Path("out/scores.json").exists() and not list(Path("out").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer(500, b"oops"), "status 500 oops"),
+        (Answer(503, b"x" * 100_000), "status 503"),
+        (Answer(200, b"<html><script>alert(1)</script></html>"), "no chat completion"),
+        (Answer(200, b'{"choices": []}'), "no chat completion"),
+        (Answer(200, b'{"choices": [{"message": {"content": 7}}]}'), "no text"),
+        (Answer(200, b"[" * 100_000), "no chat completion"),
+        (Answer(200, b"\xff\xfe\x00"), "no chat completion"),
+        (Answer(500, b"\x1b[2J\x1b]0;pwned\x07"), "status 500"),
+        (Answer(302, b"", {"Location": "http://127.0.0.1:9/"}), "has moved"),
+        (Answer(400, b'{"error": {"message": "no such option"}}'), "no such option"),
+    ],
+)
+def test_a_judge_that_answers_nonsense_is_told(answer: Answer, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(answer) as chat:
+        assert run(*judged(chat.url)) == 2
+    message = capsys.readouterr().err
+    assert "mmhal/0" in message and reason in message and "Traceback" not in message
+    assert all(sign.isprintable() or sign == "\n" for sign in message) and len(message) < 2000
+    assert not Path("out/scores.json").exists()
+
+
+def test_a_judge_that_was_given_up_is_asked_again_by_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Answer(500), completion("Rating: 5")) as chat:
+        assert run(*judged(chat.url)) == 2
+        assert run(*judged(chat.url)) == 0
+    assert json.loads(Path("out/scores.json").read_text())["benchmarks"]["mmhal"]["metrics"]["score"]["value"] == 5
+
+
+@pytest.mark.parametrize("option", ["timeout=0", "timeout=-1.0", "retries=-1", "timeout='soon'", "api_key='sk-canary-1'"])
+def test_options_of_a_judge_that_cannot_be_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = judged("http://127.0.0.1:9/v1")
+    command[command.index("--judge") + 1] = f"openai(model='judge', {option})"
+    assert run(*command) == 2
+    message = capsys.readouterr().err
+    assert option.partition("=")[0] in message and "canary" not in message
+
+
+def test_the_key_is_in_no_file_and_no_output_whatever_goes_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Judge and served model, good answers and bad: everything they print and write is searched."""
+    for name in ("OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, CANARY)
+    assert run("score", "--pairs", "scenes", "--model", "nobody/nothing", "--output", "store") == 2
+    echo = json.dumps({"error": {"message": f"bad key {CANARY}", "code": CANARY}}).encode()
+    wrong = [Answer(401, echo), Answer(500, echo), Answer(400, echo), Answer(404, echo), Answer(200, CANARY.encode()),
+             Answer(302, b"", {"Location": f"http://127.0.0.1:9/{CANARY}"})]  # fmt: skip
+    for answer in wrong:
+        with serve(answer) as chat:
+            assert run(*judged(chat.url)) == 2
+            assert chat.headers[0]["Authorization"] == f"Bearer {CANARY}"
+    with serve(completion(f"Rating: 5. Your key: {CANARY}", model=CANARY)) as chat:
+        assert run(*judged(chat.url)) == 0
+    served = ["evaluate", "--model", "openai:served", "--benchmarks", "scenes(count=1)", "--output", "served"]
+    with serve(Answer(401, echo)) as chat:
+        assert run(*served, "--base-url", chat.url) == 2
+    with serve(reply=lambda _: completion(f"A dog, {CANARY}", model=CANARY)) as chat:
+        assert run(*served[:-1], "again", "--base-url", chat.url) == 0
+    for secret in (f"http://user:{CANARY}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?key={CANARY}"):
+        assert run(*served, "--base-url", secret) == 2
+    write_pairs(tmp_path / "pairs", make_pairs(tmp_path / "drawn", 1), {})
+    assert run("report", "--pairs", "pairs", "--evaluations", "out", "again", "--output", "report") == 0
+    shown = capfd.readouterr()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in written} >= {"report.html", "scores.json", "answers.jsonl", "judge-replies.jsonl"}
+    assert CANARY not in shown.out + shown.err
+    assert not [path for path, content in written.items() if CANARY.encode() in content]
+    assert "[key]" in (tmp_path / "again/answers.jsonl").read_text()
