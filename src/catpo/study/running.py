@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +19,7 @@ from catpo.errors import UserError
 from catpo.progress import track
 
 
+@runtime_checkable
 class Task(Protocol):
     """What can be run: pairs with scores, or a cell."""
 
