@@ -15,8 +15,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from catpo.errors import UserError
+from catpo.errors import Stopped, UserError
 from catpo.progress import track
+from catpo.stopping import on_sigterm
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ def run_all(
     different = {task.name: task for task in tasks}
     left = [task for task in different.values() if not task.is_finished(output)]
     failed = {}
-    with track(len(different), what, "done", done=len(different) - len(left)) as bar:
+    with track(len(different), what, "done", done=len(different) - len(left)) as bar, on_sigterm() as stop:
         if alone:
             done: Iterator[tuple[Task, str]] = (each for task in left for each in _in_processes([task], output, 1, keep_models))
         elif jobs > 1 and len(left) > 1:
@@ -57,6 +58,7 @@ def run_all(
             if reason:
                 failed[task.name] = reason
             bar.advance(note=task.name + (" FAILED" if reason else ""))
+            stop.leave_if_asked(f"{bar.count} of {len(different)} cells are done in {output}.")
     return failed
 
 
@@ -64,6 +66,8 @@ def _reason(task: Task, output: Path, keep_model: bool) -> str:
     """Run a task; why it failed, or nothing."""
     try:
         task.run(output, keep_model=keep_model)
+    except Stopped:
+        raise
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever it is, the other cells go on
