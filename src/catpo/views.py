@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,17 @@ class View:
         buffer = io.BytesIO()
         self.of_picture(picture.open(), generator).save(buffer, "PPM")
         return Picture(data=buffer.getvalue(), name=f"{picture.name or picture.path} as {self.spec}")
+
+    def of_files(self, pictures: Sequence[Picture], seed: object, asked_by: str) -> tuple[Picture, ...]:
+        """A sample's pictures, drawn one after the other.
+
+        Raises:
+            UserError: this is not a view of the picture itself.
+        """
+        if self.acts_on != "picture":
+            raise UserError(f"{asked_by}: give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
+        generator = self.generator(seed)
+        return tuple(self.of_file(picture, generator) for picture in pictures)
 
     def of_pixels(self, pixels: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What the processor made of a picture, as this view shows it; sizes and grids stay."""

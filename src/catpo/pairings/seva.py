@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from catpo.errors import UserError
 from catpo.pairings._base import Dropped, finish
 from catpo.types import PreferencePair, Sample
 from catpo.views import View
@@ -18,11 +17,7 @@ def asks(sample: Sample, rng: random.Random, *, view: str = "noised(step=500)") 
     Raises:
         UserError: no such view, or one that is not a corrupted picture.
     """
-    shown = View.of(view)
-    if shown.acts_on != "picture":
-        raise UserError(f"seva(view={view!r}): give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
-    generator = shown.generator(rng.random())
-    images = tuple(shown.of_file(image, generator) for image in sample.images)
+    images = View.of(view).of_files(sample.images, rng.random(), f"seva(view={view!r})")
     return [replace(sample, id=f"{sample.id}/seva", images=images)]
 
 
