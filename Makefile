@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all nightly demo bench clean
+.PHONY: help install check format test test-all test-latest test-lowest nightly kills demo bench clean
 
 help:
 	@echo "make demo      pair, score, train, evaluate and report on built-in pictures"
 	@echo "make test      tests (seconds each);  make test-all  adds the slow ones"
 	@echo "make nightly   the tests that read random input, with thousands of examples"
+	@echo "make test-latest   contract tests against the newest transformers, peft and accelerate;  make test-lowest  the oldest allowed"
+	@echo "make kills     kill every command at many moments, go on, compare (long); WORK=score for one"
 	@echo "make bench     speed and memory against TRL; OUT=FILE keeps the figures, CASE=NAME runs one case"
 	@echo "make check     format, lint, types, imports, spelling"
 	@echo "make install   the virtual environment in $(VENV), made on the first use of any of these"
@@ -45,6 +47,15 @@ test-all: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -m nightly --hypothesis-profile=nightly -n $(WORKERS) --dist worksteal
+
+test-latest: $(STAMP)
+	$(BIN)/python tools/test_releases.py latest
+
+test-lowest: $(STAMP)
+	$(BIN)/python tools/test_releases.py lowest
+
+kills: $(STAMP)
+	$(BIN)/python -m bench.kills $(if $(WORK),--work "$(WORK)")
 
 demo: $(STAMP)
 	$(BIN)/catpo demo
