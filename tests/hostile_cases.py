@@ -1148,7 +1148,7 @@ def texts() -> None:
         row = {**PAIR, "chosen": text + " Yes."}
         good(
             f"text-{name}",
-            lambda p, row=row: score(p, p.data(row), "--no-maps", "--no-hidden"),
+            lambda p, row=row: score(p, p.data(row), "--no-maps", "--cache", "logps"),
             lambda p, _, text=text: _scored(p, text),
         )
         good(

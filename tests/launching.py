@@ -53,8 +53,9 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
 def environment_of(recipe: str | Path) -> dict[str, str]:
     """What `accelerate launch --config_file RECIPE` sets in the environment of its processes, but on CPUs."""
     arguments = launch.launch_command_parser().parse_args(["--config_file", str(recipe), "--num_processes", "2", "-m", "catpo"])
-    arguments, *_ = launch._validate_launch_command(arguments)
+    arguments, defaults, _ = launch._validate_launch_command(arguments)
     if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         _, made = prepare_deepspeed_cmd_env(arguments)
     else:
         made = prepare_multi_gpu_env(arguments)

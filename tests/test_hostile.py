@@ -107,7 +107,7 @@ def test_tables_in_the_terminal_show_markup_and_control_characters_as_text(
     for folder in ("[bold]base[/bold]", "other\x1b[2J"):
         make_evaluation(place.path / folder, wrong=0.2)
     assert run(["compare", place.path / "[bold]base[/bold]", place.path / "other\x1b[2J"]) == 0
-    assert run(score(place, place.data({**PAIR, "chosen": "\x1b[2J\x07 [red]dog[/red] \u202eA"}), "--no-hidden")) == 0
+    assert run(score(place, place.data({**PAIR, "chosen": "\x1b[2J\x07 [red]dog[/red] \u202eA"}), "--cache", "logps")) == 0
     assert run(["inspect", place.out, "--pair", RewardStore.open(place.out).pair_ids[0]]) == 0
     shown = capsys.readouterr().out
     assert "[bold]" in shown and "[red]dog" in shown.replace(" ", "")

@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_pair_and_the_term(folder, stor
 
 
 def test_a_store_without_hidden_states_cannot_serve_the_kl(folder, tmp_path):
-    score_pairs(pairs(2), families.load(folder), tmp_path / "bare", hidden=False, progress=False)
+    score_pairs(pairs(2), families.load(folder), tmp_path / "bare", cache="logps", progress=False)
     with pytest.raises(UserError, match="holds no hidden states"):
         CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare")), pairs(2))
     CatPOTrainer(

@@ -44,7 +44,7 @@ class AdaptiveRewards(TrainerCallback):
         family.model.eval()
         family.forget_hash()
         self.collator.weights_from = score_pairs(
-            self.pairs, family, self._path(step), self.settings, hidden=False, maps=False, progress=False
+            self.pairs, family, self._path(step), self.settings, cache="logps", maps=False, progress=False
         )
         family.model.train(was_training)
 

@@ -21,10 +21,11 @@ from catpo import packing
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.fusion import Fusion
-from catpo.head import Direction, Head, add_head_reading, at_head, token_stats
+from catpo.head import Direction, Head, TokenStats, add_head_reading, at_head, token_stats
 from catpo.rewards import RewardStore
 from catpo.stats import kl_direction
 from catpo.tensors import pad_indices
+from catpo.top_words import TopWords, top_kl
 from catpo.types import SIDES, PreferencePair, Side
 
 Batch = dict[str, Any]
@@ -233,6 +234,7 @@ def _pair_forward(
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
+    reference_top: TopWords | None = None,
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> Any:
@@ -246,13 +248,24 @@ def _pair_forward(
     stats = at_head(
         model,
         hidden,
-        token_stats,
+        _stats,
         batch["token_ids"][batch["mask"]],
+        reference_top=reference_top if direction else None,
         reference_hidden=reference_hidden if direction else None,
         reference_head=reference_head,
         direction=direction or "policy||reference",
     )
     return stats if read is None else (stats, read(model, hidden, batch))
+
+
+def _stats(
+    hidden: Tensor, head: Head, tokens: Tensor, *, reference_top: TopWords | None, direction: Direction, **reference: Any
+) -> TokenStats:
+    """Log-probs and the KL to what is known of the reference: its hidden states, or its likeliest words."""
+    if reference_top is None:
+        return token_stats(hidden, head, tokens, direction=direction, **reference)
+    logps = token_stats(hidden, head, tokens).logps
+    return TokenStats(logps, top_kl(hidden, head, tokens, logps, reference_top, direction))
 
 
 def hidden_and_logps(model: Any, batch: Batch) -> tuple[Float[Tensor, "flat width"], Float[Tensor, " flat"]]:
@@ -319,6 +332,10 @@ class PairCollator:
         stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
         if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
             stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
+        elif kl_direction(self.needs) and rewards.has_top:
+            kept = [rewards.top(*response) for response in responses]
+            ids, logps = (torch.from_numpy(np.concatenate(each)) for each in zip(*kept, strict=True))
+            stored |= {"reference_top_ids": ids, "reference_top_logps": logps}
         return stored
 
 

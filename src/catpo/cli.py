@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
@@ -23,6 +23,10 @@ Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`c
 DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
 LONGEST = 1500
 """Characters of a message."""
+Engine = Annotated[
+    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: the engine that recipes/accelerate starts.")
+]
+Processes = Annotated[int | None, Parameter(help="For --dry-run: on so many GPUs; those of the launcher if left out.")]
 STEPS = Group("The five steps", sort_key=0)
 LOOK = Group("Look", sort_key=1)
 START = Group("Start", sort_key=2)
@@ -101,17 +105,23 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
     print(pair(**config.keywords(options)))
 
 
-def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions) -> None:
+def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
     from catpo.plan import plan, plan_tables
 
-    Console().print(*plan_tables(plan(command, config.keywords(options))), sep="\n")
+    Console().print(*plan_tables(plan(command, config.keywords(options), **launched)), sep="\n")
 
 
 @app.command(group=STEPS, sort_key=2)
-def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
+def score(
+    options: Annotated[config.ScoreOptions, Options],
+    *,
+    recipe: Recipe = None,
+    dry_run: DryRun = False,
+    processes: Processes = None,
+) -> None:
     """Score every response token with the reference model, into a reward store."""
     if dry_run:
-        _show_plan("score", options)
+        _show_plan("score", options, processes=processes)
         return
     from catpo.quality import signal_quality
     from catpo.scoring import score
@@ -125,10 +135,17 @@ def score(options: Annotated[config.ScoreOptions, Options], *, recipe: Recipe = 
 
 
 @app.command(group=STEPS, sort_key=3)
-def train(options: Annotated[config.TrainOptions, Options], *, recipe: Recipe = None, dry_run: DryRun = False) -> None:
+def train(
+    options: Annotated[config.TrainOptions, Options],
+    *,
+    recipe: Recipe = None,
+    dry_run: DryRun = False,
+    engine: Engine = "ddp",
+    processes: Processes = None,
+) -> None:
     """Train a model on preference pairs with token weights."""
     if dry_run:
-        _show_plan("train", options)
+        _show_plan("train", options, engine=engine, processes=processes)
         return
     from catpo.training import train
 

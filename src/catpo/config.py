@@ -78,8 +78,8 @@ class ScoreOptions:
     """Attention row of the token itself, or of the position that predicts it."""
     patches: str | int = "all"
     """Patches of all pictures of a pair, or the number of one picture."""
-    hidden: bool = True
-    """Keep the reference's final hidden states, from which training has the exact KL without a reference model."""
+    cache: str = "hidden"
+    """What is kept of the reference for the KL: hidden (states, exact), topk(k=64) (approximate, smaller), or logps (no KL)."""
     maps: bool = True
     """Keep each token's attention map for the report."""
     batch_size: int = 32

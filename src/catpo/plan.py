@@ -26,6 +26,8 @@ from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
+from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
+from catpo.scoring import Cache
 from catpo.spec import parse
 from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
@@ -71,20 +73,31 @@ class Plan:
     token_passes: float
     """Tokens that go through the decoder, forward, over the whole run."""
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Bytes on the device, by part."""
+    """Bytes on each device, by part."""
     store: Mapping[str, int] = field(default_factory=dict)
     """Bytes on disk, by part; a little less after compression."""
+    processes: int = 1
+    engine: str = "ddp"
+    work: Work = field(default_factory=lambda: Work(0.0, 0.0))
+    checkpoint: int = 0
+    """Bytes of one checkpoint: what is trained, and the optimiser's moments of it."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def plan(command: str, options: Mapping[str, Any]) -> Plan:
+def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", processes: int | None = None) -> Plan:
     """The plan of `score` or `train` with the options of that command, as the command line or a recipe gives them.
+
+    `processes` are those of a launcher, if left out; `engine` is one of recipes/accelerate.
 
     Raises:
         UserError: what the command itself would refuse: model, data, objective, or options that do not fit.
     """
+    check_engine(engine)
+    count = process_count() if processes is None else processes
+    if count < 1:
+        raise UserError(f"processes={count} must be 1 or more.")
     family = families.blueprint(
         options["model"],
         dtype=options["dtype"],
@@ -95,10 +108,14 @@ def plan(command: str, options: Mapping[str, Any]) -> Plan:
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")
     encoded = [family.encode(pair, max_length=options["max_length"]) for pair in _spread(everything)]
-    return _score(family, everything, encoded, options) if command == "score" else _train(family, everything, encoded, options)
+    if command == "score":
+        return _score(family, everything, encoded, options, count)
+    return _train(family, everything, encoded, options, engine, count)
 
 
-def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any]) -> Plan:
+def _score(
+    family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any], processes: int
+) -> Plan:
     choose_layers(options["layers"], family.depth)
     row = _row_length(family, encoded)
     bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or families.best_device()))
@@ -120,11 +137,20 @@ def _score(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         steps=math.ceil(len(pairs) / together),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=memory,
-        store=store_bytes(family, encoded, len(pairs), len(options["signals"]), options["hidden"], options["maps"]),
+        store=store_bytes(family, encoded, len(pairs), len(options["signals"]), Cache.of(options["cache"]), options["maps"]),
+        processes=processes,
+        work=Work(len(pairs) * _forward_flops(family, encoded, row), 0.0),
     )
 
 
-def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any]) -> Plan:
+def _train(
+    family: Family,
+    pairs: Sequence[PreferencePair],
+    encoded: Sequence[Encoded],
+    options: Mapping[str, Any],
+    engine: str,
+    processes: int,
+) -> Plan:
     kept, dev = dev_split(pairs, options["dev_share"], options["seed"])
     row = _row_length(family, encoded)
     weights = weight_bytes(family, options["quantization"])
@@ -150,11 +176,13 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         "attention mask": options["batch_size"] * max(row) ** 2,
         "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
-    batches = math.ceil(len(kept) / (options["batch_size"] * process_count()))  # of one epoch
+    batches = math.ceil(len(kept) / (options["batch_size"] * processes))  # of one epoch
     steps = math.ceil(options["epochs"] * math.ceil(batches / options["accumulation"]))
-    passes = options["epochs"] * len(kept) * sum(row) / len(row)
+    seen = options["epochs"] * len(kept)
     if options["max_steps"] > 0:
-        steps, passes = options["max_steps"], passes * options["max_steps"] / steps
+        steps, seen = options["max_steps"], seen * options["max_steps"] / steps
+    passes = seen * sum(row) / len(row)
+    each_token = training_passes(bool(options["lora"]), options["gradient_checkpointing"])
     return Plan(
         command="train",
         model=str(options["model"]),
@@ -165,8 +193,15 @@ def _train(family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[En
         tokens=_tokens(encoded, row),
         steps=steps,
         token_passes=passes * sum(rows),
-        memory={name: size for name, size in memory.items() if size},
-        store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, keeps_kl, True),
+        memory=per_process({name: size for name, size in memory.items() if size}, engine, processes, _layer_bytes(family)),
+        store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, Cache(hidden=keeps_kl), True),
+        processes=processes,
+        engine=engine,
+        work=Work(
+            seen * _forward_flops(family, encoded, row) * (rows[0] * each_token + rows[1]),
+            sent_bytes(engine, processes, weights, trained_bytes, options["accumulation"]),
+        ),
+        checkpoint=(1 + ADAMW_MOMENTS) * trained_bytes,
     )
 
 
@@ -227,6 +262,24 @@ def _trained(family: Family, lora: str | None) -> tuple[int, int]:
     return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
 
 
+def _layer_bytes(family: Family) -> int:
+    """The largest of the decoder's layers, as loaded."""
+    layers = getattr(family.decoder, "layers", [family.decoder])
+    return max(sum(each.numel() * each.element_size() for each in layer.parameters()) for layer in layers)
+
+
+def _forward_flops(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> float:
+    """Operations of one pair's forward pass: decoder, its attention, the head at responses. The tower is left out."""
+    text = family.unwrapped.config.get_text_config()
+    linear = sum(layer.weight.numel() for layer in _linear(family.decoder).values())
+    head = family.head.weight.numel()
+    responses = [sum(len(ids) for ids in each.response_ids.values()) for each in encoded]
+    size = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    attention = 2 * text.num_hidden_layers * size  # scores and sums of half the square
+    mean = lambda values: sum(values) / len(values)
+    return 2 * linear * mean(row) + attention * mean([length**2 for length in row]) + 2 * head * mean(responses)
+
+
 def _responses(encoded: Sequence[Encoded]) -> int:
     """Response tokens of the longest pair."""
     return max(sum(len(ids) for ids in each.response_ids.values()) for each in encoded)
@@ -240,9 +293,9 @@ def _tile_bytes(tokens: int) -> int:
 
 
 def store_bytes(
-    family: Family, encoded: Sequence[Encoded], pairs: int, signals: int, hidden: bool, maps: bool
+    family: Family, encoded: Sequence[Encoded], pairs: int, signals: int, cache: Cache, maps: bool
 ) -> dict[str, int]:
-    """Bytes of a reward store: numbers per token, hidden states, attention maps in float16."""
+    """Bytes of a reward store: numbers per token, hidden states or likeliest words, attention maps in float16."""
     responses = [sum(len(ids) for ids in each.response_ids.values()) for each in encoded]
     tokens = pairs * sum(responses) / len(responses)
     widest = max(len(each.patches) for each in encoded)
@@ -251,7 +304,8 @@ def store_bytes(
     per_token = 4 * (2 + signals) + 8  # id, log-prob and signals; label, flag and text
     parts = {
         "signals": tokens * per_token,
-        "hidden states": tokens * width * element * hidden,
+        "hidden states": tokens * width * element * cache.hidden,
+        "likeliest words": tokens * (8 * cache.k + 4) * bool(cache.k),
         "attention maps": tokens * widest * 2 * maps,
     }
     return {name: int(size) for name, size in parts.items() if size}
@@ -270,10 +324,20 @@ def plan_tables(made: Plan) -> list[Table | str]:
         f"{made.pairs:,} pairs" + (f" and {made.dev_pairs:,} to watch" if made.dev_pairs else "")
     )
     work = (
-        f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes"
+        f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes, "
+        f"{made.work.flops / 1e15:,.3g} PFLOP; {_hours(made)} (at {UTILISATION:.0%} of their speed, not measured)"
     )
-    shown: list[Table | str] = [head, work, lengths, _sizes("memory on the device", made.memory)]
+    where = "memory on the device" if made.processes == 1 else f"memory on each of {made.processes} devices, {made.engine}"
+    shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
+    if made.checkpoint:
+        shown.append(f"one checkpoint on disk: {_readable(made.checkpoint)}")
     return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
+
+
+def _hours(made: Plan) -> str:
+    steps = made.steps if made.command == "train" else 0
+    times = (f"{made.work.hours(gpu, made.processes, steps):.2g} h on {made.processes} {gpu}" for gpu in SPEEDS)
+    return ", ".join(times)
 
 
 def _sizes(title: str, parts: Mapping[str, int]) -> Table:

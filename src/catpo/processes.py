@@ -42,7 +42,7 @@ class Team:
         self.count = process_count()
         self.number = process_number()
         self.is_first = self.number == 0
-        self._store = distributed.PrefixStore(f"catpo/{next(_works)}", _common_store())
+        self._store = distributed.PrefixStore(f"catpo/{next(_works)}", _common_store(self.count))
 
     @contextmanager
     def lock(self, folder: str | Path) -> Iterator[Path]:
@@ -91,8 +91,8 @@ class Team:
 
 
 @cache
-def _common_store() -> Any:
-    if process_count() == 1:
+def _common_store(count: int) -> Any:
+    if count == 1:
         return distributed.HashStore()
     store, _, _ = next(distributed.rendezvous("env://"))
     store.set_timeout(PATIENCE)

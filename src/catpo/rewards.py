@@ -25,6 +25,8 @@ from catpo.shards import COLUMNS, ResponseRow, Shard, as_grids, check_row, check
 from catpo.types import SIDES, Side
 
 FORMAT = 2
+TOP = ("top_ids", "top_logps")
+"""Arrays of the reference's likeliest words, and of their log-probs with that of all others last."""
 KNOWN_AS = {
     "model_hash": "model",
     "processor_hash": "processor",
@@ -115,6 +117,7 @@ class RewardWriter:
         *,
         hidden: NDArray[np.generic] | None = None,
         maps: NDArray[np.floating] | None = None,
+        top: tuple[NDArray[np.integer], NDArray[np.floating]] | None = None,
     ) -> None:
         """Write a whole shard; until this returns, a reader sees none of it.
 
@@ -123,6 +126,7 @@ class RewardWriter:
             rows: chosen and rejected of each of its pairs, in order.
             hidden: [tokens, width], final hidden states of all rows' tokens; bfloat16 as int16 of the same bits.
             maps: [tokens, patches], attention over the patches of all rows' tokens, filled with zeros at the end.
+            top: [tokens, k] the reference's likeliest words, and [tokens, k + 1] their log-probs and that of the rest.
 
         Raises:
             UserError: a row does not belong here, a length is wrong, a number is not finite, or an array is missing.
@@ -134,12 +138,12 @@ class RewardWriter:
             )
         for row in rows:
             check_row(row, self.description["signals"])
-        arrays = {
-            name: np.ascontiguousarray(array) for name, array in (("hidden", hidden), ("maps", maps)) if array is not None
-        }
-        for name in ("hidden", "maps"):
-            if (name in arrays) != bool(self.description.get(name)):
-                raise UserError(f"shard {shard:05d}: the store was begun with {name}={bool(self.description.get(name))}.")
+        given = {"hidden": hidden, "maps": maps, **dict(zip(TOP, top or (None, None), strict=True))}
+        arrays = {name: np.ascontiguousarray(array) for name, array in given.items() if array is not None}
+        for name in given:
+            field = "topk" if name in TOP else name
+            if (name in arrays) != bool(self.description.get(field)):
+                raise UserError(f"shard {shard:05d}: the store was begun with {field}={bool(self.description.get(field))}.")
         token_count = sum(len(row.token_ids) for row in rows)
         for name, array in arrays.items():
             if array.ndim != 2 or len(array) != token_count:
@@ -240,6 +244,11 @@ class RewardStore:
         return bool(self.provenance.get("hidden"))
 
     @property
+    def has_top(self) -> bool:
+        """Whether the reference's likeliest words are kept."""
+        return bool(self.provenance.get("topk"))
+
+    @property
     def has_labels(self) -> bool:
         """Whether any token is known to be grounded or hallucinated."""
         return bool((self._columns["labels"] >= 0).any())
@@ -333,11 +342,25 @@ class RewardStore:
         """
         if not self.has_hidden:
             raise UserError(
-                f"{self.path} holds no hidden states. Score again with them (`catpo score --hidden`), or train with "
+                f"{self.path} holds no hidden states. Score again with them (`catpo score --cache hidden`), or train with "
                 "reference='online'."
             )
         shard, first, last = self._place(pair_id, side)
         return shard.read_array("hidden", slice(first, last))
+
+    def top(self, pair_id: str, side: Side) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+        """The reference's k likeliest words, [tokens, k], and [tokens, k + 1] their log-probs and that of all others.
+
+        Raises:
+            UserError: the store holds none, or the shard is damaged.
+        """
+        if not self.has_top:
+            raise UserError(
+                f"{self.path} holds no likeliest words. Score again with them (`catpo score --cache 'topk(k=64)'`)."
+            )
+        shard, first, last = self._place(pair_id, side)
+        ids, logps = (shard.tensors.get_slice(name)[first:last] for name in TOP)
+        return ids, logps
 
     def maps(self, pair_id: str, side: Side) -> NDArray[np.floating]:
         """Attention maps, float16 [tokens, patches].

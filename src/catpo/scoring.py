@@ -6,7 +6,7 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -36,6 +36,7 @@ from catpo.signals._base import Evidence
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_options, check_positive, parse
 from catpo.stopping import on_sigterm
+from catpo.top_words import TopWords, top_words
 from catpo.types import SIDES, PreferencePair, Side, Span
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
@@ -67,6 +68,50 @@ class ScoreSettings:
             check_options(registry.load("signals", signal.name), signal)
 
 
+@dataclass(frozen=True)
+class Cache:
+    """What a store keeps of the reference beside its log-probs, for the KL of Eq. 9."""
+
+    hidden: bool = False
+    """Final hidden states: with the frozen head they are the whole distribution, exactly."""
+    k: int = 0
+    """So many likeliest words, and the mass of the rest."""
+
+    @classmethod
+    def of(cls, text: str) -> Cache:
+        """`hidden`, `topk(k=64)` or `logps` (nothing).
+
+        Raises:
+            UserError: none of these, or k is no count of words.
+        """
+        spec = parse(text)
+        if spec.name not in CACHES:
+            raise UserError(
+                f"cache='{text}' is not known. Give hidden (exact KL), topk(k=64) (approximate, fewer bytes) or logps (no KL, "
+                "or reference='online' in training)."
+            )
+        make = CACHES[spec.name]
+        made: Cache = make(**check_options(make, spec))
+        if spec.name == "topk" and made.k < 1:
+            raise UserError(f"cache='{text}': k must be 1 or more words.")
+        return made
+
+
+def _states() -> Cache:
+    return Cache(hidden=True)
+
+
+def _likeliest(*, k: int = 64) -> Cache:
+    return Cache(k=k)
+
+
+def _nothing() -> Cache:
+    return Cache()
+
+
+CACHES: dict[str, Callable[..., Cache]] = {"hidden": _states, "topk": _likeliest, "logps": _nothing}
+
+
 def score(
     *,
     pairs: str | Path,
@@ -77,7 +122,7 @@ def score(
     heads: str = "mean",
     query: str = "token",
     patches: str | int = "all",
-    hidden: bool = True,
+    cache: str = "hidden",
     maps: bool = True,
     batch_size: int = 32,
     batch_tokens: int | None = None,
@@ -106,7 +151,9 @@ def score(
         heads: `mean`, `max` or `top(k=4)`.
         query: attention row of the `token` itself (the paper's words) or of its `predictor`, the position before.
         patches: `all` pictures' patches or those of one picture.
-        hidden: keep the reference's final hidden states, which give training the exact KL of Eq. 9 without a reference model.
+        cache: what is kept of the reference for the KL of Eq. 9, beside its log-probs: `hidden`, its final hidden states, gives
+            training the exact KL without a reference model; `topk(k=64)`, its likeliest words, an approximate one from fewer
+            bytes; `logps` nothing: train without a KL, or with reference='online'.
         maps: keep each token's attention map for the report.
         batch_size: most pairs of a forward pass.
         batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and
@@ -138,7 +185,7 @@ def score(
             chosen_pairs, lambda pair: family.encode(pair, max_length=max_length), lambda pair: f"pair {pair.id}"
         )
     return score_pairs(
-        chosen_pairs, family, output, settings, hidden=hidden, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
+        chosen_pairs, family, output, settings, cache=cache, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
         shard_size=shard_size,
         max_length=max_length, skipped=skipped, progress=progress,
     )  # fmt: skip
@@ -150,7 +197,7 @@ def score_pairs(
     output: str | Path,
     settings: ScoreSettings | None = None,
     *,
-    hidden: bool = True,
+    cache: str = "hidden",
     maps: bool = True,
     batch_size: int = 32,
     batch_tokens: int | None = None,
@@ -161,13 +208,14 @@ def score_pairs(
 ) -> RewardStore:
     """`score` on pairs that are in memory already."""
     settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
+    kept = Cache.of(cache)
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
-    scorer = PairScorer(family, settings, max_length=max_length)
+    scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
     team = Team()
     with team.lock(output):
-        writer = _writer(team, output, family, settings, pairs, shard_size, hidden=hidden, maps=maps)
+        writer = _writer(team, output, family, settings, pairs, shard_size, kept, maps)
         missing = team.agree("missing", writer.missing_shards)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
@@ -185,7 +233,8 @@ def score_pairs(
                 writer.write_shard(
                     shard,
                     [response.row for response in responses],
-                    hidden=np.concatenate([response.hidden for response in responses]) if hidden else None,
+                    hidden=np.concatenate([response.hidden for response in responses]) if kept.hidden else None,
+                    top=_joined_top(responses) if kept.k else None,
                     maps=_joined_maps([response.map for response in responses]) if maps else None,
                 )
             team.wait("scored")
@@ -204,18 +253,19 @@ def _writer(
     settings: ScoreSettings,
     pairs: Sequence[PreferencePair],
     shard_size: int,
-    **kept: bool,
+    kept: Cache,
+    maps: bool,
 ) -> RewardWriter:
     """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
     ids = [pair.id for pair in pairs]
     if team.is_first:
-        made_of = provenance(family, settings, **kept) | {"labels_hash": _labels_hash(pairs)}
+        made_of = provenance(family, settings, kept, maps=maps) | {"labels_hash": _labels_hash(pairs)}
         writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)
     team.wait("begun")
     return writer if team.is_first else RewardWriter.join(output, ids)
 
 
-def provenance(family: Family, settings: ScoreSettings, *, hidden: bool, maps: bool) -> dict[str, Any]:
+def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: bool) -> dict[str, Any]:
     """Everything that changes the numbers of a store, as it stands in its `store.json`."""
     return {
         "model": family.model_id,
@@ -229,7 +279,8 @@ def provenance(family: Family, settings: ScoreSettings, *, hidden: bool, maps: b
             "query": settings.query,
             "patches": settings.patches,
         },
-        "hidden": hidden,
+        "hidden": cache.hidden,
+        **({"topk": cache.k} if cache.k else {}),
         "maps": maps,
         "versions": versions(),
     }
@@ -244,15 +295,18 @@ class ScoredResponse:
     """[tokens, width], float32, or bfloat16 seen as int16."""
     map: np.ndarray
     """[tokens, patches] attention, float16."""
+    top: TopWords | None = None
+    """The reference's likeliest words, if they are kept."""
 
 
 class PairScorer:
     """Runs the reference model on batches of pairs and reads the signals."""
 
-    def __init__(self, family: Family, settings: ScoreSettings, *, max_length: int | None = None) -> None:
+    def __init__(self, family: Family, settings: ScoreSettings, *, max_length: int | None = None, top: int = 0) -> None:
         self.family = family
         self.settings = settings
         self.max_length = max_length
+        self.top = top
         self.signals = [(str(spec), registry.load("signals", spec.name), dict(spec.options)) for spec in settings.signals]
 
     def encode(self, pair: PreferencePair) -> Encoded:
@@ -290,7 +344,8 @@ class PairScorer:
             grids=encoded.grids,
         )
         attention = evidence.attention.half().cpu().numpy()
-        return ScoredResponse(row, run.hidden_states(number, side_number), attention)
+        top = run.top_words(number, side_number, self.top) if self.top else None
+        return ScoredResponse(row, run.hidden_states(number, side_number), attention, top)
 
 
 class TeacherForced:
@@ -340,9 +395,20 @@ class TeacherForced:
 
     def hidden_states(self, number: int, side: int) -> np.ndarray:
         """Final hidden states that predict the response's tokens, [tokens, width]; bfloat16 comes as int16."""
-        mask = self.batch["mask"][number, side]
-        states = self.last_hidden[self.batch["row"][number, side], self.batch["predictors"][number, side][mask]].cpu()
+        states = self._predicting(number, side).cpu()
         return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
+
+    def top_words(self, number: int, side: int, k: int) -> TopWords:
+        """The k likeliest words at each of the response's tokens."""
+        words = len(self.head.weight)
+        if k >= words:
+            raise UserError(f"cache=topk(k={k}): the model has {words} words. Give fewer, or cache=hidden, which is exact.")
+        ids, logps = top_words(self._predicting(number, side), self.head, k)
+        return TopWords(ids.cpu(), logps.cpu())
+
+    def _predicting(self, number: int, side: int) -> Tensor:
+        mask = self.batch["mask"][number, side]
+        return self.last_hidden[self.batch["row"][number, side], self.batch["predictors"][number, side][mask]]
 
     @property
     def _is_shared(self) -> bool:
@@ -485,3 +551,8 @@ def _patches_by_picture(encoded: Encoded) -> list[int]:
 def _joined_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
     widest = max(each.shape[1] for each in maps)
     return np.concatenate([np.pad(each, ((0, 0), (0, widest - each.shape[1]))) for each in maps])
+
+
+def _joined_top(responses: Sequence[ScoredResponse]) -> tuple[np.ndarray, np.ndarray]:
+    kept = [response.top for response in responses if response.top is not None]
+    return np.concatenate([each.ids.numpy() for each in kept]), np.concatenate([each.logps.numpy() for each in kept])

@@ -42,6 +42,7 @@ from catpo.selfcheck import check_family
 from catpo.spec import parse
 from catpo.stats import PairStats, kl_direction, requirements
 from catpo.tensors import masked_sum
+from catpo.top_words import TopWords
 from catpo.types import SIDES, PreferencePair
 
 REFERENCES = ("cached", "online")
@@ -172,7 +173,9 @@ class CatPOTrainer(Trainer):
             return None
         if args.rewards is None:
             hidden = self.direction is not None or self.readings.reads_clean_reference
-            return score_pairs(pairs, self.family, Path(args.output_dir or ".") / "rewards", hidden=hidden)
+            return score_pairs(
+                pairs, self.family, Path(args.output_dir or ".") / "rewards", cache="hidden" if hidden else "logps"
+            )
         store = RewardStore.open(args.rewards)
         store.verify(
             {
@@ -181,7 +184,7 @@ class CatPOTrainer(Trainer):
                 "template_hash": self.family.template_hash,
             }
         )
-        if self.direction and args.reference == "cached" and not store.has_hidden:
+        if self.direction and args.reference == "cached" and not (store.has_hidden or store.has_top):
             raise UserError(
                 f"{args.rewards} holds no hidden states, which the KL of {self.objective.spec} needs. Score again with them, "
                 "give reference='online', or set kl_weight=0."
@@ -299,8 +302,10 @@ class CatPOTrainer(Trainer):
         if self.args.reference == "online":
             reference_hidden, values["reference_logps"] = self._run_reference(batch)
         values |= self._read_reference(batch, reference_hidden)
+        is_top = reference_hidden is None and "reference_top_ids" in batch
         options = {
             "pair_batch": batch,
+            "reference_top": TopWords(batch["reference_top_ids"], batch["reference_top_logps"]) if is_top else None,
             "direction": self.direction,
             "reference_hidden": reference_hidden,
             "reference_head": self.reference_head,

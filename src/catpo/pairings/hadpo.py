@@ -58,4 +58,4 @@ def make(
             if styled is None:
                 return Dropped("unreadable reply")
             sides[number] = styled
-    return finish(sample, *sides, sample.truth.get("present"), vocabulary, {"restyle": restyle})
+    return finish(sample, sides[0], sides[1], sample.truth.get("present"), vocabulary, {"restyle": restyle})

@@ -1,0 +1,81 @@
+"""How a run's memory is divided over processes, how much it computes, and what it sends: docs/scaling.md has the formulas.
+
+Arithmetic on sizes; knows no model and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from catpo.errors import UserError, did_you_mean
+
+Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
+SHARDED: Mapping[str, frozenset[str]] = {
+    "ddp": frozenset(),
+    "zero2": frozenset({"gradients", "optimiser"}),
+    "zero3": frozenset({"weights", "adapter", "gradients", "optimiser"}),
+    "fsdp2": frozenset({"weights", "adapter", "gradients", "optimiser"}),
+}
+"""Parts of the memory of which each process holds its share only."""
+GATHERED_LAYERS = 2
+"""Layers whose weights are whole at a time: the one that runs, and the next, which is fetched meanwhile."""
+SPEEDS = {"A100": 312e12, "H100": 989e12}
+"""Operations per second of a GPU in bfloat16 without sparsity, from its data sheet."""
+UTILISATION = 0.4
+"""Share of that speed which a training reaches; assumed, not measured."""
+LINKS = {"A100": 300e9, "H100": 450e9}
+"""Bytes per second and direction between the GPUs of one machine (NVLink), from the data sheets."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes and sends, all processes together."""
+
+    flops: float
+    """Operations: two per weight and token, forward; see `training_passes`."""
+    sent_per_step: float
+    """Bytes each process sends per optimiser step."""
+
+    def hours(self, gpu: str, processes: int, steps: int) -> float:
+        """Time on so many GPUs of one machine, computing and sending one after the other."""
+        return (self.flops / (SPEEDS[gpu] * UTILISATION * processes) + steps * self.sent_per_step / LINKS[gpu]) / 3600
+
+
+def check_engine(engine: str) -> None:
+    """Raises UserError for an engine that does not exist."""
+    if engine not in get_args(Engine):
+        raise UserError(f"engine='{engine}' is not known. {did_you_mean(engine, get_args(Engine))}")
+
+
+def per_process(memory: Mapping[str, int], engine: str, processes: int, layer: int) -> dict[str, int]:
+    """Bytes on each device: what the engine shards divided, the rest whole, and the layers that are gathered to be used.
+
+    >>> per_process({"weights": 800, "optimiser": 160, "activations": 50}, "fsdp2", 8, layer=100)
+    {'weights': 100, 'optimiser': 20, 'activations': 50, 'gathered layers': 200}
+    """
+    if processes == 1:
+        return dict(memory)
+    shared = SHARDED[engine]
+    divided = {name: -(-size // processes) if name in shared else size for name, size in memory.items()}
+    return {**divided, "gathered layers": GATHERED_LAYERS * layer} if "weights" in shared else divided
+
+
+def sent_bytes(engine: str, processes: int, weights: int, gradients: int, batches: int) -> float:
+    """Bytes each process sends per optimiser step of so many batches, by ring algorithms.
+
+    The gradients once (as all-reduce, or as reduce-scatter and gathered weights); where weights are sharded, these in every
+    batch, forward and backward.
+    """
+    if processes == 1:
+        return 0.0
+    part = (processes - 1) / processes
+    if "weights" in SHARDED[engine]:
+        return part * (2 * weights * batches + gradients * batches)
+    return part * 2 * gradients
+
+
+def training_passes(is_adapter: bool, is_checkpointed: bool) -> int:
+    """Forward passes that a training token is worth: itself, one or two backward (inputs; weights), and the recomputed one."""
+    return 1 + (1 if is_adapter else 2) + is_checkpointed

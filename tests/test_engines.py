@@ -1,0 +1,142 @@
+"""Training engines in two processes give the loss curve and the weights of one process: DDP, FSDP2, DeepSpeed ZeRO-2 and -3.
+
+The environment of each is what `accelerate launch --config_file recipes/accelerate/….yaml` sets. The run folder says which
+engine really ran: accelerate leaves FSDP out on CPUs without a word, unless told as `launching` does.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from catpo.training import train
+from launching import environment_of, together
+from tiny import pairs
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+LORA = "lora(r=4, alpha=8)"
+CASES = {
+    "full": {},
+    "lora": {"lora": LORA},
+    "online": {"reference": "online"},
+    "online lora": {"reference": "online", "lora": LORA},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed lora": {"gradient_checkpointing": True, "lora": LORA},
+    "views": {"objective": "mdpo"},
+    "views lora": {"objective": "mdpo", "lora": LORA},
+    "watched": {"dev_share": 0.25},
+    "learned": {"objective": "catpo(learned=True)"},
+}
+slow = pytest.mark.slow
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def trained(folder, store, output, **options):
+    """Four steps of four pairs; what was logged, and which engine ran."""
+    settings = {
+        "lora": None, "batch_size": 4, "accumulation": 1, "epochs": 2, "dev_share": 0.0, "logging_steps": 1,
+        "learning_rate": 1e-3, "rewards": store, "progress": False,
+    }  # fmt: skip
+    train(pairs=pairs(8), model=folder, output=output, **{**settings, **options})
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    figures = [row[name] for row in rows for name in ("loss", "grad_norm", "eval_loss") if name in row]
+    return figures, json.loads((output / "catpo.json").read_text())["processes"]
+
+
+def weights(output):
+    return load_file(next((output / "model").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    [
+        ("fsdp2", "full"),
+        ("ddp", "learned"),
+        *[pytest.param("ddp", case, marks=slow) for case in CASES if case != "learned"],
+        *[pytest.param("fsdp2", case, marks=slow) for case in CASES if case not in ("full", "learned")],
+        *[
+            pytest.param(engine, case, marks=[slow, needs_deepspeed])
+            for engine in ("zero2", "zero3")
+            for case in CASES
+            if case != "learned"
+        ],
+    ],
+)
+def test_an_engine_trains_as_one_process_does(folder, store, tmp_path, engine, case):
+    options = CASES[case]
+    alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", **options))[0]
+    two = partial(trained, folder, store, tmp_path / "two", **{**options, "batch_size": 2})
+    figures, processes = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
+    assert processes == {"count": 2, "engine": ENGINES[engine]}
+    assert len(alone) >= 8 and alone[0] != alone[2]
+    assert figures == pytest.approx(alone, abs=1e-4)
+    assert_close(weights(tmp_path / "two"), weights(tmp_path / "alone"), atol=1e-4, rtol=0)
+
+
+@slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_an_engine_in_bfloat16_stays_near_one_process(folder, store, tmp_path, engine):
+    alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", bf16=True))[0]
+    two = partial(trained, folder, store, tmp_path / "two", bf16=True, batch_size=2)
+    figures, _ = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
+    assert figures[::2] == pytest.approx(alone[::2], abs=0.02)
+
+
+@slow
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_sharded_run_is_resumed_where_it_stopped(folder, store, tmp_path, engine, lora):
+    environment = environment_of(RECIPES / f"{engine}.yaml")
+    run = partial(trained, folder, store, batch_size=2, lora=lora, save_steps=2, scheduler="constant")
+    straight, _ = together(2, partial(run, tmp_path / "straight"), **environment)[0]
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        together(2, partial(interrupted, partial(run, tmp_path / "again")), **environment)
+    resumed, _ = together(2, partial(run, tmp_path / "again", resume=True), **environment)[0]
+    assert resumed == pytest.approx(straight, abs=1e-4)
+    assert_close(weights(tmp_path / "again"), weights(tmp_path / "straight"), atol=1e-4, rtol=0)
+
+
+def interrupted(run):
+    from catpo.callbacks import MetricsFile
+
+    on_log = MetricsFile.on_log
+
+    def stop(self, args, state, *rest, **options):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        on_log(self, args, state, *rest, **options)
+
+    MetricsFile.on_log = stop
+    run()
+
+
+def test_learned_coefficients_are_refused_where_no_optimiser_takes_them(folder, store, tmp_path):
+    run = partial(trained, folder, store, tmp_path / "run", objective="catpo(learned=True)", batch_size=2)
+    with pytest.raises(AssertionError, match=r"learned=True is not offered under FSDP[^\n]*ddp\.yaml"):
+        together(2, run, **environment_of(RECIPES / "fsdp2.yaml"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_has_a_file_that_accelerate_takes(engine):
+    loaded = load_config_from_file(str(RECIPES / f"{engine}.yaml"))
+    written = yaml.safe_load((RECIPES / f"{engine}.yaml").read_text())
+    assert loaded.num_processes == written["num_processes"] == 8
+    assert loaded.mixed_precision == "no"  # catpo's bf16 decides, once
+    environment = environment_of(RECIPES / f"{engine}.yaml")
+    asked = {"fsdp2": "ACCELERATE_USE_FSDP", "zero2": "ACCELERATE_USE_DEEPSPEED", "zero3": "ACCELERATE_USE_DEEPSPEED"}.get(
+        engine
+    )
+    assert asked is None or environment[asked] == "true"
+    if engine.startswith("zero"):
+        settings = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        assert settings["zero_optimization"]["stage"] == int(engine[-1])
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == set(ENGINES)

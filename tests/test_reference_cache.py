@@ -1,0 +1,93 @@
+"""What a store keeps of the reference, and what training makes of it: exact, approximate, nothing, or run beside the policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from catpo.errors import UserError
+from catpo.families import _base as families
+from catpo.rewards import RewardStore
+from catpo.scoring import score_pairs
+from catpo.trainer import CatPOConfig, CatPOTrainer
+from tiny import pairs
+
+PAIRS = pairs(4)
+
+
+@pytest.fixture(scope="module")
+def stores(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("caches")
+    family = families.load(folder)
+    words = len(family.head.weight)
+    caches = {"hidden": "hidden", "few": "topk(k=4)", "many": "topk(k=64)", "all": f"topk(k={words - 1})", "logps": "logps"}
+    for name, cache in caches.items():
+        score_pairs(PAIRS, family, path / name, cache=cache, maps=False, progress=False)
+    return path
+
+
+def curves(folder, store, output, **options):
+    settings = dict(
+        output_dir=str(output), objective="catpo(kl_weight=0.5)", rewards=str(store), learning_rate=1e-3, max_steps=4,
+        per_device_train_batch_size=4, logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = CatPOTrainer(str(folder), CatPOConfig(**{**settings, **options}), PAIRS)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    return {name: [row[name] for row in rows] for name in ("loss", "kl/chosen")}
+
+
+def test_training_with_likeliest_words_comes_near_the_exact_kl(folder, stores, tmp_path):
+    exact = curves(folder, stores / "hidden", tmp_path / "run")
+    everything = curves(folder, stores / "all", tmp_path / "run")
+    assert everything["loss"] == pytest.approx(exact["loss"], abs=1e-4)
+    assert everything["kl/chosen"] == pytest.approx(exact["kl/chosen"], abs=1e-3)
+    missed = {}
+    for name in ("few", "many"):
+        kl = curves(folder, stores / name, tmp_path / "run")["kl/chosen"]
+        assert kl[0] == pytest.approx(0, abs=1e-5)
+        missed[name] = 1 - kl[1] / exact["kl/chosen"][1]  # after one step, where the policies are still the same
+    assert missed["few"] > missed["many"] > 0
+
+
+def test_the_store_of_likeliest_words_is_as_large_as_said(stores):
+    store = RewardStore.open(stores / "many")
+    assert store.has_top and not store.has_hidden and store.provenance["topk"] == 64
+    tokens = sum(len(store.get(pair, side).token_ids) for pair in store for side in ("chosen", "rejected"))
+    written = sum(file.stat().st_size for file in (stores / "many" / "shards").glob("*.safetensors"))
+    assert written == pytest.approx(tokens * (64 * 4 + 65 * 4), rel=0.05)
+    ids, logps = store.top(PAIRS[0].id, "chosen")
+    row = store.get(PAIRS[0].id, "chosen")
+    assert ids.shape == (len(row.token_ids), 64) and logps.shape == (len(row.token_ids), 65)
+    for token, own, kept, values in zip(row.token_ids, row.logps, ids, logps, strict=True):
+        at = np.flatnonzero(kept == token)
+        assert not len(at) or values[at[0]] == pytest.approx(own, abs=1e-5)
+
+
+def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tmp_path):
+    with pytest.raises(UserError, match="holds no hidden states"):
+        curves(folder, stores / "logps", tmp_path / "run")
+    online = curves(folder, stores / "logps", tmp_path / "run", reference="online")
+    assert online["loss"] == pytest.approx(curves(folder, stores / "hidden", tmp_path / "run")["loss"], abs=1e-4)
+    with pytest.raises(UserError, match="holds no likeliest words"):
+        RewardStore.open(stores / "logps").top(PAIRS[0].id, "chosen")
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("logits", "cache='logits' is not known"),
+        ("topk(k=0)", "k must be 1 or more"),
+        ("topk(n=4)", "'n'"),
+        ("hidden(k=4)", "'k'"),
+        ("topk(k=1000000)", "the model has"),
+    ],
+)
+def test_a_cache_that_does_not_exist_is_refused(folder, tmp_path, cache, message):
+    with pytest.raises(UserError, match=message):
+        score_pairs(PAIRS[:1], families.load(folder), tmp_path / "store", cache=cache, progress=False)
+
+
+def test_a_store_is_not_gone_on_with_under_another_cache(folder, stores):
+    with pytest.raises(UserError, match="hidden is True, now False"):
+        score_pairs(PAIRS, families.load(folder), stores / "hidden", cache="topk(k=4)", maps=False, progress=False)
