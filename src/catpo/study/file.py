@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from catpo import strict_yaml
-from catpo.config import COMMANDS, hints
+from catpo.config import COMMANDS, TrainOptions, hints
 from catpo.errors import UserError, did_you_mean
 from catpo.recipes import FOR_BUILTIN
 from catpo.spec import parse, parse_list
@@ -108,7 +108,7 @@ class Study:
         """The learning rates that every method is tuned over."""
         if self.learning_rates is not None:
             return self.learning_rates
-        usual = float(FOR_BUILTIN["learning_rate"]) if self.model == BUILTIN else COMMANDS["train"].learning_rate
+        usual = float(FOR_BUILTIN["learning_rate"]) if self.model == BUILTIN else TrainOptions.learning_rate
         return [float(f"{factor * usual:.3g}") for factor in self.rate_factors]
 
     @property
