@@ -6,7 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from catpo.comparison import at_equal_coverage, coverage_curves, load_evaluation, paired_differences, resample
+from catpo.comparison import (
+    at_equal_coverage,
+    at_equal_coverage_over_runs,
+    coverage_curves,
+    load_evaluation,
+    paired_differences,
+    resample,
+)
 from catpo.errors import UserError
 from catpo.intervals import bootstrap_indices, interval
 from catpo.runs import append_rows, read_rows
@@ -133,6 +140,28 @@ def test_a_model_that_only_says_less_gains_nothing_at_equal_coverage(base, folde
     row = at_equal_coverage([base, load_evaluation(short)])[1]
     assert row.difference == pytest.approx((0, 0, 0), abs=1e-9)
     assert row.objects == pytest.approx(2)
+
+
+def test_over_runs_equal_coverage_is_the_mean_of_the_runs(base, better, folder):
+    again = [
+        load_evaluation(make_evaluation(folder / "again" / name, wrong=wrong, said=4, seed=seed))
+        for name, wrong, seed in (("base", 0.45, 7), ("better", 0.2, 8))
+    ]
+    runs = [[base, better], again]
+    rows, single = at_equal_coverage_over_runs(runs), [at_equal_coverage(run) for run in runs]
+    for place, row in enumerate(rows):
+        assert row.chair_i.value == pytest.approx(np.mean([of[place].chair_i.value for of in single]))
+        assert row.cover == pytest.approx(np.mean([of[place].cover for of in single]))
+    both = rows[1].difference
+    assert both.value == pytest.approx(np.mean([of[1].difference.value for of in single]))
+    assert both.high - both.low < max(of[1].difference.high - of[1].difference.low for of in single)
+
+
+def test_over_runs_the_interval_draws_the_same_pictures_in_each(base, better):
+    """The same run twice says as much as once."""
+    twice, once = at_equal_coverage_over_runs([[base, better]] * 2), at_equal_coverage([base, better])
+    assert [row.chair_i for row in twice] == [pytest.approx(row.chair_i) for row in once]
+    assert twice[1].difference == pytest.approx(once[1].difference)
 
 
 def test_the_model_of_least_coverage_keeps_all_it_says(base, better):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from catpo.intervals import auroc, bootstrap_auroc, bootstrap_indices, interval
+from catpo.intervals import auroc, bootstrap_auroc, bootstrap_indices, interval, mean_interval
 
 
 def auroc_by_counting(scores, labels):
@@ -78,3 +78,16 @@ def test_interval_of_a_mean_covers_what_normal_theory_says():
 def test_interval_leaves_out_what_is_not_a_number():
     assert interval([math.nan, 1.0, 1.0]) == (1.0, 1.0)
     assert all(math.isnan(end) for end in interval([math.nan]))
+
+
+@pytest.mark.parametrize(("count", "half"), [(2, 8.985), (3, 2.484), (10, 0.7154), (40, 0.3198)])
+def test_the_interval_of_a_mean_is_students(count, half):
+    """Half-widths of a sample of deviation 1 from a printed table of Student's t."""
+    values = np.linspace(-1, 1, count)
+    low, high = mean_interval(5 + values / values.std(ddof=1))
+    assert (high - low) / 2 == pytest.approx(half, rel=2e-3)
+    assert (high + low) / 2 == pytest.approx(5)
+
+
+def test_one_number_has_no_interval():
+    assert all(map(math.isnan, mean_interval([3.0])))

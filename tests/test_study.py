@@ -45,6 +45,8 @@ rows:
   base:
   dpo: dpo
   catpo: {objective: catpo, train: {epochs: 2}}
+"""
+FIGURES = """
 figures: {tradeoff: tradeoff, bars: "bars(metrics=['chair_i', 'equal_coverage'])", training: curves}
 """
 
@@ -65,7 +67,7 @@ def test_a_shipped_study_can_be_read_and_all_it_names_exists(path: Path) -> None
         if row.objective is not None:
             objectives.build(row.objective)
     for name, text in plan.figures.items():
-        check_figure(name, text)
+        check_figure(path.name, name, text)
     for named in re.findall(r"(?:rows=\[|baseline=|row=|against=)[^\])]*", " ".join(plan.figures.values())):
         assert set(re.findall(r"'([^']+)'", named)) <= set(plan.rows)
     assert f"catpo study recipes/studies/{path.name}" in path.read_text()
@@ -135,9 +137,9 @@ def test_a_mistake_in_an_objective_or_figure_is_told_before_anything_runs(tmp_pa
     with pytest.raises(UserError, match=r"'rows.dpo': 'dpo' has no option 'bet'"):
         study(written(tmp_path, BASIC.replace("dpo: dpo", "dpo: dpo(bet=1)")), output=tmp_path / "out")
     with pytest.raises(UserError, match=r"'figures.tradeoff': 'pie' is not a figure"):
-        study(written(tmp_path, BASIC.replace("tradeoff: tradeoff", "tradeoff: pie")), output=tmp_path / "out")
+        study(written(tmp_path, BASIC + "figures: {tradeoff: pie}"), output=tmp_path / "out")
     with pytest.raises(UserError, match="the name becomes a file's"):
-        study(written(tmp_path, BASIC.replace("{tradeoff:", "{../up:")), output=tmp_path / "out")
+        study(written(tmp_path, BASIC + "figures: {../up: tradeoff}"), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -326,7 +328,7 @@ def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(
 
 def test_figures_are_drawings_and_the_page_escapes_all_text(tmp_path: Path, engines: Engines) -> None:
     hostile = "<script>alert(1)</script> $x_1$ & _row"
-    text = yaml.safe_load(BASIC)
+    text = yaml.safe_load(BASIC + FIGURES)
     text["title"] = text["note"] = hostile
     text["rows"][hostile] = "dpo(beta=0.2)"
     outcome = study(written(tmp_path, yaml.safe_dump(text, sort_keys=False)), output=tmp_path / "out")
@@ -345,23 +347,24 @@ def test_figures_are_drawings_and_the_page_escapes_all_text(tmp_path: Path, engi
 
 
 def test_the_same_numbers_give_the_same_drawings(tmp_path: Path, engines: Engines) -> None:
-    outcome = study(written(tmp_path, BASIC), output=tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in outcome.folder.glob("*.*") if path.suffix in (".svg", ".pdf")}
-    study(written(tmp_path, BASIC), output=tmp_path / "out")
-    assert before == {name: (outcome.folder / name).read_bytes() for name in before} and len(before) == 6
+    text = BASIC + "figures: {training: curves}\n"
+    outcome = study(written(tmp_path, text), output=tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in outcome.folder.glob("training.*")}
+    study(written(tmp_path, text), output=tmp_path / "out")
+    assert before == {name: (outcome.folder / name).read_bytes() for name in before} and len(before) == 2
 
 
 def test_a_sweep_draws_a_panel_with_its_points(tmp_path: Path, engines: Engines) -> None:
     rows = "  a: {objective: dpo(beta=0.1), panel: β, at: 0.1}\n  b: {objective: dpo(beta=0.3), panel: β, at: 0.3}\n"
-    text = BASIC.replace("figures: {", rows + "figures: {sweep: \"sweep(metric='cover', baseline='dpo')\", ")
+    text = f"{BASIC}{rows}figures: {{sweep: \"sweep(metric='cover', baseline='dpo')\"}}\n"
     outcome = study(written(tmp_path, text), output=tmp_path / "out")
     assert "β" in (outcome.folder / "sweep.svg").read_text()
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_note(tmp_path: Path, engines: Engines) -> None:
-    outcome = study(written(tmp_path, BASIC.replace("training: curves", "tokens: token_logps")), output=tmp_path / "out")
+    outcome = study(written(tmp_path, BASIC + "figures: {tokens: token_logps}\n"), output=tmp_path / "out")
     assert not (outcome.folder / "tokens.svg").exists()
-    assert "tokens is not drawn: row 'catpo' has kept no log-probs" in (outcome.folder / "table.md").read_text()
+    assert "tokens is not drawn: row 'catpo' has kept no log-probs" in outcome.found.notes[0]
 
 
 # ---- the real engines -----------------------------------------------------------------------------------------------------
@@ -378,7 +381,7 @@ rows:
   learned: catpo(learned=True)
   on-policy: {objective: dpo, rounds: 2}
 score: {batch_size: 8, maps: false}
-pair: {max_new_tokens: 24}
+pair: {max_new_tokens: 48}
 train: {max_steps: 2, logging_steps: 1, dev_share: 0}
 evaluate: {max_new_tokens: 16}
 probe: 4

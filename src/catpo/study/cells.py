@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -268,6 +269,7 @@ def with_seed(data: str, seed: int) -> str:
     return str(Spec(spec.name, {**spec.options, "seed": seed})) if takes_seed else data
 
 
+@lru_cache
 def has_samples(data: str) -> bool:
     """Whether a data set has pictures to answer; otherwise it has finished pairs."""
     try:

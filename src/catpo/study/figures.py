@@ -75,10 +75,9 @@ def draw(found: Results, output: Path, folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def check_figure(where: str, text: str) -> None:
-    """Raise UserError unless there is such a figure with these options, under a name that a file can have."""
+def check_figure(where: str, name: str, text: str) -> None:
+    """Raise UserError unless there is such a figure with these options, and `name` can be a file's; `where` begins messages."""
     spec = parse(text)
-    name = where.rsplit(".", 1)[-1].rstrip("'")
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"{where}: the name becomes a file's. Use letters, digits, '-' and '_'.")
     if spec.name not in FIGURES:

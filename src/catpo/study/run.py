@@ -51,7 +51,7 @@ def study(file: str | Path, *, output: str | Path = "runs/studies", jobs: int = 
     for name, row in plan.rows.items():
         _check_objective(file, name, row)
     for name, text in plan.figures.items():
-        check_figure(f"{file}: 'figures.{name}'", text)
+        check_figure(f"{file}: 'figures.{name}'", name, text)
     with lock(output / plan.name) as folder:
         return _Work(plan, output, jobs).run(folder)
 
