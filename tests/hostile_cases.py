@@ -960,8 +960,8 @@ def _official(place: Place, benchmark: str, content: bytes) -> list[Any]:
 
 
 def _pope(place: Place, row: bytes) -> list[Any]:
-    for subset in ("random", "popular", "adversarial"):
-        place.write(f"official/pope/coco_pope_{subset}.json", row + b"\n")
+    for source in registry.load("benchmarks", "pope").sources:
+        place.write(f"official/{source.places[0]}", row + b"\n")
     given = place.write("answers.jsonl", json.dumps({"question_id": 1, "text": "yes"}))
     return grade(place, given, "--data", place.path / "official", benchmarks="pope(subset='random')")
 

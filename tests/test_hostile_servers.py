@@ -41,7 +41,7 @@ def run(*arguments: Any) -> int:
     return 0
 
 
-def judged(url: str, *, timeout: float = 0.3, retries: int = 0) -> list[Any]:
+def judged(url: str, *, timeout: float = 0.3, retries: int = 0, output: str = "out") -> list[Any]:
     """Answers to MMHal-Bench's first question, graded by the judge at an address."""
     folder = Path("official/mmhal")
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def judged(url: str, *, timeout: float = 0.3, retries: int = 0) -> list[Any]:
     Path("answers.json").write_text(json.dumps([QUESTION]))
     judge = f"openai(model='judge', base_url={url!r}, timeout={timeout}, retries={retries})"
     return ["evaluate", "--benchmarks", "mmhal", "--data", "official", "--answers", "answers.json", "--judge", judge,
-            "--output", "out"]  # fmt: skip
+            "--output", output]  # fmt: skip
 
 
 @contextmanager
@@ -195,9 +195,9 @@ def test_the_key_is_in_no_file_and_no_output_whatever_goes_wrong(
     echo = json.dumps({"error": {"message": f"bad key {CANARY}", "code": CANARY}}).encode()
     wrong = [Answer(401, echo), Answer(500, echo), Answer(400, echo), Answer(404, echo), Answer(200, CANARY.encode()),
              Answer(302, b"", {"Location": f"http://127.0.0.1:9/{CANARY}"})]  # fmt: skip
-    for answer in wrong:
+    for number, answer in enumerate(wrong):
         with serve(answer) as chat:
-            assert run(*judged(chat.url)) == 2
+            assert run(*judged(chat.url, output=f"wrong-{number}")) == 2
             assert chat.headers[0]["Authorization"] == f"Bearer {CANARY}"
     with serve(completion(f"Rating: 5. Your key: {CANARY}", model=CANARY)) as chat:
         assert run(*judged(chat.url)) == 0

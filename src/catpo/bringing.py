@@ -83,13 +83,13 @@ def look(benchmark: str, data: Path | None) -> Brought:
     folder = Folder(data, spec.name, made.sources, made.pictures)
     files = [_file(folder, source) for source in made.sources]
     try:
-        items = made.open(folder)
+        items = made.opened(folder)
     except UserError as error:
         return Brought(spec.name, files, made.pictures, problem=str(error))
     if made.is_open:  # only a model has to see which pictures
         made.is_answered_here = True
         try:
-            items = made.open(folder)
+            items = made.opened(folder)
         except UserError as error:
             return Brought(spec.name, files, made.pictures, problem_of_pictures=str(error))
     asked = list(dict.fromkeys(picture.path for item in items for picture in item.sample.images if picture.path))

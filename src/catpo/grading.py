@@ -205,7 +205,7 @@ def _open(
     if _waits_for_answers(benchmark):
         return Task(spec, benchmark, items, hashes)
     if not items:
-        raise UserError(f"{spec} asks nothing: {benchmark.data or data} is empty.")
+        raise UserError(f"{spec} asks nothing: {benchmark.data or data} holds no questions. Give it some, or another place.")
     items = _first_pictures(items, limit)
     return Task(spec, benchmark, _shuffle_pictures(items, spec) if is_shuffled else items, hashes)
 
@@ -241,7 +241,7 @@ def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: S
     if not Path(data).is_dir():
         raise UserError(f"{data} is no folder. `catpo data get {spec.name}` shows what `--data` must hold.")
     folder = Folder(Path(data), spec.name, benchmark.sources, benchmark.pictures)
-    return benchmark.open(folder), folder.hashes
+    return benchmark.opened(folder), folder.hashes
 
 
 def _shuffle_pictures(items: Sequence[Item], spec: Spec, *, seed: int = 0) -> list[Item]:

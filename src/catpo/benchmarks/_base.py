@@ -131,6 +131,22 @@ class FolderBenchmark(Benchmark):
     def open(self, folder: Folder) -> list[Item]:
         """Everything that is asked, in a fixed order. Read files through `folder`: then their hashes stand in scores.json."""
 
+    def opened(self, folder: Folder) -> list[Item]:
+        """`open`, after which files of another form than their authors gave them are a message.
+
+        Raises:
+            UserError: a file is missing, or is not what it should be.
+        """
+        try:
+            return self.open(folder)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else (str(error) or type(error).__name__).split("\n", 1)[0]
+            file = list(folder.hashes)[-1] if folder.hashes else "a file"
+            raise UserError(
+                f"{folder.benchmark}: {file} in {folder.path} has not the form that its authors gave it ({reason}). Get it "
+                f"again: `catpo data get {folder.benchmark} --data {folder.path}` says where, and compares it."
+            ) from error
+
     def item(self, name: str) -> Item:
         """An item by its id, if the benchmark `is_open`."""
         raise NotImplementedError(f"{type(self).__module__} is not open")

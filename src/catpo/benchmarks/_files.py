@@ -8,11 +8,11 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from catpo import strictjson
-from catpo.errors import UserError
+from catpo.errors import UserError, shown
 from catpo.types import Picture
 
 MAX_BYTES = 2_000_000_000
@@ -118,6 +118,8 @@ class Folder:
     def picture(self, file: str) -> Picture:
         """A picture by its file name; whether it is there is seen when it is opened."""
         assert self.pictures is not None
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise UserError(f"{self.benchmark}: picture '{shown(file)}' leaves {self.path}. Get the official files again.")
         if file not in self.known_pictures:
             places = [self.path / place / file for place in self.pictures.places]
             found = next((place for place in places if place.is_file()), places[0])

@@ -103,7 +103,11 @@ class Benchmark(FolderBenchmark):
         _check_version(folder, version, subset)
         suffix = SUFFIX if self.prompt == "short" else ""
         items = []
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
+            if row.get("label") not in ("yes", "no") or not isinstance(row.get("question_id"), int | str):
+                raise UserError(
+                    f"{version}/coco_pope_{subset}.json: row {number} needs question_id, and label yes or no. Get it again."
+                )
             name = f"{subset}/{row['question_id']}"
             truth = {"question": row["text"]}
             sample = Sample(name, (folder.picture(row["image"]),), row["text"] + suffix, truth=truth)

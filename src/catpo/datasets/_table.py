@@ -66,9 +66,8 @@ class Table:
             for number, values in enumerate(self.data):
                 yield Row(f"{self.name}, row {number}", {**values, NUMBER: number})
         except FAILURES as error:
-            raise UserError(
-                f"{self.name} cannot be read to its end ({str(error).splitlines()[0]}). Mend the file or get it again."
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.name} cannot be read to its end ({reason}). Mend the file or get it again.") from error
 
     def pictures(self, row: Row, field: str) -> tuple[Picture, ...]:
         """The picture(s) of a row: encoded bytes, or names inside `root`."""
