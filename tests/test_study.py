@@ -38,9 +38,9 @@ title: Two methods
 model: builtin
 data: scenes(count=12)
 seeds: [0, 1]
-benchmarks: scenes(count=40, questions=1)
+benchmarks: scenes(count=16, questions=1)
 learning_rates: [1e-5, 5e-5]
-tuning: {seed: 7, benchmarks: "scenes(count=40, seed=1, questions=1)"}
+tuning: {seed: 7, benchmarks: "scenes(count=16, seed=1, questions=1)"}
 rows:
   base:
   dpo: dpo
@@ -113,7 +113,7 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
         ({"learning_rates": []}, "must be one or more positive numbers"),
         ({"tuning": None}, "'tuning.benchmarks' must name pictures to choose by"),
         ({"tuning": {"seed": 1, "benchmarks": "captions"}}, "'tuning.seed' 1 is one of the seeds reported"),
-        ({"tuning": {"benchmarks": ["scenes(count=40, questions=1)"]}}, "'tuning.benchmarks' has scenes.*, which is reported"),
+        ({"tuning": {"benchmarks": ["scenes(count=16, questions=1)"]}}, "'tuning.benchmarks' has scenes.*, which is reported"),
         ({"reference": "nobody"}, r"line \d+: 'reference' is not one of the rows"),
         ({"columns": {"a": 1}}, r"line \d+: 'columns', 'a' must be text"),
         ({"model": None}, "'model' must be text"),
@@ -184,7 +184,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
         if (Path(model) / "what.json").exists():
             what = read_json(Path(model) / "what.json")
         wrong, said = (choose(what["objective"], what["rate"]) for choose in (record.wrong, record.said))
-        make_evaluation(output, wrong=wrong, said=said, seed=what["seed"], options=benchmarks[0])
+        make_evaluation(output, wrong=wrong, said=said, count=16, seed=what["seed"], options=benchmarks[0])
 
     for name, engine in {"pair": pair, "score": score, "train": train, "evaluate": evaluate}.items():
         monkeypatch.setattr(cells, name, engine)
@@ -239,7 +239,7 @@ def test_tuning_takes_the_better_rate_and_other_pictures(tmp_path: Path, engines
     tried = {(objective, rate) for objective, rate, seed in engines.trained if seed == 7}
     assert tried == {(objective, rate) for objective in ("dpo", "catpo") for rate in (1e-5, 5e-5)}
     assert {(o, r) for o, r, seed in engines.trained if seed in (0, 1)} == {("dpo", 5e-5), ("catpo", 1e-5)}
-    assert set(engines.evaluated) == {"scenes(count=40, questions=1)", "scenes(count=40, seed=1, questions=1)"}
+    assert set(engines.evaluated) == {"scenes(count=16, questions=1)", "scenes(count=16, seed=1, questions=1)"}
 
 
 def test_tuning_does_not_fall_for_a_model_that_falls_silent(tmp_path: Path, engines: Engines) -> None:
