@@ -1,4 +1,4 @@
-"""Kill `pair`, `score`, `train` and `evaluate` at many moments, go on, and compare with the undisturbed run.
+"""Kill `pair`, `score`, `train`, `evaluate` and `study` at many moments, go on, and compare with the undisturbed run.
 
     python -m bench.kills --kills 30            # random moments, and one kill at every write
     python -m bench.kills --work score --processes 2
@@ -40,8 +40,17 @@ from catpo.training import train
 from catpo.types import PreferencePair, pair_id
 
 TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
-          "eval_samples_per_second", "eval_steps_per_second")  # fmt: skip
+          "eval_samples_per_second", "eval_steps_per_second", "train_seconds")  # fmt: skip
 """What differs between two undisturbed runs."""
+STUDY = """
+title: Small
+model: builtin
+data: folder(source='{pairs}')
+seeds: [0]
+learning_rates: [1e-4]
+rows: {{dpo: dpo, catpo: catpo}}
+train: {{max_steps: 2, batch_size: 1, accumulation: 1, dev_share: 0.0}}
+"""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """Events of Python's audit that change files, beside `open` and `fsync`."""
@@ -88,12 +97,21 @@ def _evaluate(inputs: Path, output: Path) -> object:
     )
 
 
+def _study(inputs: Path, output: Path) -> object:
+    from catpo.study.run import study
+
+    file = inputs / "small.yaml"
+    file.write_text(STUDY.format(pairs=inputs / "pairs"))
+    return study(file, output=output)
+
+
 WORKS = [
     Work("pair", _pair),
     Work("score", _score),
     Work("train full", _train(None)),
     Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)")),
     Work("evaluate", _evaluate),
+    Work("study", _study),
     Work("score", _score, processes=2),
     Work("train full", _train(None), processes=2),
     Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)"), processes=2),
@@ -248,12 +266,23 @@ def contents(output: Path) -> dict[str, str]:
             continue
         if name.startswith("checkpoints/"):
             found[name] = ""
-        elif name == "metrics.jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = "\n".join(json.dumps({key: row[key] for key in sorted(row) if key not in TIMING}) for row in rows)
         else:
-            found[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+            content = _timeless(path, output) if path.suffix in (".json", ".jsonl") else path.read_bytes()
+            found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return found
+
+
+def _timeless(path: Path, output: Path) -> bytes:
+    """JSON without times, and without where it lies."""
+    text = path.read_text().replace(str(output), "OUTPUT")
+    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return json.dumps(_without_times(values), sort_keys=True).encode()
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(each) for key, each in value.items() if key not in TIMING}
+    return [_without_times(each) for each in value] if isinstance(value, list) else value
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

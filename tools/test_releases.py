@@ -28,7 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     place = Path(sys.prefix) / "releases" / options.which
     install([wanted(requirement, options.which) for requirement in ours()], place)
-    install([str(requirement) for requirement in unmet(place)], place)
+    while missing := unmet(place):
+        install([str(requirement) for requirement in missing], place)
     path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests]
     sys.exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
@@ -49,22 +50,22 @@ def wanted(requirement: Requirement, which: str) -> str:
 
 
 def unmet(place: Path) -> list[Requirement]:
-    """What the libraries there require and the environment does not have."""
+    """What is required there and neither there nor in the environment."""
+    there = [str(place), *sys.path]
     found = {}
     for library in metadata.distributions(path=[str(place)]):
         for text in library.requires or ():
             requirement = Requirement(text)
             is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if is_needed and not is_met(requirement):
+            if is_needed and not is_met(requirement, there):
                 found[requirement.name] = requirement
-    return [requirement for name, requirement in found.items() if name not in LIBRARIES]
+    return list(found.values())
 
 
-def is_met(requirement: Requirement) -> bool:
-    try:
-        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
-    except metadata.PackageNotFoundError:
-        return False
+def is_met(requirement: Requirement, there: list[str]) -> bool:
+    """By the first distribution of that name on the path, which is the one that is imported."""
+    first = next(iter(metadata.distributions(name=requirement.name, path=there)), None)
+    return first is not None and requirement.specifier.contains(first.version, prereleases=True)
 
 
 def install(requirements: list[str], place: Path) -> None:

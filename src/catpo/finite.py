@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from catpo.errors import UserError
 
@@ -60,9 +61,15 @@ def check_gradients(parameters: Iterable[torch.nn.Parameter], pair_ids: Sequence
     Raises:
         UserError: names the pairs of the step's last batch, and what to change.
     """
-    norms = [each.grad.detach().float().norm() for each in parameters if each.grad is not None]
-    if norms and not all(torch.isfinite(norm) for norm in norms):
+    gradients = [_here(each.grad) for each in parameters if each.grad is not None]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
+    if norms and not torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all():  # one wait for the device
         raise UserError(
             f"The gradient of step {step} is not finite though its losses are (last batch: pairs {', '.join(pair_ids)}). "
             "The weights are as they were. Lower the learning rate, or use bf16 or float32 instead of float16. " + LOOK
         )
+
+
+def _here(gradient: Tensor) -> Tensor:
+    """This process's part of a sharded gradient; clipping has spread what is not finite to all parts."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
