@@ -107,8 +107,7 @@ def score(place: Place, source: Any, *options: Any) -> list[Any]:
 
 
 def train(place: Place, source: Any, *options: Any) -> list[Any]:
-    return ["train", "--pairs", source, "--model", place.model, "--output", place.out, "--dev-share", "0", "--max-steps", "1",
-            *options]  # fmt: skip
+    return ["train", "--pairs", source, "--model", place.model, "--max-steps", "1", "--output", place.out, *options]
 
 
 def show_store(place: Place) -> list[Any]:

@@ -245,6 +245,8 @@ def lora_config(text: str | Spec, family: Family) -> LoraConfig:
 
 
 def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0) -> LoraConfig:
+    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
+        raise UserError(f"lora(r={r}, alpha={alpha}, dropout={dropout}): give r and alpha of 1 or more, dropout in [0, 1).")
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
 
 

@@ -119,7 +119,8 @@ class Folder:
         """A picture by its file name; whether it is there is seen when it is opened."""
         assert self.pictures is not None
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise UserError(f"{self.benchmark}: picture '{shown(file)}' leaves {self.path}. Get the official files again.")
+            files = ", ".join(self.hashes)
+            raise UserError(f"{self.benchmark}: picture '{shown(file)}' leaves {self.path}. Get {files} again.")
         if file not in self.known_pictures:
             places = [self.path / place / file for place in self.pictures.places]
             found = next((place for place in places if place.is_file()), places[0])
