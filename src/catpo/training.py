@@ -107,7 +107,8 @@ def train(
             raise UserError(
                 "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
             )
-        family = families.load(model, device=device, dtype=dtype, quantization=quantization, attention=attention)
+        place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
+        family = families.load(model, device=place, dtype=dtype, quantization=quantization, attention=attention)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
