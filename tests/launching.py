@@ -38,7 +38,7 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
     results: dict[int, Any] = {}
     try:
         while len(results) < count:
-            for read in wait([read for number, (read, _) in enumerate(pipes) if number not in results], timeout=120) or [None]:
+            for read in wait([read for number, (read, _) in enumerate(pipes) if number not in results], timeout=600) or [None]:
                 assert read is not None, "the processes wait for one another"
                 number = [each for each, _ in pipes].index(read)
                 is_done, results[number] = read.recv()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import tarfile
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -83,6 +85,54 @@ def test_a_streamed_table_gives_the_same_pairs(tmp_path):
     source = parquet(tmp_path / "a.parquet", rlhf_v_rows(False))
     whole = list(open_data(f"rlhf_v(source={str(source)!r})").pairs())
     assert [pair.id for pair in open_data(f"rlhf_v(source={str(source)!r}, streaming=True)").pairs()] == [p.id for p in whole]
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def shard_members(numbers):
+    for number in numbers:
+        row = {"prompt": ANSWERS[number]["question"], **{side: ANSWERS[number][side] for side in ("chosen", "rejected")}}
+        yield f"part/{number:03d}.png", png(COLOURS[number])
+        yield f"part/{number:03d}.json", json.dumps(row).encode()
+
+
+def test_webdataset_shards_become_pairs_whose_pictures_stay_in_the_tar(tmp_path):
+    half = len(COLOURS) // 2
+    tar(tmp_path / "b.tar", shard_members(range(half, len(COLOURS))))
+    tar(tmp_path / "a.tar", shard_members(range(half)))
+    pairs = list(open_data(f"webdataset(source={str(tmp_path)!r})").pairs())
+    expect_all(pairs)
+    assert all(pair.images[0].data is None for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.png", b"x")], "a.tar, a: field 'json' must be there once"),
+        ([("a.json", b"{}")], "field 'jpg' is missing"),
+        ([("a.png", b"x"), ("a.json", b"[1]")], "field 'json' must be an object"),
+        ([("a.png", b"x"), ("a.json", b"{")], "field 'json' is not valid JSON"),
+        ([("a.png", b"x"), ("a.json", b'{"prompt": "q"}')], "field 'chosen' is missing"),
+    ],
+)
+def test_a_bad_webdataset_sample_is_named(tmp_path, members, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        list(open_data(f"webdataset(source={str(tar(tmp_path / 'a.tar', members))!r})").pairs())
+
+
+def test_a_compressed_or_broken_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"a\.tar cannot be read .* uncompressed"):
+        list(open_data(f"webdataset(source={str(tmp_path)!r})").pairs())
+    with pytest.raises(UserError, match=r"holds no \.tar files"):
+        open_data(f"webdataset(source={str(tmp_path / 'nowhere')!r})")
 
 
 BAD = {

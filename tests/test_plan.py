@@ -89,6 +89,9 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
         trained = sum(each.numel() for each in [*tuned.decoder.parameters(), tuned.head.weight])
     assert made.trained_parameters == trained
     assert made.memory["gradients"] == 4 * trained and made.memory["optimiser"] == 8 * trained
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    written = sum(file.stat().st_size for file in [*checkpoint.glob("*.safetensors"), checkpoint / "optimizer.pt"])
+    assert made.checkpoint == pytest.approx(written, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3", "builtin"])
@@ -121,6 +124,16 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(name, tmp_path)
         ),
     )
     assert made.memory["activations"] == pytest.approx(sum(kept.values()), rel=0.35)
+
+
+def test_a_plan_for_several_gpus_divides_what_the_engine_shards(folder):
+    given = options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), lora=None, batch_size=1, accumulation=2)
+    alone, eight = plan("train", given), plan("train", given, engine="fsdp2", processes=8)
+    for part in ("weights", "gradients", "optimiser"):
+        assert eight.memory[part] == -(-alone.memory[part] // 8)
+    assert eight.memory["activations"] == alone.memory["activations"]
+    assert eight.steps == 12 and alone.steps == 54  # of 18 pairs: one update of two batches of eight per epoch, and the rest
+    assert eight.work.flops == alone.work.flops and eight.work.sent_per_step > 0 == alone.work.sent_per_step
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):

@@ -108,6 +108,21 @@ def test_every_response_is_read_back_as_it_was_written(tmp_path):
             np.testing.assert_array_equal(found.signals[name], expected.signals[name])
 
 
+def test_a_store_larger_than_its_memory_reads_the_same_and_keeps_what_was_read_last(tmp_path, monkeypatch):
+    whole = whole_store(tmp_path / "store")
+    assert len(list(whole._all_columns())) == len(whole._kept) == 4
+    monkeypatch.setattr("catpo.rewards.KEPT_BYTES", 1)
+    small = RewardStore.open(tmp_path / "store")
+    assert not small._kept  # opening keeps ids only
+    for pair in [*PAIRS, *reversed(PAIRS)]:
+        for side in SIDES:
+            np.testing.assert_array_equal(small.get(pair, side).logps, whole.get(pair, side).logps)
+            np.testing.assert_array_equal(small.hidden(pair, side), whole.hidden(pair, side))
+            assert len(small._kept) == 1
+    for name, values in small.quantiles().items():
+        np.testing.assert_array_equal(values, whole.quantiles()[name])
+
+
 def test_hidden_states_and_maps_are_those_of_the_response(tmp_path):
     store = whole_store(tmp_path / "store")
     for expected in rows_of(PAIRS):

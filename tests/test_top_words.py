@@ -19,7 +19,7 @@ def case():
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     reference = draw(TOKENS, WIDTH)
     hidden = (reference + 0.1 * draw(TOKENS, WIDTH)).requires_grad_()
-    head = Head(draw(WORDS, WIDTH).requires_grad_(), draw(WORDS), scale=0.8)
+    head = Head(draw(WORDS, WIDTH).requires_grad_(), draw(WORDS), scale=1.6)
     tokens = torch.randint(WORDS, (TOKENS,), generator=generator)
     return hidden, reference, head, tokens
 
@@ -73,7 +73,7 @@ def test_more_words_come_closer_and_all_but_one_are_exact(case, direction):
         assert (kl <= truth + 1e-6).all()  # the rest as one word can only hide a difference
         errors.append(((truth - kl).sum() / truth.sum()).item())
     assert errors == sorted(errors, reverse=True) and errors[-1] == pytest.approx(0, abs=1e-5)
-    assert errors[3] < 0.02  # 64 of 300 words: less than 2 % is missed
+    assert errors[2] < 0.25 and errors[3] < 0.05  # 16 and 64 of 300 words; the likeliest has half the mass
 
 
 def test_a_policy_that_is_the_reference_has_no_kl_and_no_gradient(case):

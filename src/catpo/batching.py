@@ -238,7 +238,7 @@ def _pair_forward(
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Log-probs and KL of a batch; with `read`, what that makes of model and hidden states comes beside them.
+    """Log-probs and KL of a batch (`TokenStats`); with `read`, what that makes of model and hidden states comes beside them.
 
     With `inside` only what that makes of the model, as for a reference: here is where sharded weights are whole.
     """

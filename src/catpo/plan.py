@@ -80,7 +80,7 @@ class Plan:
     engine: str = "ddp"
     work: Work = field(default_factory=lambda: Work(0.0, 0.0))
     checkpoint: int = 0
-    """Bytes of one checkpoint: what is trained, and the optimiser's moments of it."""
+    """Bytes of one checkpoint: the adapter or all weights, and the optimiser's moments of what is trained."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -201,7 +201,7 @@ def _train(
             seen * _forward_flops(family, encoded, row) * (rows[0] * each_token + rows[1]),
             sent_bytes(engine, processes, weights, trained_bytes, options["accumulation"]),
         ),
-        checkpoint=(1 + ADAMW_MOMENTS) * trained_bytes,
+        checkpoint=(trained_bytes if options["lora"] else weights) + ADAMW_MOMENTS * trained_bytes,
     )
 
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import save as to_safetensors
 
 from catpo.errors import UserError
 from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.runs import read_json, write_json
-from catpo.shards import COLUMNS, ResponseRow, Shard, as_grids, check_row, checksum, grid_column, to_parquet, token_columns
+from catpo.shards import COLUMNS, ResponseRow, Shard, ShardColumns, as_grids, check_row, checksum, to_parquet
 from catpo.types import SIDES, Side
 
 FORMAT = 2
+KEPT_BYTES = 1 << 30
+"""Token columns that an open store keeps in memory: all of them for some hundred thousand pairs, then the last used."""
 TOP = ("top_ids", "top_logps")
 """Arrays of the reference's likeliest words, and of their log-probs with that of all others last."""
 KNOWN_AS = {
@@ -170,25 +172,34 @@ class RewardWriter:
 
 
 class RewardStore:
-    """A complete store, read by pair and side. Signals are in memory; hidden states and maps are read when asked for."""
+    """A complete store, read by pair and side.
+
+    In memory are the ids of the pairs and the token columns that were read last, up to `KEPT_BYTES`; a store of a million pairs
+    takes no more than a small one. Hidden states and maps are read when asked for.
+    """
 
     def __init__(self, path: Path, provenance: dict[str, Any], shards: list[Shard]) -> None:
         self.path = path
         self.provenance: Mapping[str, Any] = provenance
         """What `store.json` says: model, options, versions."""
         self._shards = shards
-        table = pa.concat_tables([shard.read_table(self.signals) for shard in shards]).combine_chunks()
-        self._columns, self._offsets = token_columns(table, [*COLUMNS, *self.signals], path)
-        self._grids, self._grid_offsets = grid_column(table)
-        ids, sides = table["pair_id"].to_pylist(), table["side"].to_pylist()
-        self.pair_ids: list[str] = ids[::2]
+        self._kept: OrderedDict[int, ShardColumns] = OrderedDict()
+        self.pair_ids: list[str] = []
         """All pairs, in the order in which they were scored."""
-        if sides != provenance["pair_count"] * list(SIDES) or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
-            raise UserError(
-                f"{path}: the shards hold other pairs than store.json says. Score the pairs again into a new folder."
-            )
-        self._row = {(pair_id, side): row for row, (pair_id, side) in enumerate(zip(ids, sides, strict=True))}
+        for shard in shards:
+            ids, sides = shard.read_ids()
+            if sides != len(ids[::2]) * list(SIDES) or ids[::2] != ids[1::2]:
+                raise self._other_pairs()
+            self.pair_ids += ids[::2]
+        if _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
+            raise self._other_pairs()
+        self._number = {pair_id: number for number, pair_id in enumerate(self.pair_ids)}
         self._quantiles: dict[bool, dict[str, NDArray[np.floating]]] = {}
+
+    def _other_pairs(self) -> UserError:
+        return UserError(
+            f"{self.path}: the shards hold other pairs than store.json says. Score the pairs again into a new folder."
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> RewardStore:
@@ -228,7 +239,7 @@ class RewardStore:
         return len(self.pair_ids)
 
     def __contains__(self, pair_id: object) -> bool:
-        return (pair_id, "chosen") in self._row
+        return pair_id in self._number
 
     def __iter__(self) -> Iterator[str]:
         """Ids of the pairs."""
@@ -248,10 +259,10 @@ class RewardStore:
         """Whether the reference's likeliest words are kept."""
         return bool(self.provenance.get("topk"))
 
-    @property
+    @cached_property
     def has_labels(self) -> bool:
         """Whether any token is known to be grounded or hallucinated."""
-        return bool((self._columns["labels"] >= 0).any())
+        return any((columns.values["labels"] >= 0).any() for columns in self._all_columns())
 
     @property
     def has_maps(self) -> bool:
@@ -285,19 +296,18 @@ class RewardStore:
         Raises:
             UserError: the pair is not in the store.
         """
-        row = self._row_of(pair_id, side)
-        tokens = self._tokens(row)
-        columns = self._columns
+        columns, row = self._at(pair_id, side)
+        tokens, values = columns.tokens(row), columns.values
         return ResponseRow(
             pair_id=pair_id,
             side=side,
-            token_ids=columns["token_ids"][tokens],
-            logps=columns["logps"][tokens],
-            signals={name: columns[name][tokens] for name in self.signals},
-            labels=columns["labels"][tokens],
-            pieces=columns["pieces"][tokens].tolist(),
-            is_special=columns["is_special"][tokens],
-            grids=as_grids(self._grids_of(row)),
+            token_ids=values["token_ids"][tokens],
+            logps=values["logps"][tokens],
+            signals={name: values[name][tokens] for name in self.signals},
+            labels=values["labels"][tokens],
+            pieces=columns.pieces_of(row),
+            is_special=values["is_special"][tokens],
+            grids=as_grids(columns.grids_of(row)),
         )
 
     def weights(self, pair_id: str, fusion: Fusion | None = None) -> PairWeights:
@@ -330,8 +340,12 @@ class RewardStore:
     def quantiles(self, *, with_special: bool = False) -> dict[str, NDArray[np.floating]]:
         """Signal -> all its values in the store, sorted; special tokens count only when asked for."""
         if with_special not in self._quantiles:
-            is_counted = slice(None) if with_special else ~self._columns["is_special"]
-            self._quantiles[with_special] = {name: np.sort(self._columns[name][is_counted]) for name in self.signals}
+            parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self.signals}
+            for columns in self._all_columns():
+                is_counted = slice(None) if with_special else ~columns.values["is_special"]
+                for name, values in parts.items():
+                    values.append(columns.values[name][is_counted])
+            self._quantiles[with_special] = {name: np.sort(np.concatenate(values)) for name, values in parts.items()}
         return self._quantiles[with_special]
 
     def hidden(self, pair_id: str, side: Side) -> NDArray[np.generic]:
@@ -359,7 +373,7 @@ class RewardStore:
                 f"{self.path} holds no likeliest words. Score again with them (`catpo score --cache 'topk(k=64)'`)."
             )
         shard, first, last = self._place(pair_id, side)
-        ids, logps = (shard.tensors.get_slice(name)[first:last] for name in TOP)
+        ids, logps = (shard.read_array(name, slice(first, last)) for name in TOP)
         return ids, logps
 
     def maps(self, pair_id: str, side: Side) -> NDArray[np.floating]:
@@ -376,39 +390,50 @@ class RewardStore:
     def _patch_count(self, pair_id: str, side: Side) -> int:
         """Patches that attention was recorded on: of all pictures, or of the one that was asked for."""
         only = self.provenance.get("attention", {}).get("patches", "all")
-        pictures, rows, columns = self._grids_of(self._row_of(pair_id, side))[:, :3].T
-        return int((rows * columns)[pictures == only if isinstance(only, int) else slice(None)].sum())
+        columns, row = self._at(pair_id, side)
+        pictures, rows, per_row = columns.grids_of(row)[:, :3].T
+        return int((rows * per_row)[pictures == only if isinstance(only, int) else slice(None)].sum())
 
-    def _grids_of(self, row: int) -> NDArray[np.float64]:
-        return self._grids[self._grid_offsets[row] : self._grid_offsets[row + 1]]
+    def _at(self, pair_id: str, side: Side) -> tuple[ShardColumns, int]:
+        """The columns that hold a response, and its row in them."""
+        number, row = self._find(pair_id, side)
+        return self._columns_of(number), row
 
-    def _row_of(self, pair_id: str, side: Side) -> int:
-        try:
-            return self._row[pair_id, side]
-        except KeyError:
+    def _find(self, pair_id: str, side: Side) -> tuple[int, int]:
+        """The shard of a response, and its row there."""
+        if pair_id not in self._number or side not in SIDES:
             raise UserError(
                 f"pair {pair_id} ({side}) is not in {self.path}, which holds {len(self)} pairs. Score it with `catpo score`."
-            ) from None
+            )
+        shard, pair = divmod(self._number[pair_id], self.provenance["shard_size"])
+        return shard, 2 * pair + SIDES.index(side)
 
-    def _tokens(self, row: int) -> slice:
-        return slice(self._offsets[row], self._offsets[row + 1])
+    def _columns_of(self, number: int) -> ShardColumns:
+        """A shard's token columns: kept from before, or read, while those not used for longest are let go."""
+        if number not in self._kept:
+            self._kept[number] = ShardColumns.of(self._shards[number].read_table(self.signals), self.signals, self.path)
+            while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def _all_columns(self) -> Iterator[ShardColumns]:
+        return map(self._columns_of, range(len(self._shards)))
 
     def _signals_of(self, pair_id: str, side: Side) -> ResponseSignals:
-        tokens = self._tokens(self._row_of(pair_id, side))
-        columns = self._columns
+        columns, row = self._at(pair_id, side)
+        tokens, values = columns.tokens(row), columns.values
         return ResponseSignals(
-            token_ids=columns["token_ids"][tokens],
-            is_special=columns["is_special"][tokens],
-            signals={name: columns[name][tokens] for name in self.signals},
+            token_ids=values["token_ids"][tokens],
+            is_special=values["is_special"][tokens],
+            signals={name: values[name][tokens] for name in self.signals},
         )
 
     def _place(self, pair_id: str, side: Side) -> tuple[Shard, int, int]:
         """The shard of a response, and its first and behind-last token there."""
-        row = self._row_of(pair_id, side)
-        rows_per_shard = 2 * self.provenance["shard_size"]
-        number = row // rows_per_shard
-        start = self._offsets[number * rows_per_shard]
-        return self._shards[number], int(self._offsets[row] - start), int(self._offsets[row + 1] - start)
+        number, row = self._find(pair_id, side)
+        tokens = self._columns_of(number).tokens(row)
+        return self._shards[number], tokens.start, tokens.stop
 
 
 def _check_fields(path: Path, provenance: Mapping[str, Any]) -> None:

@@ -27,6 +27,9 @@ UTILISATION = 0.4
 """Share of that speed which a training reaches; assumed, not measured."""
 LINKS = {"A100": 300e9, "H100": 450e9}
 """Bytes per second and direction between the GPUs of one machine (NVLink), from the data sheets."""
+BETWEEN = 50e9
+"""The same between machines with one 400 Gb/s adapter per GPU."""
+PER_MACHINE = 8
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Work:
     """Bytes each process sends per optimiser step."""
 
     def hours(self, gpu: str, processes: int, steps: int) -> float:
-        """Time on so many GPUs of one machine, computing and sending one after the other."""
-        return (self.flops / (SPEEDS[gpu] * UTILISATION * processes) + steps * self.sent_per_step / LINKS[gpu]) / 3600
+        """Time on so many GPUs, eight in a machine, computing and sending one after the other."""
+        link = LINKS[gpu] if processes <= PER_MACHINE else BETWEEN
+        return (self.flops / (SPEEDS[gpu] * UTILISATION * processes) + steps * self.sent_per_step / link) / 3600
 
 
 def check_engine(engine: str) -> None:

@@ -118,6 +118,15 @@ class Shard:
             raise self._damage(self.tensors_path.name)
         return found
 
+    def read_ids(self) -> tuple[list[str], list[str]]:
+        """Pair and side of each row; the whole file is verified."""
+        source = pa.BufferReader(self._read(self.parquet_path.name))
+        try:
+            table = pq.read_table(source, columns=["pair_id", "side"], use_threads=False)
+            return table["pair_id"].to_pylist(), table["side"].to_pylist()
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise self._damage(self.parquet_path.name) from error
+
     @cached_property
     def tensors(self) -> Any:
         """The open safetensors file, verified once per process."""
@@ -227,28 +236,56 @@ def _problem_of_grids(column: pa.ListArray) -> str:
     return ""
 
 
-def grid_column(table: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Column `grids` as [grids, fields], and where each row begins and ends in it."""
-    column = table["grids"].chunk(0)
-    fields = column.flatten()
-    values = [fields.field(name).to_numpy(zero_copy_only=False) for name in GRID]
-    return np.stack(values, axis=1).astype(np.float64), column.offsets.to_numpy().astype(np.int64)
+@dataclass(frozen=True)
+class ShardColumns:
+    """The token columns of a shard, each as one flat array; rows are responses."""
+
+    values: dict[str, NDArray[Any]]
+    pieces: pa.Array
+    """Texts of the tokens, as Arrow has them: as Python objects they would take ten times the memory."""
+    offsets: NDArray[np.int64]
+    """Where each row's tokens begin."""
+    grids: NDArray[np.float64]
+    grid_offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: pa.Table, signals: Sequence[str], path: Path) -> ShardColumns:
+        """Raises UserError for a column that is missing, or has other lengths than the tokens."""
+        table = table.combine_chunks()
+        columns: dict[str, pa.Array] = {}
+        offsets = table["token_ids"].chunk(0).offsets.to_numpy().astype(np.int64)
+        for name in [*COLUMNS, *signals]:
+            if name not in table.column_names or not np.array_equal(table[name].chunk(0).offsets.to_numpy(), offsets):
+                raise UserError(
+                    f"{path}: column {name} is missing or has other lengths than the tokens. Score the pairs again."
+                )
+            columns[name] = table[name].chunk(0).flatten()
+        pieces = columns.pop("pieces")
+        values = {name: np.array(column.to_numpy(zero_copy_only=False)) for name, column in columns.items()}
+        grids = table["grids"].chunk(0)
+        fields = grids.flatten()
+        numbers = np.stack([fields.field(name).to_numpy(zero_copy_only=False) for name in GRID], axis=1)
+        return cls(values, pieces, offsets, numbers.astype(np.float64), grids.offsets.to_numpy().astype(np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        numbers = [*self.values.values(), self.offsets, self.grids, self.grid_offsets]
+        return sum(each.nbytes for each in numbers) + self.pieces.nbytes
+
+    def tokens(self, row: int) -> slice:
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def pieces_of(self, row: int) -> list[str]:
+        return self.pieces[self.tokens(row)].to_pylist()
+
+    def grids_of(self, row: int) -> NDArray[np.float64]:
+        """As `as_grids` takes them."""
+        return self.grids[self.grid_offsets[row] : self.grid_offsets[row + 1]]
 
 
 def as_grids(fields: NDArray[np.float64]) -> list[PatchGrid]:
-    """Rows of `grid_column`."""
+    """Rows of `ShardColumns.grids_of`."""
     return [PatchGrid(int(row[0]), int(row[1]), int(row[2]), tuple(row[3:].tolist())) for row in fields]
-
-
-def token_columns(table: pa.Table, names: Sequence[str], path: Path) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
-    """Every column as one flat array, and where each row begins and ends in it."""
-    columns: dict[str, NDArray[Any]] = {}
-    offsets = table["token_ids"].chunk(0).offsets.to_numpy().astype(np.int64)
-    for name in names:
-        if name not in table.column_names or not np.array_equal(table[name].chunk(0).offsets.to_numpy(), offsets):
-            raise UserError(f"{path}: column {name} is missing or has other lengths than the tokens. Score the pairs again.")
-        columns[name] = np.array(table[name].chunk(0).flatten().to_numpy(zero_copy_only=False))
-    return columns, offsets
 
 
 def checksum(content: bytes) -> str:

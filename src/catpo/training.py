@@ -125,8 +125,9 @@ def train(
             raise UserError(
                 "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
             )
+        place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
         family = families.load(
-            model, device=device, dtype=dtype, quantization=quantization, attention=attention,
+            model, device=place, dtype=dtype, quantization=quantization, attention=attention,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if skipped.goes_on:

@@ -1,0 +1,147 @@
+"""The table of docs/scaling.md: time, memory and disk of published model sizes, by the formulas that `--dry-run` uses.
+
+    python -m bench.scaling
+
+Sizes are those of the models' published configurations. Nothing is loaded or measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from catpo.scale import Work, per_process, sent_bytes, training_passes
+
+IMAGE, PROMPT, RESPONSES = 1200, 30, 200
+"""Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""
+ROW = IMAGE + PROMPT + RESPONSES
+EPOCHS, BATCH = 3, 32
+"""Passes over the pairs, and pairs per optimiser step, all GPUs together (more GPUs than that: one pair each)."""
+BF16, GPU = 2, "H100"
+LORA_RANK = 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a decoder of Llama's build, and the weights beside it."""
+
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    inner: int
+    vocabulary: int
+    is_tied: bool
+    vision: float
+    """Weights of tower and projector."""
+
+    @property
+    def keys(self) -> int:
+        return self.width // self.heads * self.key_heads
+
+    @property
+    def layer(self) -> int:
+        return 2 * self.width * (self.width + self.keys) + 3 * self.width * self.inner
+
+    @property
+    def linear(self) -> int:
+        return self.layers * self.layer
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.width
+
+    @property
+    def weights(self) -> int:
+        return int(self.linear + self.head * (1 if self.is_tied else 2) + self.vision)
+
+    @property
+    def adapter(self) -> int:
+        """Two factors of each of the seven linear layers."""
+        sides = 2 * self.width + 2 * (self.width + self.keys) + 3 * (self.width + self.inner)
+        return self.layers * LORA_RANK * sides
+
+    @property
+    def forward(self) -> float:
+        """Operations of one pair's row."""
+        return 2 * self.linear * ROW + 2 * self.layers * self.width * ROW**2 + 2 * self.head * RESPONSES
+
+    @property
+    def checkpointed(self) -> int:
+        """Activations of one row: the input of each layer, and one layer whole (`plan._Decoder`)."""
+        norms = 2 * (2 * self.width + 2 * self.width)
+        layer = norms + 3 * self.width + 4 * self.keys + 4 * self.inner
+        return ROW * BF16 * (self.layers * self.width + layer)
+
+
+QWEN = {  # config.json of Qwen/Qwen2.5-VL-…-Instruct
+    "3B": Size(2048, 36, 16, 2, 11008, 151_936, True, 0.67e9),
+    "7B": Size(3584, 28, 28, 4, 18944, 152_064, False, 0.68e9),
+    "32B": Size(5120, 64, 40, 8, 27648, 152_064, False, 0.69e9),
+    "72B": Size(8192, 80, 64, 8, 29568, 152_064, False, 0.70e9),
+}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0]).parse_args()
+    print("Memory per GPU, GB (one pair per GPU, checkpointing, bf16)\n")
+    kinds_of_run = (("ddp", 1), ("zero2", 8), ("fsdp2", 8), ("fsdp2", 64))
+    engines = [(lora, engine, gpus) for lora in (True, False) for engine, gpus in kinds_of_run]
+    heads = [f"{'LoRA' if lora else 'full'}, {engine} x {gpus}" for lora, engine, gpus in engines]
+    print(row("", *heads))
+    print(row("---", *["---:"] * len(heads)))
+    for name, size in QWEN.items():
+        print(row(name, *(f"{sum(memory(size, *each).values()) / 1e9:,.0f}" for each in engines)))
+    print(f"\nHours on {GPU}s ({EPOCHS} epochs of training; scoring once)\n")
+    places = [(pairs, gpus) for pairs in (5_000, 100_000, 1_000_000) for gpus in (1, 8, 64)]
+    print(row("", *(f"{pairs:,} pairs x {gpus}" for pairs, gpus in places)))
+    print(row("---", *["---:"] * len(places)))
+    for name, size in QWEN.items():
+        print(row(f"{name} score", *(hours(size.forward * pairs, "ddp", size, gpus, 0, 0) for pairs, gpus in places)))
+        for lora in (True, False):
+            engine = "ddp" if lora and name in ("3B", "7B") else "fsdp2"
+            cells = []
+            for pairs, gpus in places:
+                steps = EPOCHS * pairs / max(BATCH, gpus)
+                flops = EPOCHS * pairs * size.forward * training_passes(lora, True)
+                trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)
+                cells.append(hours(flops, engine, size, gpus, steps, trained))
+            print(row(f"{name} {'LoRA' if lora else 'full'}, {engine}", *cells))
+    print("\nReward store, GB\n")
+    kinds = {"hidden": lambda size: size.width * BF16, "topk(k=64)": lambda size: 8 * 64 + 4, "logps": lambda size: 0}
+    print(row("pairs", *(f"{name} {kind}" for name in QWEN for kind in kinds)))
+    print(row("---:", *["---:"] * len(QWEN) * len(kinds)))
+    for pairs in (5_000, 100_000, 1_000_000):
+        cells = [pairs * RESPONSES * (28 + kind(size)) / 1e9 for size in QWEN.values() for kind in kinds.values()]
+        print(row(f"{pairs:,}", *(f"{cell:,.1f}" for cell in cells)))
+    maps = 1_000_000 * RESPONSES * IMAGE * 2 / 1e9
+    print(f"\nAttention maps (--maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
+
+
+def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
+    trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)  # adapters are float32
+    parts = {
+        "weights": BF16 * size.weights,
+        "adapter": trained if lora else 0,
+        "reference": 0 if lora else BF16 * size.head,
+        "gradients": trained,
+        "optimiser": 2 * trained,
+        "activations": size.checkpointed,
+        "head tile": 4 * 4 * (1 << 24),
+    }
+    return per_process(parts, engine, gpus, BF16 * size.layer)
+
+
+def hours(flops: float, engine: str, size: Size, gpus: int, steps: float, trained: int) -> str:
+    batches = max(1, BATCH // gpus)
+    sent = sent_bytes(engine, gpus, BF16 * size.weights, trained, batches) if steps else 0.0
+    found = Work(flops, sent).hours(GPU, gpus, int(steps))
+    return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
