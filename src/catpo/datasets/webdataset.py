@@ -69,12 +69,12 @@ class Dataset(_base.RowDataset):
         if not pictures:
             raise row.error("jpg", f"is missing. Put a picture ({', '.join(PICTURES)}) beside the .json")
         inner = Row(row.where, values)
-        return [make_pair(pictures, *(inner.text(name) for name in ("prompt", "chosen", "rejected")))]
+        return [make_pair(pictures, inner.text("prompt"), inner.text("chosen"), inner.text("rejected"))]
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
-        archive.members = []  # tarfile keeps every header otherwise
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if member.isfile():
             yield member
 
