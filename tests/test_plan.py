@@ -84,14 +84,15 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
     assert (made.pairs, made.dev_pairs) == (15, 5)
     tuned = families.load(result.model)
     if lora:
-        trained = sum(each.numel() for name, each in tuned.unwrapped.named_parameters() if "lora_" in name)
+        parameters = [each for name, each in tuned.unwrapped.named_parameters() if "lora_" in name]
     else:
-        trained = sum(each.numel() for each in [*tuned.decoder.parameters(), tuned.head.weight])
+        parameters = [*tuned.decoder.parameters(), tuned.head.weight]
+    trained = sum(each.numel() for each in parameters)
     assert made.trained_parameters == trained
     assert made.memory["gradients"] == 4 * trained and made.memory["optimiser"] == 8 * trained
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     written = sum(file.stat().st_size for file in [*checkpoint.glob("*.safetensors"), checkpoint / "optimizer.pt"])
-    assert made.checkpoint == pytest.approx(written, rel=0.1)
+    assert made.checkpoint <= written < made.checkpoint + 1500 * len(parameters) + 20_000  # names, shapes, frozen weights' too
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3", "builtin"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from catpo.batching import add_pair_forward
 from catpo.data import dev_split
 from catpo.errors import UserError
 from catpo.families import _base as families
@@ -64,6 +65,19 @@ def test_cached_and_online_reference_give_one_curve(folder, store, tmp_path, pef
     online = run(folder, tmp_path, peft_config=peft_config, rewards=str(store), reference="online")
     assert curve(cached) == pytest.approx(curve(online), abs=2e-5)
     assert curve(cached)[-1] != pytest.approx(curve(cached)[0], abs=1e-4)
+
+
+def test_an_adapter_switched_off_is_the_reference_that_a_copy_is(folder, store, tmp_path):
+    switched = run(folder, tmp_path, peft_config=LORA, rewards=str(store), reference="online")
+    options = config(tmp_path, rewards=str(store), reference="online")
+    trainer = CatPOTrainer(str(folder), options, pairs(8), peft_config=LORA)
+    copy = families.load(folder)
+    add_pair_forward(copy.unwrapped)
+    copy.use_packed_attention()
+    trainer.reference_model = copy.unwrapped
+    trainer.train()
+    assert curve(trainer) == pytest.approx(curve(switched), abs=1e-6)
+    assert curve(trainer, "kl/chosen")[-1] > 0
 
 
 def test_shared_prefix_and_separate_rows_give_one_curve(folder, store, tmp_path):
