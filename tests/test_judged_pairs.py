@@ -206,7 +206,7 @@ def test_without_a_judge_the_next_step_is_said_before_any_answer(tmp_path, metho
     [
         ("rlaif(by='claim')", "truth", "Did you mean 'claims'"),
         ("rlaif(candidates=1)", "truth", "2 or more"),
-        ("hadpo(restyle='all')", "truth", "both, rejected, none"),
+        ("hadpo(restyle='all')", "truth", "both, none, rejected"),
         ("povid(part='noises')", None, "Did you mean 'noise'"),
         ("povid(view='blank')", None, "a view of the picture itself"),
         ("hadpo", "thruth", "Did you mean 'truth'"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from catpo.errors import UserError
 from catpo.served import messages as with_pictures
@@ -35,6 +35,7 @@ TASKS = {
 """Name of a request -> its instruction."""
 
 
+@runtime_checkable
 class _Asked(Protocol):
     """What is needed of a judge."""
 
