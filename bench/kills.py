@@ -275,7 +275,10 @@ def contents(output: Path) -> dict[str, str]:
 def _timeless(path: Path, output: Path) -> bytes:
     """JSON without times, and without where it lies."""
     text = path.read_text().replace(str(output), "OUTPUT")
-    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    try:
+        values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError:  # torn
+        return text.encode()
     return json.dumps(_without_times(values), sort_keys=True).encode()
 
 

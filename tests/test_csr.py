@@ -164,32 +164,30 @@ def test_without_a_whole_sentence_there_is_no_pair(scripted):
     assert csr._usable(cut) == []
 
 
-def test_a_killed_run_ends_with_the_same_pairs(family, tmp_path):
+def test_a_killed_run_ends_with_the_same_pairs(family, tmp_path, monkeypatch):
     options = dict(data="scenes(count=4)", method="csr(branches=2, best=1, worst=1, sentences=2)", block_size=2, progress=False)
     pair(model=family, output=tmp_path / "whole", **options)
-    killed = _Killed(family)
-    with pytest.raises(KeyboardInterrupt):
-        pair(model=killed, output=tmp_path / "broken", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(family, "next_sentences", _dies_at_the_third_call(family.next_sentences))
+        with pytest.raises(KeyboardInterrupt):
+            pair(model=family, output=tmp_path / "broken", **options)
     assert len((tmp_path / "broken" / "blocks.jsonl").read_text().splitlines()) == 1
     pair(model=family, output=tmp_path / "broken", **options)
     for name in ("pairs.jsonl", "pairs.json"):
         assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-class _Killed:
-    """A family whose third call for sentences is interrupted: the second block's first."""
+def _dies_at_the_third_call(next_sentences):
+    """Interrupts the second block's first sentences."""
+    calls = []
 
-    def __init__(self, family):
-        self.inner, self.calls = family, 0
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def next_sentences(self, *arguments, **options):
-        self.calls += 1
-        if self.calls == 3:
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return self.inner.next_sentences(*arguments, **options)
+        return next_sentences(*arguments, **options)
+
+    return interrupted
 
 
 @pytest.mark.parametrize(

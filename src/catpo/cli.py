@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"catpo: {stopped}", file=sys.stderr)
         sys.exit(143)
+    except BrokenPipeError:  # `catpo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
-        if refusal(error) is None or isinstance(error, BrokenPipeError):
+        if refusal(error) is None:
             raise
         print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. What was finished is whole: make room or choose "
               "another --output, then give the same command again.", file=sys.stderr)  # fmt: skip
@@ -55,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `catpo list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def _shown(message: str) -> str:

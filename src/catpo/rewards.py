@@ -191,7 +191,7 @@ class RewardStore:
             if sides != len(ids[::2]) * list(SIDES) or ids[::2] != ids[1::2]:
                 raise self._other_pairs()
             self.pair_ids += ids[::2]
-        if _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
+        if len(self.pair_ids) != provenance["pair_count"] or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
             raise self._other_pairs()
         self._number = {pair_id: number for number, pair_id in enumerate(self.pair_ids)}
         self._quantiles: dict[bool, dict[str, NDArray[np.floating]]] = {}

@@ -123,9 +123,12 @@ class Shard:
         source = pa.BufferReader(self._read(self.parquet_path.name))
         try:
             table = pq.read_table(source, columns=["pair_id", "side"], use_threads=False)
-            return table["pair_id"].to_pylist(), table["side"].to_pylist()
+            ids, sides = (table[name].to_pylist() for name in ("pair_id", "side"))
         except (pa.ArrowException, OSError, KeyError) as error:
             raise self._damage(self.parquet_path.name) from error
+        if not all(isinstance(each, str) for each in (*ids, *sides)):
+            raise self._damage(self.parquet_path.name)
+        return ids, sides
 
     @cached_property
     def tensors(self) -> Any:

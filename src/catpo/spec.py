@@ -69,8 +69,14 @@ def check_options(function: Callable[..., Any], spec: Spec) -> dict[str, Any]:
     for option, value in spec.options.items():
         if option not in known:
             raise UserError(f"'{spec.name}' has no option '{option}'. {did_you_mean(option, known)}")
-        check_kind(f"{spec.name}({option}={value!r})", value, known[option])
+        if not (value is None and _may_be_none(function, option)):
+            check_kind(f"{spec.name}({option}={value!r})", value, known[option])
     return dict(spec.options)
+
+
+def _may_be_none(function: Callable[..., Any], option: str) -> bool:
+    """Whether the parameter is annotated `… | None`."""
+    return "None" in str(inspect.signature(function).parameters[option].annotation)
 
 
 def check_kind(what: str, value: Any, default: Any) -> None:

@@ -47,7 +47,7 @@ def study(file: str | Path, *, output: str | Path = "runs/studies", jobs: int = 
     """
     if jobs < 1:
         raise UserError(f"jobs={jobs} must be 1 or more.")
-    plan, output = read(file), Path(output)
+    plan, output = read(file), Path(output).resolve()  # cells keep paths: the same ones from wherever it is started
     for name, row in plan.rows.items():
         _check_objective(file, name, row)
     for name, text in plan.figures.items():
