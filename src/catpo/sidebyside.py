@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from catpo.comparison import Difference, Estimate, Evaluation, incomparable, load_evaluation, paired_differences
+from catpo.display import plain
 from catpo.errors import UserError
 
 Format = Literal["terminal", "markdown", "latex"]
@@ -100,13 +101,13 @@ def _terminal(sides: SideBySide) -> str:
     headings, rows = _cells(sides)
     table = Table(*headings[:2])
     for heading in headings[2:]:
-        table.add_column(escape(heading), justify="right")
+        table.add_column(escape(plain(heading)), justify="right")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(plain(cell)) for cell in row))
     console = Console()
     with console.capture() as captured:
         console.print(table)
-    return captured.get() + "\n".join(["* the interval leaves 0 out", *sides.notes])
+    return captured.get() + "\n".join(["* the interval leaves 0 out", *map(plain, sides.notes)])
 
 
 def _markdown(sides: SideBySide) -> str:
