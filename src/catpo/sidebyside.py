@@ -107,7 +107,7 @@ def _terminal(sides: SideBySide) -> str:
     console = Console()
     with console.capture() as captured:
         console.print(table)
-    return captured.get() + "\n".join(["* the interval leaves 0 out", *sides.notes])
+    return captured.get() + "\n".join(["* the interval leaves 0 out", *map(plain, sides.notes)])
 
 
 def _markdown(sides: SideBySide) -> str:

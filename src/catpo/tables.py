@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from catpo.display import plain
 from catpo.quality import Separation, SignalQuality
 
 
@@ -43,8 +44,8 @@ def official_lines(scores: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, benchmark in scores["benchmarks"].items():
         official = benchmark.get("official", {})
-        plain = {label: figure for label, figure in official.items() if not isinstance(figure, Mapping)}
-        blocks = {"": plain} | {label: block for label, block in official.items() if isinstance(block, Mapping)}
+        single = {label: figure for label, figure in official.items() if not isinstance(figure, Mapping)}
+        blocks = {"": single} | {label: block for label, block in official.items() if isinstance(block, Mapping)}
         for block, figures in _flat(blocks).items():
             shown = ", ".join(f"{label} {figure}" for label, figure in figures.items())
             lines += [f"{name} as the official program prints it{block and f', {block}'}: {shown}"] if shown else []
@@ -86,7 +87,12 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
 
 def _some(listed: Mapping[str, Any]) -> str:
     more = f" and {listed['count'] - 10:,} more" if listed["count"] > 10 else ""
-    return ", ".join(listed["first"][:10]) + more
+    return plain(", ".join(listed["first"][:10])) + more
+
+
+def _cell(text: str) -> str:
+    """Somebody's text, which the terminal shows and does not act on."""
+    return escape(plain(text))
 
 
 def data_tables(report: Any) -> list[Table | str]:
@@ -97,8 +103,8 @@ def data_tables(report: Any) -> list[Table | str]:
         lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most), found.unit)
     problems = Table("problem", "where", "what", title=f"{len(report.problems)} problems")
     for problem in report.problems:
-        problems.add_row(problem.kind, escape(problem.where), escape(problem.what))
-    shown: list[Table | str] = [escape(f"{report.name}: {counts}")]
+        problems.add_row(problem.kind, _cell(problem.where), _cell(problem.what))
+    shown: list[Table | str] = [_cell(f"{report.name}: {counts}")]
     shown += [lengths] if report.lengths else []
     return [*shown, problems if report.problems else "No problems found."]
 
