@@ -29,9 +29,6 @@ from tiny import llava, pairs
 kills = pytest.importorskip("bench.kills", reason="bench is not in an sdist")
 
 
-pytestmark = pytest.mark.slow
-
-
 def in_child(work):
     """Does `work` in a fork; gives its exit code and what it said last."""
     reader, writer = os.pipe()
