@@ -14,7 +14,6 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from rich.console import Console
 
 from catpo import __version__, config, registry
-from catpo.disk import refusal
 from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.runs import is_main_process
 
@@ -50,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
+        from catpo.disk import refusal
+
         if refusal(error) is None:
             raise
         print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. What was finished is whole: make room or choose "

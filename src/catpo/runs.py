@@ -8,7 +8,6 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ def versions() -> dict[str, str]:
     >>> versions()["python"] == platform.python_version()
     True
     """
+    from importlib.metadata import PackageNotFoundError, version  # --help does not wait for it
+
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
