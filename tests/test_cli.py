@@ -14,6 +14,7 @@ import pytest
 
 from catpo import cli, config, registry
 from catpo.errors import UserError
+from commands import run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = ["", *sorted(command for command in cli.app if not command.startswith("-"))]
@@ -49,15 +50,6 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch.setitem(sys.modules, f"catpo.{module}", fake)
     monkeypatch.setattr("catpo.quality.signal_quality", lambda store: [])
     return received
-
-
-def run(*arguments: str) -> int:
-    """The exit code of a command."""
-    try:
-        cli.main(arguments)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    return 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

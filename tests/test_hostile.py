@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from catpo.cli import main
 from catpo.families import _base as families
 from catpo.rewards import RewardStore
 from catpo.runs import read_json
+from commands import run
 from hostile_cases import BAD, GOOD, PAIR, Case, Fine, Place, changed_model, names, remote, score
 from report_fixtures import make_evaluation
 
@@ -48,15 +48,6 @@ def _loading(tiny: Path) -> Any:
     return load
 
 
-def run(arguments: list[Any]) -> int:
-    """Exit code of the command line."""
-    try:
-        main([str(each) for each in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def unfinished(path: Path) -> bool:
     """Nothing in the folder says that a command has ended well, and no file is a part of one."""
     is_marked = any(
@@ -76,7 +67,7 @@ def test_there_are_as_many_cases_as_were_asked_for() -> None:
 def test_bad_input_is_a_message_and_leaves_nothing_half_written(
     case: Case, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(case.command(place)) == 2
+    assert run(*case.command(place)) == 2
     shown = capsys.readouterr()
     message = " ".join(re.sub("[│╭╮╰╯─]", " ", shown.err).split())
     assert "Traceback" not in shown.err + shown.out
@@ -93,9 +84,9 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(place: Place, monk
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.path / "modules"))
     monkeypatch.syspath_prepend(str(place.path / "modules"))
     command = changed_model(place, remote)
-    assert run(command) == 2
+    assert run(*command) == 2
     assert not (place.path / "pwned").exists()
-    assert run([*command, "--trust-remote-code"]) == 2  # the code is no model
+    assert run(*command, "--trust-remote-code") == 2  # the code is no model
     assert (place.path / "pwned").exists()
 
 
@@ -103,12 +94,12 @@ def test_tables_in_the_terminal_show_markup_and_control_characters_as_text(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "\x1b[2J[bold]\u202ename[/bold].png"
-    assert run(["data", "check", place.data({**PAIR, "image": name}, {**PAIR, "chosen": "\x1b[31m[red]A[/red]"})]) == 1
+    assert run("data", "check", place.data({**PAIR, "image": name}, {**PAIR, "chosen": "\x1b[31m[red]A[/red]"})) == 1
     for folder in ("[bold]base[/bold]", "other\x1b[2J"):
         make_evaluation(place.path / folder, wrong=0.2)
-    assert run(["compare", place.path / "[bold]base[/bold]", place.path / "other\x1b[2J"]) == 0
-    assert run(score(place, place.data({**PAIR, "chosen": "\x1b[2J\x07 [red]dog[/red] \u202eA"}), "--cache", "logps")) == 0
-    assert run(["inspect", place.out, "--pair", RewardStore.open(place.out).pair_ids[0]]) == 0
+    assert run("compare", place.path / "[bold]base[/bold]", place.path / "other\x1b[2J") == 0
+    assert run(*score(place, place.data({**PAIR, "chosen": "\x1b[2J\x07 [red]dog[/red] \u202eA"}), "--cache", "logps")) == 0
+    assert run("inspect", place.out, "--pair", RewardStore.open(place.out).pair_ids[0]) == 0
     shown = capsys.readouterr().out
     assert "[bold]" in shown and "[red]dog" in shown.replace(" ", "")
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
@@ -116,7 +107,7 @@ def test_tables_in_the_terminal_show_markup_and_control_characters_as_text(
 
 @pytest.mark.parametrize("case", GOOD, ids=names(GOOD))
 def test_odd_input_works(case: Fine, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(case.command(place)) == 0
+    assert run(*case.command(place)) == 0
     shown = capsys.readouterr()
     assert case.holds(place, shown.out)
     assert "\x1b" not in shown.out + shown.err

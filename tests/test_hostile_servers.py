@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from catpo.cli import main
 from catpo.pairs_file import write_pairs
+from commands import run
 from fake_chat import Answer, completion, serve
 from report_fixtures import make_pairs
 
@@ -31,14 +31,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: Any) -> int:
-    try:
-        main([str(each) for each in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def judged(url: str, *, timeout: float = 0.3, retries: int = 0, output: str = "out") -> list[Any]:

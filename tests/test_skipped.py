@@ -9,25 +9,17 @@ from typing import Any
 import pytest
 
 from catpo import data
-from catpo.cli import main
 from catpo.errors import UserError
 from catpo.rewards import RewardStore
 from catpo.runs import read_json, read_rows
 from catpo.skipped import Skipped
+from commands import run
 from hostile_cases import PAIR, SAMPLE, encoded
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: Any) -> int:
-    try:
-        main([str(each) for each in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def write(*rows: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -39,3 +39,14 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     if close:
         return f"Did you mean '{prefix}{close[0]}'?"
     return f"Known: {', '.join(known)}." if known else "None are known."
+
+
+def check_word(owner: str, option: str, word: object, known: Sequence[str]) -> None:
+    """Raise UserError unless an option's word is one of those known.
+
+    >>> check_word("csr", "form", "codes", ("code", "paper"))
+    Traceback (most recent call last):
+    catpo.errors.UserError: csr has no form='codes'. Did you mean 'code'?
+    """
+    if word not in known:
+        raise UserError(f"{owner} has no {option}='{word}'. {did_you_mean(str(word), known)}")

@@ -61,7 +61,7 @@ def parts(model: nn.Module, optimizer: Any = None) -> dict[str, int]:
 def _message(doing: str, held: Mapping[str, int], reason: str) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+)", reason)
     largest = sorted(held, key=lambda name: -held[name])
-    sizes = ", ".join(f"{name} {_readable(held[name])}" for name in largest)
+    sizes = ", ".join(f"{name} {readable(held[name])}" for name in largest)
     if "activations" not in held:  # not measured: what was asked for when memory ran out
         sizes += ", the rest activations and temporaries"
     steps = dict.fromkeys((SETTINGS["activations"], *(SETTINGS[name] for name in largest[:1])))
@@ -79,7 +79,12 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Bytes as people read them.
+
+    >>> readable(7_063_000_000)
+    '7.1 GB'
+    """
     for unit, each in (("GB", 1e9), ("MB", 1e6)):
         if size >= each:
             return f"{size / each:.1f} {unit}"

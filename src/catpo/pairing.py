@@ -163,8 +163,6 @@ class _Maker:
         module = sys.modules[self.make.__module__]
         self._asks, self._search = getattr(module, "asks", None), getattr(module, "search", None)
         self._wants = inspect.signature(self.make).parameters.keys() & {"others", "judge"}
-        if judge is None and "needs_judge" in vars(module) and module.needs_judge(**self.options):
-            raise UserError(f"{spec.name} asks a judge: name one with --judge (`catpo list judges` shows them).")
 
     def check(self, sample: Sample) -> None:
         """Raises what the method has to say against its options or a sample, before any work."""

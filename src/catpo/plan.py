@@ -24,6 +24,7 @@ from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
+from catpo.memory import readable
 from catpo.objectives import _base as objectives
 from catpo.runs import process_count
 from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
@@ -330,7 +331,7 @@ def plan_tables(made: Plan) -> list[Table | str]:
     where = "memory on the device" if made.processes == 1 else f"memory on each of {made.processes} devices, {made.engine}"
     shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
     if made.checkpoint:
-        shown.append(f"one checkpoint on disk: {_readable(made.checkpoint)}")
+        shown.append(f"one checkpoint on disk: {readable(made.checkpoint)}")
     return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
 
 
@@ -343,14 +344,7 @@ def _hours(made: Plan) -> str:
 def _sizes(title: str, parts: Mapping[str, int]) -> Table:
     table = Table(title, "")
     for name, size in parts.items():
-        table.add_row(name, _readable(size))
+        table.add_row(name, readable(size))
     table.add_section()
-    table.add_row("together", _readable(sum(parts.values())))
+    table.add_row("together", readable(sum(parts.values())))
     return table
-
-
-def _readable(size: int) -> str:
-    for unit, bytes_each in (("GB", 1e9), ("MB", 1e6)):
-        if size >= bytes_each:
-            return f"{size / bytes_each:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"

@@ -9,8 +9,9 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Generator, Tensor
 
 from catpo.errors import UserError, did_you_mean
 from catpo.spec import Spec, check_options, parse
-from catpo.types import Picture
+from catpo.types import Picture, Sample
 
 Channels = Float[Tensor, "3 height width"]
 """A picture in [0, 1], before the processor resizes, pads or normalises it."""
@@ -84,17 +85,6 @@ class View:
         self.of_picture(picture.open(), generator).save(buffer, "PPM")
         return Picture(data=buffer.getvalue(), name=f"{picture.name or picture.path} as {self.spec}")
 
-    def of_files(self, pictures: Sequence[Picture], seed: object, asked_by: str) -> tuple[Picture, ...]:
-        """A sample's pictures, drawn one after the other.
-
-        Raises:
-            UserError: this is not a view of the picture itself.
-        """
-        if self.acts_on != "picture":
-            raise UserError(f"{asked_by}: give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
-        generator = self.generator(seed)
-        return tuple(self.of_file(picture, generator) for picture in pictures)
-
     def of_pixels(self, pixels: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """What the processor made of a picture, as this view shows it; sizes and grids stay."""
         return {name: self(each, generator) if each.is_floating_point() else each for name, each in pixels.items()}
@@ -103,6 +93,20 @@ class View:
         """A generator for one pair: the same for policy and reference, another one for each `draw`."""
         digest = hashlib.blake2b(repr((self.spec.name, self.draw, *seed)).encode(), digest_size=7).hexdigest()
         return torch.Generator().manual_seed(int(digest, 16))
+
+
+def asked_on(view: str, sample: Sample, rng: random.Random, method: str) -> Sample:
+    """A sample's question about its pictures as a view shows them, drawn one after the other, for a way to make pairs.
+
+    Raises:
+        UserError: no such view, or one that is not of the picture itself.
+    """
+    shown = View.of(view)
+    if shown.acts_on != "picture":
+        raise UserError(f"{method}(view={view!r}): give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
+    generator = shown.generator(rng.random())
+    images = tuple(shown.of_file(picture, generator) for picture in sample.images)
+    return replace(sample, id=f"{sample.id}/{method}", images=images)
 
 
 def noised(values: Tensor, generator: Generator, *, step: int = 500, space: str = "picture", wrap: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import UserError, check_word
 from catpo.pairings._base import Candidate, Decoding, Dropped, finish
 from catpo.scorers._base import Scorer, check_scorer
 from catpo.scorers._base import scorer as open_scorer
@@ -229,8 +229,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _check(form: str, relevance: float, **counts: int) -> None:
-    if form not in FORMS:
-        raise UserError(f"csr has no form='{form}'. {did_you_mean(form, FORMS)}")
+    check_word("csr", "form", form, FORMS)
     if not 0 <= relevance <= 1:
         raise UserError(f"csr(relevance={relevance}): it must be from 0 to 1.")
     for name, least in {"branches": 2, "best": 1, "worst": 1, "sentences": 1, "sentence_tokens": 1}.items():

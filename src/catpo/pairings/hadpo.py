@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 from catpo.asking import as_text, ask, no_judge
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import check_word
 from catpo.judges._base import Judge
 from catpo.pairings._base import Dropped, finish
 from catpo.types import PreferencePair, Sample
@@ -39,8 +39,7 @@ def make(
     Raises:
         UserError: no judge, or another word for `restyle`.
     """
-    if restyle not in RESTYLED:
-        raise UserError(f"hadpo has no restyle='{restyle}'. {did_you_mean(restyle, RESTYLED)}")
+    check_word("hadpo", "restyle", restyle, RESTYLED)
     if judge is None:
         raise no_judge("hadpo")
     answer = answer.strip()

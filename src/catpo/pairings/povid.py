@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from catpo.asking import as_text, ask, no_judge
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import UserError, check_word
 from catpo.judges._base import Judge
 from catpo.pairings._base import Dropped, finish
 from catpo.types import PreferencePair, Sample
-from catpo.views import View
+from catpo.views import asked_on
 
 PARTS, CHOSEN = ("noise", "text"), ("reference", "answer")
 
@@ -31,8 +30,7 @@ def asks(
     """
     if part != "noise":
         return []
-    images = View.of(view).of_files(sample.images, rng.random(), f"povid(view={view!r})")
-    return [replace(sample, id=f"{sample.id}/povid", images=images)]
+    return [asked_on(view, sample, rng, "povid")]
 
 
 def make(
@@ -66,9 +64,8 @@ def make(
     Raises:
         UserError: another word for an option; no reference; no judge where one is asked.
     """
-    for name, value, known in (("part", part, PARTS), ("chosen", chosen, CHOSEN)):
-        if value not in known:
-            raise UserError(f"povid has no {name}='{value}'. {did_you_mean(value, known)}")
+    check_word("povid", "part", part, PARTS)
+    check_word("povid", "chosen", chosen, CHOSEN)
     if part == "text" and judge is None:
         raise no_judge("povid(part='text')")
     if chosen == "reference" and not sample.references:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from catpo.asking import as_questions, as_rating, as_verdicts, ask, no_judge
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import UserError, check_word
 from catpo.judges._base import Judge
 from catpo.pairings._base import Candidate, Dropped, finish
 from catpo.types import PreferencePair, Sample
@@ -49,8 +49,7 @@ def make(
     Raises:
         UserError: no judge, or another word for `by`.
     """
-    if by not in WAYS:
-        raise UserError(f"rlaif has no by='{by}'. {did_you_mean(by, WAYS)}")
+    check_word("rlaif", "by", by, WAYS)
     if judge is None:
         raise no_judge("rlaif")
     texts = list(dict.fromkeys(text.strip() for text in (answer, *others) if text.strip()))

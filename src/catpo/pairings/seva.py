@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from catpo.pairings._base import Dropped, finish
 from catpo.types import PreferencePair, Sample
-from catpo.views import View
+from catpo.views import asked_on
 
 
 def asks(sample: Sample, rng: random.Random, *, view: str = "noised(step=500)") -> list[Sample]:
@@ -17,8 +16,7 @@ def asks(sample: Sample, rng: random.Random, *, view: str = "noised(step=500)") 
     Raises:
         UserError: no such view, or one that is not a corrupted picture.
     """
-    images = View.of(view).of_files(sample.images, rng.random(), f"seva(view={view!r})")
-    return [replace(sample, id=f"{sample.id}/seva", images=images)]
+    return [asked_on(view, sample, rng, "seva")]
 
 
 def make(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import check_word
 from catpo.scorers import _base
 from catpo.types import Sample
 
@@ -34,8 +34,7 @@ class Scorer(_base.Scorer):
 
     def __init__(self, family: Family, *, features: str = "hidden", batch_size: int = 16) -> None:
         super().__init__(family)
-        if features not in FEATURES:
-            raise UserError(f"own has no features='{features}'. {did_you_mean(features, FEATURES)}")
+        check_word("own", "features", features, FEATURES)
         self.features, self.batch_size = features, batch_size
         self.words = (
             family.unwrapped.get_output_embeddings() if features == "hidden" else family.unwrapped.get_input_embeddings()

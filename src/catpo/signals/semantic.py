@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from catpo.errors import UserError, did_you_mean
+from catpo.errors import check_word
 from catpo.signals._base import Evidence
 
 SPACES = ("input", "hidden")
@@ -22,8 +22,7 @@ def score(evidence: Evidence, *, embedding: str = "input", layer: int = -1) -> F
     Raises:
         UserError: another word for `embedding`.
     """
-    if embedding not in SPACES:
-        raise UserError(f"semantic has no embedding='{embedding}'. {did_you_mean(embedding, SPACES)}")
+    check_word("semantic", "embedding", embedding, SPACES)
     is_input = embedding == "input"
     tokens = evidence.token_embeddings if is_input else evidence.hidden(layer)
     patches = evidence.patch_features if is_input else evidence.patch_hidden(layer)
