@@ -63,8 +63,8 @@ def environment_of(recipe: str | Path) -> dict[str, str]:
     return {**set_here, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
-def _let_fsdp_take_cpus() -> None:
-    """accelerate 1.15 silently leaves FSDP out on CPUs (`AcceleratorState.__init__`); so they are called GPUs here."""
+def _let_engines_take_cpus() -> None:
+    """accelerate 1.15 leaves FSDP out on CPUs, and counts one process under DeepSpeed; so they are called GPUs here."""
     distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
@@ -74,8 +74,8 @@ def _run(function: Callable[[], Any], environment: dict[str, str], write: Any) -
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     processes._common_store.cache_clear()
-    if "ACCELERATE_USE_FSDP" in environment:
-        _let_fsdp_take_cpus()
+    if "ACCELERATE_USE_FSDP" in environment or "ACCELERATE_USE_DEEPSPEED" in environment:
+        _let_engines_take_cpus()
     try:
         write.send((True, function()))
     except BaseException:

@@ -36,7 +36,9 @@ def test_the_decoder_alone_is_quantized(folder):
     assert quantized == linear and linear
 
 
-def test_a_quantized_model_is_scored_and_trains_an_adapter(folder, tmp_path):
+@pytest.mark.parametrize("has_bfloat16", [False, True], ids=["any CPU", "a CPU with bfloat16 instructions"])
+def test_a_quantized_model_is_scored_and_trains_an_adapter(folder, tmp_path, monkeypatch, has_bfloat16):
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: has_bfloat16)
     common = dict(pairs=str(folder / "pairs"), model=folder / "model", quantization="4bit", progress=False)
     score(**common, output=tmp_path / "rewards")
     train(

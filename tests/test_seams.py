@@ -153,8 +153,8 @@ class Told(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.events.append(f"epoch {state.epoch:g}")
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.events.append("gradient")
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.events.append("weights")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.events.append(f"step {state.global_step} {control.should_save}")
@@ -176,6 +176,12 @@ class Told(TrainerCallback):
 
 class Plain(Trainer):
     batches: list
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        assert float(norm) > 0
+        next(each for each in self.callback_handler.callbacks if isinstance(each, Told)).events.append("gradient")
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.batches = [*getattr(self, "batches", []), inputs["number"].tolist()]
@@ -202,7 +208,7 @@ def plain(folder, **options):
 def test_events_come_in_the_order_that_checkpoints_and_logs_rely_on(tmp_path):
     trainer, told = plain(tmp_path)
     trainer.train()
-    assert told.events[:3] == ["begin 0", "epoch 0", "gradient"]
+    assert told.events[:4] == ["begin 0", "epoch 0", "gradient", "weights"]
     assert told.events.index("step 2 True") < told.events.index("log loss") < told.events.index("saved 2")
     end = told.events.index("epoch ends 1 True")
     assert told.events[end - 1] == "step 3 False" and "evaluated" in told.events[end + 1 : end + 4]
@@ -241,6 +247,7 @@ def test_a_callback_can_ask_for_a_checkpoint_and_the_end(tmp_path):
         ("training_step", ["model", "inputs"]),
         ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]),
         ("log", ["logs", "start_time"]),
+        ("_get_grad_norm", ["model", "grad_norm"]),
         ("_get_train_sampler", ["train_dataset"]),
         ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
         ("_issue_warnings_after_load", ["load_result"]),

@@ -333,7 +333,7 @@ def test_a_reference_that_is_not_the_model_is_found_at_the_first_step(folder, st
 def test_a_zero_gradient_is_found_at_the_first_step(folder, store, tmp_path):
     trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store), objective="dpo"), pairs(8))
     trainer.objective = replace(trainer.objective, options={"beta": 0.0})  # as an option it is refused before
-    with pytest.raises(UserError, match=r"gradient norm is 0\.0"):
+    with pytest.raises(UserError, match=r"gradient norm is 0"):
         trainer.train()
 
 

@@ -1,57 +1,21 @@
-"""What goes on beside the training steps: the first-step check, the metrics file, progress. Knows no objective."""
+"""What goes on beside the training steps: new draws, the metrics file, progress. Knows no objective."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import TrainerCallback
 
-from catpo.errors import UserError
-from catpo.finite import check_gradients
 from catpo.progress import track
 from catpo.runs import append_rows, read_rows, repair_rows, write_atomic, write_json
 
 CLOSING = "train_runtime"
 """Stands in the last row of a run alone."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class FirstStepCheck(TrainerCallback):
-    """Stops a run whose first gradient is zero or not finite, since it would train nothing or destroy the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            return
-        squares = [parameter.grad.float().square().sum() for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.stack([each.cpu() for each in squares]).sum().sqrt().item() if squares else 0.0
-        if norm == 0 or not math.isfinite(norm):
-            raise UserError(
-                f"First step: the gradient norm is {norm}, so nothing is learned. Are all weights 0, is the loss constant, "
-                "or are the trained parameters not part of the decoder?"
-            )
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops a run before a gradient that is not finite spoils its weights and its next checkpoint.
-
-    In float16 the gradient scaler finds such gradients, and leaves the step out.
-    """
-
-    def __init__(self, model: nn.Module, last_pairs: Callable[[], Sequence[str]]) -> None:
-        self.model, self.last_pairs = model, last_pairs
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.fp16:
-            check_gradients(self.model.parameters(), self.last_pairs(), state.global_step)
 
 
 class NewDraws(TrainerCallback):

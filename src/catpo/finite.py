@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from catpo.errors import UserError
 
@@ -55,21 +55,27 @@ def _cause(terms: Sequence[str], made_of: Mapping[str, Tensor]) -> str:
     return KL if losses == ["loss/kl"] else OTHER
 
 
-def check_gradients(parameters: Iterable[torch.nn.Parameter], pair_ids: Sequence[str], step: int) -> None:
-    """Refuse a gradient that is not finite before it goes into the weights, and with them into a checkpoint.
+def check_gradient(norm: float, pair_ids: Sequence[str], step: int) -> None:
+    """Refuse a gradient that is not finite before it goes into the weights, or at least into a checkpoint.
 
     Raises:
         UserError: names the pairs of the step's last batch, and what to change.
     """
-    gradients = [_here(each.grad) for each in parameters if each.grad is not None]
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
-    if norms and not torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all():  # one wait for the device
+    if not math.isfinite(norm):
         raise UserError(
             f"The gradient of step {step} is not finite though its losses are (last batch: pairs {', '.join(pair_ids)}). "
-            "The weights are as they were. Lower the learning rate, or use bf16 or float32 instead of float16. " + LOOK
+            "No checkpoint holds it. Lower the learning rate, or use bf16 or float32 instead of float16. " + LOOK
         )
 
 
-def _here(gradient: Tensor) -> Tensor:
-    """This process's part of a sharded gradient; clipping has spread what is not finite to all parts."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def check_first_gradient(norm: float) -> None:
+    """Refuse to train on where nothing would be learned.
+
+    Raises:
+        UserError: the norm is zero.
+    """
+    if norm == 0:
+        raise UserError(
+            "First step: the gradient norm is 0, so nothing is learned. Are all weights 0, is the loss constant, "
+            "or are the trained parameters not part of the decoder?"
+        )

@@ -17,17 +17,18 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo import last_layer, memory
 from catpo.adaptive import AdaptiveRewards
 from catpo.batching import Batch, PairCollator, Prefix, add_pair_forward, hidden_and_logps, unflatten
-from catpo.callbacks import FiniteGradients, FirstStepCheck, KeepFusion, KeepSpecialTokens, NewDraws
+from catpo.callbacks import KeepFusion, KeepSpecialTokens, NewDraws
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
-from catpo.finite import CAUSES, check_losses
+from catpo.finite import CAUSES, check_first_gradient, check_gradient, check_losses
 from catpo.head import Head, TokenStats
 from catpo.learned_fusion import LearnedFusion
 from catpo.objectives import _base as objectives
@@ -148,8 +149,6 @@ class CatPOTrainer(Trainer):
                 *(callbacks or []),
                 NewDraws(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
-                FiniteGradients(self.family.model, lambda: self.last_pairs),
-                *([FirstStepCheck(self.family.model)] if args.self_check else []),
                 *self._adaptive_rewards(args, everything, collator),
             ],
             optimizers=optimizers,
@@ -351,6 +350,16 @@ class CatPOTrainer(Trainer):
         doing = f"at step {self.state.global_step} with {len(inputs['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
         with memory.explained(doing, self.model, self.optimizer):
             return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm for the log, which tells what the optimiser is about to take (DeepSpeed has taken it then)."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.args.self_check and self.state.global_step == 0:
+            check_first_gradient(norm)
+        if not self.args.fp16:  # there the gradient scaler leaves such a step out
+            check_gradient(norm, self.last_pairs, self.state.global_step)
+        return norm
 
     # ---- the log ------------------------------------------------------------------------------------------------------
 

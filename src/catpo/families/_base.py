@@ -708,10 +708,21 @@ def load(
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
     loaded.to(device or best_device()).eval()
+    _compute_alike(loaded)
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attention is not None:
         family.use_packed_attention(attention)
     return family
+
+
+def _compute_alike(model: nn.Module) -> None:
+    """Without and with gradients: on CPUs with bfloat16 instructions bitsandbytes packs 4-bit layers once none is asked for,
+    and computes in another precision from then on. Reference and policy would differ, and some widths cannot be packed.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if hasattr(module, flag):
+            setattr(module, flag, False)
 
 
 FAILURES = (
