@@ -7,16 +7,19 @@ engine really ran: accelerate leaves FSDP out on CPUs without a word, unless tol
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from catpo.processes import Team
 from catpo.training import train
 from launching import environment_of, together
 from tiny import pairs
@@ -33,10 +36,11 @@ CASES = {
     "checkpointed lora": {"gradient_checkpointing": True, "lora": LORA},
     "views": {"objective": "mdpo"},
     "views lora": {"objective": "mdpo", "lora": LORA},
-    "watched": {"dev_share": 0.25},
+    "watched": {"dev_share": 0.25, "batch_size": 2},  # six pairs: accelerate would fill a last batch up with the first pairs
     "learned": {"objective": "catpo(learned=True)"},
 }
 slow = pytest.mark.slow
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers refuses DeepSpeed in bfloat16 on a CPU")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
@@ -74,7 +78,8 @@ def weights(output):
 def test_an_engine_trains_as_one_process_does(folder, store, tmp_path, engine, case):
     options = CASES[case]
     alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", **options))[0]
-    two = partial(trained, folder, store, tmp_path / "two", **{**options, "batch_size": 2})
+    halved = {**options, "batch_size": options.get("batch_size", 4) // 2}
+    two = partial(trained, folder, store, tmp_path / "two", **halved)
     figures, processes = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
     assert processes == {"count": 2, "engine": ENGINES[engine]}
     assert len(alone) >= 8 and alone[0] != alone[2]
@@ -83,7 +88,7 @@ def test_an_engine_trains_as_one_process_does(folder, store, tmp_path, engine, c
 
 
 @slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=[needs_deepspeed, needs_gpu])])
 def test_an_engine_in_bfloat16_stays_near_one_process(folder, store, tmp_path, engine):
     alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", bf16=True))[0]
     two = partial(trained, folder, store, tmp_path / "two", bf16=True, batch_size=2)
@@ -117,6 +122,24 @@ def interrupted(run):
 
     MetricsFile.on_log = stop
     run()
+
+
+def test_a_finished_run_lets_go_of_processes_that_come_late(folder, store, tmp_path):
+    run = partial(trained, folder, store, tmp_path / "run", batch_size=2, max_steps=1)
+    first = together(2, run)
+    assert together(2, partial(late, partial(run, resume=True))) == first
+
+
+def late(run):
+    """The second process is a second later once they have found one another."""
+    meet = Team.__init__
+
+    def slowly(team):
+        meet(team)
+        time.sleep(team.number)
+
+    Team.__init__ = slowly
+    return run()
 
 
 def test_learned_coefficients_are_refused_where_no_optimiser_takes_them(folder, store, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from catpo import scoring
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.rewards import RewardStore
@@ -62,6 +63,19 @@ def test_the_store_of_likeliest_words_is_as_large_as_said(stores):
     for token, own, kept, values in zip(row.token_ids, row.logps, ids, logps, strict=True):
         at = np.flatnonzero(kept == token)
         assert not len(at) or values[at[0]] == pytest.approx(own, abs=1e-5)
+
+
+@pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "likeliest words"), ("logps", "signals")])
+def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, monkeypatch, cache, part):
+    def written(*_, **__):
+        told = capsys.readouterr().err
+        assert f"catpo: {tmp_path / 'store'} will take about" in told and part in told and "attention maps" in told
+        assert not (tmp_path / "store" / "store.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring.RewardWriter, "create_or_resume", written)
+    with pytest.raises(KeyboardInterrupt):
+        score_pairs(PAIRS, families.load(folder), tmp_path / "store", cache=cache)
 
 
 def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tmp_path):

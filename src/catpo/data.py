@@ -19,6 +19,7 @@ from catpo.datasets._base import Dataset, Scanned
 from catpo.errors import UserError, did_you_mean
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_kind, check_options, keyword_options, parse
+from catpo.spool import SpooledPairs, ids_of, select
 from catpo.types import SIDES, PreferencePair, Sample, check_pair
 
 DEV_SHARE, DEV_SEED = 0.1, 42
@@ -54,16 +55,22 @@ def scan(text: str | Path) -> Iterator[Scanned]:
     return islice((row for row in rows if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit)
 
 
-def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> list[PreferencePair]:
-    """The first so many pairs, checked; bad rows are left out if `skipped` goes on.
+def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> SpooledPairs:
+    """The first so many pairs, checked, on disk; bad rows are left out if `skipped` goes on.
 
     Raises:
         UserError: a row cannot be used, or none can.
     """
     if not skipped.goes_on:
-        return [check_pair(pair) for pair in islice(open_data(data).pairs(), limit)]
-    request, seen = _request(data), set()
-    pairs = []
+        return SpooledPairs.of(check_pair(pair) for pair in islice(open_data(data).pairs(), limit))
+    request = _request(data)
+    usable = skipped.sieve(_different_pairs(request, skipped), lambda found: check_pair(found[1]), lambda found: found[0])
+    return SpooledPairs.of(_of_part(SpooledPairs.of(pair for _, pair in usable), request.part))[:limit]
+
+
+def _different_pairs(request: _Request, skipped: Skipped) -> Iterator[tuple[str, PreferencePair]]:
+    """Pairs with their places; what is none, or was there before, is noted."""
+    seen = set()
     for where, row in request.make.scan(*request.arguments, **request.options):
         if isinstance(row, UserError):
             skipped.note(where, row)
@@ -72,9 +79,7 @@ def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> 
                 skipped.note(where, UserError(f"{where}: pair {row.id} stands in the data twice. Remove one of them."))
             else:
                 seen.add(row.id)
-                pairs.append((where, row))
-    usable = skipped.usable(pairs, lambda found: check_pair(found[1]), lambda found: found[0])
-    return list(islice(_of_part([pair for _, pair in usable], request.part), limit))
+                yield where, row
 
 
 def read_samples(
@@ -98,7 +103,9 @@ def read_samples(
     return list(islice(samples, request.part.limit))[:limit], request.make.words(*request.arguments, **request.options)
 
 
-def dev_split(pairs: Sequence[PreferencePair], share: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def dev_split(
+    pairs: Sequence[PreferencePair], share: float, seed: int
+) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
     """Pairs for training and for the dev set; which pair goes where depends on its id and the seed only.
 
     Raises:
@@ -106,12 +113,13 @@ def dev_split(pairs: Sequence[PreferencePair], share: float, seed: int) -> tuple
     """
     if not 0 <= share < 1:
         raise UserError(f"dev_share={share} must lie in [0, 1).")
-    order = sorted(pairs, key=lambda pair: hashlib.blake2b(f"{seed}/{pair.id}".encode()).digest())
-    held_out = {pair.id for pair in order[: int(len(order) * share)]}
-    kept = [pair for pair in pairs if pair.id not in held_out]
-    if not kept:
+    ids = ids_of(pairs)
+    order = sorted(range(len(ids)), key=lambda place: hashlib.blake2b(f"{seed}/{ids[place]}".encode()).digest())
+    held_out = set(order[: int(len(order) * share)])
+    if len(held_out) == len(ids):
         raise UserError("There are no preference pairs to train on.")
-    return kept, [pair for pair in pairs if pair.id in held_out]
+    kept = [place for place in range(len(ids)) if place not in held_out]
+    return select(pairs, kept), select(pairs, sorted(held_out))
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,8 @@ class _PartOf(Dataset):
 
 def _of_part(pairs: Iterable[PreferencePair], part: Part) -> Iterator[PreferencePair]:
     if part.part != "all":
-        train, dev = dev_split(list(pairs), part.dev_share, part.dev_seed)
+        whole = pairs if isinstance(pairs, SpooledPairs) else SpooledPairs.of(pairs)
+        train, dev = dev_split(whole, part.dev_share, part.dev_seed)
         pairs = train if part.part == "train" else dev
     return islice(pairs, part.limit)
 

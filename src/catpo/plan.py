@@ -19,20 +19,22 @@ from torch import nn
 
 from catpo.attention import choose_layers
 from catpo.capacity import DecoderMemory, pass_tokens
-from catpo.data import dev_split, open_data
+from catpo.data import dev_split, read_pairs
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
 from catpo.memory import readable
 from catpo.objectives import _base as objectives
+from catpo.reference_cache import Cache, store_bytes
 from catpo.runs import process_count
 from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
-from catpo.scoring import Cache
+from catpo.skipped import Skipped
 from catpo.spec import parse
+from catpo.spool import sampled
 from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
-from catpo.types import SIDES, PreferencePair, check_pair
+from catpo.types import SIDES, PreferencePair
 
 SAMPLE = 64
 """Pairs that are encoded to learn how long they are, spread evenly."""
@@ -105,10 +107,10 @@ def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", proce
         quantization=options["quantization"],
         trust_remote_code=options["trust_remote_code"],
     )
-    everything = [check_pair(pair) for pair in open_data(options["pairs"]).pairs()][: options["limit"]]
+    everything = read_pairs(options["pairs"], Skipped(), options["limit"])
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")
-    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in _spread(everything)]
+    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in sampled(everything, SAMPLE)]
     if command == "score":
         return _score(family, everything, encoded, options, count)
     return _train(family, everything, encoded, options, engine, count)
@@ -209,11 +211,6 @@ def _train(
 # ---- lengths --------------------------------------------------------------------------------------------------------------
 
 
-def _spread(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    step = max(1, len(pairs) // SAMPLE)
-    return list(pairs[::step][:SAMPLE])
-
-
 def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
     """Tokens a pair takes in a batch: one row for both responses, or two."""
     shared = family.shares_prefix and not family.needs_check
@@ -288,28 +285,6 @@ def _responses(encoded: Sequence[Encoded]) -> int:
 
 def _tile_bytes(tokens: int) -> int:
     return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
-
-
-# ---- disk -----------------------------------------------------------------------------------------------------------------
-
-
-def store_bytes(
-    family: Family, encoded: Sequence[Encoded], pairs: int, signals: int, cache: Cache, maps: bool
-) -> dict[str, int]:
-    """Bytes of a reward store: numbers per token, hidden states or likeliest words, attention maps in float16."""
-    responses = [sum(len(ids) for ids in each.response_ids.values()) for each in encoded]
-    tokens = pairs * sum(responses) / len(responses)
-    widest = max(len(each.patches) for each in encoded)
-    width = family.unwrapped.config.get_text_config().hidden_size
-    element = min(family.unwrapped.dtype.itemsize, 4)
-    per_token = 4 * (2 + signals) + 8  # id, log-prob and signals; label, flag and text
-    parts = {
-        "signals": tokens * per_token,
-        "hidden states": tokens * width * element * cache.hidden,
-        "likeliest words": tokens * (8 * cache.k + 4) * bool(cache.k),
-        "attention maps": tokens * widest * 2 * maps,
-    }
-    return {name: int(size) for name, size in parts.items() if size}
 
 
 # ---- the terminal ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from catpo.errors import UserError
 from catpo.types import Picture, PreferencePair, check_pair, pair_id
 
 
-def as_pairs(dataset: Any) -> list[PreferencePair] | None:
+def as_pairs(dataset: Any) -> Any:
     """Pairs as they are, or pairs made of rows with `images` or `image`, `prompt`, `chosen`, `rejected`; None stays.
 
     Raises:

@@ -6,7 +6,8 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -29,12 +30,14 @@ from catpo.head import token_stats
 from catpo.last_layer import read_at_responses
 from catpo.processes import Team
 from catpo.progress import Track, track
+from catpo.reference_cache import Cache, store_bytes
 from catpo.rewards import ResponseRow, RewardStore, RewardWriter
 from catpo.runs import versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_options, check_positive, parse
+from catpo.spool import ids_of, sampled
 from catpo.stopping import on_sigterm
 from catpo.top_words import TopWords, top_words
 from catpo.types import SIDES, PreferencePair, Side, Span
@@ -43,6 +46,8 @@ PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
 QUERIES = ("token", "predictor")
 SORTED_PAIRS = 32
 """Pairs that are sorted by length together, if they are fewer than a batch: their pixels are in memory."""
+SIZED_PAIRS = 16
+"""Pairs by whose lengths a store's size is foretold."""
 
 
 @dataclass(frozen=True)
@@ -66,50 +71,6 @@ class ScoreSettings:
             )
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """What a store keeps of the reference beside its log-probs, for the KL of Eq. 9."""
-
-    hidden: bool = False
-    """Final hidden states: with the frozen head they are the whole distribution, exactly."""
-    k: int = 0
-    """So many likeliest words, and the mass of the rest."""
-
-    @classmethod
-    def of(cls, text: str) -> Cache:
-        """`hidden`, `topk(k=64)` or `logps` (nothing).
-
-        Raises:
-            UserError: none of these, or k is no count of words.
-        """
-        spec = parse(text)
-        if spec.name not in CACHES:
-            raise UserError(
-                f"cache='{text}' is not known. Give hidden (exact KL), topk(k=64) (approximate, fewer bytes) or logps (no KL, "
-                "or reference='online' in training)."
-            )
-        make = CACHES[spec.name]
-        made: Cache = make(**check_options(make, spec))
-        if spec.name == "topk" and made.k < 1:
-            raise UserError(f"cache='{text}': k must be 1 or more words.")
-        return made
-
-
-def _states() -> Cache:
-    return Cache(hidden=True)
-
-
-def _likeliest(*, k: int = 64) -> Cache:
-    return Cache(k=k)
-
-
-def _nothing() -> Cache:
-    return Cache()
-
-
-CACHES: dict[str, Callable[..., Cache]] = {"hidden": _states, "topk": _likeliest, "logps": _nothing}
 
 
 def score(
@@ -181,9 +142,9 @@ def score(
     )  # fmt: skip
     settings.check(family.depth)
     if skipped.goes_on:
-        chosen_pairs = skipped.usable(
-            chosen_pairs, lambda pair: family.encode(pair, max_length=max_length), lambda pair: f"pair {pair.id}"
-        )
+        every = chosen_pairs
+        fits = lambda place: family.encode(every[place], max_length=max_length)
+        chosen_pairs = every.select(skipped.usable(range(len(every)), fits, lambda place: f"pair {every[place].id}"))
     return score_pairs(
         chosen_pairs, family, output, settings, cache=cache, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
         shard_size=shard_size,
@@ -206,7 +167,7 @@ def score_pairs(
     skipped: Skipped | None = None,
     progress: bool = True,
 ) -> RewardStore:
-    """`score` on pairs that are in memory already."""
+    """`score` on pairs at hand."""
     settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
     kept = Cache.of(cache)
     if pairs:
@@ -214,6 +175,8 @@ def score_pairs(
     scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
     team = Team()
+    if progress and team.is_first:
+        _tell_size(output, family, settings, pairs, kept, maps, max_length)
     with team.lock(output):
         writer = _writer(team, output, family, settings, pairs, shard_size, kept, maps)
         missing = team.agree("missing", writer.missing_shards)
@@ -246,6 +209,22 @@ def score_pairs(
     return RewardStore.open(output)
 
 
+def _tell_size(
+    output: str | Path,
+    family: Family,
+    settings: ScoreSettings,
+    pairs: Sequence[PreferencePair],
+    kept: Cache,
+    maps: bool,
+    max_length: int | None,
+) -> None:
+    """What the store is going to take, by the lengths of some pairs, before any of it is written."""
+    encoded = [family.encode(pair, max_length=max_length) for pair in sampled(pairs, SIZED_PAIRS)]
+    parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, maps) if encoded else {}
+    sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
+    print(f"catpo: {output} will take about {memory.readable(sum(parts.values()))} ({sizes})", file=sys.stderr)
+
+
 def _writer(
     team: Team,
     output: str | Path,
@@ -257,7 +236,7 @@ def _writer(
     maps: bool,
 ) -> RewardWriter:
     """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
-    ids = [pair.id for pair in pairs]
+    ids = ids_of(pairs)
     if team.is_first:
         made_of = provenance(family, settings, kept, maps=maps) | {"labels_hash": _labels_hash(pairs)}
         writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)

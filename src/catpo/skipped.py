@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,18 +57,21 @@ class Skipped:
         Raises:
             UserError: the first failure, unless it is to be gone on; or none is left.
         """
-        kept = []
+        return list(self.sieve(items, use, name))
+
+    def sieve(self, items: Iterable[Item], use: Callable[[Item], Any], name: Callable[[Item], str]) -> Iterator[Item]:
+        """`usable`, one by one."""
+        self.kept = 0
         for item in items:
             try:
                 use(item)
             except UserError as error:
                 self.note(name(item), error)
             else:
-                kept.append(item)
-        self.kept = len(kept)
-        if not kept and self.rows:
+                self.kept += 1
+                yield item
+        if not self.kept and self.rows:
             raise UserError(f"none of {len(self.rows)} rows can be used. The first: {self.rows[0]['why']}")
-        return kept
 
     def summary(self) -> dict[str, Any]:
         """For the result's own file: how many of how many, and the first of them."""

@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ from catpo.sampling import LikeLengths
 from catpo.scoring import score_pairs
 from catpo.selfcheck import check_family
 from catpo.spec import parse
+from catpo.spool import joined
 from catpo.stats import PairStats, kl_direction, requirements
 from catpo.tensors import masked_sum
 from catpo.top_words import TopWords
@@ -127,7 +128,7 @@ class CatPOTrainer(Trainer):
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
             check_family(self.family, train_pairs[0])
-        everything = [*(train_pairs or []), *(eval_pairs or [])]
+        everything = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
         prefix = cast(Prefix, args.prefix)
         self.readings = Readings(self.family, self.needs, everything, args.seed, prefix, max_length=args.max_length)
         self.rewards = self._open_rewards(args, everything)
@@ -165,7 +166,7 @@ class CatPOTrainer(Trainer):
 
     # ---- preparation --------------------------------------------------------------------------------------------------
 
-    def _open_rewards(self, args: CatPOConfig, pairs: list[PreferencePair]) -> RewardStore | None:
+    def _open_rewards(self, args: CatPOConfig, pairs: Sequence[PreferencePair]) -> RewardStore | None:
         reads_reference = "reference_logps" in self.needs or self.direction is not None
         needs_store = "weights" in self.needs or (args.reference == "cached" and reads_reference)
         if not needs_store:
@@ -191,7 +192,7 @@ class CatPOTrainer(Trainer):
         return store
 
     def _adaptive_rewards(
-        self, args: CatPOConfig, pairs: list[PreferencePair], collator: PairCollator
+        self, args: CatPOConfig, pairs: Sequence[PreferencePair], collator: PairCollator
     ) -> list[TrainerCallback]:
         if not args.adaptive:
             return []
@@ -385,7 +386,8 @@ class CatPOTrainer(Trainer):
     def _check_first_step(self, output: LossOutput) -> None:
         if not self.args.self_check or self.objective.options.get("label_smoothing"):
             return
-        tolerance = STEP_ZERO_TOLERANCE.get(next(self.family.unwrapped.parameters()).dtype, 0.05)
+        precision = torch.bfloat16 if self.args.bf16 or self.args.fp16 else next(self.family.unwrapped.parameters()).dtype
+        tolerance = STEP_ZERO_TOLERANCE.get(precision, 0.05)
         first = output.metrics["loss/preference"].mean().item()
         kl = sum(values.mean().item() for name, values in output.metrics.items() if name.startswith("kl/"))
         if self._is_untrained and (abs(first - math.log(2)) > tolerance or abs(kl) > 10 * tolerance):

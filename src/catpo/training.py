@@ -28,6 +28,7 @@ from catpo.rewards import RewardStore
 from catpo.runs import check_same, process_count, read_json, read_rows, versions, write_json
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
+from catpo.spool import select
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
 from catpo.types import PreferencePair, check_pair
@@ -108,6 +109,7 @@ def train(
             begun = read_json(output / "catpo.json", made_by="catpo train")
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
+                team.leave()
                 return TrainingResult(output, output / "model", _last_metrics(output))
         check_positive(
             batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
@@ -216,15 +218,16 @@ def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | Non
 
 def _usable(
     pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
-) -> list[PreferencePair]:
+) -> Sequence[PreferencePair]:
     """The pairs that the model can read and that were scored."""
 
-    def use(pair: PreferencePair) -> None:
+    def use(place: int) -> None:
+        pair = pairs[place]
         if store is not None:
             store.get(pair.id, "chosen")
         family.encode(pair, max_length=max_length)
 
-    return skipped.usable(pairs, use, lambda pair: f"pair {pair.id}")
+    return select(pairs, skipped.usable(range(len(pairs)), use, lambda place: f"pair {pairs[place].id}"))
 
 
 def _is_on_cpu(device: str | None) -> bool:

@@ -28,13 +28,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 class Picture:
     """A picture that is opened only when it is needed.
 
-    Give one of `path`, `data` (the encoded bytes) and `load` (gives them when needed); `name` is what messages call it.
+    Give one of `path`, `data` (the encoded bytes) and `load` (which gives them when it is called with `at`); `name` is what
+    messages call it.
     """
 
     path: Path | None = None
     data: bytes | None = None
     name: str = ""
-    load: Callable[[], bytes] | None = None
+    load: Callable[..., bytes] | None = None
+    at: tuple[str | int, ...] = ()
 
     def open(self) -> Image.Image:
         """The picture as RGB, rotated as viewers show it (EXIF), first frame of an animation.
@@ -75,7 +77,7 @@ class Picture:
         try:
             if self.load is None and (size := cast(Path, self.path).stat().st_size) > MAX_BYTES:
                 raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")
-            content = self.load() if self.load is not None else cast(Path, self.path).read_bytes()
+            content = self.load(*self.at) if self.load is not None else cast(Path, self.path).read_bytes()
         except OSError as error:
             raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
         if not content:

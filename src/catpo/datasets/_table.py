@@ -5,10 +5,10 @@ Pictures stay encoded, and on disk, until they are opened. Knows no column by na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Table:
         root = Path(images) if images else path if path.is_dir() else path.parent
         return cls(str(source), _undecoded(data), root.resolve())
 
+    @cached_property
+    def read_cell(self) -> Callable[[int, str, int], bytes]:
+        """(row, column, place in it) -> a picture's encoded bytes."""
+        return partial(_cell, self.data)
+
     def rows(self) -> Iterator[Row]:
         """Every row with its number, from 0; a row that cannot be read ends it."""
         try:
@@ -84,7 +89,7 @@ class Table:
                 raise row.error(field, f"must hold the picture's bytes, not {type(cell['bytes']).__name__}")
             if not isinstance(self.data, datasets.Dataset):
                 return Picture(data=bytes(cell["bytes"]), name=name)
-            return Picture(load=partial(_cell, self.data, row.values[NUMBER], field, place), name=name)
+            return Picture(load=self.read_cell, at=(row.values[NUMBER], field, place), name=name)
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         return row.picture(field, path, self.root)
 
@@ -108,6 +113,7 @@ NUMBER = "row number"
 
 
 def _cell(data: datasets.Dataset, row: int, field: str, place: int) -> bytes:
+    """The encoded bytes of a picture."""
     value = data.select_columns([field])[row][field]
     return bytes((value[place] if isinstance(value, list) else value)["bytes"])
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -63,7 +62,7 @@ class Dataset(_base.RowDataset):
         if not isinstance(values, dict):
             raise row.error("json", "must be an object with prompt, chosen and rejected")
         pictures = tuple(
-            Picture(load=partial(_read, file, each.offset_data, each.size), name=f"{each.name} ({file})")
+            Picture(load=_read, at=(str(file), each.offset_data, each.size), name=f"{each.name} ({file})")
             for each in of(*PICTURES)
         )
         if not pictures:
@@ -84,7 +83,7 @@ def _stem(member: tarfile.TarInfo) -> str:
     return f"{folder}/{name.split('.', 1)[0]}".lstrip("/")
 
 
-def _read(file: Path, offset: int, size: int) -> bytes:
+def _read(file: str | Path, offset: int, size: int) -> bytes:
     with open(file, "rb") as stream:
         stream.seek(offset)
         return stream.read(size)

@@ -10,11 +10,12 @@ from typing import Any
 
 from catpo import __version__
 from catpo.comparison import Evaluation, load_evaluation
+from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.fusion import Fusion
 from catpo.report.evaluations import BenchmarkTable, Changes, benchmark_tables, changed_answers
 from catpo.report.page import embed, render
-from catpo.report.pairs import plain_pairs, read_pairs, signal_names, stored_pairs
+from catpo.report.pairs import plain_pairs, read_pairs, signal_names, spread, stored_pairs
 from catpo.report.pictures import Album
 from catpo.report.plots import SERIES_COUNT
 from catpo.report.signals import SignalSection, signal_section
@@ -22,6 +23,7 @@ from catpo.report.training import Run, load_run, training_curves
 from catpo.report.verdicts import evaluation_verdicts, signal_verdicts
 from catpo.rewards import RewardStore
 from catpo.runs import read_json, write_atomic
+from catpo.spool import SpooledPairs
 
 NO_PAIRS: dict[str, Any] = {"pairs": [], "signals": [], "named": {}, "can_fuse": False, "fusion": {}}
 
@@ -104,11 +106,11 @@ def _add_pairs(content: _Content, rewards: str | Path | None, pairs: str | Path 
         if pairs is None:
             content.notes.append("No pairs: neither a reward store nor pairs were given.")
             return
-        content.data = plain_pairs(read_pairs(pairs), content.album, max_pairs=max_pairs)
+        content.data = plain_pairs(SpooledPairs.of(open_data(pairs).pairs()), content.album, max_pairs=max_pairs)
         content.notes.append("No signals and weights: no reward store was given (catpo score makes one).")
         return
     store = RewardStore.open(rewards)
-    source = read_pairs(pairs, store.pair_ids) if pairs is not None else {}
+    source = read_pairs(pairs, spread(store.pair_ids, max_pairs)) if pairs is not None else {}
     content.data = stored_pairs(store, source, content.album, max_pairs=max_pairs, fusion=fusion)
     can_fuse = all(name in signal_names(store, fusion) for name in fusion.needs)
     content.signals = signal_section(store, fusion if can_fuse else None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +20,7 @@ from catpo.report.pictures import Album
 from catpo.rewards import RewardStore
 from catpo.types import SIDES, PatchGrid, PreferencePair, Side
 
+Item = TypeVar("Item")
 MAPS_BUDGET = 3_000_000
 """Bytes of the page that attention maps may take; above, patches are joined."""
 
@@ -48,11 +49,10 @@ def stored_pairs(
     }
 
 
-def plain_pairs(source: Mapping[str, PreferencePair], album: Album, *, max_pairs: int) -> dict[str, Any]:
+def plain_pairs(pairs: Sequence[PreferencePair], album: Album, *, max_pairs: int) -> dict[str, Any]:
     """Pairs that were not scored: pictures, prompts and labelled words."""
-    chosen = spread(list(source), max_pairs)
     return {
-        "pairs": [_plain_pair(source[pair_id], album) for pair_id in chosen],
+        "pairs": [_plain_pair(pair, album) for pair in spread(pairs, max_pairs)],
         "signals": [],
         "named": {},
         "can_fuse": False,
@@ -60,17 +60,17 @@ def plain_pairs(source: Mapping[str, PreferencePair], album: Album, *, max_pairs
     }
 
 
-def read_pairs(text: str | Path, wanted: Sequence[str] | None = None) -> dict[str, PreferencePair]:
-    """Id -> pair of a data set; only those wanted, if that is given.
+def read_pairs(text: str | Path, wanted: Sequence[str]) -> dict[str, PreferencePair]:
+    """Id -> pair of a data set, of those wanted.
 
     Raises:
         UserError: there is no such data set, or it has no pairs.
     """
-    keep = None if wanted is None else set(wanted)
-    return {pair.id: pair for pair in open_data(text).pairs() if keep is None or pair.id in keep}
+    keep = set(wanted)
+    return {pair.id: pair for pair in open_data(text).pairs() if pair.id in keep}
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
     """So many of the items, evenly spread, in their order.
 
     >>> spread(["a", "b", "c", "d", "e"], 3)
