@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import traceback
@@ -102,6 +103,16 @@ def test_a_checkpoint_counts_once_it_is_whole(folder, store, tmp_path):
     assert last_whole(whole.parent) == whole
     (whole / MARK).unlink()
     assert last_whole(whole.parent) is None
+
+
+def test_a_run_that_was_killed_while_it_removed_a_checkpoint_removes_it(folder, store, tmp_path):
+    run = training(folder, store, tmp_path / "run", max_steps=3)
+    whole = last_whole(tmp_path / "run" / "checkpoints")
+    older = shutil.copytree(whole, whole.with_name("checkpoint-2"))
+    (whole / f".{MARK}.4711.part").touch()
+    shutil.rmtree(run.model)
+    training(folder, store, tmp_path / "run", max_steps=3)
+    assert whole.is_dir() and not older.exists() and not list(whole.glob(".*"))
 
 
 def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(folder, store, tmp_path):

@@ -52,6 +52,8 @@ class WholeCheckpoints(TrainerCallback):
         self.is_due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and state.is_world_process_zero:
+            _tidy(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.global_step >= state.max_steps:  # transformers would take one step more where this is not an epoch's end
             raise AllTrained
 
@@ -77,10 +79,22 @@ class WholeCheckpoints(TrainerCallback):
             for file in folder.rglob("*"):
                 _sync(file)
             write_json(folder / MARK, {"step": state.global_step})
-            for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if other != folder:
-                    (other / MARK).unlink(missing_ok=True)
-                    shutil.rmtree(other, ignore_errors=True)
+            _remove_others(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Finish what a run was killed over: beside the checkpoint it goes on from there is nothing."""
+    for part in folder.glob(f".{MARK}.*.part"):
+        part.unlink()
+    _remove_others(folder)
+
+
+def _remove_others(folder: Path) -> None:
+    """Older checkpoints, and what a killed run has begun of newer ones."""
+    for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if other != folder:
+            (other / MARK).unlink(missing_ok=True)
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:
