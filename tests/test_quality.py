@@ -61,6 +61,15 @@ def test_each_signal_has_the_auroc_of_its_labelled_tokens(tmp_path):
     assert abs(table["noise"].overall.value - 0.5) < 0.1
 
 
+def test_a_large_store_is_measured_on_some_of_its_pairs(tmp_path, monkeypatch):
+    store, rows = store_of(tmp_path)
+    monkeypatch.setattr("catpo.quality.MEASURED_PAIRS", 4)
+    some = {"p0", "p13", "p26", "p39"}
+    labels = np.concatenate([row.labels for row in rows if row.pair_id in some])
+    found = signal_quality(store, resamples=5)[0].overall
+    assert (found.grounded_count, found.hallucinated_count) == ((labels == 1).sum(), (labels == 0).sum())
+
+
 def test_the_last_row_is_t_of_the_fusion(tmp_path):
     store, rows = store_of(tmp_path)
     fusion = Fusion(signals={"good": 1.0, "noise": 0.3}, scope="pair")

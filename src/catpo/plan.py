@@ -31,7 +31,7 @@ from catpo.runs import process_count
 from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
 from catpo.skipped import Skipped
 from catpo.spec import parse
-from catpo.spool import sampled
+from catpo.spool import spread
 from catpo.stats import kl_direction, requirements, view_needs
 from catpo.training import lora_config
 from catpo.types import SIDES, PreferencePair
@@ -110,7 +110,7 @@ def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", proce
     everything = read_pairs(options["pairs"], Skipped(), options["limit"])
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")
-    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in sampled(everything, SAMPLE)]
+    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in spread(everything, SAMPLE)]
     if command == "score":
         return _score(family, everything, encoded, options, count)
     return _train(family, everything, encoded, options, engine, count)

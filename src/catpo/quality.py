@@ -14,10 +14,13 @@ from catpo.errors import UserError
 from catpo.fusion import Fusion, find_signal
 from catpo.intervals import auroc, bootstrap_auroc, interval
 from catpo.rewards import RewardStore
+from catpo.spool import spread
 from catpo.types import SIDES
 
 FINAL = "final weight (T)"
 """Name of the row of the fused and squashed score."""
+MEASURED_PAIRS = 10_000
+"""A larger store is measured on so many of its pairs, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def signal_quality(
 ) -> list[SignalQuality]:
     """How well every stored signal, and T of a fusion, separates grounded from hallucinated tokens.
 
-    Only tokens that carry a label count; a store without labels gives NaN and counts of 0.
+    Only tokens that carry a label count; a store without labels gives NaN and counts of 0. Of a store with more than
+    `MEASURED_PAIRS` pairs that many are read.
 
     Args:
         store: scored pairs with token labels.
@@ -84,7 +88,7 @@ def _labelled_tokens(store: RewardStore, fusion: Fusion | None) -> dict[str, Any
     """Scores by name, and pair, side and label of every labelled token: [tokens] each."""
     scores: dict[str, list[NDArray[np.floating]]] = {name: [] for name in [*store.signals, *([FINAL] if fusion else [])]}
     pair, is_rejected, labels = [], [], []
-    for number, pair_id in enumerate(store):
+    for number, pair_id in enumerate(spread(store.pair_ids, MEASURED_PAIRS)):
         rows = [store.get(pair_id, side) for side in SIDES]
         is_labelled = [row.labels >= 0 for row in rows]
         if not any(mask.any() for mask in is_labelled):

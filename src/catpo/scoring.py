@@ -37,7 +37,7 @@ from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_options, check_positive, parse
-from catpo.spool import ids_of, sampled
+from catpo.spool import ids_of, spread
 from catpo.stopping import on_sigterm
 from catpo.top_words import TopWords, top_words
 from catpo.types import SIDES, PreferencePair, Side, Span
@@ -219,7 +219,7 @@ def _tell_size(
     max_length: int | None,
 ) -> None:
     """What the store is going to take, by the lengths of some pairs, before any of it is written."""
-    encoded = [family.encode(pair, max_length=max_length) for pair in sampled(pairs, SIZED_PAIRS)]
+    encoded = [family.encode(pair, max_length=max_length) for pair in spread(pairs, SIZED_PAIRS)]
     parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, maps) if encoded else {}
     sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
     print(f"catpo: {output} will take about {memory.readable(sum(parts.values()))} ({sizes})", file=sys.stderr)

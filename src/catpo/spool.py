@@ -13,13 +13,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
+import numpy as np
 import pyarrow as pa
 
 from catpo.errors import UserError
 from catpo.types import Picture, PreferencePair, Side, Span
 
+Item = TypeVar("Item")
 BLOCK = 256
 """Pairs that are written together."""
 BLOCK_BYTES = 64 << 20
@@ -86,9 +88,15 @@ def select(pairs: Sequence[PreferencePair], places: Sequence[int]) -> Sequence[P
     return pairs.select(places) if isinstance(pairs, SpooledPairs) else [pairs[place] for place in places]
 
 
-def sampled(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
-    """At most so many of the pairs, evenly spread."""
-    return list(pairs[:: max(1, len(pairs) // count)][:count])
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, evenly spread, in their order.
+
+    >>> spread(["a", "b", "c", "d", "e"], 3)
+    ['a', 'c', 'e']
+    """
+    if len(items) <= count:
+        return list(items)
+    return [items[int(place)] for place in np.linspace(0, len(items) - 1, max(count, 0)).round()]
 
 
 def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) -> Sequence[PreferencePair]:

@@ -13,9 +13,10 @@ from catpo.comparison import Evaluation, load_evaluation
 from catpo.data import open_data
 from catpo.errors import UserError
 from catpo.fusion import Fusion
+from catpo.quality import MEASURED_PAIRS
 from catpo.report.evaluations import BenchmarkTable, Changes, benchmark_tables, changed_answers
 from catpo.report.page import embed, render
-from catpo.report.pairs import plain_pairs, read_pairs, signal_names, spread, stored_pairs
+from catpo.report.pairs import plain_pairs, read_pairs, signal_names, stored_pairs
 from catpo.report.pictures import Album
 from catpo.report.plots import SERIES_COUNT
 from catpo.report.signals import SignalSection, signal_section
@@ -23,7 +24,7 @@ from catpo.report.training import Run, load_run, training_curves
 from catpo.report.verdicts import evaluation_verdicts, signal_verdicts
 from catpo.rewards import RewardStore
 from catpo.runs import read_json, write_atomic
-from catpo.spool import SpooledPairs
+from catpo.spool import SpooledPairs, spread
 
 NO_PAIRS: dict[str, Any] = {"pairs": [], "signals": [], "named": {}, "can_fuse": False, "fusion": {}}
 
@@ -115,6 +116,10 @@ def _add_pairs(content: _Content, rewards: str | Path | None, pairs: str | Path 
     can_fuse = all(name in signal_names(store, fusion) for name in fusion.needs)
     content.signals = signal_section(store, fusion if can_fuse else None)
     content.verdicts += signal_verdicts(content.signals)
+    if len(store) > MEASURED_PAIRS:
+        content.notes.append(
+            f"Signals are measured on {MEASURED_PAIRS:,} pairs, spread evenly over the {len(store):,} of the store."
+        )
     content.provenance.append((f"Rewards: {store.path}", list(_flat(store.provenance))))
     if pairs is None:
         content.notes.append("No pictures and prompts: the pairs that were scored were not given.")

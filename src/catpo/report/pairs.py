@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,9 +18,9 @@ from catpo.fusion import Fusion, find_signal, normalise, shared_prefix
 from catpo.report.heatmap import heatmap, places, pool_for
 from catpo.report.pictures import Album
 from catpo.rewards import RewardStore
+from catpo.spool import spread
 from catpo.types import SIDES, PatchGrid, PreferencePair, Side
 
-Item = TypeVar("Item")
 MAPS_BUDGET = 3_000_000
 """Bytes of the page that attention maps may take; above, patches are joined."""
 
@@ -68,17 +68,6 @@ def read_pairs(text: str | Path, wanted: Sequence[str]) -> dict[str, PreferenceP
     """
     keep = set(wanted)
     return {pair.id: pair for pair in open_data(text).pairs() if pair.id in keep}
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of the items, evenly spread, in their order.
-
-    >>> spread(["a", "b", "c", "d", "e"], 3)
-    ['a', 'c', 'e']
-    """
-    if len(items) <= count:
-        return list(items)
-    return [items[int(place)] for place in np.linspace(0, len(items) - 1, max(count, 0)).round()]
 
 
 def signal_names(store: RewardStore, fusion: Fusion) -> dict[str, str]:

@@ -9,9 +9,10 @@ import numpy as np
 from markupsafe import Markup
 
 from catpo.fusion import Fusion
-from catpo.quality import FINAL, SignalQuality, signal_quality
+from catpo.quality import FINAL, MEASURED_PAIRS, SignalQuality, signal_quality
 from catpo.report.plots import histogram
 from catpo.rewards import RewardStore
+from catpo.spool import spread
 from catpo.types import SIDES
 
 GROUPS = ("grounded", "hallucinated", "all tokens")
@@ -46,7 +47,7 @@ class SignalSection:
 
 
 def signal_section(store: RewardStore, fusion: Fusion | None, *, resamples: int = 1000) -> SignalSection:
-    """Histograms, AUROC and net coefficient over all pairs of the store; `fusion` None: of the signals only."""
+    """Histograms, AUROC and net coefficient over (some of) the pairs of the store; `fusion` None: of the signals only."""
     quality = signal_quality(store, fusion, resamples=resamples)
     values, labels, net = _tokens(store, fusion)
     groups = (labels == 1, labels == 0, np.ones(len(labels), dtype=bool))
@@ -75,7 +76,7 @@ def _tokens(store: RewardStore, fusion: Fusion | None) -> tuple[dict[str, np.nda
     """Values by signal and labels of all tokens that are text; the net coefficient of each pair."""
     values: dict[str, list[np.ndarray]] = {name: [] for name in [*store.signals, *([FINAL] if fusion else [])]}
     labels, net = [], []
-    for pair_id in store:
+    for pair_id in spread(store.pair_ids, MEASURED_PAIRS):
         weights = store.weights(pair_id, fusion) if fusion else None
         net.append(weights.net_shared_coefficient if weights else math.nan)
         for side in SIDES:
