@@ -1,4 +1,4 @@
-"""Memory over a million pairs' metadata, no model: streaming loaders, the reward store's reader, the report.
+"""Memory over a million pairs' metadata, no model: streaming loaders, pairs, the reward store's reader, the report.
 
     python -m bench.million --pairs 1000000
 
@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from catpo.data import open_data
+from catpo.data import dev_split, open_data, read_pairs
 from catpo.report.build import report
 from catpo.rewards import RewardStore, RewardWriter
 from catpo.shards import ResponseRow
+from catpo.skipped import Skipped
 from catpo.types import SIDES, PatchGrid
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic"]
@@ -49,15 +50,16 @@ def main() -> None:
         stages: dict[str, Callable[[int], None]] = {
             "loader, Parquet": lambda count: exhaust(f"trl(source='{place}/{count}.parquet', streaming=True)"),
             "loader, WebDataset": lambda count: exhaust(f"webdataset(source='{place}/{count}.tar')"),
+            "pairs, as score and train keep them": lambda count: keep_pairs(f"webdataset(source='{place}/{count}.tar')"),
             "store, opened": lambda count: RewardStore.open(place / f"store-{count}") and None,
             "store, read": lambda count: read_store(place / f"store-{count}"),
             "report": lambda count: report(rewards=place / f"store-{count}", output=place / f"report-{count}.html") and None,
         }
-        print(f"{'MiB above the imports':24} {options.pairs // 10:>12,} {options.pairs:>12,}   bytes per further pair")
+        print(f"{'MiB above the imports':36} {options.pairs // 10:>12,} {options.pairs:>12,}   bytes per further pair")
         for name, stage in stages.items():
             few, many = (peak(stage, count) for count in (options.pairs // 10, options.pairs))
             print(
-                f"{name:24} {few / 2**20:12.1f} {many / 2**20:12.1f}   {(many - few) / (0.9 * options.pairs):10.1f}", flush=True
+                f"{name:36} {few / 2**20:12.1f} {many / 2**20:12.1f}   {(many - few) / (0.9 * options.pairs):10.1f}", flush=True
             )
 
 
@@ -88,6 +90,13 @@ def resident(field: str) -> int:
 def exhaust(source: str) -> None:
     for _ in open_data(source).pairs():
         pass
+
+
+def keep_pairs(source: str) -> None:
+    """Everything read, a part kept out, and pairs here and there looked at again."""
+    train, _ = dev_split(read_pairs(source, Skipped()), 0.1, 0)
+    for place in random.Random(0).sample(range(len(train)), min(SAMPLE, len(train))):
+        train[place].images[0].open()
 
 
 def read_store(path: Path) -> None:
