@@ -112,7 +112,9 @@ WORKS = [
     Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)")),
     Work("evaluate", _evaluate),
     Work("study", _study),
+    Work("pair", _pair, processes=2),
     Work("score", _score, processes=2),
+    Work("evaluate", _evaluate, processes=2),
     Work("train full", _train(None), processes=2),
     Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)"), processes=2),
 ]

@@ -11,9 +11,12 @@ from functools import partial
 import pytest
 
 from catpo import evaluation, scoring
+from catpo.data import open_data
+from catpo.datasets._base import Dataset
 from catpo.errors import UserError
 from catpo.evaluation import evaluate
 from catpo.families import _base as families
+from catpo.pairing import pair
 from catpo.processes import Team
 from catpo.scoring import score_pairs
 from fake_family import FakeFamily
@@ -143,7 +146,7 @@ def test_a_process_killed_while_answers_are_joined_counts_none_twice(answered, t
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
         together(1, partial(evaluated, tmp_path / "out", fail_after=2))
     (tmp_path / "out" / ".answers-1.jsonl").write_text(
-        "".join(json.dumps({"batch": number, "rows": rows[8 * number : 8 * number + 8]}) + "\n" for number in (1, 2, 3))
+        "".join(json.dumps({"block": number, "rows": rows[8 * number : 8 * number + 8]}) + "\n" for number in (1, 2, 3))
     )
     told = together(2, partial(evaluated, tmp_path / "out"))
     assert sum(each for each, _ in told) == len(rows) // 8 - 4
@@ -154,6 +157,50 @@ def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "Team", lambda: type("Two", (), {"count": 2}))
     with pytest.raises(UserError, match="asked by one process"):
         evaluate(model="openai:some", benchmarks=["scenes(count=2)"], output=tmp_path / "out", base_url="http://127.0.0.1:9/v1")
+
+
+# ---- pairing --------------------------------------------------------------------------------------------------------------
+
+
+class Twice(Dataset):
+    """Every picture is asked about twice, so that the second half of the pairs is the same as the first."""
+
+    def samples(self):
+        yield from [*open_data("scenes(count=20)").samples()] * 2
+
+
+def paired(path, *, fail_after=None):
+    family = FakeFamily(fail_after=fail_after)
+    result = pair(model=family, data=Twice(), output=path, temperature=0.0, batch_size=4, block_size=4, progress=False)
+    return len(family.calls), [result.asked, result.kept, dict(result.dropped)]
+
+
+@pytest.fixture(scope="module")
+def made_alone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("made") / "pairs"
+    calls, result = paired(path)
+    assert result[0] == 40 and result[2]["same as another pair"] == result[1] > 4
+    return calls, result, contents(path)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_make_the_pairs_that_one_makes(made_alone, tmp_path, count):
+    calls, result, files = made_alone
+    told = together(count, partial(paired, tmp_path / "out"))
+    assert sum(each for each, _ in told) == calls
+    assert all(each == result for _, each in told)
+    assert contents(tmp_path / "out") == files
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_pairing_goes_on_with_another_number_of_processes(made_alone, tmp_path, before, after):
+    calls, result, files = made_alone
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        together(before, partial(paired, tmp_path / "out", fail_after=2))
+    told = together(after, partial(paired, tmp_path / "out"))
+    assert sum(each for each, _ in told) < calls
+    assert all(each == result for _, each in told)
+    assert contents(tmp_path / "out") == files
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class ScoreOptions:
     """Folder of the reward store."""
     signals: tuple[str, ...] = ("global_attention", "patch_entropy", "semantic")
     """Signals to keep; `catpo list signals` shows all."""
-    layers: str | int | list[int] = "paper"
+    layers: str | int = "paper"
     """Decoder layers whose attention counts: paper (60-70 % of the depth), all, last, or numbers."""
     heads: str = "mean"
     """How heads are joined: mean, max or top(k=4)."""
@@ -290,6 +290,10 @@ SPEC_LISTS = frozenset({"signals", "benchmarks"})
 """Options that are lists of `name(option=value)`, and may be written in one line with commas."""
 
 
+WIDER: dict[str, Any] = {"layers": str | int | list[int]}
+"""Options that take more from a recipe than the command line's parser can tell apart (cyclopts 4: texts and lists)."""
+
+
 def keywords(options: Any) -> dict[str, Any]:
     """Options as the engine's keyword arguments, after reading what the command line could only take as text."""
     given = {name: getattr(options, name) for name in hints(type(options))}
@@ -298,7 +302,7 @@ def keywords(options: Any) -> dict[str, Any]:
 
 def hints(options: type) -> dict[str, Any]:
     """Name -> type of each option."""
-    return typing.get_type_hints(options)
+    return {name: WIDER.get(name, hint) for name, hint in typing.get_type_hints(options).items()}
 
 
 def field_docs(options: type) -> dict[str, str]:

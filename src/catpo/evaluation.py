@@ -13,6 +13,7 @@ from typing import Any
 
 from catpo.benchmarks._answers import some
 from catpo.benchmarks._base import Item
+from catpo.blocks import Blocks, Rows
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
@@ -211,40 +212,20 @@ def _answer(
     progress: bool,
     team: Team,
 ) -> None:
-    """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers.
-
-    One process writes answers.jsonl batch by batch. Several write a file each, which the first joins in the end.
-    """
+    """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
-    done = team.agree("done", lambda: _resume(folder / ANSWERS, batches))
-    beside = team.agree("beside", lambda: [*_answered_beside(folder)])
-    todo = [number for number in range(done, len(batches)) if number not in beside]
-    total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), todo))
+    blocks = Blocks(team, folder, PART, lambda: _resume(folder / ANSWERS, batches), len(batches))
+    total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), blocks.todo))
     with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
 
-        def answered(number: int) -> list[dict[str, str]]:
+        def answered(number: int) -> Rows:
             stop.leave_if_asked(f"{bar.count} of {total} answers are in {folder}.")
             tokens, batch = batches[number]
             answers = _asked(family, [item for _, item in batch], tokens)
             bar.advance(total - left + team.add("answered", len(batch)) - bar.count)
             return [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)]
 
-        if team.count > 1:
-            for number in team.claim("todo", todo):
-                append_rows(folder / PART.format(team.number), [{"batch": number, "rows": answered(number)}])
-            team.wait("answered")
-        if team.is_first:
-            found = _answered_beside(folder)
-            for number in range(done, len(batches)):
-                append_rows(folder / ANSWERS, found.get(number) or answered(number))
-            for file in folder.glob(PART.format("*")):
-                file.unlink()
-
-
-def _answered_beside(folder: Path) -> dict[int, list[dict[str, str]]]:
-    """Batches that several processes have answered and that are not joined yet, by number."""
-    rows = (row for file in folder.glob(PART.format("*")) for row in repair_rows(file))
-    return {row["batch"]: row["rows"] for row in rows}
+        blocks.run(answered, lambda _, rows: append_rows(folder / ANSWERS, rows))
 
 
 def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int) -> list[str]:

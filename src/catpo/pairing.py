@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from catpo import registry
+from catpo.blocks import Blocks, Rows
 from catpo.data import read_samples
 from catpo.datasets._base import Dataset
 from catpo.errors import UserError
@@ -26,9 +27,10 @@ from catpo.families import _base as families
 from catpo.families._base import Family
 from catpo.judges._base import Judge, open_judge
 from catpo.pairings._base import Decoding, Dropped
-from catpo.pairs_file import ABOUT, ROWS, append_pairs
+from catpo.pairs_file import ABOUT, ROWS, row_of
+from catpo.processes import Team
 from catpo.progress import track
-from catpo.runs import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
+from catpo.runs import append_rows, check_same, read_json, read_rows, repair_rows, versions, write_json
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
 from catpo.stopping import on_sigterm
@@ -36,6 +38,8 @@ from catpo.types import Picture, PreferencePair, Sample
 
 BLOCKS = "blocks.jsonl"
 """One row per finished block, while the work goes on."""
+PART = ".pairs-{}.jsonl"
+"""What each of several processes has made: one row per block."""
 
 
 @dataclass(frozen=True)
@@ -125,23 +129,29 @@ def pair(
         "decoding": {**{name: value for name, value in vars(decoding).items() if name != "seed"}, "block_size": block_size},
         **({} if grader is None else {"judge": str(judge)}),
     }
-    with lock(output) as folder:
-        _check_begun(folder, begun)
+    team = Team()
+    with team.lock(output) as folder:
+        if team.is_first:
+            _check_begun(folder, begun)
         family = (
             families.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if isinstance(model, str | Path)
             else model
         )
-        begun |= {"model": family.model_id, "model_hash": family.model_hash}
-        _check_begun(folder, begun)
-        if not (folder / ABOUT).exists():
-            write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
+        if team.is_first:
+            begun |= {"model": family.model_id, "model_hash": family.model_hash}
+            _check_begun(folder, begun)
+            if not (folder / ABOUT).exists():
+                write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
+        team.wait("begun")
         work = _Work(folder, samples, block_size)
-        if not read_json(folder / ABOUT)["complete"]:
-            work.run(maker.answering(family), maker, progress)
-        if skipped.goes_on:
+        if not team.agree("complete", lambda: read_json(folder / ABOUT)["complete"]):
+            work.run(team, maker.answering(family), maker, progress and team.is_first)
+        if skipped.goes_on and team.is_first:
             skipped.write(folder)
-        return work.finish(skipped)
+        counts = team.agree("counts", lambda: work.finish(skipped))
+    team.leave()
+    return PairingResult(folder, **counts)
 
 
 Answers = list[tuple[str, Sequence[Any]]]
@@ -201,20 +211,36 @@ class _Work:
         self.folder, self.samples = folder, samples
         self.blocks = [samples[start : start + block_size] for start in range(0, len(samples), block_size)]
 
-    def run(self, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
+    def run(self, team: Team, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
         """Do the blocks that are not done."""
-        done = self._resume()
+        blocks = Blocks(team, self.folder, PART, self._resume, len(self.blocks))
         seen = {row["id"] for row in read_rows(self.folder / ROWS)}
-        asked = sum(len(block) for block in self.blocks[:done])
-        with track(len(self.samples), "Pairing", "answers", done=asked, enabled=progress) as bar, on_sigterm() as stop:
-            for number, lazy in enumerate(self.blocks[done:], start=done):
-                stop.leave_if_asked(f"{number} of {len(self.blocks)} blocks of answers are in {self.folder}.")
-                block = [_held(sample) for sample in lazy]
-                pairs, dropped = _pairs_of(block, answering, maker, seen)
-                size = append_pairs(self.folder, pairs)
-                row = {"block": number, "asked": len(block), "kept": len(pairs), "dropped": dropped, "bytes": size}
-                append_rows(self.folder / BLOCKS, [row])
-                bar.advance(len(block), note=f"{len(seen)} pairs")
+        left = sum(len(self.blocks[number]) for number in blocks.todo)
+        total = len(self.samples)
+        with track(total, "Pairing", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
+
+            def make(number: int) -> Rows:
+                stop.leave_if_asked(f"{bar.count} of {total} answers are in {self.folder}.")
+                block = [_held(sample) for sample in self.blocks[number]]
+                made = _made_of(block, answering, maker, self.folder)
+                bar.advance(total - left + team.add("asked", len(block)) - bar.count, note=f"{len(seen)} pairs")
+                return made
+
+            blocks.run(make, lambda number, made: self._write(number, made, seen))
+
+    def _write(self, number: int, made: Rows, seen: set[str]) -> None:
+        """A block's pairs, but those that are there already, and how many answers gave none, by reason; `seen` ids grow."""
+        dropped = Counter(row["dropped"] for row in made if "dropped" in row)
+        kept = []
+        for row in made:
+            if row.get("id") in seen:
+                dropped["same as another pair"] += 1
+            elif "id" in row:
+                seen.add(row["id"])
+                kept.append(row)
+        size = append_rows(self.folder / ROWS, kept)
+        done = {"block": number, "asked": len(made), "kept": len(kept), "dropped": dict(dropped), "bytes": size}
+        append_rows(self.folder / BLOCKS, [done])
 
     def _resume(self) -> int:
         """How many blocks are done; what an unfinished one left behind is cut off."""
@@ -227,8 +253,8 @@ class _Work:
             os.truncate(path, size)
         return len(rows)
 
-    def finish(self, skipped: Skipped) -> PairingResult:
-        """Sum up, say that all is there, and remove the notes on blocks."""
+    def finish(self, skipped: Skipped) -> dict[str, Any]:
+        """Sum up, say that all is there, and remove the notes on blocks; gives the counts."""
         about = read_json(self.folder / ABOUT, made_by="catpo pair")
         if not about["complete"]:
             dropped: Counter[str] = Counter()
@@ -249,7 +275,8 @@ class _Work:
             about |= {"counts": counts, **({"skipped": skipped.summary()} if skipped.goes_on else {}), "complete": True}
             write_json(self.folder / ABOUT, about)
         (self.folder / BLOCKS).unlink(missing_ok=True)
-        return PairingResult(self.folder, **about["counts"])
+        counted: dict[str, Any] = about["counts"]
+        return counted
 
 
 def _held(sample: Sample) -> Sample:
@@ -258,22 +285,11 @@ def _held(sample: Sample) -> Sample:
     return replace(sample, images=images)
 
 
-def _pairs_of(
-    block: Sequence[Sample], answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, seen: set[str]
-) -> tuple[list[PreferencePair], dict[str, int]]:
-    """A block's pairs, and how many answers gave none, by reason; `seen` ids grow."""
-    pairs: list[PreferencePair] = []
-    dropped: Counter[str] = Counter()
+def _made_of(block: Sequence[Sample], answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, folder: Path) -> Rows:
+    """A row per sample of a block: its pair, or why there is none."""
     answers = answering(block)
-    for made in _in_threads(maker.workers, lambda place: maker(block[place], *answers[place]), range(len(block))):
-        if isinstance(made, Dropped):
-            dropped[made.reason] += 1
-        elif made.id in seen:
-            dropped["same as another pair"] += 1
-        else:
-            seen.add(made.id)
-            pairs.append(made)
-    return pairs, dict(dropped)
+    made = _in_threads(maker.workers, lambda place: maker(block[place], *answers[place]), range(len(block)))
+    return [{"dropped": each.reason} if isinstance(each, Dropped) else row_of(folder, each) for each in made]
 
 
 def _in_threads(workers: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

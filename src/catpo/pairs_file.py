@@ -30,10 +30,11 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance:
 
 def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
     """Add pairs and those of their pictures that are not there yet; gives the new size of the row file in bytes."""
-    return append_rows(folder / ROWS, [_row(folder, pair) for pair in pairs])
+    return append_rows(folder / ROWS, [row_of(folder, pair) for pair in pairs])
 
 
-def _row(folder: Path, pair: PreferencePair) -> dict[str, Any]:
+def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:
+    """A pair's row, after its pictures were put into the folder."""
     return {
         "id": pair.id,
         "images": [_save(folder, picture) for picture in pair.images],
