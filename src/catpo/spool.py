@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import weakref
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -55,7 +56,7 @@ class SpooledPairs(Sequence[PreferencePair]):
 
     def select(self, places: Sequence[int]) -> SpooledPairs:
         """The pairs at these places, in their order."""
-        return SpooledPairs(self._file, [self._numbers[place] for place in places])
+        return SpooledPairs(self._file, array("q", (self._numbers[place] for place in places)))
 
     def ids(self) -> list[str]:
         """Of every pair, without reading the rest of it."""
@@ -102,7 +103,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
     """The pairs of both, one after the other; parts of one file stay in it."""
     if isinstance(first, SpooledPairs) and isinstance(second, SpooledPairs) and first._file is second._file:
-        return SpooledPairs(first._file, [*first._numbers, *second._numbers])
+        return SpooledPairs(first._file, array("q", [*first._numbers, *second._numbers]))
     return [*first, *second]
 
 
