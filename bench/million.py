@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from catpo import rewards
 from catpo.data import dev_split, open_data, read_pairs
 from catpo.report.build import report
 from catpo.rewards import RewardStore, RewardWriter
@@ -33,6 +34,8 @@ from catpo.types import SIDES, PatchGrid
 SIGNALS = ["global_attention", "patch_entropy", "semantic"]
 TOKENS = 6
 SHARD = 1024
+KEPT = 100 << 20
+"""Bytes of token columns that an open store may keep here; by default it is ten times as much."""
 SAMPLE = 2000
 """Pairs that are read at random."""
 
@@ -70,6 +73,7 @@ def peak(stage: Callable[[int], None], count: int) -> float:
 
     def work() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak that this process inherited
+        rewards.KEPT_BYTES = KEPT
         before = resident("VmRSS")
         stage(count)
         write.send(resident("VmHWM") - before)
@@ -100,10 +104,7 @@ def keep_pairs(source: str) -> None:
 
 
 def read_store(path: Path) -> None:
-    """Weights of pairs here and there, as training reads them, with a tenth of the memory that a store may keep."""
-    from catpo import rewards
-
-    rewards.KEPT_BYTES = 100 << 20
+    """Weights of pairs here and there, as training reads them."""
     store = RewardStore.open(path)
     for pair in random.Random(0).sample(store.pair_ids, min(SAMPLE, len(store))):
         store.weights(pair)
