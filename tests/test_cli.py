@@ -128,6 +128,15 @@ def test_lists_of_specs_can_be_written_in_several_ways(called: dict[str, Any], t
     assert called["signals"] == want
 
 
+def test_one_process_s_work_is_refused_to_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], called: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("study", "some.yaml", "--output=out") == 2
+    assert "`catpo study` runs in one process, and 2 were started" in capsys.readouterr().err
+    assert run("score", *REQUIRED["score"]) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("all", "all"), ("14", 14), ("19,20", [19, 20]), ("[1, 2]", [1, 2]), ("-1", -1), ("paper", "paper")]
 )

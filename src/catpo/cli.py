@@ -15,11 +15,13 @@ from rich.console import Console
 
 from catpo import __version__, config, registry
 from catpo.errors import Stopped, UserError, did_you_mean
-from catpo.runs import is_main_process
+from catpo.runs import is_main_process, process_count
 
 Options = Parameter(name="*")
 Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
 DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
+SHARED = ("pair", "score", "train", "evaluate")
+"""Commands whose work several processes share."""
 LONGEST = 1500
 """Characters of a message."""
 Engine = Annotated[
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         try:
             with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # of several processes one prints
+                _check_shared(sys.argv[1:] if arguments is None else arguments)
                 app(arguments)
         finally:
             sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
@@ -59,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_shared(arguments: Sequence[str]) -> None:
+    """Refuses a command that is one process's work where a launcher has started several."""
+    command = next(iter(arguments), "")
+    if process_count() > 1 and not command.startswith("-") and command not in SHARED:
+        raise UserError(
+            f"`catpo {command}` runs in one process, and {process_count()} were started. Start it by itself; "
+            f"{', '.join(SHARED)} are what torchrun and accelerate launch are for."
+        )
 
 
 def _shown(message: str) -> str:
