@@ -469,3 +469,27 @@ def test_measured_cells_have_processes_of_their_own(tmp_path: Path, builtin: Pat
     assert not outcome.failed and row is not None
     assert row.spread("cost/seconds_per_pair").value > 0
     assert 200 < row.spread("cost/memory").value < 8000
+
+
+def test_a_cell_killed_before_it_was_tidied_is_tidied_and_not_measured_again(tmp_path, monkeypatch):
+    cell = cells.Cell(shared=None, model="builtin", objective="dpo", learning_rate=1e-4, seed=0)
+    model, measured, tidy = cell.folder(tmp_path) / "run" / "model", [], cells._tidy
+
+    def measure(self, output, folder):
+        model.mkdir(parents=True)
+        measured.append(folder)
+        return {"figures": {"kl": 0.5}}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells.Cell, "_measured", measure)
+    monkeypatch.setattr(cells, "_tidy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cell.run(tmp_path)
+    assert model.is_dir() and not cell.is_finished(tmp_path)
+    monkeypatch.setattr(cells, "_tidy", tidy)
+    cell.run(tmp_path)
+    cell.run(tmp_path)
+    assert cell.is_finished(tmp_path) and not model.exists() and len(measured) == 1
+    assert read_json(cell.folder(tmp_path) / cells.DONE)["figures"] == {"kl": 0.5}

@@ -125,17 +125,23 @@ class Cell:
         if self.is_finished(output):
             return
         with lock(folder):
-            about: dict[str, Any] = {"cell": asdict(self), "versions": versions()}
-            model = self.model
-            if self.objective is not None:
-                began = time.monotonic()
-                model = str(self._trained(output, folder))
-                about["train_seconds"] = round(time.monotonic() - began, 2)
-                about["figures"] = self._figures(Path(model), output, folder)
-            if self.benchmarks:
-                evaluate(model=model, benchmarks=self.benchmarks, output=folder / "evaluation", progress=False, **self.evaluate)
-            write_json(folder / DONE, {**about, "complete": True})
-            _tidy(folder, keep_model)
+            if not (folder / DONE).exists():
+                write_json(folder / DONE, {**self._measured(output, folder), "complete": False})
+            _tidy(folder, keep_model)  # before the cell counts as finished, since nobody looks into it afterwards
+            write_json(folder / DONE, {**read_json(folder / DONE), "complete": True})
+
+    def _measured(self, output: Path, folder: Path) -> dict[str, Any]:
+        """What the cell is, and what training and evaluation say of themselves."""
+        about: dict[str, Any] = {"cell": asdict(self), "versions": versions()}
+        model = self.model
+        if self.objective is not None:
+            began = time.monotonic()
+            model = str(self._trained(output, folder))
+            about["train_seconds"] = round(time.monotonic() - began, 2)
+            about["figures"] = self._figures(Path(model), output, folder)
+        if self.benchmarks:
+            evaluate(model=model, benchmarks=self.benchmarks, output=folder / "evaluation", progress=False, **self.evaluate)
+        return about
 
     def _trained(self, output: Path, folder: Path) -> Path:
         """The trained model."""
