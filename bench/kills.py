@@ -403,7 +403,7 @@ def main() -> None:
     works = [work for work in WORKS if options.work in (None, work.command) and options.processes in (None, work.processes)]
     findings = []
     with tempfile.TemporaryDirectory() as temporary:
-        place = options.keep or Path(temporary)
+        place = (options.keep or Path(temporary)).resolve()
         prepare(place / "inputs")
         for number, work in enumerate(works):
             folder = place / f"work-{number}"

@@ -120,9 +120,13 @@ def test_webdataset_shards_become_pairs_whose_pictures_stay_in_the_tar(tmp_path)
         ([("a.png", b"x"), ("a.json", b"[1]")], "field 'json' must be an object"),
         ([("a.png", b"x"), ("a.json", b"{")], "field 'json' is not valid JSON"),
         ([("a.png", b"x"), ("a.json", b'{"prompt": "q"}')], "field 'chosen' is missing"),
+        ([("a.png", b"x"), ("a.json", b'{"chosen": "a", "chosen": "b"}')], "key 'chosen' stands twice"),
+        ([("a.png", b"x"), ("a.json", b'{"score": NaN}')], "NaN is no number"),
+        ([("a.png", b"x" * 5000), ("a.json", b"{}")], "field 'a.png' has 5,000 bytes, more than 4,000"),
     ],
 )
-def test_a_bad_webdataset_sample_is_named(tmp_path, members, message):
+def test_a_bad_webdataset_sample_is_named(tmp_path, monkeypatch, members, message):
+    monkeypatch.setattr("catpo.datasets.webdataset.MAX_BYTES", 4000)
     with pytest.raises(UserError, match=re.escape(message)):
         list(open_data(f"webdataset(source={str(tar(tmp_path / 'a.tar', members))!r})").pairs())
 

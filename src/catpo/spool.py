@@ -6,15 +6,16 @@ Pictures stay where they are; those that came with the rows of a stream go into 
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import tempfile
-import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import IO, Any, TypeVar, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ BLOCK = 256
 BLOCK_BYTES = 64 << 20
 """Bytes of pictures after which a block is written though it has fewer pairs."""
 PICTURE = pa.struct(
-    {"name": pa.string(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string()}
+    {"name": pa.binary(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string()}
 )  # fmt: skip
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta")} | {"images": pa.list_(PICTURE)}
@@ -38,7 +39,7 @@ SCHEMA = pa.schema(
 class SpooledPairs(Sequence[PreferencePair]):
     """Pairs that are read from a temporary file whenever they are asked for; a slice or a selection shares the file.
 
-    The file lies in the system's folder for such (`TMPDIR`) and is removed when nobody needs it any more.
+    The file takes room in the system's folder for such (`TMPDIR`) and has no name there: nothing is left of a killed process.
     """
 
     def __init__(self, file: _File, numbers: Sequence[int]) -> None:
@@ -108,38 +109,33 @@ def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) ->
 
 
 class _File:
-    """Arrow record batches on disk, mapped into memory page by page; a worker process that gets it opens it again."""
+    """Arrow record batches in a file without a name, mapped into memory page by page; worker processes share it."""
 
-    def __init__(self, path: str, loads: list[Callable[..., bytes]]) -> None:
-        self.path, self.loads = path, loads
-        self.reader = pa.ipc.open_file(pa.memory_map(path))
+    def __init__(self, file: IO[bytes], loads: list[Callable[..., bytes]]) -> None:
+        self.file, self.loads = file, loads
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages)))
         blocks = range(self.reader.num_record_batches)
         self.starts = [0, *accumulate(self.reader.get_batch(block).num_rows for block in blocks)]
         self.count = self.starts[-1]
 
     @classmethod
     def written(cls, pairs: Iterable[PreferencePair]) -> _File:
-        descriptor, path = tempfile.mkstemp(prefix="catpo-pairs-", suffix=".arrow")
-        os.close(descriptor)
         loads: list[Callable[..., bytes]] = []
-        try:
-            with pa.ipc.new_file(path, SCHEMA) as writer:
-                for block in _blocks(pairs):
-                    writer.write_batch(pa.RecordBatch.from_pylist([_row(pair, loads) for pair in block], SCHEMA))
-            made = cls(path, loads)
-        except OSError as error:
-            os.unlink(path)
-            raise UserError(
-                f"The pairs cannot be kept in {Path(path).parent} ({error}). Make room there, or set TMPDIR to another folder."
-            ) from error
-        except BaseException:
-            os.unlink(path)
-            raise
-        weakref.finalize(made, _remove, path, os.getpid())
-        return made
+        with _room():
+            file = tempfile.TemporaryFile(prefix="catpo-pairs-")  # noqa: SIM115 (until the last reader is gone)
+            writer = pa.ipc.new_file(file, SCHEMA)
+        for block in _blocks(pairs):
+            batch = pa.RecordBatch.from_pylist([_row(pair, loads) for pair in block], SCHEMA)
+            with _room():
+                writer.write_batch(batch)
+        with _room():
+            writer.close()
+            file.flush()
+        return cls(file, loads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _File, (self.path, self.loads)
+        return _received, (DupFd(self.file.fileno()), self.loads)
 
     def pair(self, number: int) -> PreferencePair:
         block = bisect_right(self.starts, number) - 1
@@ -164,9 +160,19 @@ class _File:
         ]
 
 
-def _remove(path: str, maker: int) -> None:
-    if os.getpid() == maker:  # not a worker that was forked
-        Path(path).unlink(missing_ok=True)
+def _received(descriptor: Any, loads: list[Callable[..., bytes]]) -> _File:
+    """In the process that gets the file."""
+    return _File(open(descriptor.detach(), "rb"), loads)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The pairs cannot be kept in {tempfile.gettempdir()} ({error}). Make room there, or set TMPDIR to another folder."
+        ) from error
 
 
 def _blocks(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
@@ -203,8 +209,8 @@ def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> dict[str,
         number = next((number for number, known in enumerate(loads) if known is picture.load), len(loads))
         loads[number:] = [picture.load]
     return {
-        "name": picture.name,
-        "path": None if picture.path is None else os.fsencode(picture.path),
+        "name": _encoded(picture.name),
+        "path": None if picture.path is None else _encoded(str(picture.path)),
         "data": picture.data,
         "load": number,
         "at": json.dumps(picture.at),
@@ -213,9 +219,18 @@ def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> dict[str,
 
 def _picture(row: dict[str, Any], loads: Sequence[Callable[..., bytes]]) -> Picture:
     return Picture(
-        name=row["name"],
-        path=None if row["path"] is None else Path(os.fsdecode(row["path"])),
+        name=_decoded(row["name"]),
+        path=None if row["path"] is None else Path(_decoded(row["path"])),
         data=row["data"],
         load=None if row["load"] is None else loads[row["load"]],
         at=tuple(json.loads(row["at"])),
     )
+
+
+def _encoded(name: str) -> bytes:
+    """Names of files may hold bytes that are no text."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogatepass")

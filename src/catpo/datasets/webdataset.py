@@ -8,16 +8,16 @@ name up to the first dot. Several pictures are `name.0.jpg`, `name.1.jpg`. Pictu
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from catpo import strictjson
 from catpo.datasets import _base
 from catpo.datasets._base import Row, make_pair
 from catpo.errors import UserError
-from catpo.types import Picture, PreferencePair
+from catpo.types import MAX_BYTES, Picture, PreferencePair
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -53,10 +53,13 @@ class Dataset(_base.RowDataset):
         file, members = row.values["file"], row.values["members"]
         of = lambda *kinds: [each for each in members if Path(each.name).suffix.lower() in kinds]
         texts = of(".json")
+        for each in members:
+            if each.size > MAX_BYTES:
+                raise row.error(each.name, f"has {each.size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it")
         if len(texts) != 1:
             raise row.error("json", f"must be there once, not {len(texts)} times")
         try:
-            values = json.loads(_read(file, texts[0].offset_data, texts[0].size))
+            values = strictjson.loads(_read(file, texts[0].offset_data, texts[0].size))
         except (ValueError, RecursionError) as error:
             raise row.error("json", f"is not valid JSON ({error})") from error
         if not isinstance(values, dict):
