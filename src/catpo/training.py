@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, SchedulerType
 
 from catpo import disk
 from catpo.callbacks import CLOSING, MetricsFile, StepProgress
-from catpo.checkpoints import AllTrained, WholeCheckpoints, last_whole
+from catpo.checkpoints import AllTrained, WholeCheckpoints, damage, last_whole
 from catpo.data import dev_split, read_pairs
 from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.families import _base as families
@@ -85,7 +85,7 @@ def train(
     """Train a model on preference pairs; writes `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/` into `output`.
 
     Args:
-        rewards: the reward store; without one, what the objective needs is scored into `output/rewards` first.
+        rewards: the reward store; without one, what the objective needs is scored into `output/checkpoints/rewards` first.
         objective: `dpo`, `catpo`, with options, e.g. `catpo(preset='paper', shared='neutral')`.
         reference: `cached` in the store, or `online` beside the policy.
         lora: `lora(r=128, alpha=256, dropout=0.0)`, or None for full training of the decoder.
@@ -106,11 +106,14 @@ def train(
     with team.lock(output):
         checkpoint = _checkpoint(output, resume)
         if checkpoint and (output / "catpo.json").exists():
-            begun = read_json(output / "catpo.json", made_by="catpo train")
+            begun = _begun(output)
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
                 team.leave()
                 return TrainingResult(output, output / "model", _last_metrics(output))
+        if checkpoint and (problem := team.agree("damage", lambda: damage(checkpoint))):
+            team.leave()
+            raise UserError(problem)
         check_positive(
             batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
         )
@@ -135,7 +138,8 @@ def train(
         if skipped.goes_on:
             usable = _usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
             train_pairs, dev_pairs = dev_split(usable, dev_share, seed)
-            skipped.write(output)
+            if team.is_first:
+                skipped.write(output)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
@@ -266,6 +270,20 @@ def _whole_so_far(output: Path) -> str:
         f"Whole so far: {last or 'no checkpoint'}. An older checkpoint is removed after a newer one is whole, so there must be "
         "room for two. Make room, then give the same command with --resume."
     )
+
+
+def _begun(output: Path) -> dict[str, Any]:
+    """The `catpo.json` of the run in `output`.
+
+    Raises:
+        UserError: it lacks what a run goes on from.
+    """
+    path = output / "catpo.json"
+    begun = read_json(path, made_by="catpo train")
+    for name, kind in (("settings", dict), ("complete", bool)):
+        if not isinstance(begun.get(name), kind):
+            raise UserError(f"{path} lacks a usable '{name}'. Remove {output} and start again, or choose another --output.")
+    return begun
 
 
 def _checkpoint(output: Path, resume: bool) -> Path | None:
