@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, SchedulerType
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from catpo import disk
 from catpo.callbacks import CLOSING, MetricsFile, StepProgress
@@ -27,7 +28,7 @@ from catpo.processes import Team
 from catpo.rewards import RewardStore
 from catpo.runs import check_same, process_count, read_json, read_rows, versions, write_json
 from catpo.skipped import Skipped
-from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
+from catpo.spec import Spec, check_not_negative, check_options, check_positive, check_seed, parse
 from catpo.spool import select
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
@@ -119,8 +120,10 @@ def train(
         )
         check_not_negative(
             learning_rate=learning_rate, epochs=epochs, warmup_steps=warmup_steps, weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm, seed=seed, save_steps=save_steps, adaptive=adaptive, workers=workers,
+            max_grad_norm=max_grad_norm, save_steps=save_steps, adaptive=adaptive, workers=workers,
         )  # fmt: skip
+        check_seed(seed)
+        _check_tracker(report_to)
         if scheduler not in (known := [each.value for each in SchedulerType]):
             raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
         skipped = Skipped(on_error)
@@ -214,6 +217,18 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
 _NOT_SETTINGS = (
     "output", "resume", "pairs", "workers", "report_to", "progress", "device", "on_error", "trust_remote_code",
 )  # fmt: skip
+
+
+def _check_tracker(name: str) -> None:
+    """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
+    if name in (chosen_later := ("none", "all")):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UserError(f"report_to='{name}' is not known. {did_you_mean(name, [*chosen_later, *INTEGRATION_TO_CALLBACK])}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
 
 
 def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
