@@ -122,6 +122,7 @@ def grade(place: Place, answers: Any, *options: Any, benchmarks: str = "scenes(c
 
 MISSING = object()
 HUGE = "dog " * (TEXT_LIMIT // 4 + 1)
+HUGE_COUNT = str(10**20)
 WRONG: dict[str, tuple[Any, str]] = {
     "missing": (MISSING, ""),
     "null": (None, "is missing"),
@@ -617,6 +618,7 @@ def options() -> None:
             lambda p, text=text: [*ask(p, p.data(SAMPLE)), f"--method={text}"],
             *([said] if said else []),
         )
+    bad("limit-of-data-huge", lambda p: ask(p, f"scenes(count=2, limit={HUGE_COUNT})"), "limit=1000000", "is too large")
     for name, arguments in {
         "data": ["pair", "--data", f"scenes(count={CODE})", "--model", "builtin"],
         "signal": ["score", "--pairs", "x", "--model", "builtin", "--signals", f"semantic({CODE})"],
@@ -631,6 +633,8 @@ def options() -> None:
         ("tokens", ["--max-new-tokens", "0"], "max_new_tokens"),
         ("temperature", ["--temperature=-1"], "temperature"),
         ("temperature-nan", ["--temperature", "nan"], "temperature"),
+        ("temperature-tiny", ["--temperature", "1e-320"], "Give 0 for greedy answers"),
+        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
         ("top-p", ["--top-p", "7"], "top_p"),
         ("dtype", ["--dtype", "float7"], "float7"),
         ("dtype-not-a-float", ["--dtype", "int8"], "int8"),
@@ -641,6 +645,7 @@ def options() -> None:
     for name, arguments, said in [
         ("batch-size", ["--batch-size", "0"], "batch_size"),
         ("limit", ["--limit", "0"], "limit"),
+        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
         ("shard-size", ["--shard-size", "0"], "shard_size"),
         ("layers", ["--layers", "99"], "99"),
         ("layers-code", ["--layers", CODE], "layers"),
@@ -661,7 +666,12 @@ def training() -> None:
         ("epochs", ["--epochs=-1"], "epochs"),
         ("epochs-infinite", ["--epochs", "inf"], "epochs"),
         ("seed", ["--seed=-1"], "seed"),
+        ("seed-huge", ["--seed", str(2**40)], "seed=1099511627776 must be from 0 to 4294967295"),
+        ("batch-size-huge", ["--batch-size", str(10**30)], "batch_size=1000000000000000000000000000000 is too large"),
+        ("warmup-huge", ["--warmup-steps", "9" * 400], "warmup_steps=999"),
+        ("tracker-unknown", ["--report-to", "nobody"], "report_to='nobody' is not known"),
         ("limit", ["--limit", "0"], "limit"),
+        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
         ("scheduler", ["--scheduler", "cosin"], "cosin"),
         ("dev-share", ["--dev-share", "2"], "dev_share"),
         ("objective-unknown", ["--objective", "dpoo"], "dpoo"),

@@ -11,13 +11,14 @@ import signal
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from catpo import cli, disk, finite, memory, runs, scoring, stopping
-from catpo.checkpoints import MARK, last_whole
+from catpo.checkpoints import MARK, WholeCheckpoints, damage, last_whole
 from catpo.errors import Stopped, UserError
 from catpo.evaluation import evaluate
 from catpo.pairing import pair
@@ -330,6 +331,108 @@ def test_any_flipped_byte_of_a_shard_is_found_named_and_scored_again_alone(folde
             score_pairs(family=llava(), output=store.path, **given)
             assert files(store.path) == before
             assert times == {other: other.stat().st_mtime_ns for other in times}
+
+
+@pytest.fixture(scope="module")
+def left(folder, store, tmp_path_factory):
+    """A run that was killed after the checkpoint of its second step."""
+    output = tmp_path_factory.mktemp("left") / "run"
+    run = training(folder, store, output, max_steps=2)
+    shutil.rmtree(run.model)
+    return output
+
+
+@pytest.fixture
+def killed(left, tmp_path):
+    """A copy of it to be damaged."""
+    return shutil.copytree(left, tmp_path / "run")
+
+
+SPOILT = {
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "missing": lambda path: path.unlink(),
+    "a list": lambda path: path.write_text("[]"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 0x10])),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
+def test_a_damaged_file_of_a_checkpoint_is_named_with_what_to_do(name, spoil, folder, store, killed):
+    checkpoint = last_whole(killed / "checkpoints")
+    spoil(checkpoint / name)
+    before = files(killed)
+    with pytest.raises(UserError, match=f"{checkpoint / name} is (damaged|missing).*remove {checkpoint} and give the same"):
+        training(folder, store, killed, max_steps=2)
+    assert files(killed) == before
+
+
+def test_a_damaged_mark_of_a_checkpoint_is_named(folder, store, killed):
+    mark = last_whole(killed / "checkpoints") / MARK
+    whole = json.loads(mark.read_text())
+    for text in ("", "[]", "{}", json.dumps({**whole, "step": 3}), json.dumps({**whole, "files": [1]})):
+        mark.write_text(text)
+        with pytest.raises(UserError, match=f"{mark} .*remove {mark.parent}"):
+            training(folder, store, killed, max_steps=2)
+
+
+def test_a_run_without_its_damaged_checkpoint_trains_from_the_start(folder, store, killed, tmp_path):
+    shutil.rmtree(last_whole(killed / "checkpoints"))
+    again, whole = (training(folder, store, output, max_steps=2) for output in (killed, tmp_path / "whole"))
+    assert files(again.model) == files(whole.model) and rows(killed) == rows(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_a_version_that_listed_no_files_is_gone_on_from(folder, store, killed, tmp_path):
+    (last_whole(killed / "checkpoints") / MARK).write_text('{"step": 2}')
+    again, whole = (training(folder, store, output, max_steps=2) for output in (killed, tmp_path / "whole"))
+    assert files(again.model) == files(whole.model)
+
+
+def test_the_files_of_every_process_belong_to_a_checkpoint(tmp_path):
+    written = ["global_step4/rank_1.pt", "rng_state_0.pth", "rng_state_1.pth"]
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / "global_step4").mkdir(parents=True)
+    for name in [*written, f".{MARK}.4711.part"]:  # the last is of a process that was killed
+        (checkpoint / name).write_bytes(os.urandom(100))
+    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=4)
+    WholeCheckpoints(stopping.Stop(), bool, lambda: None).on_save(args, state, None)
+    assert sorted(json.loads((checkpoint / MARK).read_text())["files"]) == written
+    (checkpoint / f".{MARK}.4711.part").unlink()
+    assert damage(checkpoint) is None
+    for name in written:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:50])
+        assert str(checkpoint / name) in damage(checkpoint)
+        (checkpoint / name).write_bytes(content)
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(folder, store, killed):
+    checkpoint = last_whole(killed / "checkpoints")
+    shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-old"))
+    assert last_whole(killed / "checkpoints") == checkpoint
+
+
+@pytest.mark.parametrize(
+    "name, value", [("settings", None), ("settings", []), ("complete", None), ("complete", "yes")], ids=str
+)
+def test_a_run_whose_catpo_json_lacks_something_is_refused(name, value, folder, store, killed):
+    about = json.loads((killed / "catpo.json").read_text()) | {name: value}
+    (killed / "catpo.json").write_text(json.dumps({key: each for key, each in about.items() if each is not None}))
+    with pytest.raises(UserError, match=f"catpo.json lacks a usable '{name}'. Remove {killed} and start again"):
+        training(folder, store, killed, max_steps=2)
+
+
+@pytest.mark.parametrize("row, lacks", [
+    ({"loss": 0.5}, "lacks a whole number 'step'"), ({"step": "2"}, "lacks a whole number 'step'"),
+    ({"step": 2, "loss": "low"}, "'loss' must be a number"),
+])  # fmt: skip
+def test_a_row_of_the_metrics_that_lacks_something_is_named(row, lacks, folder, store, killed):
+    (killed / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.7}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl:2:? {lacks}. Remove {killed} and start again"):
+        training(folder, store, killed, max_steps=2)
 
 
 @pytest.mark.parametrize("command", ["pair", "score", "train", "evaluate"])

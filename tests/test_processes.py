@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +22,7 @@ from catpo.families import _base as families
 from catpo.pairing import pair
 from catpo.processes import Team
 from catpo.scoring import score_pairs
+from catpo.training import train
 from fake_family import FakeFamily
 from launching import together
 from tiny import pairs
@@ -201,6 +205,38 @@ def test_pairing_goes_on_with_another_number_of_processes(made_alone, tmp_path, 
     assert sum(each for each, _ in told) < calls
     assert all(each == result for _, each in told)
     assert contents(tmp_path / "out") == files
+
+
+# ---- training -------------------------------------------------------------------------------------------------------------
+
+
+def trained(folder, store, output, **options):
+    """What was written to stderr, and the error if any."""
+    said = io.StringIO()
+    given = dict(pairs=pairs(8), model=str(folder), rewards=store, max_steps=2, accumulation=1, dev_share=0.0, save_steps=1)
+    with contextlib.redirect_stderr(said):
+        try:
+            train(output=output, progress=False, device="cpu", **{**given, **options})
+        except UserError as error:
+            return said.getvalue(), str(error)
+    return said.getvalue(), None
+
+
+def test_what_is_skipped_is_written_and_told_once(folder, store, tmp_path):
+    nine = pairs(9)  # eight are scored
+    told = together(2, partial(trained, folder, store, tmp_path / "run", pairs=nine, on_error="skip"))
+    assert [error for _, error in told] == [None, None]
+    assert [said.count("1 of 9 skipped") for said, _ in told] == [1, 0]
+    assert (tmp_path / "run" / "skipped.jsonl").read_text().count("\n") == 1
+
+
+def test_every_process_names_the_damaged_file_of_any(folder, store, tmp_path):
+    together(2, partial(trained, folder, store, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "model")
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "rng_state_1.pth"
+    state.write_bytes(state.read_bytes()[:-1])
+    told = together(2, partial(trained, folder, store, tmp_path / "run", resume=True))
+    assert all(error.startswith(f"{state} is damaged") for _, error in told)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,27 @@ def test_a_frozen_tower_sees_as_the_reference_did(tmp_path, peft_config):
     trainer.train()
     assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert int(tower.norm.num_batches_tracked) == 0
+
+
+def test_like_lengths_are_evaluated_as_any_order_is(folder, store, tmp_path):
+    losses = []
+    for strategy in ("random", "group_by_length"):
+        options = config(tmp_path, rewards=str(store), train_sampling_strategy=strategy, per_device_eval_batch_size=3)
+        losses.append(CatPOTrainer(str(folder), options, pairs(8), pairs(6)).evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_scoring(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(UserError, match="report_to='wandb' cannot be used: .*install.* Or choose report_to='none'"):
+        train(pairs=pairs(4), model=str(folder), output=tmp_path / "run", report_to="wandb", progress=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_without_a_store_a_run_keeps_its_own_where_it_says(folder, tmp_path):
+    train(pairs=pairs(2), model=str(folder), output=tmp_path / "run", max_steps=1, dev_share=0.0, progress=False)
+    said = re.search(r"scored into `output/(.+?)` first", train.__doc__).group(1)
+    assert set(RewardStore.open(tmp_path / "run" / said).pair_ids) == {pair.id for pair in pairs(2)}
 
 
 def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path):

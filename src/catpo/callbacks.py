@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from catpo.errors import UserError
 from catpo.progress import track
 from catpo.runs import append_rows, read_rows, repair_rows, write_atomic, write_json
 
@@ -73,11 +74,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [
-            row
-            for row in repair_rows(self.path)
-            if row["step"] <= state.global_step and state.global_step and CLOSING not in row
-        ]
+        rows = repair_rows(self.path) if state.global_step else []
+        _check(rows, self.path)
+        kept = [row for row in rows if row["step"] <= state.global_step and CLOSING not in row]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -88,6 +87,15 @@ class MetricsFile(TrainerCallback):
                 return
             logs = {**logs, "train_loss": _mean_loss(read_rows(self.path))}
         append_rows(self.path, [{"step": state.global_step, **logs}])
+
+
+def _check(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raise UserError unless every row tells its step, and its loss if any as a number."""
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int:
+            raise UserError(f"{path}:{number} lacks a whole number 'step'. Remove {path.parent} and start again.")
+        if type(row.get("loss", 0.0)) not in (int, float):
+            raise UserError(f"{path}:{number}: 'loss' must be a number. Remove {path.parent} and start again.")
 
 
 def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -18,7 +18,7 @@ from catpo import registry
 from catpo.datasets._base import Dataset, Scanned
 from catpo.errors import UserError, did_you_mean
 from catpo.skipped import Skipped
-from catpo.spec import Spec, check_kind, check_options, keyword_options, parse
+from catpo.spec import Spec, check_kind, check_options, check_positive, keyword_options, parse
 from catpo.spool import SpooledPairs, ids_of, select
 from catpo.types import SIDES, PreferencePair, Sample, check_pair
 
@@ -144,6 +144,7 @@ class Part:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name}={value!r} must be a whole number, 1 or more.")
+            check_positive(**{name: value})
         if self.where and "=" not in self.where:
             raise UserError(f"where='{self.where}' must have the form field=value, e.g. where='ds_name=COCO'.")
 

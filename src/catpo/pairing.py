@@ -39,6 +39,8 @@ from catpo.types import Picture, PreferencePair, Sample
 BLOCKS = "blocks.jsonl"
 """One row per finished block, while the work goes on."""
 PART = ".pairs-{}.jsonl"
+LOWEST_TEMPERATURE = 1e-30
+"""Logits are divided by it in float32, which ends at 3e38."""
 """What each of several processes has made: one row per block."""
 
 
@@ -107,7 +109,7 @@ def pair(
     """
     spec = parse(method)
     check_positive(limit=limit, batch_size=batch_size, block_size=block_size, max_new_tokens=max_new_tokens)
-    check_not_negative(temperature=temperature)
+    _check_temperature(temperature)
     if not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} must lie in (0, 1].")
     skipped = Skipped(on_error)
@@ -277,6 +279,12 @@ class _Work:
         (self.folder / BLOCKS).unlink(missing_ok=True)
         counted: dict[str, Any] = about["counts"]
         return counted
+
+
+def _check_temperature(temperature: float) -> None:
+    check_not_negative(temperature=temperature)
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise UserError(f"temperature={temperature} is too small. Give 0 for greedy answers, or {LOWEST_TEMPERATURE} or more.")
 
 
 def _held(sample: Sample) -> Sample:

@@ -419,6 +419,12 @@ class CatPOTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LikeLengths([self._length(pair) for pair in train_dataset or self.train_dataset], batch, self.args.seed)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Likewise; no figure depends on the order."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return LikeLengths([self._length(pair) for pair in eval_dataset], self.args.eval_batch_size, self.args.seed)
+
     def _length(self, pair: PreferencePair) -> int:
         """Tokens of picture and responses; without a store, words of the texts."""
         if self.rewards is None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, SchedulerType
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from catpo import disk
 from catpo.callbacks import CLOSING, MetricsFile, StepProgress
-from catpo.checkpoints import AllTrained, WholeCheckpoints, last_whole
+from catpo.checkpoints import AllTrained, WholeCheckpoints, damage, last_whole
 from catpo.data import dev_split, read_pairs
 from catpo.errors import Stopped, UserError, did_you_mean
 from catpo.families import _base as families
@@ -27,7 +28,7 @@ from catpo.processes import Team
 from catpo.rewards import RewardStore
 from catpo.runs import check_same, process_count, read_json, read_rows, versions, write_json
 from catpo.skipped import Skipped
-from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
+from catpo.spec import Spec, check_not_negative, check_options, check_positive, check_seed, parse
 from catpo.spool import select
 from catpo.stopping import Stop, on_sigterm
 from catpo.trainer import CatPOConfig, CatPOTrainer
@@ -85,7 +86,7 @@ def train(
     """Train a model on preference pairs; writes `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/` into `output`.
 
     Args:
-        rewards: the reward store; without one, what the objective needs is scored into `output/rewards` first.
+        rewards: the reward store; without one, what the objective needs is scored into `output/checkpoints/rewards` first.
         objective: `dpo`, `catpo`, with options, e.g. `catpo(preset='paper', shared='neutral')`.
         reference: `cached` in the store, or `online` beside the policy.
         lora: `lora(r=128, alpha=256, dropout=0.0)`, or None for full training of the decoder.
@@ -106,18 +107,23 @@ def train(
     with team.lock(output):
         checkpoint = _checkpoint(output, resume)
         if checkpoint and (output / "catpo.json").exists():
-            begun = read_json(output / "catpo.json", made_by="catpo train")
+            begun = _begun(output)
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
                 team.leave()
                 return TrainingResult(output, output / "model", _last_metrics(output))
+        if checkpoint and (problem := team.agree("damage", lambda: damage(checkpoint))):
+            team.leave()
+            raise UserError(problem)
         check_positive(
             batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
         )
         check_not_negative(
             learning_rate=learning_rate, epochs=epochs, warmup_steps=warmup_steps, weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm, seed=seed, save_steps=save_steps, adaptive=adaptive, workers=workers,
+            max_grad_norm=max_grad_norm, save_steps=save_steps, adaptive=adaptive, workers=workers,
         )  # fmt: skip
+        check_seed(seed)
+        _check_tracker(report_to)
         if scheduler not in (known := [each.value for each in SchedulerType]):
             raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
         skipped = Skipped(on_error)
@@ -135,7 +141,8 @@ def train(
         if skipped.goes_on:
             usable = _usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
             train_pairs, dev_pairs = dev_split(usable, dev_share, seed)
-            skipped.write(output)
+            if team.is_first:
+                skipped.write(output)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
@@ -212,6 +219,18 @@ _NOT_SETTINGS = (
 )  # fmt: skip
 
 
+def _check_tracker(name: str) -> None:
+    """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
+    if name in (chosen_later := ("none", "all")):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UserError(f"report_to='{name}' is not known. {did_you_mean(name, [*chosen_later, *INTEGRATION_TO_CALLBACK])}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
+
+
 def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
     return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
 
@@ -266,6 +285,20 @@ def _whole_so_far(output: Path) -> str:
         f"Whole so far: {last or 'no checkpoint'}. An older checkpoint is removed after a newer one is whole, so there must be "
         "room for two. Make room, then give the same command with --resume."
     )
+
+
+def _begun(output: Path) -> dict[str, Any]:
+    """The `catpo.json` of the run in `output`.
+
+    Raises:
+        UserError: it lacks what a run goes on from.
+    """
+    path = output / "catpo.json"
+    begun = read_json(path, made_by="catpo train")
+    for name, kind in (("settings", dict), ("complete", bool)):
+        if not isinstance(begun.get(name), kind):
+            raise UserError(f"{path} lacks a usable '{name}'. Remove {output} and start again, or choose another --output.")
+    return begun
 
 
 def _checkpoint(output: Path, resume: bool) -> Path | None:
