@@ -1208,8 +1208,8 @@ def _graded(place: Place, text: str) -> bool:
 
 
 for table in (
-    text_fields, other_fields, sample_fields, lines, paths, file_names, pictures, odd_pictures, llava_style, tables, options, recipes,
-    stores, training, answers, official_files, any_official_files, results, models, texts,
+    text_fields, other_fields, sample_fields, lines, paths, file_names, pictures, odd_pictures, llava_style, tables, options,
+    recipes, stores, training, answers, official_files, any_official_files, results, models, texts,
 ):  # fmt: skip
     table()
 

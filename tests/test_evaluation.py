@@ -273,9 +273,10 @@ def test_what_is_left_out_stands_in_its_file_also_when_killed_right_after_the_st
         raise KeyboardInterrupt
 
     options = {"benchmarks": [f"captions(data={str(photos)!r})"], "family": FakeFamily(lambda *_: "A dog."), "on_error": "skip"}
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(evaluation, "write_json", killed)
+    monkeypatch.setattr(evaluation, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", **options)
+    monkeypatch.undo()
     assert run(tmp_path / "out", **options)["skipped"]["count"] == 1
     assert len(read_rows(tmp_path / "out" / "skipped.jsonl")) == 1
 

@@ -160,7 +160,7 @@ def make_folder(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{_shown(folder)} cannot be used as a folder ({_reason(error)}). Remove what is there, or choose another --output."
+            f"{_shown(folder)} cannot be used as a folder ({_reason(error)}). Choose another --output, or remove what is there."
         ) from error
 
 
