@@ -299,6 +299,19 @@ def paths() -> None:
         )
 
 
+def file_names() -> None:
+    """Names that no file can have, and folders where files belong."""
+    for name, output in {"nul": "a\0.html", "nul-above": "a\0b/report.html", "long": "a" * 5000 + ".html"}.items():
+        bad(f"output-{name}", lambda p, o=output: ["report", "--rewards", p.store, "--output", o], "cannot be")
+    bad("output-of-pairs-nul", lambda p: [*ask(p, p.data(SAMPLE))[:-1], "a\0b"], "a\\x00b", "cannot be")
+    bad("vocabulary-folder", lambda p: ask(p, _vocabulary_folder(p)), "vocabulary.json", "is not a file")
+
+
+def _vocabulary_folder(place: Place) -> Path:
+    place.write("data/vocabulary.json/words.json", "{}")
+    return place.data(SAMPLE)
+
+
 def _with_links(place: Place, name: str) -> Path:
     place.write("secret.png", encoded())
     folder = place.data({**PAIR, "image": name})
@@ -1205,8 +1218,8 @@ def _graded(place: Place, text: str) -> bool:
 
 
 for table in (
-    text_fields, other_fields, sample_fields, lines, paths, pictures, odd_pictures, llava_style, tables, options, recipes,
-    stores, training, answers, official_files, any_official_files, results, models, texts,
+    text_fields, other_fields, sample_fields, lines, paths, file_names, pictures, odd_pictures, llava_style, tables, options,
+    recipes, stores, training, answers, official_files, any_official_files, results, models, texts,
 ):  # fmt: skip
     table()
 

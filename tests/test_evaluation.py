@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 
+from catpo import evaluation
 from catpo.benchmarks import _base, captions, scenes
 from catpo.benchmarks._base import CAPTIONS, CaptionTruth, grade_caption, grade_question, read_yes_no
 from catpo.comparison import at_equal_coverage, load_evaluation, paired_differences
@@ -18,7 +19,7 @@ from catpo.evaluation import evaluate
 from catpo.grading import grade, grade_answers
 from catpo.intervals import bootstrap_indices
 from catpo.objects import mentions
-from catpo.runs import read_rows
+from catpo.runs import read_rows, write_json
 from catpo.scenery.captions import true_caption
 from fake_family import FakeFamily, say_web_caption, scene_of
 
@@ -231,6 +232,53 @@ def test_grading_can_be_repeated_without_the_model(tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text("".join(answers[:-1]))
     with pytest.raises(UserError, match="no answer to item 'scenes-test-0-000023/"):
         grade(tmp_path / "out")
+
+
+@pytest.mark.parametrize("again", [run, lambda output: grade(output)])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"benchmark": ...}, "benchmark"), ({"id": 3}, "id"), ({"answer": None}, "answer"), ({"answer": ["A dog."]}, "answer")],
+)
+def test_an_answer_without_a_field_is_refused_by_line(tmp_path, again, change, field):
+    run(tmp_path / "out")
+    path = tmp_path / "out" / "answers.jsonl"
+    rows = read_rows(path)
+    rows[1] = {key: value for key, value in {**rows[1], **change}.items() if value is not ...}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"answers\.jsonl:2 .*'{field}'.* Remove \S*out and start again"):
+        again(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("benchmarks", ["scenes"]), ("benchmarks", {"scenes": 3}), ("limit", "3"), ("shuffled", ...), ("decoding", "greedy"),
+        ("data", 3), ("judge", 3), ("skipped", []), ("skipped", {"scenes/1": 3}),
+    ],
+)  # fmt: skip
+def test_an_account_of_an_evaluation_that_is_not_as_written_is_refused(tmp_path, field, value):
+    run(tmp_path / "out")
+    path = tmp_path / "out" / "evaluation.json"
+    changed = {**json.loads(path.read_text()), field: value}
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+    with pytest.raises(UserError, match=rf"evaluation\.json .*'{field}'.* Remove \S*out and start again"):
+        grade(tmp_path / "out")
+
+
+def test_what_is_left_out_stands_in_its_file_also_when_killed_right_after_the_start(photos, tmp_path, monkeypatch):
+    (photos / "1.png").write_bytes(b"not a picture")
+
+    def killed(path, value):
+        write_json(path, value)
+        raise KeyboardInterrupt
+
+    options = {"benchmarks": [f"captions(data={str(photos)!r})"], "family": FakeFamily(lambda *_: "A dog."), "on_error": "skip"}
+    monkeypatch.setattr(evaluation, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", **options)
+    monkeypatch.undo()
+    assert run(tmp_path / "out", **options)["skipped"]["count"] == 1
+    assert len(read_rows(tmp_path / "out" / "skipped.jsonl")) == 1
 
 
 def other_model():

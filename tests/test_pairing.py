@@ -330,6 +330,139 @@ def test_a_shortened_file_is_noticed(tmp_path):
         run(tmp_path / "out")
 
 
+# ---- files of a killed run that somebody changed, or an older version wrote -----------------------------------------------
+
+
+def killed(output):
+    """A run of which two of five blocks are done; gives their rows, and those of the pairs."""
+    with pytest.raises(KeyboardInterrupt):
+        run(output, family=FakeFamily(fail_after=2))
+    return ([json.loads(line) for line in (output / name).read_text().splitlines()] for name in ("blocks.jsonl", "pairs.jsonl"))
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"block": None}, "block"),
+        ({"kept": None}, "kept"),
+        ({"dropped": 3}, "dropped"),
+        ({"dropped": {"same text": "two"}}, "dropped"),
+        ({"dropped": {"same text": -2}}, "dropped"),
+        ({"kept": True}, "kept"),
+        ({"kept": "1"}, "kept"),
+        ({"bytes": "10"}, "bytes"),
+        ({"bytes": -10}, "bytes"),
+        ({"bytes": float("nan")}, "bytes"),
+        ({"block": [0]}, "block"),
+    ],
+)
+def test_notes_on_blocks_that_are_not_as_written_are_refused_by_line_and_field(tmp_path, change, field):
+    (first, second), _ = killed(tmp_path / "out")
+    changed = {key: value for key, value in {**second, **change}.items() if value is not None}
+    write_lines(tmp_path / "out" / "blocks.jsonl", [first, changed])
+    with pytest.raises(UserError, match=rf"blocks\.jsonl:2 .*'{field}'.* Remove \S*out and start again"):
+        run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("places", [[1], [0, 0], [1, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
+def test_notes_on_other_blocks_than_those_of_the_run_are_refused(tmp_path, places):
+    rows, _ = killed(tmp_path / "out")
+    write_lines(tmp_path / "out" / "blocks.jsonl", [rows[place] for place in places])
+    with pytest.raises(UserError, match=r"blocks\.jsonl:\d is not about block \d of 5"):
+        run(tmp_path / "out")
+
+
+def test_more_blocks_than_there_are_do_not_count_as_done(tmp_path):
+    (first, _), _ = killed(tmp_path / "out")
+    nothing = {**first, "kept": 0, "bytes": 0}
+    write_lines(tmp_path / "out" / "blocks.jsonl", [{**nothing, "block": number} for number in range(9)])
+    with pytest.raises(UserError, match=r"blocks\.jsonl:6 is not about block 5 of 5"):
+        run(tmp_path / "out")
+
+
+def test_fewer_pairs_than_the_blocks_tell_of_are_noticed(tmp_path):
+    rows, _ = killed(tmp_path / "out")
+    write_lines(tmp_path / "out" / "blocks.jsonl", [{**row, "kept": row["kept"] + 1} for row in rows])
+    with pytest.raises(UserError, match=r"pairs\.jsonl holds \d+ pairs, blocks\.jsonl says \d+"):
+        run(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "pairs.json").read_text())["complete"] is False
+
+
+@pytest.mark.parametrize("field", ["id", "images", "chosen", "labels", "meta"])
+def test_a_pair_without_a_field_is_refused_by_line(tmp_path, field):
+    rows, (pair_row, *others) = killed(tmp_path / "out")
+    path = tmp_path / "out" / "pairs.jsonl"
+    write_lines(path, [{**others[0], "id": "other"}, {key: value for key, value in pair_row.items() if key != field}])
+    write_lines(tmp_path / "out" / "blocks.jsonl", [{**row, "bytes": path.stat().st_size} for row in rows])
+    with pytest.raises(UserError, match=rf"pairs\.jsonl:2 lacks '{field}'"):
+        run(tmp_path / "out")
+
+
+EVIL = {"id": "x", "evil": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "lacks 'block'"),
+        ({"block": 2}, "lacks 'rows'"),
+        ({"batch": 2, "rows": []}, "lacks 'block'"),
+        ({"block": [2], "rows": []}, "'block'"),
+        ({"block": -1, "rows": []}, "'block'"),
+        ({"block": 2, "rows": {}}, "'rows'"),
+        ({"block": 2, "rows": [1, 2, 3, 4]}, "'rows'"),
+        ({"block": 2, "rows": [EVIL] * 4}, "belongs to block 2"),
+        ({"block": 2, "rows": [{"dropped": 3}] * 4}, "belongs to block 2"),
+        ({"block": 2, "rows": [{"dropped": "same text"}] * 3}, "belongs to block 2"),
+        ({"block": 5, "rows": []}, "belongs to block 5"),
+    ],
+)
+def test_what_a_process_made_is_refused_where_it_is_not_as_written(tmp_path, row, message):
+    killed(tmp_path / "out")
+    part = tmp_path / "out" / ".pairs-1.jsonl"
+    write_lines(part, [{"block": 3, "rows": [{"dropped": "same text"}] * 4}, row])
+    with pytest.raises(UserError, match=rf"\.pairs-1\.jsonl:2 .*{message}.* Remove \S*\.pairs-1\.jsonl and start again"):
+        run(tmp_path / "out")
+    part.unlink()
+    run(tmp_path / "out")  # as the message says
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"complete": None}, "complete"),
+        ({"complete": "yes"}, "complete"),
+        ({"counts": None}, "counts"),
+        ({"counts": {}}, "counts"),
+        ({"counts": {"asked": "20", "kept": 3, "dropped": {}}}, "counts"),
+        ({"counts": {"asked": 20, "kept": 3, "dropped": []}}, "counts"),
+    ],
+)
+def test_a_finished_run_whose_account_is_not_as_written_is_refused(tmp_path, change, field):
+    run(tmp_path / "out")
+    path = tmp_path / "out" / "pairs.json"
+    changed = {key: value for key, value in {**json.loads(path.read_text()), **change}.items() if value is not None}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"pairs\.json .*'{field}'.* Remove \S*out and start again"):
+        run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["images", "pairs.jsonl"])
+def test_something_else_in_the_place_of_a_file_is_told(tmp_path, name):
+    killed(tmp_path / "out")
+    (tmp_path / "out" / name).rename(tmp_path / "away")
+    if name == "images":
+        (tmp_path / "out" / name).write_text("")
+    else:
+        (tmp_path / "out" / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} "):
+        run(tmp_path / "out")
+
+
 def test_the_built_in_model_makes_pairs_and_a_second_run_makes_the_same(builtin, tmp_path):
     for name in ("a", "b"):
         pair(model="builtin", data="scenes(count=12)", output=tmp_path / name, block_size=8, progress=False)

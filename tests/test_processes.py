@@ -157,6 +157,30 @@ def test_a_process_killed_while_answers_are_joined_counts_none_twice(answered, t
     assert contents(tmp_path / "out") == files
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: {"batch": 1, "rows": rows}, "lacks 'block'"),  # as older versions called it
+        (lambda rows: {"block": 1, "rows": rows[:-1]}, "belongs to block 1"),
+        (lambda rows: {"block": 2, "rows": rows}, "belongs to block 2"),
+        (lambda rows: {"block": 1, "rows": [{**rows[0], "answer": None}, *rows[1:]]}, "belongs to block 1"),
+        (lambda rows: {"block": 99, "rows": rows}, "belongs to block 99"),
+    ],
+)
+def test_answers_of_a_process_that_are_not_as_written_are_refused(answered, tmp_path, change, message):
+    _, _, files = answered
+    rows = [json.loads(line) for line in files["answers.jsonl"].splitlines()]
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path / "out", fail_after=1)
+    part = tmp_path / "out" / ".answers-1.jsonl"
+    part.write_text(json.dumps(change(rows[8:16])) + "\n")
+    with pytest.raises(UserError, match=rf"\.answers-1\.jsonl:1 .*{message}\. Remove \S*\.answers-1\.jsonl and start again"):
+        evaluated(tmp_path / "out")
+    part.write_text(json.dumps({"block": 1, "rows": rows[8:16]}) + "\n")
+    evaluated(tmp_path / "out")
+    assert contents(tmp_path / "out") == files
+
+
 def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "Team", lambda: type("Two", (), {"count": 2}))
     with pytest.raises(UserError, match="asked by one process"):

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from catpo.errors import UserError
 from catpo.processes import Team
 from catpo.runs import append_rows, repair_rows
 
 Rows = list[dict[str, Any]]
+MADE = {"block": int, "rows": list[dict]}
+"""A row of what one of several processes has made."""
 
 
 class Blocks:
@@ -25,10 +28,22 @@ class Blocks:
         part: name of those files, with a place for the process, e.g. `answers.{}.part`.
         written: how many blocks are in the folder's own file; asked in the first process.
         count: all blocks.
+        belongs: whether rows that stand in such a file are those of a block.
+
+    Raises:
+        UserError: such a file holds something else.
     """
 
-    def __init__(self, team: Team, folder: Path, part: str, written: Callable[[], int], count: int) -> None:
-        self.team, self.folder, self.part, self.count = team, folder, part, count
+    def __init__(
+        self,
+        team: Team,
+        folder: Path,
+        part: str,
+        written: Callable[[], int],
+        count: int,
+        belongs: Callable[[int, Rows], bool],
+    ) -> None:
+        self.team, self.folder, self.part, self.count, self.belongs = team, folder, part, count, belongs
         self.done = team.agree("done", written)
         beside = team.agree("beside", lambda: [*self._made()])
         self.todo = [number for number in range(self.done, count) if number not in beside]
@@ -49,8 +64,15 @@ class Blocks:
 
     def _made(self) -> dict[int, Rows]:
         """What several processes have made and is not joined yet, by number."""
-        rows = (row for file in self._files() for row in repair_rows(file))
-        return {row["block"]: row["rows"] for row in rows}
+        made = {}
+        for file in self._files():
+            for line, row in enumerate(repair_rows(file, MADE, remove=file), start=1):
+                if row["block"] >= self.count or not self.belongs(row["block"], row["rows"]):
+                    raise UserError(
+                        f"{file}:{line} does not hold what belongs to block {row['block']}. Remove {file} and start again."
+                    )
+                made[row["block"]] = row["rows"]
+        return made
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(self.part.format("*")))

@@ -17,8 +17,10 @@ from catpo.blocks import Blocks, Rows
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
+from catpo.fields import check_fields, fits
 from catpo.grading import (
     ABOUT,
+    ANSWER,
     ANSWERS,
     Task,
     about,
@@ -41,6 +43,8 @@ from catpo.spec import Spec
 from catpo.stopping import on_sigterm
 from catpo.types import Picture
 
+SERVER = {"server": {"answered_by": list[str]}}
+"""What evaluation.json keeps of a server."""
 PART = ".answers-{}.jsonl"
 """What each of several processes has answered: one row per batch."""
 
@@ -135,8 +139,8 @@ def evaluate(
             check_begun(folder, begun)
             if not (folder / ABOUT).exists():
                 unusable = _unusable(tasks, skipped) if skipped.goes_on else {}
-                write_json(folder / ABOUT, {**begun, "versions": versions(), **unusable})
                 skipped.write(folder)
+                write_json(folder / ABOUT, {**begun, "versions": versions(), **unusable})
         team.wait("begun")
         _answer(folder, without_skipped(tasks, folder), family, batch_size, max_new_tokens, progress and team.is_first, team)
         if served:
@@ -160,8 +164,9 @@ def _served(model: str | Path | Family, base_url: str | None, **loading: Any) ->
 
 def _note_server(folder: Path, served: ServedModel) -> None:
     """Where the answers came from, and what the server called the model."""
-    noted = read_json(folder / ABOUT, made_by="catpo evaluate")
-    names = served.answered_by | set(noted.get("server", {}).get("answered_by", []))
+    noted = {"server": {"answered_by": []}, **read_json(folder / ABOUT, made_by="catpo evaluate")}
+    check_fields(noted, SERVER, place=str(folder / ABOUT), remedy=f"Remove {folder} and start again.")
+    names = served.answered_by | set(noted["server"]["answered_by"])
     write_json(folder / ABOUT, {**noted, "server": {"url": served.server.url, "answered_by": sorted(names)}})
 
 
@@ -214,7 +219,12 @@ def _answer(
 ) -> None:
     """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
-    blocks = Blocks(team, folder, PART, lambda: _resume(folder / ANSWERS, batches), len(batches))
+
+    def belongs(number: int, rows: Rows) -> bool:
+        asked = [(task.name, item.id) for task, item in batches[number][1]]
+        return all(fits(row, ANSWER) for row in rows) and [(row["benchmark"], row["id"]) for row in rows] == asked
+
+    blocks = Blocks(team, folder, PART, lambda: _resume(folder / ANSWERS, batches), len(batches), belongs)
     total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), blocks.todo))
     with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
 
@@ -255,7 +265,7 @@ def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None)
 
 def _resume(path: Path, batches: Sequence[tuple[int, Sequence[tuple[Task, Item]]]]) -> int:
     """How many batches are answered; part of one (of a killed process) is dropped."""
-    rows = repair_rows(path)
+    rows = repair_rows(path, ANSWER)
     wanted = [(task.name, item.id) for _, batch in batches for task, item in batch]
     for number, (row, key) in enumerate(zip(rows, wanted, strict=False), start=1):
         if (row.get("benchmark"), row.get("id")) != key:

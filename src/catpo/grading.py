@@ -31,6 +31,13 @@ from catpo.skipped import Skipped
 from catpo.spec import Spec, check_options, check_positive, parse
 
 ABOUT, ANSWERS, GRADES, SCORES = "evaluation.json", "answers.jsonl", "grades.jsonl", "scores.json"
+BEGUN = {
+    "benchmarks": dict[str, str], "data": str | None, "judge": str | None, "limit": int | None, "shuffled": bool,
+    "decoding": dict, "skipped": dict[str, str] | None,
+}  # fmt: skip
+"""What grading reads in evaluation.json."""
+ANSWER = {"benchmark": str, "id": str, "answer": str}
+"""And in a row of answers.jsonl."""
 RESAMPLES = 1000
 LISTED = 100
 """Ids listed in scores.json of answers that are missing or empty."""
@@ -47,7 +54,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
     Raises:
         UserError: the folder holds no evaluation, or not all of its answers.
     """
-    about = read_json(Path(output) / ABOUT, made_by="catpo evaluate")
+    about = _read_begun(Path(output))
     specs = [parse(spec) for spec in about["benchmarks"].values()]
     tasks = open_tasks(
         specs,
@@ -58,7 +65,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
         skipped=Skipped("skip" if "skipped" in about else "stop"),
     )
     with lock(output) as folder:
-        rows = read_rows(folder / ANSWERS)
+        rows = read_rows(folder / ANSWERS, ANSWER)
         tasks = [_with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
         return write_scores(folder, tasks, judge if judge is not None else about.get("judge"), progress)
 
@@ -131,6 +138,10 @@ def about(
         "items_hash": _hash_items(tasks),
         "data_hashes": {task.name: dict(task.hashes) for task in tasks if task.hashes},
     }
+
+
+def _read_begun(folder: Path) -> dict[str, Any]:
+    return read_json(folder / ABOUT, made_by="catpo evaluate", fields=BEGUN)
 
 
 def check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
@@ -260,7 +271,7 @@ def _shuffle_pictures(items: Sequence[Item], spec: Spec, *, seed: int = 0) -> li
 
 def without_skipped(tasks: Sequence[Task], folder: Path) -> list[Task]:
     """The tasks without the items that the evaluation in `folder` leaves out."""
-    left_out = read_json(folder / ABOUT, made_by="catpo evaluate").get("skipped", {})
+    left_out = _read_begun(folder).get("skipped") or {}
     return [replace(task, items=[item for item in task.items if f"{task.name}/{item.id}" not in left_out]) for task in tasks]
 
 
@@ -345,10 +356,10 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     Raises:
         UserError: an answer is missing, or a benchmark needs a judge and none is named.
     """
-    begun = read_json(folder / ABOUT, made_by="catpo evaluate")
-    answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS)}
+    begun = _read_begun(folder)
+    answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS, ANSWER)}
     judges = open_judges(tasks, judge)
-    left_out = begun.get("skipped", {})
+    left_out = begun.get("skipped") or {}
     graded = {
         task.name: _grade_task(folder, task, answers, judges.get(task.name), progress)
         for task in without_skipped(tasks, folder)

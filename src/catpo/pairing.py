@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import random
 import sys
 from collections import Counter
@@ -25,12 +24,13 @@ from catpo.datasets._base import Dataset
 from catpo.errors import UserError
 from catpo.families import _base as families
 from catpo.families._base import Family
+from catpo.fields import fits
 from catpo.judges._base import Judge, open_judge
 from catpo.pairings._base import Decoding, Dropped
-from catpo.pairs_file import ABOUT, ROWS, row_of
+from catpo.pairs_file import ABOUT, PAIR, ROWS, row_of
 from catpo.processes import Team
 from catpo.progress import track
-from catpo.runs import append_rows, check_same, read_json, read_rows, repair_rows, versions, write_json
+from catpo.runs import append_rows, check_same, cut_back, read_json, read_rows, repair_rows, versions, write_json
 from catpo.skipped import Skipped
 from catpo.spec import Spec, check_not_negative, check_options, check_positive, parse
 from catpo.stopping import on_sigterm
@@ -42,6 +42,10 @@ PART = ".pairs-{}.jsonl"
 LOWEST_TEMPERATURE = 1e-30
 """Logits are divided by it in float32, which ends at 3e38."""
 """What each of several processes has made: one row per block."""
+DROPPED = {"dropped": str}
+COUNTS = {"asked": int, "kept": int, "dropped": dict[str, int]}
+BLOCK = {"block": int, **COUNTS, "bytes": int}
+"""A row of `BLOCKS`; the others: why an answer gave no pair, and what pairs.json sums up."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def pair(
                 write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
         team.wait("begun")
         work = _Work(folder, samples, block_size)
-        if not team.agree("complete", lambda: read_json(folder / ABOUT)["complete"]):
+        if not team.agree("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
             work.run(team, maker.answering(family), maker, progress and team.is_first)
         if skipped.goes_on and team.is_first:
             skipped.write(folder)
@@ -215,8 +219,8 @@ class _Work:
 
     def run(self, team: Team, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
         """Do the blocks that are not done."""
-        blocks = Blocks(team, self.folder, PART, self._resume, len(self.blocks))
-        seen = {row["id"] for row in read_rows(self.folder / ROWS)}
+        blocks = Blocks(team, self.folder, PART, self._resume, len(self.blocks), self._belongs)
+        seen = {row["id"] for row in read_rows(self.folder / ROWS, PAIR)}
         left = sum(len(self.blocks[number]) for number in blocks.todo)
         total = len(self.samples)
         with track(total, "Pairing", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
@@ -229,6 +233,9 @@ class _Work:
                 return made
 
             blocks.run(make, lambda number, made: self._write(number, made, seen))
+
+    def _belongs(self, number: int, made: Rows) -> bool:
+        return len(made) == len(self.blocks[number]) and all(fits(row, PAIR) or fits(row, DROPPED) for row in made)
 
     def _write(self, number: int, made: Rows, seen: set[str]) -> None:
         """A block's pairs, but those that are there already, and how many answers gave none, by reason; `seen` ids grow."""
@@ -246,13 +253,19 @@ class _Work:
 
     def _resume(self) -> int:
         """How many blocks are done; what an unfinished one left behind is cut off."""
-        rows = repair_rows(self.folder / BLOCKS)
+        rows = repair_rows(self.folder / BLOCKS, BLOCK)
+        for number, row in enumerate(rows):
+            if number >= len(self.blocks) or (row["block"], row["asked"]) != (number, len(self.blocks[number])):
+                raise UserError(
+                    f"{self.folder / BLOCKS}:{number + 1} is not about block {number} of {len(self.blocks)}. "
+                    f"Remove {self.folder} and start again."
+                )
         size, path = (rows[-1]["bytes"] if rows else 0), self.folder / ROWS
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise UserError(f"{path} is shorter than when its last block was written. Remove {self.folder} and start again.")
         if found > size:
-            os.truncate(path, size)
+            cut_back(path, size)
         return len(rows)
 
     def finish(self, skipped: Skipped) -> dict[str, Any]:
@@ -260,7 +273,7 @@ class _Work:
         about = read_json(self.folder / ABOUT, made_by="catpo pair")
         if not about["complete"]:
             dropped: Counter[str] = Counter()
-            rows = read_rows(self.folder / BLOCKS)
+            rows = read_rows(self.folder / BLOCKS, BLOCK)
             for row in rows:
                 dropped.update(row["dropped"])
             counts = {
@@ -268,6 +281,11 @@ class _Work:
                 "kept": sum(row["kept"] for row in rows),
                 "dropped": dict(sorted(dropped.items())),
             }
+            if counts["kept"] != (found := len(read_rows(self.folder / ROWS))):
+                raise UserError(
+                    f"{self.folder / ROWS} holds {found} pairs, {BLOCKS} says {counts['kept']}. "
+                    f"Remove {self.folder} and start again."
+                )
             if not counts["kept"]:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
                 raise UserError(
@@ -276,9 +294,9 @@ class _Work:
                 )
             about |= {"counts": counts, **({"skipped": skipped.summary()} if skipped.goes_on else {}), "complete": True}
             write_json(self.folder / ABOUT, about)
+        counted = read_json(self.folder / ABOUT, fields={"counts": COUNTS})["counts"]
         (self.folder / BLOCKS).unlink(missing_ok=True)
-        counted: dict[str, Any] = about["counts"]
-        return counted
+        return {name: counted[name] for name in COUNTS}
 
 
 def _check_temperature(temperature: float) -> None:

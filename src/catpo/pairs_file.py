@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from catpo.errors import UserError
-from catpo.runs import append_rows, write_atomic, write_json
+from catpo.runs import append_rows, make_folder, write_atomic, write_json
 from catpo.types import Picture, PreferencePair, opened
 
 ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
+PAIR = {
+    "id": str, "images": list[str], "prompt": str, "chosen": str, "rejected": str,
+    "labels": dict[str, list[list]], "meta": dict,
+}  # fmt: skip
+"""A row of pairs.jsonl."""
 EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
 
 
@@ -23,7 +28,7 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance:
     folder = Path(folder)
     if (folder / ROWS).exists():
         raise UserError(f"{folder} holds pairs already. Choose another folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     append_pairs(folder, pairs)
     write_json(folder / ABOUT, {"format": 1, **provenance, "complete": True})
 
@@ -53,7 +58,7 @@ def _save(folder: Path, picture: Picture) -> str:
     held.open()
     path = Path(PICTURES) / f"{held.digest()}.{_extension(content)}"
     if not (folder / path).exists():
-        (folder / PICTURES).mkdir(exist_ok=True)
+        make_folder(folder / PICTURES)
         write_atomic(folder / path, content, is_durable=False)
     return path.as_posix()
 

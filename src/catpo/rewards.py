@@ -20,7 +20,7 @@ from safetensors.numpy import save as to_safetensors
 
 from catpo.errors import UserError
 from catpo.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
-from catpo.runs import read_json, write_json
+from catpo.runs import make_folder, read_json, write_json
 from catpo.shards import COLUMNS, ResponseRow, Shard, ShardColumns, as_grids, check_row, checksum, to_parquet
 from catpo.types import SIDES, Side
 
@@ -92,7 +92,7 @@ class RewardWriter:
             if any(not entry.name.startswith(".") for entry in path.iterdir()):
                 raise UserError(f"{path} holds other files and no reward store. Choose another --output, or empty it.")
             write_json(path / "store.json", description)
-        (path / "shards").mkdir(exist_ok=True)
+        make_folder(path / "shards")
         for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
             leftover.unlink()  # of a killed run
         return cls(path, description, pair_ids)

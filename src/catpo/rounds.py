@@ -26,6 +26,8 @@ from catpo.training import train as train_model
 from catpo.types import Sample
 
 ABOUT, DONE = "rounds.json", "rounds.jsonl"
+ROUND = {"round": int, "model": str, "asked": int, "pairs": int, "accuracy": float | None}
+"""A row of `DONE`."""
 ACCURACY = "rewards/accuracies"
 STEPS: dict[str, Callable[..., Any]] = {"pair": make_pairs, "score": score_pairs, "train": train_model}
 OURS = {
@@ -110,9 +112,10 @@ def rounds(
     }  # fmt: skip
     with lock(output) as folder:
         if (folder / ABOUT).exists():
-            check_same(read_json(folder / ABOUT, made_by="catpo rounds")["settings"], settings, where=folder, ignore=["rounds"])
+            old = read_json(folder / ABOUT, made_by="catpo rounds", fields={"settings": dict})
+            check_same(old["settings"], settings, where=folder, ignore=["rounds"])
         write_json(folder / ABOUT, {"format": 1, "settings": settings, "versions": versions()})
-        done = [_round(folder, row) for row in repair_rows(folder / DONE)][:rounds]
+        done = [_round(folder, row) for row in repair_rows(folder / DONE, ROUND)][:rounds]
         for number in range(1, rounds + 1):
             if number > len(done):
                 answering = done[-1].model if done else model

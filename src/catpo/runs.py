@@ -17,7 +17,8 @@ except ImportError:  # Windows: no advisory locks, the rest works
     fcntl = None  # type: ignore[assignment]
 
 from catpo import strictjson
-from catpo.errors import UserError
+from catpo.errors import UserError, shown
+from catpo.fields import Fields, check_fields
 
 LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
 """What `versions` tells: libraries that can change a number."""
@@ -61,11 +62,13 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
             if is_durable:
                 os.fsync(stream.fileno())
         os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}). Check space and permissions.") from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError, ValueError):
+            part.unlink()
+        if isinstance(error, OSError | ValueError):  # ValueError: a NUL in the name, half a character in the text
+            raise UserError(
+                f"{_shown(path)} cannot be written ({_reason(error)}). Check space, permissions and name."
+            ) from error
         raise
 
 
@@ -74,11 +77,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: str | Path, *, made_by: str = "catpo") -> dict[str, Any]:
+def read_json(path: str | Path, *, made_by: str = "catpo", fields: Fields | None = None) -> dict[str, Any]:
     """The object in a JSON file; `made_by` is the command that a message about a missing file names.
 
     Raises:
-        UserError: it is missing, not JSON, or not an object.
+        UserError: it is missing, not JSON, not an object, or without one of the `fields` that it must have.
     """
     path = Path(path)
     try:
@@ -89,6 +92,7 @@ def read_json(path: str | Path, *, made_by: str = "catpo") -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}). Write it again with `{made_by}`.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object. Write it again with `{made_by}`.")
+    check_fields(value, fields or {}, place=str(path), remedy=_again(path.parent))
     return value
 
 
@@ -98,37 +102,81 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     Raises:
         UserError: it cannot be written.
     """
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
     try:
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
         with open(path, "ab") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
             return stream.tell()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}). Check space and permissions, then run it again."
+            f"{path} cannot be written ({_reason(error)}). Check space and permissions, then run it again."
         ) from error
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | None = None) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that this library wrote; none if it does not exist; a torn last line is left out.
 
+    Args:
+        path: of the file.
+        fields: what every row must have.
+        remove: what has to go, with all that was made since, where a row is not as it was written; the folder if None.
+
     Raises:
-        UserError: a line before the last is not a JSON object; names the line.
+        UserError: a line before the last is not a JSON object, or lacks a field; names the line.
     """
-    return _rows(Path(path))[0]
+    return _rows(Path(path), fields or {}, _again(remove or Path(path).parent))[0]
 
 
-def repair_rows(path: str | Path) -> list[dict[str, Any]]:
+def repair_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | None = None) -> list[dict[str, Any]]:
     """`read_rows`, after a torn last line (of a killed process) was cut off the file, so that it can be appended to."""
-    rows, size = _rows(Path(path))
-    if Path(path).exists() and os.path.getsize(path) > size:
-        os.truncate(path, size)
+    rows, size = _rows(Path(path), fields or {}, _again(remove or Path(path).parent))
+    if Path(path).exists():
+        cut_back(path, size)
     return rows
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+def cut_back(path: str | Path, size: int) -> None:
+    """Make a file as short as it was.
+
+    Raises:
+        UserError: it cannot be changed.
+    """
+    try:
+        if os.path.getsize(path) > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Check permissions, then run it again.") from error
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{_shown(folder)} cannot be used as a folder ({_reason(error)}). Choose another --output, or remove what is there."
+        ) from error
+
+
+def _again(place: Path) -> str:
+    return f"Remove {place} and start again."
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _shown(path: str | Path) -> str:
+    return shown(str(path), length=500)
+
+
+def _rows(path: Path, fields: Fields, remedy: str) -> tuple[list[dict[str, Any]], int]:
     """Complete rows, and their size in bytes."""
     try:
         content = path.read_bytes()
@@ -142,11 +190,10 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}:{number} is not valid JSON ({error}). Remove the folder and run the command again."
-            ) from error
+            raise UserError(f"{path}:{number} is not valid JSON ({error}). {remedy}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} must be a JSON object. Remove the folder and start again.")
+            raise UserError(f"{path}:{number} must be a JSON object. {remedy}")
+        check_fields(row, fields, place=f"{path}:{number}", remedy=remedy)
         rows.append(row)
     return rows, len(content) - len(lines[-1])
 
@@ -174,8 +221,8 @@ def lock(folder: str | Path) -> Iterator[Path]:
         UserError: another live process holds it, or the folder cannot be made.
     """
     folder = Path(folder)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         stream = open(folder / ".lock", "a+", encoding="ascii")  # noqa: SIM115 (held until the end)
     except OSError as error:
         raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error

@@ -257,8 +257,10 @@ def _check_finished(file: Path) -> None:
 
 def _vocabulary(root: Path, name: str | None) -> Mapping[str, str] | None:
     path = root / (name or "vocabulary.json")
-    if name is None and not path.is_file():
+    if name is None and not path.exists():
         return None
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file. Rename it, or put the words there.")
     words = read_json(path, made_by="you: surface form -> object")
     if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
         raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')

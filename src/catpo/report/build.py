@@ -23,7 +23,7 @@ from catpo.report.signals import SignalSection, signal_section
 from catpo.report.training import Run, load_run, training_curves
 from catpo.report.verdicts import evaluation_verdicts, signal_verdicts
 from catpo.rewards import RewardStore
-from catpo.runs import read_json, write_atomic
+from catpo.runs import make_folder, read_json, write_atomic
 from catpo.spool import SpooledPairs, spread
 
 NO_PAIRS: dict[str, Any] = {"pairs": [], "signals": [], "named": {}, "can_fuse": False, "fusion": {}}
@@ -226,9 +226,6 @@ def _write(content: _Content, output: Path) -> Path:
         has_ranks=fusion.get("normalise") == "quantile",
         temperature=fusion.get("temperature", 1.0),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be made ({error.strerror}). Choose another --output.") from error
+    make_folder(path.parent)
     write_atomic(path, page.encode("utf-8", "replace"))
     return path
