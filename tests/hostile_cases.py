@@ -89,6 +89,12 @@ def good(name: str, command: Callable[[Place], list[Any]], holds: Callable[[Plac
     GOOD.append(Fine(name, command, holds))
 
 
+def refused(name: str, command: Callable[[Place], list[Any]], *says: str) -> None:
+    """What scoring or training refuses, and a dry run of it with the same words."""
+    bad(name, command, *says)
+    bad(f"{name}-planned", lambda place: [*command(place), "--dry-run"], *says)
+
+
 # ---- commands -------------------------------------------------------------------------------------------------------------
 
 
@@ -237,9 +243,20 @@ def lines() -> None:
     bad("file-absent", lambda p: convert(p, p.path / "nowhere"), "nowhere", "does not exist")
     bad("folder-empty", lambda p: convert(p, _made(p.path / "none")), "none", "no .jsonl file")
     bad("folder-two-files", lambda p: convert(p, _two_files(p)), "2 .jsonl files")
+    bad("folder-pipe", lambda p: convert(p, _pipe(_made(p.path / "none") / "data.jsonl").parent), "none", "no .jsonl file")
+    bad("data-pipe", lambda p: convert(p, _pipe(p.path / "data.jsonl")), "data.jsonl", "neither a folder nor a file")
     bad("folder-unfinished", lambda p: convert(p, _pairs_json(p, '{"format": 1, "complete": false}')), "is not finished")
     bad("folder-pairs-json-list", lambda p: convert(p, _pairs_json(p, "[]")), "pairs.json", "JSON object")
     bad("folder-pairs-json-torn", lambda p: convert(p, _pairs_json(p, '{"compl')), "pairs.json", "not valid JSON")
+    bad(
+        "vocabulary-folder",
+        lambda p: convert(p, _made(p.data(PAIR) / "vocabulary.json").parent),
+        "vocabulary.json",
+        "not a file",
+    )
+    bad(
+        "vocabulary-pipe", lambda p: convert(p, _pipe(p.data(PAIR) / "vocabulary.json").parent), "vocabulary.json", "not a file"
+    )
     bad("vocabulary-list", lambda p: convert(p, _beside(p, "vocabulary.json", "[]")), "vocabulary.json", "JSON object")
     bad("vocabulary-number", lambda p: convert(p, _beside(p, "vocabulary.json", '{"dog": 1}')), "vocabulary.json", "must map")
     bad("vocabulary-twice", lambda p: convert(p, _beside(p, "vocabulary.json", '{"a": "b", "a": "c"}')), "stands twice")
@@ -247,6 +264,12 @@ def lines() -> None:
 
 def _made(path: Path) -> Path:
     path.mkdir()
+    return path
+
+
+def _pipe(path: Path) -> Path:
+    """Nobody writes into it: whoever reads it waits for ever."""
+    os.mkfifo(path)
     return path
 
 
@@ -666,8 +689,12 @@ def options() -> None:
         ("patches", ["--patches", "7"], "patches"),
         ("max-length", ["--max-length", "3"], "max_length=3"),
         ("attention", ["--attention", "flash_attention_9"], "flash_attention_9"),
+        ("batch-tokens", ["--batch-tokens", "0"], "batch_tokens"),
+        ("signal", ["--signals", "smeantic"], "Did you mean 'semantic'"),
+        ("cache", ["--cache", "topk(k=100000)"], "cache=topk(k=100000)"),
+        ("device", ["--device", "toaster"], "toaster"),
     ]:
-        bad(f"score-{name}", lambda p, arguments=arguments: score(p, p.data(PAIR), *arguments), said)
+        refused(f"score-{name}", lambda p, arguments=arguments: score(p, p.data(PAIR), *arguments), said)
 
 
 def training() -> None:
@@ -693,13 +720,18 @@ def training() -> None:
         ("lora-option", ["--lora", "lora(rank=4)"], "rank"),
         ("lora-zero", ["--lora", "lora(r=0)"], "r=0"),
         ("lora-code", ["--lora", f"lora(r={CODE})"], "'r'"),
-        ("rewards-absent", ["--rewards", "nowhere"], "nowhere"),
         ("quantization", ["--quantization", "1bit"], "1bit"),
+        ("quantization-full", ["--quantization", "4bit", "--lora", "none"], "trains an adapter"),
+        ("adaptive-workers", ["--objective", "catpo", "--adaptive", "1", "--workers", "1"], "leave out workers"),
+        ("adaptive-dpo", ["--objective", "dpo", "--adaptive", "1"], "no token weights"),
+        ("device", ["--device", "toaster"], "toaster"),
     ]:
-        bad(f"train-{name}", lambda p, arguments=arguments: train(p, p.data(PAIR), *arguments), said)
+        refused(f"train-{name}", lambda p, arguments=arguments: train(p, p.data(PAIR), *arguments), said)
+    bad("train-rewards-absent", lambda p: train(p, p.data(PAIR), "--rewards", "nowhere"), "nowhere")
+    refused("train-rewards-other", lambda p: train(p, p.data(PAIR), "--rewards", _made(p.path / "no-store")), "no-store")
     bad("train-bad-row", lambda p: train(p, p.data(PAIR, {**PAIR, "chosen": ""})), "data.jsonl:2", "'chosen'")
-    bad("train-not-scored", lambda p: train(p, p.data(PAIR), "--rewards", p.store), "pair", "is not in")
-    bad("train-tampered-store", lambda p: train(p, p.data(PAIR), "--rewards", _older(p)), "format 1")
+    refused("train-not-scored", lambda p: train(p, p.data(PAIR), "--rewards", p.store), "pair", "is not in")
+    refused("train-tampered-store", lambda p: train(p, p.data(PAIR), "--rewards", _older(p)), "format 1")
 
 
 def _older(place: Place) -> Path:
@@ -747,6 +779,8 @@ def recipes() -> None:
         bad(f"recipe-{name}", lambda p, text=text: ["pair", "--config", p.write("recipe.yaml", text), "--output", p.out], *says)
     bad("recipe-absent", lambda p: ["pair", "--config", p.path / "none.yaml"], "none.yaml", "cannot be read")
     bad("recipe-folder", lambda p: ["pair", "--config", p.path], "cannot be read")
+    bad("recipe-pipe", lambda p: ["pair", "--config", _pipe(p.path / "recipe.yaml")], "recipe.yaml", "is not a file")
+    bad("recipe-without-end", lambda p: ["pair", "--config", "/dev/zero"], "/dev/zero", "is not a file")
     bad("recipe-huge", lambda p: ["pair", "--config", _huge_file(p, "recipe.yaml")], "recipe.yaml", "bytes")
 
 
@@ -803,6 +837,7 @@ def stores() -> None:
         ("binary", b"\xff\xfe\0", "not valid JSON"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)
+    bad("report-nul", lambda p: ["report", "--rewards", p.store, "--output", "a\0.html"], "a\\x00.html", "NUL")
     bad("store-absent", lambda p: show_store(p), "is not a reward store")
     bad("store-is-a-file", lambda p: (p.write("store", "x"), show_store(p))[1], "is not a reward store")
     for name, content in {"cut": None, "garbage": b"PAR1" + b"x" * 100, "empty": b""}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -153,6 +154,55 @@ def test_a_plan_refuses_what_the_command_would(folder):
         plan("train", options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), objective="dpoo"))
     with pytest.raises(UserError, match="model 'nowhere/at-all' cannot be read"):
         plan("score", options("score", pairs=str(folder / "pairs"), model="nowhere/at-all"))
+
+
+def test_a_plan_leaves_out_what_the_command_would_skip(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder / "pairs", data)
+    (file := data / "pairs.jsonl").write_text(file.read_text() + '{"image": "nowhere.png", "chosen": "A.", "rejected": "B."}\n')
+    given = dict(pairs=str(data), model=str(folder / "model"))
+    for command in ("score", "train"):
+        with pytest.raises(UserError, match="nowhere.png"):
+            plan(command, options(command, **given))
+        made = plan(command, options(command, **given, on_error="skip"))
+        assert made.pairs + made.dev_pairs == 20
+
+
+def test_a_plan_of_so_many_steps_needs_no_epochs(folder):
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), batch_size=2, accumulation=3, dev_share=0.1)
+    made = plan("train", options("train", **given, epochs=0.0, max_steps=3))
+    assert made.steps == 3 and made.work.flops == plan("train", options("train", **given, epochs=1.0)).work.flops
+
+
+def test_a_plan_wants_the_scores_that_training_would_read(folder, tmp_path):
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"))
+    score(**given, output=tmp_path / "rewards", cache="logps", progress=False)
+    training = options("train", **given, rewards=tmp_path / "rewards", objective="catpo(kl_weight=0.0)")
+    assert plan("train", training).store == {}
+    with pytest.raises(UserError, match="holds no hidden states"):
+        plan("train", {**training, "objective": "catpo"})
+    assert plan("train", {**training, "objective": "catpo", "reference": "online"}).store == {}
+
+
+def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys):
+    given = ["--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--output", str(tmp_path / "out")]
+    cli.main(["train", *given, "--rewards", "not-yet", "--dry-run"])
+    assert "not-yet does not exist yet: `catpo score` has to write it" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "message"),
+    [("score", "taken", "holds other files"), ("train", "taken", "already holds a run"),
+     ("score", "a\0b", "NUL"), ("train", "a\0b", "NUL")],
+)  # fmt: skip
+def test_an_output_that_the_command_refuses_is_refused_by_its_plan(folder, tmp_path, monkeypatch, command, output, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "model").mkdir(parents=True)
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), output=Path(output))
+    with pytest.raises(UserError, match=message):
+        plan(command, options(command, **given))
+    with pytest.raises(UserError, match=message):
+        {"score": score, "train": train}[command](**given, progress=False)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

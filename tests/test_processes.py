@@ -20,9 +20,11 @@ from catpo.errors import UserError
 from catpo.evaluation import evaluate
 from catpo.families import _base as families
 from catpo.pairing import pair
+from catpo.pairs_file import write_pairs
 from catpo.processes import Team
 from catpo.scoring import score_pairs
 from catpo.training import train
+from commands import run
 from fake_family import FakeFamily
 from launching import together
 from tiny import pairs
@@ -50,6 +52,34 @@ def test_every_item_is_claimed_once_and_all_agree(count):
 def test_one_process_alone_is_a_team():
     assert claims("abc"[:0]) == ([], 0)
     assert claims([1, 2, 3]) == ([1, 2, 3], 6)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "x"}, "RANK='x'"),
+        ({"RANK": "5"}, "RANK=5"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR=''"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT=''"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_fit_together_are_a_message(
+    folder, tmp_path, monkeypatch, capsys, environment, message
+):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    write_pairs(tmp_path / "pairs", pairs(2), {})
+    for command in ("score", "train"):
+        assert run(command, "--pairs", tmp_path / "pairs", "--model", folder, "--output", tmp_path / "out") == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("catpo: ") and message in shown
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------------------
@@ -268,8 +298,6 @@ def test_every_process_names_the_damaged_file_of_any(folder, store, tmp_path):
 
 def test_torchrun_scores_trains_and_prints_once(folder, tmp_path):
     """`catpo train` without a store: both processes score, then both train."""
-    from catpo.pairs_file import write_pairs
-
     write_pairs(tmp_path / "pairs", pairs(8), {})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "catpo", "train"]
     command = [*launch, "--pairs", str(tmp_path / "pairs"), "--model", str(folder), "--output", str(tmp_path / "run"),

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from catpo.errors import UserError
+from catpo.other_pictures import OtherPictures
 from catpo.rewards import RewardStore
-from catpo.scoring import ScoreSettings, another_pair, score_pairs, token_labels
+from catpo.runs import lock
+from catpo.scoring import ScoreSettings, score_pairs, token_labels
 from catpo.spec import parse
-from catpo.types import SIDES, Span
+from catpo.types import SIDES, Picture, Span
 from tiny import llava, pairs, picture
 
 ALL = (
@@ -56,7 +58,7 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
     store = score_pairs(data, family, tmp_path / "store", settings(query=query), batch_size=2, progress=False)
     for pair in data:
         encoded = family.encode(pair)
-        other = family.encode(replace(pair, images=another_pair(data, pair).images))
+        other = family.encode(replace(pair, images=OtherPictures(data).of(pair)))
         for side in SIDES:
             attentions, tokens, features, hidden, logps, start = whole_pass(family, encoded, side)
             count = len(encoded.response_ids[side])
@@ -170,6 +172,49 @@ def test_unknown_options_are_refused_before_any_work(family, tmp_path, options, 
 def test_image_contrast_of_a_single_picture_is_an_error(family, tmp_path):
     with pytest.raises(UserError, match="needs another picture"):
         score_pairs(pairs(1), family, tmp_path / "store", settings(("image_contrast",)), progress=False)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The pictures whose identity was asked for, in order."""
+    asked = []
+    digest = Picture.digest
+    monkeypatch.setattr(Picture, "digest", lambda self: (asked.append(self.label), digest(self))[1])
+    return asked
+
+
+def test_other_pictures_are_read_where_a_signal_needs_them_only(family, tmp_path, reads):
+    data = pairs(4)
+    reads.clear()
+    score_pairs(data, family, tmp_path / "plain", settings(ALL[:3]), progress=False)
+    assert reads == []
+    score_pairs(data, family, tmp_path / "contrast", settings(("image_contrast",)), progress=False)
+    assert 0 < len(reads) <= 4
+
+
+def test_no_picture_is_read_twice_to_find_another_one(reads):
+    data = [replace(pair, images=pairs(1)[0].images) for pair in pairs(30)]
+    data[7] = replace(data[7], images=(picture(99),))
+    reads.clear()
+    others = OtherPictures(data)
+    found = [others.of(pair) for pair in data]
+    assert len(reads) == 30
+    assert all(images == data[7].images for place, images in enumerate(found) if place != 7)
+    assert found[7] == data[0].images
+    assert OtherPictures(data[:3]).of(data[0]) is None
+
+
+def test_the_size_is_told_when_something_is_going_to_be_written(family, tmp_path, capsys):
+    tell = lambda **options: score_pairs(pairs(2), family, tmp_path / "store", settings(ALL[:1], **options))
+    tell()
+    assert "store will take about" in capsys.readouterr().err
+    tell()
+    assert "will take about" not in capsys.readouterr().err  # all is there
+    with pytest.raises(UserError, match="layers"):
+        tell(layers="last")
+    with lock(tmp_path / "held"), pytest.raises(UserError, match="being written"):
+        score_pairs(pairs(2), family, tmp_path / "held", settings(ALL[:1]))
+    assert "will take about" not in capsys.readouterr().err
 
 
 def test_labels_of_characters_become_labels_of_tokens():

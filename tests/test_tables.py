@@ -6,7 +6,8 @@ import math
 
 from rich.console import Console
 
-from catpo.tables import scores_table
+from catpo.quality import Separation, SignalQuality
+from catpo.tables import quality_table, scores_table
 
 
 def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> None:
@@ -24,3 +25,10 @@ def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> N
         ["scenes", "cog", "-", "-"],
         ["scenes", "cover", "-", "-"],
     ]
+
+
+def test_the_table_of_signals_says_on_how_many_pairs_they_are_measured() -> None:
+    found = Separation(0.7, 0.6, 0.8, 12, 3)
+    rows = [SignalQuality("semantic", found, found, found)]
+    assert "12 grounded, 3 hallucinated in 8 pairs" in str(quality_table(rows, 8).title)
+    assert "3 hallucinated in 10,000 of 12,345 pairs" in str(quality_table(rows, 12_345).title)

@@ -145,7 +145,7 @@ def score(
     print(f"Reward store: {options.output} ({len(store)} pairs)")
     quality = signal_quality(store)
     if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
-        Console().print(quality_table(quality))
+        Console().print(quality_table(quality, len(store)))
 
 
 @app.command(group=STEPS, sort_key=3)

@@ -92,7 +92,8 @@ def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) 
     """One seed: pairs, rewards, a run and an evaluation per objective, a report. Finished parts are not done again."""
     pair(model="builtin", data=f"scenes(count={settings.pictures}, seed={seed})", output=folder / "pairs", seed=seed)
     score(pairs=folder / "pairs", model="builtin", output=folder / "rewards", signals=SIGNALS, batch_size=16)
-    console.print(quality_table(signal_quality(RewardStore.open(folder / "rewards"))))
+    store = RewardStore.open(folder / "rewards")
+    console.print(quality_table(signal_quality(store), len(store)))
     models = {"base": "builtin"}
     for name, objective in OBJECTIVES.items():
         console.print(f"[bold]{name}[/]: {objective}", highlight=False)

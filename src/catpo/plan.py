@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,6 @@ from peft import get_peft_model
 from rich.table import Table
 from torch import nn
 
-from catpo.attention import choose_layers
 from catpo.capacity import DecoderMemory, pass_tokens
 from catpo.data import dev_split, read_pairs
 from catpo.errors import UserError
@@ -26,14 +26,18 @@ from catpo.families._base import Encoded, Family
 from catpo.head import LEAST_WORDS, TILE
 from catpo.memory import readable
 from catpo.objectives import _base as objectives
+from catpo.objectives._base import Objective
 from catpo.reference_cache import Cache, store_bytes
-from catpo.runs import process_count
+from catpo.rewards import RewardStore, check_place
+from catpo.runs import check_path, process_count
 from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
+from catpo.scoring import settings_of
 from catpo.skipped import Skipped
 from catpo.spec import parse
-from catpo.spool import spread
+from catpo.spool import ids_of, spread
 from catpo.stats import kl_direction, requirements, view_needs
-from catpo.training import lora_config
+from catpo.trainer import check_adaptive, check_store, needs_store
+from catpo.training import check_values, free_output, lora_config
 from catpo.types import SIDES, PreferencePair
 
 SAMPLE = 64
@@ -85,6 +89,9 @@ class Plan:
     checkpoint: int = 0
     """Bytes of one checkpoint: the adapter or all weights, and the optimiser's moments of what is trained."""
 
+    awaited: str = ""
+    """The reward store that is still to be scored, if the command names one."""
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -101,25 +108,56 @@ def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", proce
     count = process_count() if processes is None else processes
     if count < 1:
         raise UserError(f"processes={count} must be 1 or more.")
+    check_options(command, options)
     family = families.blueprint(
         options["model"],
         dtype=options["dtype"],
         quantization=options["quantization"],
         trust_remote_code=options["trust_remote_code"],
     )
-    everything = read_pairs(options["pairs"], Skipped(), options["limit"])
+    if options["attention"] is not None:
+        family.use_packed_attention(options["attention"])
+    skipped = Skipped(options["on_error"])
+    everything = read_pairs(options["pairs"], skipped, options["limit"])
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")
-    encoded = [family.encode(pair, max_length=options["max_length"]) for pair in spread(everything, SAMPLE)]
+    encoded = _encoded(family, everything, skipped, options["max_length"])
     if command == "score":
         return _score(family, everything, encoded, options, count)
     return _train(family, everything, encoded, options, engine, count)
 
 
+def check_options(command: str, options: Mapping[str, Any]) -> None:
+    """What the command checks before it reads pairs and model, and whether its output is free.
+
+    Raises:
+        UserError: an option that the command refuses.
+    """
+    families.check_device(options["device"])
+    check_path(Path(options["output"]))
+    if command == "score":
+        settings_of(options)
+        check_place(Path(options["output"]))
+    else:
+        check_values(options)
+        free_output(Path(options["output"]), options["resume"])
+
+
+def _encoded(family: Family, pairs: Sequence[PreferencePair], skipped: Skipped, max_length: int | None) -> list[Encoded]:
+    """The sample, without what the command would leave out."""
+    encode = lambda pair: family.encode(pair, max_length=max_length)
+    usable = skipped.sieve(spread(pairs, SAMPLE), encode, lambda pair: f"pair {pair.id}")
+    return [encode(pair) for pair in usable]
+
+
 def _score(
     family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any], processes: int
 ) -> Plan:
-    choose_layers(options["layers"], family.depth)
+    settings, kept = settings_of(options), Cache.of(options["cache"])
+    settings.check(family.depth)
+    kept.check(family)
+    for each in encoded:
+        settings.check_patches(each)
     row = _row_length(family, encoded)
     bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or families.best_device()))
     together = max(1, min(options["batch_size"], bound // max(row), len(pairs)))
@@ -140,7 +178,7 @@ def _score(
         steps=math.ceil(len(pairs) / together),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=memory,
-        store=store_bytes(family, encoded, len(pairs), len(options["signals"]), Cache.of(options["cache"]), options["maps"]),
+        store=store_bytes(family, encoded, len(pairs), len(settings.signals), kept, options["maps"]),
         processes=processes,
         work=Work(len(pairs) * _forward_flops(family, encoded, row), 0.0),
     )
@@ -162,6 +200,11 @@ def _train(
     tokens = max(row) * options["batch_size"]
     decoder = DecoderMemory(family)
     objective = objectives.build(parse(options["objective"]))
+    check_adaptive(options["adaptive"], objective, options["workers"], processes)
+    rewards = options["rewards"]
+    is_awaited = rewards is not None and not Path(rewards).exists()
+    if rewards is not None and not is_awaited and needs_store(objective, options["reference"]):
+        _check_rewards(RewardStore.open(rewards), family, objective, pairs, options)
     needs = requirements(objective.loss, objective.options)
     keeps_kl = bool(kl_direction(needs))
     is_online = options["reference"] == "online"
@@ -180,10 +223,10 @@ def _train(
         "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
     }
     batches = math.ceil(len(kept) / (options["batch_size"] * processes))  # of one epoch
-    steps = math.ceil(options["epochs"] * math.ceil(batches / options["accumulation"]))
-    seen = options["epochs"] * len(kept)
+    updates = math.ceil(batches / options["accumulation"])  # of one epoch
+    steps, seen = math.ceil(options["epochs"] * updates), options["epochs"] * len(kept)
     if options["max_steps"] > 0:
-        steps, seen = options["max_steps"], seen * options["max_steps"] / steps
+        steps, seen = options["max_steps"], len(kept) * options["max_steps"] / updates
     passes = seen * sum(row) / len(row)
     each_token = training_passes(bool(options["lora"]), options["gradient_checkpointing"])
     return Plan(
@@ -197,15 +240,28 @@ def _train(
         steps=steps,
         token_passes=passes * sum(rows),
         memory=per_process({name: size for name, size in memory.items() if size}, engine, processes, _layer_bytes(family)),
-        store={} if options["rewards"] else store_bytes(family, encoded, len(pairs), 3, Cache(hidden=keeps_kl), True),
+        store={} if rewards else store_bytes(family, encoded, len(pairs), 3, Cache(hidden=keeps_kl), True),
         processes=processes,
         engine=engine,
         work=Work(
             seen * _forward_flops(family, encoded, row) * (rows[0] * each_token + rows[1]),
             sent_bytes(engine, processes, weights, trained_bytes, options["accumulation"]),
         ),
+        awaited=str(rewards) if is_awaited else "",
         checkpoint=(trained_bytes if options["lora"] else weights) + ADAMW_MOMENTS * trained_bytes,
     )
+
+
+def _check_rewards(
+    store: RewardStore, family: Family, objective: Objective, pairs: Sequence[PreferencePair], options: Mapping[str, Any]
+) -> None:
+    """What training asks of a store, but for the model's weights, which are not at hand."""
+    store.verify({"processor_hash": family.processor_hash, "template_hash": family.template_hash})
+    check_store(store, objective, options["reference"])
+    scored = set(store.pair_ids)
+    missing = [pair_id for pair_id in ids_of(pairs) if pair_id not in scored]
+    if missing and (options["on_error"] == "stop" or len(missing) == len(pairs)):
+        store.get(missing[0], "chosen")  # says so
 
 
 # ---- lengths --------------------------------------------------------------------------------------------------------------
@@ -307,6 +363,8 @@ def plan_tables(made: Plan) -> list[Table | str]:
     shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
     if made.checkpoint:
         shown.append(f"one checkpoint on disk: {readable(made.checkpoint)}")
+    if made.awaited:
+        shown.append(f"{made.awaited} does not exist yet: `catpo score` has to write it before this can run")
     return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
 
 

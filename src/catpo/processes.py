@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from catpo.errors import UserError
 from catpo.runs import lock, process_count, process_number
 
 Item = TypeVar("Item")
@@ -94,6 +96,17 @@ class Team:
 def _common_store(count: int) -> Any:
     if count == 1:
         return distributed.HashStore()
+    _check_meeting_place()
     store, _, _ = next(distributed.rendezvous("env://"))
     store.set_timeout(PATIENCE)
     return store
+
+
+def _check_meeting_place() -> None:
+    """Raises UserError unless the environment says where the processes meet."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"WORLD_SIZE says that several processes run, but MASTER_ADDR={address!r} and MASTER_PORT={port!r} do not say "
+            "where they meet. Start with torchrun or accelerate launch, which set them, or remove WORLD_SIZE."
+        )

@@ -77,6 +77,11 @@ def signal_quality(
     ]
 
 
+def measured(pair_count: int) -> str:
+    """On how many pairs of a store its signals are measured, as tables say it: `8 pairs`, `10,000 of 12,345 pairs`."""
+    return f"{pair_count:,} pairs" if pair_count <= MEASURED_PAIRS else f"{MEASURED_PAIRS:,} of {pair_count:,} pairs"
+
+
 def _can_fuse(store: RewardStore) -> bool:
     try:
         return bool([find_signal(dict.fromkeys(store.signals), name) for name in Fusion().needs])

@@ -19,8 +19,8 @@ from catpo.batching import Batch, Prefix, pack, response_hidden, run_backbone, s
 from catpo.errors import UserError
 from catpo.families._base import Encoded, Family
 from catpo.head import at_head, likeliest_tokens, token_logits, token_stats
+from catpo.other_pictures import OtherPictures
 from catpo.rewards import RewardStore
-from catpo.scoring import another_pair
 from catpo.stats import ViewNeed, view_needs
 from catpo.types import SIDES, Picture, PreferencePair, Side
 from catpo.views import View
@@ -55,6 +55,7 @@ class Readings:
         for need in view_needs(self.needs):
             self.views.setdefault(need.view, {}).setdefault(need.side, set()).add(need.quantity)
         self.judge = self._open_judge()
+        self._other = OtherPictures(self.others)
 
     @property
     def is_empty(self) -> bool:
@@ -137,10 +138,10 @@ class Readings:
         return self.family.encode(replace(pair, images=images), max_length=self.max_length), {}
 
     def _other_pictures(self, pair: PreferencePair) -> tuple[Picture, ...]:
-        other = another_pair(self.others, pair)
-        if other is pair:
+        images = self._other.of(pair)
+        if images is None:
             raise UserError(f"pair {pair.id}: no other pair has another picture, so the view 'another' cannot be shown.")
-        return other.images
+        return images
 
     def _perturbed(self, encoded: Encoded, share: float, generator: torch.Generator) -> tuple[Encoded, dict[Side, list[bool]]]:
         """Random words in place of a share of those of the prompt and of both responses; special tokens stay."""

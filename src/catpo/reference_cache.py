@@ -38,6 +38,14 @@ class Cache:
             raise UserError(f"cache='{text}': k must be 1 or more words.")
         return made
 
+    def check(self, family: Family) -> None:
+        """Raises UserError if more words are to be kept than the model has."""
+        words = len(family.head.weight)
+        if self.k >= words:
+            raise UserError(
+                f"cache=topk(k={self.k}): the model has {words} words. Give fewer, or cache=hidden, which is exact."
+            )
+
 
 def _states() -> Cache:
     return Cache(hidden=True)

@@ -89,8 +89,7 @@ class RewardWriter:
             description.update({"model": stored["model"]} if "model" in stored else {})  # it may have moved since
         else:
             path.mkdir(parents=True, exist_ok=True)
-            if any(not entry.name.startswith(".") for entry in path.iterdir()):
-                raise UserError(f"{path} holds other files and no reward store. Choose another --output, or empty it.")
+            check_place(path)
             write_json(path / "store.json", description)
         make_folder(path / "shards")
         for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
@@ -169,6 +168,13 @@ class RewardWriter:
             raise UserError(f"{self.path} cannot be finished: {len(missing)} of {len(self.shards)} shards are missing.")
         self.description |= {"complete": True} if skipped is None else {"complete": True, "skipped": skipped}
         write_json(self.path / "store.json", self.description)
+
+
+def check_place(path: Path) -> None:
+    """Raises UserError if the folder holds something that is no reward store."""
+    is_store = (path / "store.json").exists()
+    if path.is_dir() and not is_store and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(f"{path} holds other files and no reward store. Choose another --output, or empty it.")
 
 
 class RewardStore:

@@ -55,9 +55,11 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    content = content if isinstance(content, bytes) else content.encode("utf-8")
+    check_path(path)
     try:
         with open(part, "wb") as stream:
-            stream.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+            stream.write(content)
             stream.flush()
             if is_durable:
                 os.fsync(stream.fileno())
@@ -70,6 +72,12 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
                 f"{_shown(path)} cannot be written ({_reason(error)}). Check space, permissions and name."
             ) from error
         raise
+
+
+def check_path(path: Path) -> None:
+    """Raises UserError for a path that no file can have."""
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be written (a path holds no NUL character). Give another --output.")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -205,12 +213,30 @@ def is_main_process() -> bool:
 
 def process_number() -> int:
     """Which of the processes that `torchrun` or `accelerate launch` started this is."""
-    return int(os.environ.get("RANK", "0"))
+    number, count = _from_launcher("RANK", 0), process_count()
+    if not 0 <= number < count:
+        raise UserError(
+            f"RANK={number} in the environment must be from 0 to WORLD_SIZE - 1, which is {count - 1}. Start with torchrun or "
+            "accelerate launch, which set both, or remove RANK."
+        )
+    return number
 
 
 def process_count() -> int:
     """How many processes `torchrun` or `accelerate launch` started for one command."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    count = _from_launcher("WORLD_SIZE", 1)
+    if count < 1:
+        raise UserError(f"WORLD_SIZE={count} in the environment must be 1 or more. Remove it to run one process.")
+    return count
+
+
+def _from_launcher(name: str, alone: int) -> int:
+    """A number that launchers set in the environment."""
+    text = os.environ.get(name, str(alone))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{name}={text!r} in the environment must be a whole number. Remove it to run one process.") from error
 
 
 @contextmanager
@@ -221,6 +247,7 @@ def lock(folder: str | Path) -> Iterator[Path]:
         UserError: another live process holds it, or the folder cannot be made.
     """
     folder = Path(folder)
+    check_path(folder)
     make_folder(folder)
     try:
         stream = open(folder / ".lock", "a+", encoding="ascii")  # noqa: SIM115 (held until the end)

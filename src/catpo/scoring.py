@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from catpo.families import _base as families
 from catpo.families._base import Encoded, Family
 from catpo.head import token_stats
 from catpo.last_layer import read_at_responses
+from catpo.other_pictures import OtherPictures
 from catpo.processes import Team
 from catpo.progress import Track, track
 from catpo.reference_cache import Cache, store_bytes
@@ -71,6 +72,28 @@ class ScoreSettings:
             )
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
+
+    def check_patches(self, encoded: Encoded) -> None:
+        """Raises UserError if the pair has no picture of the number asked for."""
+        count = len(_patches_by_picture(encoded))
+        if self.patches != "all" and not (isinstance(self.patches, int) and 0 <= self.patches < count):
+            raise UserError(
+                f"pair {encoded.pair_id}: patches={self.patches!r} asks for a picture it does not have ({count} here). "
+                "Give a lower number, or all."
+            )
+
+
+def settings_of(options: Mapping[str, Any]) -> ScoreSettings:
+    """The settings in `score`'s arguments, after a look at all that can be judged without pairs and model.
+
+    Raises:
+        UserError: a count is none, or a text is not of the form that it must have.
+    """
+    counts = ("limit", "batch_size", "batch_tokens", "shard_size", "max_length")
+    check_positive(**{name: options[name] for name in counts})
+    Cache.of(options["cache"])
+    signals = tuple(parse(signal) for signal in options["signals"])
+    return ScoreSettings(signals, options["layers"], options["heads"], options["query"], options["patches"])
 
 
 def score(
@@ -126,8 +149,7 @@ def score(
     Raises:
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
-    settings = ScoreSettings(tuple(parse(signal) for signal in signals), layers, heads, query, patches)
-    check_positive(limit=limit, batch_size=batch_size, batch_tokens=batch_tokens, shard_size=shard_size, max_length=max_length)
+    settings = settings_of(locals())
     skipped = Skipped(on_error)
     chosen_pairs = read_pairs(pairs, skipped, limit)
     if not chosen_pairs:
@@ -170,25 +192,28 @@ def score_pairs(
     """`score` on pairs at hand."""
     settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
     kept = Cache.of(cache)
+    kept.check(family)
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
     team = Team()
-    if progress and team.is_first:
-        _tell_size(output, family, settings, pairs, kept, maps, max_length)
+    tells = progress and team.is_first
+    size = _foretold_size(family, settings, pairs, kept, maps, max_length) if tells else ""
+    others = OtherPictures(pairs)
     with team.lock(output):
         writer = _writer(team, output, family, settings, pairs, shard_size, kept, maps)
         missing = team.agree("missing", writer.missing_shards)
+        if tells and missing:
+            print(f"catpo: {output} will take about {size}", file=sys.stderr)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
-        with track(len(pairs), "Scoring", "pairs", done=done, enabled=progress and team.is_first) as bar, on_sigterm() as stop:
+        with track(len(pairs), "Scoring", "pairs", done=done, enabled=tells) as bar, on_sigterm() as stop:
             for shard in team.claim("missing", missing):
                 stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in _by_length(scorer, pairs[here], batch_size, bound):
-                    others = [another_pair(pairs, pair) for pair, _ in batch]
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
                     bar.advance(done + team.add("scored", len(batch)) - bar.count)
@@ -209,20 +234,19 @@ def score_pairs(
     return RewardStore.open(output)
 
 
-def _tell_size(
-    output: str | Path,
+def _foretold_size(
     family: Family,
     settings: ScoreSettings,
     pairs: Sequence[PreferencePair],
     kept: Cache,
     maps: bool,
     max_length: int | None,
-) -> None:
-    """What the store is going to take, by the lengths of some pairs, before any of it is written."""
+) -> str:
+    """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""
     encoded = [family.encode(pair, max_length=max_length) for pair in spread(pairs, SIZED_PAIRS)]
     parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, maps) if encoded else {}
     sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
-    print(f"catpo: {output} will take about {memory.readable(sum(parts.values()))} ({sizes})", file=sys.stderr)
+    return f"{memory.readable(sum(parts.values()))} ({sizes})"
 
 
 def _writer(
@@ -292,9 +316,9 @@ class PairScorer:
         return self.family.encode(pair, max_length=self.max_length)
 
     def score_batch(
-        self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: Sequence[PreferencePair]
+        self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: OtherPictures
     ) -> list[ScoredResponse]:
-        """The signals of a batch; `others` are pairs whose pictures serve as "another picture" to each."""
+        """The signals of a batch; `others` gives each pair "another picture" if a signal reads it."""
         doing = f"scoring {len(encoded)} pairs (the longest has {max(each.length for each in encoded):,} tokens)"
         with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, encoded, self.settings, pairs, others)
@@ -336,7 +360,7 @@ class TeacherForced:
         encoded: Sequence[Encoded],
         settings: ScoreSettings,
         pairs: Sequence[PreferencePair],
-        others: Sequence[PreferencePair],
+        others: OtherPictures,
     ) -> None:
         self.family, self.encoded, self.settings, self.pairs, self.others = family, encoded, settings, pairs, others
         self.head = family.head
@@ -379,9 +403,6 @@ class TeacherForced:
 
     def top_words(self, number: int, side: int, k: int) -> TopWords:
         """The k likeliest words at each of the response's tokens."""
-        words = len(self.head.weight)
-        if k >= words:
-            raise UserError(f"cache=topk(k={k}): the model has {words} words. Give fewer, or cache=hidden, which is exact.")
         ids, logps = top_words(self._predicting(number, side), self.head, k)
         return TopWords(ids.cpu(), logps.cpu())
 
@@ -410,15 +431,12 @@ class TeacherForced:
         """Patch positions per row, of all pictures or of the one asked for."""
         if self.settings.patches == "all":
             return self.batch["patches"]
-        picture = self.settings.patches
+        for each in self.encoded:
+            self.settings.check_patches(each)
+        picture = int(self.settings.patches)
         spans = []
         for each in self.encoded:
             sizes = _patches_by_picture(each)
-            if not isinstance(picture, int) or not 0 <= picture < len(sizes):
-                raise UserError(
-                    f"pair {each.pair_id}: patches={picture!r} asks for a picture it does not have ({len(sizes)} here). "
-                    "Give a lower number, or all."
-                )
             spans.append((sum(sizes[:picture]), sizes[picture]))
         rows = self.batch["patches"].shape[0] // len(spans)
         longest = max(size for _, size in spans)
@@ -439,14 +457,16 @@ class TeacherForced:
 
     @cached_property
     def _another_logps(self) -> Tensor:
-        for pair, other in zip(self.pairs, self.others, strict=True):
-            if other is pair:
-                raise UserError(
-                    f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
-                )
-        swapped = [replace(pair, images=other.images) for pair, other in zip(self.pairs, self.others, strict=True)]
-        batch = self._pack([self.family.encode(pair) for pair in swapped])
+        batch = self._pack([self.family.encode(self._with_another_picture(pair)) for pair in self.pairs])
         return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)
+
+    def _with_another_picture(self, pair: PreferencePair) -> PreferencePair:
+        images = self.others.of(pair)
+        if images is None:
+            raise UserError(
+                f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
+            )
+        return replace(pair, images=images)
 
     def _hidden(self, layer: int) -> Tensor:
         if layer in (-1, self.family.depth):
@@ -499,17 +519,6 @@ def _by_length(
             count = min(batch_size, max(1, batch_tokens // longest))
             yield encoded[:count]
             encoded = encoded[count:]
-
-
-def another_pair(pairs: Sequence[PreferencePair], pair: PreferencePair) -> PreferencePair:
-    """A pair with another picture, chosen by this pair's id, so that a shard does not depend on the others."""
-    start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
-    own = [image.digest() for image in pair.images]
-    for step in range(len(pairs)):
-        other = pairs[(start + step) % len(pairs)]
-        if other.id != pair.id and len(other.images) == len(pair.images) and [image.digest() for image in other.images] != own:
-            return other
-    return pair
 
 
 def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> np.ndarray:

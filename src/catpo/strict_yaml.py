@@ -70,9 +70,13 @@ def load(path: Path, *, what: str, advice: str) -> Any:
         UserError: no such file, not YAML, a key twice.
     """
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, which no {what} needs. {advice}")
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():  # a folder, a pipe, a device without end
+            raise UserError(f"{path} cannot be read (it is not a file). {advice}")
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES:,} bytes, which no {what} needs. {advice}")
+        text = content.decode("utf-8")
         if text.count("[") + text.count("{") > MAX_BRACKETS:
             raise UserError(f"{path} has more than {MAX_BRACKETS:,} brackets, which no {what} needs. Write it flat.")
         return yaml.load(text, _Loader)

@@ -10,13 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from catpo.display import plain
-from catpo.quality import Separation, SignalQuality
+from catpo.quality import Separation, SignalQuality, measured
 
 
-def quality_table(rows: Sequence[SignalQuality]) -> Table:
-    """AUROC of each signal for grounded against hallucinated object tokens, with 95 % intervals."""
+def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
+    """AUROC of each signal for grounded against hallucinated object tokens in a store of so many pairs; 95 % intervals."""
     counts = rows[0].overall if rows else None
-    found = f"{counts.grounded_count} grounded, {counts.hallucinated_count} hallucinated" if counts else "none"
+    found = (
+        f"{counts.grounded_count} grounded, {counts.hallucinated_count} hallucinated in {measured(pair_count)}"
+        if counts
+        else "none"
+    )
     table = Table(title=f"Do the signals tell grounded from hallucinated object words? AUROC, 0.5 is chance ({found})")
     for heading in ("signal", "all", "chosen", "rejected"):
         table.add_column(heading, justify="left" if heading == "signal" else "right")

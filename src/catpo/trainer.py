@@ -88,6 +88,31 @@ class CatPOConfig(TrainingArguments):
             raise UserError(f"prefix='{self.prefix}' is not known. Give 'shared' or 'separate'.")
 
 
+def needs_store(objective: Objective, reference: str) -> bool:
+    """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
+    needs = requirements(objective.loss, objective.options)
+    reads_reference = "reference_logps" in needs or kl_direction(needs) is not None
+    return "weights" in needs or (reference == "cached" and reads_reference)
+
+
+def check_store(store: RewardStore, objective: Objective, reference: str) -> None:
+    """Raises UserError if the objective's KL needs more of the reference than the store has."""
+    direction = kl_direction(requirements(objective.loss, objective.options))
+    if direction and reference == "cached" and not (store.has_hidden or store.has_top):
+        raise UserError(
+            f"{store.path} holds no hidden states, which the KL of {objective.spec} needs. Score again with them, "
+            "give reference='online', or set kl_weight=0."
+        )
+
+
+def check_adaptive(adaptive: int, objective: Objective, workers: int, processes: int) -> None:
+    """Raises UserError if rewards cannot follow the policy."""
+    if adaptive and "weights" not in requirements(objective.loss, objective.options):
+        raise UserError(f"adaptive={adaptive}: {objective.spec} reads no token weights. Leave adaptive out.")
+    if adaptive and (workers or processes > 1):
+        raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
+
+
 class CatPOTrainer(Trainer):
     """Preference training with token weights; the constructor is the one users of TRL's `DPOTrainer` know.
 
@@ -125,6 +150,7 @@ class CatPOTrainer(Trainer):
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
+        check_adaptive(args.adaptive, self.objective, args.dataloader_num_workers, process_count())
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
             check_family(self.family, train_pairs[0])
@@ -167,9 +193,7 @@ class CatPOTrainer(Trainer):
     # ---- preparation --------------------------------------------------------------------------------------------------
 
     def _open_rewards(self, args: CatPOConfig, pairs: Sequence[PreferencePair]) -> RewardStore | None:
-        reads_reference = "reference_logps" in self.needs or self.direction is not None
-        needs_store = "weights" in self.needs or (args.reference == "cached" and reads_reference)
-        if not needs_store:
+        if not needs_store(self.objective, args.reference):
             return None
         if args.rewards is None:
             hidden = self.direction is not None or self.readings.reads_clean_reference
@@ -184,11 +208,7 @@ class CatPOTrainer(Trainer):
                 "template_hash": self.family.template_hash,
             }
         )
-        if self.direction and args.reference == "cached" and not (store.has_hidden or store.has_top):
-            raise UserError(
-                f"{args.rewards} holds no hidden states, which the KL of {self.objective.spec} needs. Score again with them, "
-                "give reference='online', or set kl_weight=0."
-            )
+        check_store(store, self.objective, args.reference)
         return store
 
     def _adaptive_rewards(
@@ -196,10 +216,6 @@ class CatPOTrainer(Trainer):
     ) -> list[TrainerCallback]:
         if not args.adaptive:
             return []
-        if "weights" not in self.needs:
-            raise UserError(f"adaptive={args.adaptive}: {self.objective.spec} reads no token weights. Leave adaptive out.")
-        if args.dataloader_num_workers or process_count() > 1:
-            raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
         return [AdaptiveRewards(args.adaptive, pairs, collator, Path(args.output_dir or "."))]
 
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:

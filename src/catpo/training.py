@@ -99,13 +99,14 @@ def train(
     Raises:
         UserError: see `CatPOTrainer`; or `output` holds another run.
     """
+    options = dict(locals())
     output = Path(output)
     settings = {
-        name: str(value) if isinstance(value, Path) else value for name, value in locals().items() if name not in _NOT_SETTINGS
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items() if name not in _NOT_SETTINGS
     }
     team = Team()
     with team.lock(output):
-        checkpoint = _checkpoint(output, resume)
+        checkpoint = free_output(output, resume)
         if checkpoint and (output / "catpo.json").exists():
             begun = _begun(output)
             check_same(begun["settings"], settings, where=str(output))
@@ -115,24 +116,10 @@ def train(
         if checkpoint and (problem := team.agree("damage", lambda: damage(checkpoint))):
             team.leave()
             raise UserError(problem)
-        check_positive(
-            batch_size=batch_size, accumulation=accumulation, limit=limit, max_length=max_length, logging_steps=logging_steps
-        )
-        check_not_negative(
-            learning_rate=learning_rate, epochs=epochs, warmup_steps=warmup_steps, weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm, save_steps=save_steps, adaptive=adaptive, workers=workers,
-        )  # fmt: skip
-        check_seed(seed)
-        _check_tracker(report_to)
-        if scheduler not in (known := [each.value for each in SchedulerType]):
-            raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+        check_values(options)
         skipped = Skipped(on_error)
         everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else _checked(pairs, skipped, limit)
         train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
-        if quantization is not None and lora is None:
-            raise UserError(
-                "quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora."
-            )
         place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
         family = families.load(
             model, device=place, dtype=dtype, quantization=quantization, attention=attention,
@@ -191,6 +178,27 @@ def train(
         team.wait("saved")
     team.leave()
     return TrainingResult(output, output / "model", _last_metrics(output))
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """A look at all of `train`'s arguments that can be judged without pairs and model.
+
+    Raises:
+        UserError: a number is out of its range, a word is not known, or two of them do not go together.
+    """
+    counts = ("batch_size", "accumulation", "limit", "max_length", "logging_steps")
+    check_positive(**{name: options[name] for name in counts})
+    numbers = (
+        "learning_rate", "epochs", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "adaptive", "workers",
+    )  # fmt: skip
+    check_not_negative(**{name: options[name] for name in numbers})
+    check_seed(options["seed"])
+    _check_tracker(options["report_to"])
+    scheduler, known = options["scheduler"], [each.value for each in SchedulerType]
+    if scheduler not in known:
+        raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+    if options["quantization"] is not None and options["lora"] is None:
+        raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
 
 
 def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
@@ -301,7 +309,12 @@ def _begun(output: Path) -> dict[str, Any]:
     return begun
 
 
-def _checkpoint(output: Path, resume: bool) -> Path | None:
+def free_output(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        UserError: the folder holds a run, and it is not to be gone on with.
+    """
     is_finished = (output / "model").exists()
     last = last_whole(output / "checkpoints")
     if not resume and (is_finished or last):

@@ -239,7 +239,7 @@ def _row_file(source: Path) -> Path:
     for name in USUAL_FILES:
         if (source / name).is_file():
             return source / name
-    found = sorted(source.glob("*.jsonl"))
+    found = sorted(file for file in source.glob("*.jsonl") if file.is_file())  # not a pipe, which would be waited for
     if len(found) != 1:
         problem = "no .jsonl file" if not found else f"{len(found)} .jsonl files ({found[0].name}, {found[1].name}, ...)"
         raise UserError(f"{source} holds {problem}. Call one of them data.jsonl or pairs.jsonl, or give the file itself.")
@@ -260,7 +260,7 @@ def _vocabulary(root: Path, name: str | None) -> Mapping[str, str] | None:
     if name is None and not path.exists():
         return None
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file. Rename it, or put the words there.")
+        raise UserError(f"{path} is not a file. Put a JSON file there that maps words to objects, or remove it.")
     words = read_json(path, made_by="you: surface form -> object")
     if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
         raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')

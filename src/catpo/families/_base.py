@@ -684,7 +684,7 @@ def load(
         path, adapter = _adapter_base(Path(path)), path
     options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
     _check_dtype(dtype)
-    _check_device(device)
+    check_device(device)
     _refuse_pickles(Path(path), f"model '{model}'", ("model.safetensors", "model.safetensors.index.json"))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -759,7 +759,13 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(f"dtype='{dtype}' is not known. {did_you_mean(dtype, ('auto', 'float32', 'bfloat16', 'float16'))}")
 
 
-def _check_device(device: str | torch.device | None) -> None:
+def _check_quantization(quantization: str | None) -> None:
+    if quantization not in (None, "4bit"):
+        raise UserError(f"quantization='{quantization}' is not known. Give '4bit', or leave it out.")
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises UserError if torch cannot use the device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
@@ -781,6 +787,7 @@ def blueprint(
     """
     path = resolve(model)
     _check_dtype(dtype)
+    _check_quantization(quantization)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -800,8 +807,7 @@ def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
     Raises:
         UserError: another word than `4bit`, or bitsandbytes is not installed.
     """
-    if quantization != "4bit":
-        raise UserError(f"quantization='{quantization}' is not known. Give '4bit', or leave it out.")
+    _check_quantization(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
     plan = blueprint(path, dtype=dtype)
