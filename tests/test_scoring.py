@@ -212,6 +212,10 @@ def test_the_size_is_told_when_something_is_going_to_be_written(family, tmp_path
     assert "will take about" not in capsys.readouterr().err  # all is there
     with pytest.raises(UserError, match="layers"):
         tell(layers="last")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        score_pairs(pairs(2), family, tmp_path / "other", settings(ALL[:1]))
     with lock(tmp_path / "held"), pytest.raises(UserError, match="being written"):
         score_pairs(pairs(2), family, tmp_path / "held", settings(ALL[:1]))
     assert "will take about" not in capsys.readouterr().err

@@ -32,7 +32,7 @@ from catpo.other_pictures import OtherPictures
 from catpo.processes import Team
 from catpo.progress import Track, track
 from catpo.reference_cache import Cache, store_bytes
-from catpo.rewards import ResponseRow, RewardStore, RewardWriter
+from catpo.rewards import ResponseRow, RewardStore, RewardWriter, check_place
 from catpo.runs import versions
 from catpo.selfcheck import check_family
 from catpo.signals._base import Evidence
@@ -199,13 +199,17 @@ def score_pairs(
     bound = batch_tokens or pass_tokens(family, family.device)
     team = Team()
     tells = progress and team.is_first
-    size = _foretold_size(family, settings, pairs, kept, maps, max_length) if tells else ""
+    size = f"catpo: {output} will take about {_foretold_size(family, settings, pairs, kept, maps, max_length)}" if tells else ""
     others = OtherPictures(pairs)
     with team.lock(output):
+        is_begun = (Path(output) / "store.json").exists()
+        if tells and not is_begun:  # before anything is written
+            check_place(Path(output))
+            print(size, file=sys.stderr)
         writer = _writer(team, output, family, settings, pairs, shard_size, kept, maps)
         missing = team.agree("missing", writer.missing_shards)
-        if tells and missing:
-            print(f"catpo: {output} will take about {size}", file=sys.stderr)
+        if tells and is_begun and missing:
+            print(size, file=sys.stderr)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
         with track(len(pairs), "Scoring", "pairs", done=done, enabled=tells) as bar, on_sigterm() as stop:
