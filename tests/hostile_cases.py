@@ -327,7 +327,7 @@ def file_names() -> None:
     for name, output in {"nul": "a\0.html", "nul-above": "a\0b/report.html", "long": "a" * 5000 + ".html"}.items():
         bad(f"output-{name}", lambda p, o=output: ["report", "--rewards", p.store, "--output", o], "cannot be")
     bad("output-of-pairs-nul", lambda p: [*ask(p, p.data(SAMPLE))[:-1], "a\0b"], "a\\x00b", "cannot be")
-    bad("vocabulary-folder", lambda p: ask(p, _vocabulary_folder(p)), "vocabulary.json", "is not a file")
+    bad("vocabulary-folder-for-pairing", lambda p: ask(p, _vocabulary_folder(p)), "vocabulary.json", "is not a file")
 
 
 def _vocabulary_folder(place: Place) -> Path:

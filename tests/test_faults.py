@@ -175,7 +175,7 @@ def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_pat
     family = families.load("builtin")
     given = dict(model=family, data="scenes(count=4)", block_size=2, max_new_tokens=4, progress=False)
     terminating(monkeypatch, family, "generate", 1)
-    with pytest.raises(Stopped, match="1 of 2 blocks of answers are in"):
+    with pytest.raises(Stopped, match="2 of 4 answers are in"):
         pair(output=tmp_path / "pairs", **given)
     terminating(monkeypatch, family, "generate", 1)
     asked = dict(model=family, benchmarks=["scenes(count=2)"], batch_size=2, max_new_tokens=4, progress=False)
@@ -290,7 +290,7 @@ def test_a_read_only_folder_is_refused_before_any_work():
 
         code, said = in_child(locks)
         place.chmod(0o755)
-    assert code == 1 and "cannot be used as output (Permission denied). Choose another --output." in said
+    assert code == 1 and "cannot be used as a folder (Permission denied). Choose another --output" in said
 
 
 def test_refusals_of_the_disk_are_told_from_other_errors():

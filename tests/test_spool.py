@@ -70,8 +70,9 @@ def test_blocks_end_anywhere(monkeypatch):
     assert len(SpooledPairs.of([])) == 0
 
 
-def test_worker_processes_read_it_and_leave_it(place):
+def test_worker_processes_read_it_and_leave_it(place, monkeypatch):
     kept = SpooledPairs.of(pairs(5))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # the sockets that processes meet at have short names only
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.map(_id_of, [(kept, 3)]) == [kept[3].id]
