@@ -205,6 +205,8 @@ class CatPOTrainer(Trainer):
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)
         self.family.use_packed_attention()
+        if not args.train_vision:
+            self.family.keep_no_graph_of_vision()
         self.reference_model: nn.Module | None = None
         is_adapter = peft_config is not None or hasattr(self.family.model, "peft_config")
         if peft_config is not None:
