@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import pytest
+from bench.launching import together
 
 from catpo import evaluation, scoring
 from catpo.data import open_data
@@ -20,7 +21,6 @@ from catpo.pairing import pair
 from catpo.processes import Team
 from catpo.scoring import score_pairs
 from fake_family import FakeFamily
-from launching import together
 from tiny import pairs
 
 # ---- the work is shared out -----------------------------------------------------------------------------------------------
