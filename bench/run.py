@@ -41,9 +41,11 @@ class Side:
     trainer: str = ""
     lora: bool = False
     workers: int = 0
+    checkpointing: bool = False
 
     def arguments(self) -> list[str]:
-        return [f"--work={self.work}", f"--trainer={self.trainer}", f"--workers={self.workers}", *["--lora"] * self.lora]
+        flags = [f"--{name}" for name in ("lora", "checkpointing") if getattr(self, name)]
+        return [f"--work={self.work}", f"--trainer={self.trainer}", f"--workers={self.workers}", *flags]
 
 
 @dataclass(frozen=True)

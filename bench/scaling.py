@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from catpo.scale import Work, per_process, sent_bytes, training_passes
+from catpo.reference_cache import token_bytes
+from catpo.scale import Operations, Work, per_process, sent_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
 """Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""
+MERGED = 4
+"""Patches of the tower that become one token of a picture."""
 ROW = IMAGE + PROMPT + RESPONSES
 EPOCHS, BATCH = 3, 32
 """Passes over the pairs, and pairs per optimiser step, all GPUs together (more GPUs than that: one pair each)."""
@@ -62,9 +65,19 @@ class Size:
         return self.layers * LORA_RANK * sides
 
     @property
-    def forward(self) -> float:
-        """Operations of one pair's row."""
-        return 2 * self.linear * ROW + 2 * self.layers * self.width * ROW**2 + 2 * self.head * RESPONSES
+    def operations(self) -> Operations:
+        """Of one pair's row."""
+        return Operations(
+            linear=2 * self.linear * ROW,
+            attention=2 * self.layers * self.width * ROW**2,
+            head=2 * self.head * RESPONSES,
+            tower=2 * self.vision * MERGED * IMAGE,
+        )
+
+    def training(self, lora: bool) -> float:
+        """Operations of one pair, with checkpointing and KL."""
+        adapter = 2.0 * self.adapter * ROW if lora else None
+        return self.operations.training(adapter=adapter, is_checkpointed=True, keeps_kl=True)
 
     @property
     def checkpointed(self) -> int:
@@ -97,13 +110,15 @@ def main() -> None:
     print(row("", *(f"{pairs:,} pairs x {gpus}" for pairs, gpus in places)))
     print(row("---", *["---:"] * len(places)))
     for name, size in QWEN.items():
-        print(row(f"{name} score", *(hours(size.forward * pairs, "ddp", size, gpus, 0, 0) for pairs, gpus in places)))
+        print(
+            row(f"{name} score", *(hours(size.operations.forward * pairs, "ddp", size, gpus, 0, 0) for pairs, gpus in places))
+        )
         for lora in (True, False):
             engine = "ddp" if lora and name in ("3B", "7B") else "fsdp2"
             cells = []
             for pairs, gpus in places:
                 steps = EPOCHS * pairs / max(BATCH, gpus)
-                flops = EPOCHS * pairs * size.forward * training_passes(lora, True)
+                flops = EPOCHS * pairs * size.training(lora)
                 trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)
                 cells.append(hours(flops, engine, size, gpus, steps, trained))
             print(row(f"{name} {'LoRA' if lora else 'full'}, {engine}", *cells))
@@ -112,7 +127,7 @@ def main() -> None:
     print(row("pairs", *(f"{name} {kind}" for name in QWEN for kind in kinds)))
     print(row("---:", *["---:"] * len(QWEN) * len(kinds)))
     for pairs in (5_000, 100_000, 1_000_000):
-        cells = [pairs * RESPONSES * (28 + kind(size)) / 1e9 for size in QWEN.values() for kind in kinds.values()]
+        cells = [pairs * RESPONSES * (token_bytes(3) + kind(size)) / 1e9 for size in QWEN.values() for kind in kinds.values()]
         print(row(f"{pairs:,}", *(f"{cell:,.1f}" for cell in cells)))
     maps = 1_000_000 * RESPONSES * IMAGE * 2 / 1e9
     print(f"\nAttention maps (--maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
@@ -129,12 +144,13 @@ def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
         "activations": size.checkpointed,
         "head tile": 4 * 4 * (1 << 24),
     }
-    return per_process(parts, engine, gpus, BF16 * size.layer)
+    return per_process(parts, engine, gpus, layer=BF16 * size.layer, head=BF16 * size.head)
 
 
 def hours(flops: float, engine: str, size: Size, gpus: int, steps: float, trained: int) -> str:
     batches = max(1, BATCH // gpus)
-    sent = sent_bytes(engine, gpus, BF16 * size.weights, trained, batches) if steps else 0.0
+    gathered = BF16 * (size.weights + size.linear + size.head)  # backward the decoder with its embeddings, once more
+    sent = sent_bytes(engine, gpus, gathered=gathered, gradients=trained, batches=batches) if steps else 0.0
     found = Work(flops, sent).hours(GPU, gpus, int(steps))
     return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 

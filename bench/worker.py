@@ -22,9 +22,9 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from bench.counting import counter
 from bench.shapes import SHAPES, make_pairs
 from catpo.batching import Batch, pack, response_hidden, run_backbone
 from catpo.families import _base as families
@@ -40,6 +40,7 @@ from catpo.types import SIDES, PatchGrid, PreferencePair, Side
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")
 """As shipped, and with its head on response positions only, as it is on CUDA."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main() -> None:
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured; one more warms up")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="of ours; TRL's own default is to do it")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: seconds of computing, other work left out")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as output:
@@ -65,11 +68,11 @@ def main() -> None:
 class Watch(TrainerCallback):
     """Seconds of each step and of what lies between steps (fetching data); operations and token passes of the first step."""
 
-    def __init__(self, decoder: type[torch.nn.Module], *, backward: int) -> None:
+    def __init__(self, decoder: type[torch.nn.Module], clock: Callable[[], float], *, backward: int) -> None:
         self.steps: list[float] = []
         self.between: list[float] = []
-        self.flops = FlopCounterMode(display=False)
-        self.decoder, self.backward, self.token_passes = decoder, backward, 0
+        self.flops = counter()
+        self.decoder, self.clock, self.backward, self.token_passes = decoder, clock, backward, 0
         register_module_forward_hook(self.count)
 
     def count(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
@@ -79,7 +82,7 @@ class Watch(TrainerCallback):
             self.token_passes += hidden.shape[0] * hidden.shape[1] * (1 + self.backward * hidden.requires_grad)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = self.clock()
         if not self.steps:
             self.flops.__enter__()
         else:
@@ -88,7 +91,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.steps:
             self.flops.__exit__(None, None, None)
-        self.ended = time.perf_counter()
+        self.ended = self.clock()
         self.steps.append(self.ended - self.began)
 
     def seconds(self) -> list[float]:
@@ -133,7 +136,9 @@ def make_trainer(
         "seed": 0,
         "beta": 0.1,
     }
-    watch = Watch(type(family.decoder), backward=1 if options.lora else 2)  # frozen weights take no gradient
+    watch = Watch(
+        type(family.decoder), CLOCKS[options.clock], backward=1 if options.lora else 2
+    )  # frozen weights take no gradient
     trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -149,6 +154,7 @@ def _ours(options: argparse.Namespace, family: families.Family, pairs: list[Pref
         objective="catpo" if is_naive else options.trainer,
         rewards=str(options.rewards),
         self_check=False,
+        gradient_checkpointing=options.checkpointing,
         reference="online" if is_naive else "cached",
         prefix="separate" if is_naive else "shared",
     )
@@ -222,7 +228,7 @@ def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = families.load(options.model)
     score_pairs(pairs[:1], family, output / "warm", progress=False)
-    return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False))
+    return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False), CLOCKS[options.clock])
 
 
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -314,11 +320,11 @@ def signals(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return measured(run)
 
 
-def measured(run: Callable[[], object]) -> dict[str, Any]:
+def measured(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     before = resident_mebibytes()
-    began = time.perf_counter()
+    began = clock()
     run()
-    return {"seconds": [time.perf_counter() - began], "memory": peak_mebibytes() - before, "losses": []}
+    return {"seconds": [clock() - began], "memory": peak_mebibytes() - before, "losses": []}
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------------

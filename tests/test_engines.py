@@ -1,7 +1,7 @@
 """Training engines in two processes give the loss curve and the weights of one process: DDP, FSDP2, DeepSpeed ZeRO-2 and -3.
 
 The environment of each is what `accelerate launch --config_file recipes/accelerate/….yaml` sets. The run folder says which
-engine really ran: accelerate leaves FSDP out on CPUs without a word, unless told as `launching` does.
+engine really ran: accelerate leaves FSDP out on CPUs without a word, unless told as `bench.launching` does.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from bench.launching import environment_of, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from catpo.families import _base as families
 from catpo.processes import Team
 from catpo.training import train
-from launching import environment_of, together
 from tiny import pairs
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
@@ -36,6 +37,7 @@ CASES = {
     "checkpointed lora": {"gradient_checkpointing": True, "lora": LORA},
     "views": {"objective": "mdpo"},
     "views lora": {"objective": "mdpo", "lora": LORA},
+    "accumulated": {"batch_size": 2, "accumulation": 2},
     "watched": {"dev_share": 0.25, "batch_size": 2},  # six pairs: accelerate would fill a last batch up with the first pairs
     "learned": {"objective": "catpo(learned=True)"},
 }
@@ -108,6 +110,28 @@ def test_a_sharded_run_is_resumed_where_it_stopped(folder, store, tmp_path, engi
     resumed, _ = together(2, partial(run, tmp_path / "again", resume=True), **environment)[0]
     assert resumed == pytest.approx(straight, abs=1e-4)
     assert_close(weights(tmp_path / "again"), weights(tmp_path / "straight"), atol=1e-4, rtol=0)
+
+
+def test_fsdp2_keeps_no_whole_gradients_between_the_batches_of_a_step(folder, store, tmp_path):
+    run = partial(trained, folder, store, tmp_path / "run", batch_size=2, accumulation=2, max_steps=1)
+    both = together(2, partial(gradients_after_a_batch, run), **environment_of(RECIPES / "fsdp2.yaml"))
+    family = families.load(folder)
+    trains = sum(each.numel() for each in [*family.decoder.parameters(), family.head.weight])
+    assert sum(both) == trains and max(both) < 0.6 * trains
+
+
+def gradients_after_a_batch(run):
+    """How many numbers this process holds of them."""
+    from catpo.callbacks import MetricsFile
+
+    held = []
+
+    def count(self, args, state, control, model, **options):
+        held.append(sum(each.grad.to_local().numel() for each in model.parameters() if each.grad is not None))
+
+    MetricsFile.on_substep_end = count
+    run()
+    return held[0]
 
 
 def interrupted(run):

@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 import pytest
+from bench.launching import together
 
 from catpo import evaluation, scoring
 from catpo.data import open_data
@@ -26,7 +27,6 @@ from catpo.scoring import score_pairs
 from catpo.training import train
 from commands import run
 from fake_family import FakeFamily
-from launching import together
 from tiny import pairs
 
 # ---- the work is shared out -----------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ import pytest
 from catpo import scoring
 from catpo.errors import UserError
 from catpo.families import _base as families
+from catpo.reference_cache import token_bytes
 from catpo.rewards import RewardStore
 from catpo.scoring import score_pairs
+from catpo.shards import ResponseRow, to_parquet
 from catpo.trainer import CatPOConfig, CatPOTrainer
+from catpo.types import SIDES, PatchGrid
 from tiny import pairs
 
 PAIRS = pairs(4)
@@ -63,6 +66,25 @@ def test_the_store_of_likeliest_words_is_as_large_as_said(stores):
     for token, own, kept, values in zip(row.token_ids, row.logps, ids, logps, strict=True):
         at = np.flatnonzero(kept == token)
         assert not len(at) or values[at[0]] == pytest.approx(own, abs=1e-5)
+
+
+def test_a_token_takes_as_many_bytes_as_said(tmp_path):
+    """Numbers that do not compress, in shards of the usual size."""
+    rng = np.random.default_rng(0)
+    words = [f" word{number}" for number in range(2000)]
+
+    def response(number, side):
+        ids = rng.integers(0, len(words), 80)
+        signals = {name: rng.random(80, np.float32) for name in ("one", "two", "three")}
+        return ResponseRow(
+            pair_id=f"pair-{number}", side=side, token_ids=ids, logps=-rng.random(80, np.float32), signals=signals,
+            labels=np.full(80, -1, np.int8), pieces=[words[each] for each in ids], is_special=np.arange(80) == 79,
+            grids=[PatchGrid(0, 24, 24, (0.0, 0.0, 1.0, 1.0))],
+        )  # fmt: skip
+
+    rows = [response(number, side) for number in range(64) for side in SIDES]
+    written = len(to_parquet(rows, ["one", "two", "three"]))
+    assert written / (len(rows) * 80) == pytest.approx(token_bytes(3), rel=0.1)
 
 
 @pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "likeliest words"), ("logps", "signals")])

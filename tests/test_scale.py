@@ -2,44 +2,63 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from bench.counting import counter
+from peft import get_peft_model
 
-from catpo.batching import pack, run_backbone
+from catpo.batching import add_pair_forward, hidden_and_logps, pack
 from catpo.errors import UserError
-from catpo.plan import _forward_flops
-from catpo.scale import SHARDED, Work, check_engine, per_process, sent_bytes, training_passes
+from catpo.plan import operations
+from catpo.scale import SHARDED, Operations, Work, check_engine, per_process, sent_bytes
+from catpo.training import lora_config
 from tiny import llava, pairs
+from tiny_families import BUILDERS, build
 
 MEMORY = {"weights": 800, "gradients": 80, "optimiser": 161, "activations": 50}
 
 
 def test_ddp_holds_everything_and_the_others_their_share():
-    assert per_process(MEMORY, "ddp", 8, layer=10) == MEMORY
-    assert per_process(MEMORY, "zero2", 8, layer=10) == {"weights": 800, "gradients": 10, "optimiser": 21, "activations": 50}
+    assert per_process(MEMORY, "ddp", 8, layer=10, head=3) == MEMORY
+    assert per_process(MEMORY, "zero2", 8, layer=10, head=3) == {
+        "weights": 800,
+        "gradients": 10,
+        "optimiser": 21,
+        "activations": 50,
+    }
     for engine in ("zero3", "fsdp2"):
-        held = per_process(MEMORY, engine, 8, layer=10)
-        assert held == {"weights": 100, "gradients": 10, "optimiser": 21, "activations": 50, "gathered layers": 20}
+        held = per_process(MEMORY, engine, 8, layer=10, head=3)
+        assert held == {"weights": 100, "gradients": 10, "optimiser": 21, "activations": 50, "gathered layers": 23}
 
 
 @pytest.mark.parametrize("engine", SHARDED)
 def test_one_process_shards_nothing_and_sends_nothing(engine):
-    assert per_process(MEMORY, engine, 1, layer=10) == MEMORY
-    assert sent_bytes(engine, 1, 800, 80, 4) == 0
+    assert per_process(MEMORY, engine, 1, layer=10, head=3) == MEMORY
+    assert sent_bytes(engine, 1, gathered=1500, gradients=80, batches=4) == 0
 
 
 def test_traffic_is_that_of_the_collectives():
     """By rings, each of p processes sends (p - 1) / p n bytes to gather or to scatter n, and twice that to all-reduce."""
     gather = scatter = lambda size: 7 / 8 * size
-    assert sent_bytes("ddp", 8, 800, 80, 4) == gather(80) + scatter(80)
-    assert sent_bytes("zero2", 8, 800, 80, 4) == gather(80) + scatter(80)
-    assert sent_bytes("fsdp2", 8, 800, 80, 4) == 4 * (2 * gather(800) + scatter(80))
+    step = {"gathered": 1500, "gradients": 80, "batches": 4}
+    assert sent_bytes("ddp", 8, **step) == gather(80) + scatter(80)
+    assert sent_bytes("zero2", 8, **step) == 4 * (gather(80) + scatter(80)) + gather(80)
+    assert sent_bytes("fsdp2", 8, **step) == sent_bytes("zero3", 8, **step) == 4 * (gather(1500) + scatter(80))
 
 
-def test_a_training_token_is_worth_its_passes():
-    assert [training_passes(*each) for each in ((False, False), (True, False), (False, True), (True, True))] == [3, 2, 4, 3]
+def test_each_part_is_worth_its_passes():
+    """Of linear layers, fused attention, the head and the frozen tower."""
+
+    def passes(adapter, is_checkpointed, keeps_kl):
+        alone = (Operations(*(float(part == chosen) for part in range(4))) for chosen in range(4))
+        return [each.training(adapter=adapter, is_checkpointed=is_checkpointed, keeps_kl=keeps_kl) for each in alone]
+
+    assert passes(None, False, False) == [3, 3.5, 4, 1]
+    assert passes(0.0, False, False) == [2, 3.5, 2, 1]
+    assert passes(None, True, False) == [4, 4.5, 4, 1]
+    assert passes(0.0, True, True) == [3, 4.5, 4, 1]
+    assert Operations(1, 2, 3, 4).forward == 10
+    assert Operations(0, 0, 0, 0).training(adapter=5, is_checkpointed=False, keeps_kl=False) == 3 * 5
 
 
 def test_hours_add_up():
@@ -52,20 +71,51 @@ def test_an_unknown_engine_is_answered_with_a_known_one():
         check_engine("fsdp")
 
 
-def test_operations_are_those_that_torch_counts():
-    """Decoder and head of a forward pass, row by row; eager attention computes the whole square, half of which is needed."""
+@pytest.mark.parametrize("keeps_kl", [False, True], ids=["plain", "kl"])
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("lora", [None, "lora(r=8)"], ids=["full", "lora"])
+def test_operations_of_training_are_those_that_torch_counts(lora, is_checkpointed, keeps_kl):
+    """Forward and backward of one pair; checkpointing stops a layer's second run before its last product."""
     family = llava()
-    encoded = [family.encode(pair) for pair in pairs(4)]
-    rows = [each.length for each in encoded]
-    counted = 0.0
-    with family.eager_attention():
-        for each in encoded:
-            with FlopCounterMode(display=False) as counter:
-                run_backbone(family.unwrapped, pack(family, [each]))
-            counts = {name.rsplit(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-            counted += counts["language_model"]
-    text = family.unwrapped.config.get_text_config()
-    half = sum(2 * text.num_hidden_layers * text.hidden_size * length**2 for length in rows)
-    head = sum(2 * family.head.weight.numel() * sum(map(len, each.response_ids.values())) for each in encoded)
-    predicted = 4 * _forward_flops(family, encoded, rows)
-    assert math.isclose(predicted - head + half, counted, rel_tol=0.02)
+    family.use_packed_attention()
+    add_pair_forward(family.unwrapped)
+    encoded = family.encode(pairs(1)[0])
+    batch = pack(family, [encoded])
+    with torch.no_grad():
+        hidden, _ = hidden_and_logps(family.unwrapped, batch)
+    reference = {"reference_hidden": hidden, "direction": "policy||reference"} if keeps_kl else {}
+    forward, adapter = operations(family, [encoded], [encoded.length]), None
+    if lora:
+        family.model = get_peft_model(family.unwrapped, lora_config(lora, family))
+        adapter = 2.0 * encoded.length * family.model.get_nb_trainable_parameters()[0]
+    else:
+        family.freeze_vision()
+        reference["reference_head"] = family.head.frozen_copy()
+    if is_checkpointed:
+        family.unwrapped.train().gradient_checkpointing_enable()
+        family.keep_no_graph_of_vision()
+    with counter() as counted:
+        stats = family.model(pair_batch=batch, **reference)
+        (stats.logps.sum() + (stats.kl.sum() if keeps_kl else 0)).backward()
+    predicted = forward.training(adapter=adapter, is_checkpointed=is_checkpointed, keeps_kl=keeps_kl)
+    assert predicted == pytest.approx(counted.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_operations_of_scoring_are_those_that_torch_counts(name):
+    """With a tower that is as large as the decoder, and whose merging layers are a part of it as in no real model."""
+    family = build(name)
+    family.use_packed_attention()
+    encoded = family.encode(pairs(1)[0])
+    with torch.no_grad(), counter() as counted:
+        hidden_and_logps(family.unwrapped, pack(family, [encoded]))
+    assert operations(family, [encoded], [encoded.length]).forward == pytest.approx(counted.get_total_flops(), rel=0.15)
+
+
+def test_families_that_cannot_share_a_row_run_picture_and_prompt_twice():
+    family = llava()
+    encoded = family.encode(pairs(1)[0])
+    shared = operations(family, [encoded], [encoded.length])
+    family.shares_prefix = False
+    twice = operations(family, [encoded], [encoded.length + len(encoded.prompt_ids)])
+    assert twice.tower == 2 * shared.tower and twice.head == shared.head and twice.linear > shared.linear

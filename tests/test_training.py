@@ -221,6 +221,23 @@ def test_without_a_store_a_run_keeps_its_own_where_it_says(folder, tmp_path):
     assert set(RewardStore.open(tmp_path / "run" / said).pair_ids) == {pair.id for pair in pairs(2)}
 
 
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_a_frozen_tower_keeps_no_graph_for_checkpointing_either(folder, store, tmp_path, peft_config):
+    family, keeps_graph = families.load(folder), []
+    note = lambda module, inputs, output: keeps_graph.append(isinstance(output, torch.Tensor) and output.requires_grad)
+    for part in family.frozen_parts():
+        for module in part.modules():
+            module.register_forward_hook(note)
+    options = {"rewards": str(store), "max_steps": 1, "self_check": False}
+    CatPOTrainer(family, config(tmp_path, gradient_checkpointing=True, **options), pairs(2), peft_config=peft_config).train()
+    assert keeps_graph and not any(keeps_graph)
+    if peft_config is None:
+        before = {name: each.clone() for name, each in family.backbone.multi_modal_projector.named_parameters()}
+        CatPOTrainer(family, config(tmp_path, train_vision=True, **options), pairs(2)).train()
+        after = dict(family.backbone.multi_modal_projector.named_parameters())
+        assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path):
     own = run(folder, tmp_path, rewards=str(store), max_steps=4)
     neutral = run(folder, tmp_path, rewards=str(store), max_steps=4, objective="catpo(shared='neutral')")

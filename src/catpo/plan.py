@@ -30,7 +30,7 @@ from catpo.objectives._base import Objective
 from catpo.reference_cache import Cache, store_bytes
 from catpo.rewards import RewardStore, check_place
 from catpo.runs import check_path, process_count
-from catpo.scale import SPEEDS, UTILISATION, Work, check_engine, per_process, sent_bytes, training_passes
+from catpo.scale import SPEEDS, UTILISATION, Operations, Work, check_engine, per_process, sent_bytes
 from catpo.scoring import settings_of
 from catpo.skipped import Skipped
 from catpo.spec import parse
@@ -180,7 +180,7 @@ def _score(
         memory=memory,
         store=store_bytes(family, encoded, len(pairs), len(settings.signals), kept, options["maps"]),
         processes=processes,
-        work=Work(len(pairs) * _forward_flops(family, encoded, row), 0.0),
+        work=Work(len(pairs) * operations(family, encoded, row).forward, 0.0),
     )
 
 
@@ -199,6 +199,8 @@ def _train(
     trained, trained_bytes = _trained(family, options["lora"])
     tokens = max(row) * options["batch_size"]
     decoder = DecoderMemory(family)
+    adapter = trained_bytes if options["lora"] else 0
+    gathered = 2 * (weights + adapter) - _outside_decoder(family)  # the backward pass fetches neither tower nor head again
     objective = objectives.build(parse(options["objective"]))
     check_adaptive(options["adaptive"], objective, options["workers"], processes)
     rewards = options["rewards"]
@@ -215,7 +217,7 @@ def _train(
     memory = {
         "weights": weights,
         "reference": weights if runs_reference and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
-        "adapter": trained_bytes if options["lora"] else 0,
+        "adapter": adapter,
         "gradients": trained_bytes,
         "optimiser": ADAMW_MOMENTS * trained_bytes,
         "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
@@ -228,7 +230,12 @@ def _train(
     if options["max_steps"] > 0:
         steps, seen = options["max_steps"], len(kept) * options["max_steps"] / updates
     passes = seen * sum(row) / len(row)
-    each_token = training_passes(bool(options["lora"]), options["gradient_checkpointing"])
+    of_pair = operations(family, encoded, row)
+    training = of_pair.training(
+        adapter=2.0 * trained * sum(row) / len(row) if options["lora"] else None,
+        is_checkpointed=options["gradient_checkpointing"],
+        keeps_kl=keeps_kl,
+    )
     return Plan(
         command="train",
         model=str(options["model"]),
@@ -239,13 +246,15 @@ def _train(
         tokens=_tokens(encoded, row),
         steps=steps,
         token_passes=passes * sum(rows),
-        memory=per_process({name: size for name, size in memory.items() if size}, engine, processes, _layer_bytes(family)),
+        memory=per_process(
+            {name: size for name, size in memory.items() if size}, engine, processes, layer=_layer_bytes(family), head=head
+        ),
         store={} if rewards else store_bytes(family, encoded, len(pairs), 3, Cache(hidden=keeps_kl), True),
         processes=processes,
         engine=engine,
         work=Work(
-            seen * _forward_flops(family, encoded, row) * (rows[0] * each_token + rows[1]),
-            sent_bytes(engine, processes, weights, trained_bytes, options["accumulation"]),
+            seen * (rows[0] * training + rows[1] * of_pair.forward),
+            sent_bytes(engine, processes, gathered=gathered, gradients=trained_bytes, batches=options["accumulation"]),
         ),
         awaited=str(rewards) if is_awaited else "",
         checkpoint=(trained_bytes if options["lora"] else weights) + ADAMW_MOMENTS * trained_bytes,
@@ -269,8 +278,12 @@ def _check_rewards(
 
 def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
     """Tokens a pair takes in a batch: one row for both responses, or two."""
-    shared = family.shares_prefix and not family.needs_check
-    return [each.length if shared else each.length + len(each.prompt_ids) for each in encoded]
+    again = 0 if _is_one_row(family) else 1
+    return [each.length + again * len(each.prompt_ids) for each in encoded]
+
+
+def _is_one_row(family: Family) -> bool:
+    return family.shares_prefix and not family.needs_check
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
@@ -292,6 +305,12 @@ def weight_bytes(family: Family, quantization: str | None) -> int:
     inside = {id(layer.weight) for layer in quantized.values()}
     whole = sum(each.numel() * each.element_size() for each in family.unwrapped.parameters() if id(each) not in inside)
     return whole + int(sum(layer.weight.numel() for layer in quantized.values()) * NF4_BITS / 8)
+
+
+def _outside_decoder(family: Family) -> int:
+    """Bytes of the tower, the projector, and a head of its own."""
+    inside = {id(parameter) for parameter in family.decoder.parameters()}
+    return sum(each.numel() * each.element_size() for each in family.unwrapped.parameters() if id(each) not in inside)
 
 
 def _linear(module: nn.Module) -> dict[str, nn.Linear]:
@@ -322,16 +341,43 @@ def _layer_bytes(family: Family) -> int:
     return max(sum(each.numel() * each.element_size() for each in layer.parameters()) for layer in layers)
 
 
-def _forward_flops(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> float:
-    """Operations of one pair's forward pass: decoder, its attention, the head at responses. The tower is left out."""
+def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> Operations:
+    """Operations of a mean pair's forward pass; `row` are the tokens that each pair takes in a batch.
+
+    The tower's attention is left out, and layers that merge its patches are taken to read each of them.
+    """
     text = family.unwrapped.config.get_text_config()
-    linear = sum(layer.weight.numel() for layer in _linear(family.decoder).values())
-    head = family.head.weight.numel()
-    responses = [sum(len(ids) for ids in each.response_ids.values()) for each in encoded]
-    size = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
-    attention = 2 * text.num_hidden_layers * size  # scores and sums of half the square
     mean = lambda values: sum(values) / len(values)
-    return 2 * linear * mean(row) + attention * mean([length**2 for length in row]) + 2 * head * mean(responses)
+    size = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    tower = sum(_weights(part) for part in family.frozen_parts()) * (1 if _is_one_row(family) else 2)
+    return Operations(
+        linear=2 * _weights(family.decoder) * mean(row),
+        attention=2 * text.num_hidden_layers * size * mean([length**2 for length in row]),  # scores and sums; half the square
+        head=2 * family.head.weight.numel() * mean([sum(map(len, each.response_ids.values())) for each in encoded]),
+        tower=2 * tower * mean([_patches(family, each) for each in encoded]),
+    )
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights that every token or patch meets."""
+    return sum(int(layer.weight.numel()) for layer in _layers(module))
+
+
+def _layers(module: nn.Module) -> list[nn.Linear | nn.Conv2d | nn.Conv3d]:
+    """Linear layers, and convolutions that cut a picture into patches."""
+    return [
+        each
+        for each in module.modules()
+        if isinstance(each, nn.Linear) or (isinstance(each, nn.Conv2d | nn.Conv3d) and each.stride == each.kernel_size)
+    ]
+
+
+def _patches(family: Family, encoded: Encoded) -> float:
+    """Patches as the tower sees them, before any are merged; image tokens, where it is not built of patches."""
+    layers = (layer for part in family.frozen_parts() for layer in _layers(part))
+    cuts = next((layer for layer in layers if not isinstance(layer, nn.Linear)), None)
+    pixels = encoded.pixels.get("pixel_values")
+    return len(encoded.patches) if cuts is None or pixels is None else pixels.numel() / cuts.weight[0].numel()
 
 
 def _responses(encoded: Sequence[Encoded]) -> int:

@@ -62,6 +62,15 @@ def _nothing() -> Cache:
 CACHES: dict[str, Callable[..., Cache]] = {"hidden": _states, "topk": _likeliest, "logps": _nothing}
 
 
+COMPRESSED = 3
+"""Bytes of a token's id, label, flag and text, together."""
+
+
+def token_bytes(signals: int) -> int:
+    """Bytes of a token in a store, whatever is kept of the reference: log-prob and signals, and what compresses well."""
+    return 4 * (1 + signals) + COMPRESSED
+
+
 def store_bytes(
     family: Family, encoded: Sequence[Encoded], pairs: int, signals: int, cache: Cache, maps: bool
 ) -> dict[str, int]:
@@ -71,9 +80,8 @@ def store_bytes(
     widest = max(len(each.patches) for each in encoded)
     width = family.unwrapped.config.get_text_config().hidden_size
     element = min(family.unwrapped.dtype.itemsize, 4)
-    per_token = 4 * (2 + signals) + 8  # id, log-prob and signals; label, flag and text
     parts = {
-        "signals": tokens * per_token,
+        "signals": tokens * token_bytes(signals),
         "hidden states": tokens * width * element * cache.hidden,
         "likeliest words": tokens * (8 * cache.k + 4) * bool(cache.k),
         "attention maps": tokens * widest * 2 * maps,

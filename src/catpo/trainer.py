@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,10 @@ class CatPOConfig(TrainingArguments):
             raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
         if self.prefix not in ("shared", "separate"):
             raise UserError(f"prefix='{self.prefix}' is not known. Give 'shared' or 'separate'.")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            # else each process keeps gradients whole until the last batch of a step
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}
 
 
 def needs_store(objective: Objective, reference: str) -> bool:
@@ -221,6 +226,8 @@ class CatPOTrainer(Trainer):
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)
         self.family.use_packed_attention()
+        if not args.train_vision:
+            self.family.keep_no_graph_of_vision()
         self.reference_model: nn.Module | None = None
         is_adapter = peft_config is not None or hasattr(self.family.model, "peft_config")
         if peft_config is not None:

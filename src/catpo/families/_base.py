@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -210,6 +211,14 @@ class Family:
         for parameter in self.backbone.parameters():
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
+
+    def keep_no_graph_of_vision(self) -> None:
+        """From now on vision tower and projector keep nothing for a backward pass that would find nothing to train in them.
+
+        Gradient checkpointing makes the outputs of every embedding take a gradient, those of the tower's patches too.
+        """
+        for part in self.frozen_parts():
+            part.forward = MethodType(_without_graph, part)
 
     @contextmanager
     def decoder_inputs(self) -> Iterator[dict[str, Tensor]]:
@@ -636,6 +645,13 @@ class _Watch(LogitsProcessor):
         noted = torch.cat(self._noted[: new.shape[1]], dim=1)
         self._noted, self._next = [], None
         return noted
+
+
+def _without_graph(part: nn.Module, *args: Any, **options: Any) -> Any:
+    """The forward of a module's class, with a graph only if a parameter of the module trains."""
+    trains = any(parameter.requires_grad for parameter in part.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        return type(part).forward(part, *args, **options)
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

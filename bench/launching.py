@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -60,7 +61,8 @@ def environment_of(recipe: str | Path) -> dict[str, str]:
     else:
         made = prepare_multi_gpu_env(arguments)
     set_here = {name: value for name, value in made.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
-    return {**set_here, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # DeepSpeed calls ninja
+    return {**set_here, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "PATH": path}
 
 
 def _let_engines_take_cpus() -> None:
