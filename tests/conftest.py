@@ -11,9 +11,14 @@ os.environ["MPLBACKEND"] = "Agg"
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("catpo", "checking.checked")  # Float[Tensor, "tokens"] is checked here and nowhere else
+
+settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", max_examples=3000, deadline=None, print_blob=True)
+settings.load_profile("few")  # unless --hypothesis-profile names another
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from catpo import recipes, strictjson
@@ -36,9 +36,6 @@ from catpo.types import PreferencePair
 from hostile_cases import PAIR, POVID, SEVA, encoded
 
 pytestmark = pytest.mark.nightly
-settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
-settings.register_profile("nightly", max_examples=3000, deadline=None, print_blob=True)
-settings.load_profile("few")
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # lone surrogates among them
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,11}", fullmatch=True)
