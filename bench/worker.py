@@ -197,7 +197,7 @@ def _trl(options: argparse.Namespace, family: families.Family, pairs: list[Prefe
     return DPOTrainer(
         model=family.model,
         ref_model=None if options.lora else copy.deepcopy(family.model),
-        args=DPOConfig(**common, max_length=None),
+        args=DPOConfig(**common, max_length=None, gradient_checkpointing=options.checkpointing),
         train_dataset=rows,
         processing_class=family.processor,
         peft_config=lora_config(LORA, family) if options.lora else None,
