@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from catpo.batching import pack, response_hidden, run_backbone, unflatten
-from catpo.data import open_data
-from catpo.families import _base as families
-from catpo.fusion import shared_prefix
-from catpo.head import token_stats
-from catpo.objectives import _base as objectives
-from catpo.rewards import RewardStore
-from catpo.runs import read_json
-from catpo.types import PreferencePair
+from catpo.core.types import PreferencePair
+from catpo.data.read import open_data
+from catpo.files.json_files import read_json
+from catpo.models import family as families
+from catpo.models.output_head import token_stats
+from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
+from catpo.rewards.fusion import shared_prefix
+from catpo.rewards.store import RewardStore
+from catpo.training import objectives
 
 BATCH = 16
 

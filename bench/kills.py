@@ -32,12 +32,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from catpo.evaluation import evaluate
-from catpo.pairing import pair
-from catpo.pairs_file import write_pairs
-from catpo.scoring import score
-from catpo.training import train
-from catpo.types import PreferencePair, pair_id
+from catpo.core.types import PreferencePair, pair_id
+from catpo.data.pair_folder import write_pairs
+from catpo.evaluation.evaluate import evaluate
+from catpo.pairing.pair import pair
+from catpo.scoring.score import score
+from catpo.training.train import train
 
 TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
           "eval_samples_per_second", "eval_steps_per_second", "train_seconds")  # fmt: skip
@@ -98,7 +98,7 @@ def _evaluate(inputs: Path, output: Path) -> object:
 
 
 def _study(inputs: Path, output: Path) -> object:
-    from catpo.study.run import study
+    from catpo.experiments.study.run import study
 
     file = inputs / "small.yaml"
     file.write_text(STUDY.format(pairs=inputs / "pairs"))
@@ -124,7 +124,7 @@ def prepare(inputs: Path) -> None:
     """Pairs of short captions, and their rewards; in a process of its own, so that this one never starts a thread."""
 
     def make(_: Path, output: Path) -> None:
-        from catpo.data import open_data
+        from catpo.data.read import open_data
 
         samples = list(open_data("scenes(count=8)").samples())
         texts = [f"There is a picture with the number {number}." for number in range(len(samples) + 1)]

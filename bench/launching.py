@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import distributed
 
-from catpo import processes
+from catpo.runtime import work_group
 
 fork = multiprocessing.get_context("fork")
 
@@ -75,7 +75,7 @@ def _run(function: Callable[[], Any], environment: dict[str, str], write: Any) -
     os.environ.update(environment)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    processes._common_store.cache_clear()
+    work_group._common_store.cache_clear()
     if "ACCELERATE_USE_FSDP" in environment or "ACCELERATE_USE_DEEPSPEED" in environment:
         _let_engines_take_cpus()
     try:

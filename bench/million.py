@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from catpo import rewards
-from catpo.data import dev_split, open_data, read_pairs
-from catpo.report.build import report
-from catpo.rewards import RewardStore, RewardWriter
-from catpo.shards import ResponseRow
-from catpo.skipped import Skipped
-from catpo.types import SIDES, PatchGrid
+from catpo.core.types import SIDES, PatchGrid
+from catpo.data.read import dev_split, open_data, read_pairs
+from catpo.reporting.build import report
+from catpo.rewards import store as rewards
+from catpo.rewards.shards import ResponseRow
+from catpo.rewards.store import RewardStore, RewardWriter
+from catpo.runtime.skip_log import Skipped
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic"]
 TOKENS = 6

@@ -1,4 +1,4 @@
-"""The terms of docs/scaling.md, predicted by `catpo.plan` and measured here: operations, time, bytes sent, memory, disk.
+"""The terms of docs/scaling.md, predicted by the dry run and measured here: operations, time, bytes sent, memory, disk.
 
     python -m bench.predicted [--group disk]
 
@@ -30,15 +30,15 @@ from bench.launching import environment_of, together
 from bench.run import CATPO, Case, Side, prepared, worker
 from bench.shapes import SHAPES, Shape, make_pairs, write_model
 from bench.worker import LORA
-from catpo import config
-from catpo.families import _base as families
-from catpo.pairs_file import write_pairs
-from catpo.plan import Plan, plan
-from catpo.scale import SHARDED
-from catpo.scoring import score_pairs
-from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.training import lora_config, train
-from catpo.types import PreferencePair
+from catpo.config import options as config
+from catpo.core.types import PreferencePair
+from catpo.data.pair_folder import write_pairs
+from catpo.models import family as families
+from catpo.planning.costs import SHARDED
+from catpo.planning.dry_run import Plan, plan
+from catpo.scoring.score import score_pairs
+from catpo.training.train import lora_config, train
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 TIMED = ("llava-144", "llava-576", "qwen-300", "qwen-1200")

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from bench.shapes import SHAPES, make_pairs, write_model
-from catpo.families import _base as families
-from catpo.runs import process_number
-from catpo.scoring import score_pairs
+from catpo.files.json_files import process_number
+from catpo.models import family as families
+from catpo.scoring.score import score_pairs
 
 AT_LEAST = 1.7
 SHARD = 4

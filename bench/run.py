@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.shapes import SHAPES, make_pairs, write_model
-from catpo.families import _base as families
-from catpo.scoring import score_pairs
+from catpo.models import family as families
+from catpo.scoring.score import score_pairs
 
 NOTES = Path(__file__).parent.parent / "docs" / "lab-notes.md"
 CATPO, DPO = "catpo(preset='paper')", "dpo"

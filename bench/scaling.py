@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from catpo.reference_cache import token_bytes
-from catpo.scale import Operations, Work, per_process, sent_bytes
+from catpo.planning.costs import Operations, Work, per_process, sent_bytes
+from catpo.scoring.reference_cache import token_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
 """Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""

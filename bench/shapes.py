@@ -25,7 +25,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from catpo.types import Picture, PreferencePair, pair_id
+from catpo.core.types import Picture, PreferencePair, pair_id
 
 WORDS = [
     f"{first}{second}" for first in ("ka", "lo", "mi", "ne", "pu", "ra", "si", "to") for second in ("ba", "du", "fe", "go")

@@ -26,16 +26,16 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from bench.counting import counter
 from bench.shapes import SHAPES, make_pairs
-from catpo.batching import Batch, pack, response_hidden, run_backbone
-from catpo.families import _base as families
-from catpo.head import token_stats
-from catpo.rewards import ResponseRow, RewardStore, RewardWriter
-from catpo.runs import lock
-from catpo.scoring import PAPER_SIGNALS, score_pairs
-from catpo.stats import PairStats
-from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.training import lora_config
-from catpo.types import SIDES, PatchGrid, PreferencePair, Side
+from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
+from catpo.files.json_files import lock
+from catpo.models import family as families
+from catpo.models.output_head import token_stats
+from catpo.models.packing import Batch, pack, response_hidden, run_backbone
+from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
+from catpo.scoring.score import PAPER_SIGNALS, score_pairs
+from catpo.training.pair_stats import PairStats
+from catpo.training.train import lora_config
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
 
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")

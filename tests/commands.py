@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from catpo import cli
+from catpo.cli import main
 
 
 def run(*arguments: Any) -> int:
     """The exit code of a command."""
     try:
-        cli.main([str(each) for each in arguments])
+        main.main([str(each) for each in arguments])
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -47,7 +47,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def builtin() -> Path:
     """The packaged vision-language model."""
-    from catpo.families._base import BUILTIN
+    from catpo.models.family import BUILTIN
 
     assert (BUILTIN / "model.safetensors").is_file(), f"{BUILTIN} is not packaged; see tools/train_builtin_vlm.py"
     return BUILTIN
@@ -68,8 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward store of eight pairs, scored with that model."""
-    from catpo.families import _base as families
-    from catpo.scoring import score_pairs
+    from catpo.models import family as families
+    from catpo.scoring.score import score_pairs
     from tiny import pairs
 
     path = tmp_path_factory.mktemp("rewards") / "store"

@@ -6,10 +6,10 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from catpo.families._base import Family
-from catpo.scenery.captions import web_caption
-from catpo.scenery.plan import Scene, scene
-from catpo.types import Sample
+from catpo.core.types import Sample
+from catpo.data.scenes.captions import web_caption
+from catpo.data.scenes.plan import Scene, scene
+from catpo.models.family import Family
 
 
 def scene_of(sample: Sample) -> Scene:

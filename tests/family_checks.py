@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from catpo.attention import AttentionRecorder
-from catpo.batching import pack, response_hidden, run_backbone, unflatten
-from catpo.families._base import Encoded, Family
-from catpo.head import token_stats
-from catpo.types import SIDES, PreferencePair, pair_id
+from catpo.core.types import SIDES, PreferencePair, pair_id
+from catpo.models.attention.recorder import AttentionRecorder
+from catpo.models.family import Encoded, Family
+from catpo.models.output_head import token_stats
+from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
 from tiny import pair, picture
 
 SIZES = [(160, 60), (60, 110), (90, 90), (200, 120)]

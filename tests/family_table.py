@@ -12,8 +12,8 @@ import math
 import sys
 from pathlib import Path
 
-from catpo.families._base import Family
-from catpo.selfcheck import check_family
+from catpo.models.family import Family
+from catpo.models.family_check import check_family
 from family_checks import difference_from_plain, greedy_surprise, sized_pair
 from tiny_families import BUILDERS, build
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from catpo import registry
-from catpo.runs import read_json, write_json
-from catpo.shards import checksum
+from catpo.core import registry
+from catpo.files.json_files import read_json, write_json
+from catpo.rewards.shards import checksum
 
 TEXT_LIMIT = 1_000_000
 ANSWER = "A dog sits on a mat."
@@ -479,7 +479,7 @@ def odd_pictures() -> None:
 
 
 def _halves(folder: Path, is_grey: bool) -> bool:
-    from catpo.data import open_data
+    from catpo.data.read import open_data
 
     [pair] = open_data(folder).pairs()
     shown = pair.images[0].open()
@@ -1230,14 +1230,14 @@ def texts() -> None:
 
 def _scored(place: Place, text: str) -> bool:
     """The text came through, token by token."""
-    from catpo.rewards import RewardStore
+    from catpo.rewards.store import RewardStore
 
     store = RewardStore.open(place.out)
     return "".join(store.get(store.pair_ids[0], "chosen").pieces).strip() == (text + " Yes.").strip()
 
 
 def _all_answers(place: Place, text: str) -> Path:
-    from catpo.grading import each_item, open_tasks
+    from catpo.evaluation.grade import each_item, open_tasks
 
     rows = [
         {"benchmark": task.name, "id": item.id, "answer": text} for task, item in each_item(open_tasks(["scenes(count=1)"]))

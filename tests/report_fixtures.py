@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from catpo import registry
-from catpo.benchmarks._base import Item
-from catpo.comparison import resample
-from catpo.data import open_data
-from catpo.intervals import interval
-from catpo.objects import mentions
-from catpo.pairs_file import write_pairs
-from catpo.rewards import ResponseRow, RewardWriter
-from catpo.runs import append_rows, versions, write_json
-from catpo.types import SIDES, PatchGrid, PreferencePair, Sample, Span, pair_id
+from catpo.core import registry
+from catpo.core.intervals import interval
+from catpo.core.types import SIDES, PatchGrid, PreferencePair, Sample, Span, pair_id
+from catpo.data.pair_folder import write_pairs
+from catpo.data.read import open_data
+from catpo.evaluation.benchmarks import Item
+from catpo.evaluation.coverage import resample
+from catpo.files.json_files import append_rows, versions, write_json
+from catpo.rewards.store import ResponseRow, RewardWriter
+from catpo.text.object_words import mentions
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "image_contrast", "patch_logit"]
 GRID = (6, 6)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from catpo.attention import AttentionRecorder, choose_heads, choose_layers, recordable
-from catpo.batching import pack, run_backbone
-from catpo.errors import UserError
+from catpo.core.errors import UserError
+from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers, recordable
+from catpo.models.packing import pack, run_backbone
 from tiny import llava, pairs
 
 

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from catpo.batching import add_pair_forward, pack, response_hidden, run_backbone, unflatten
-from catpo.errors import UserError
-from catpo.head import token_stats
-from catpo.types import SIDES
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES
+from catpo.models.output_head import token_stats
+from catpo.models.packing import add_pair_forward, pack, response_hidden, run_backbone, unflatten
 from tiny import llava, pair, pairs
 
 

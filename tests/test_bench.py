@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'catpo[benc
 from bench import run as bench
 from bench.shapes import SHAPES, llava, make_pairs, write_model
 
-from catpo.families import _base as families
+from catpo.models import family as families
 
 OPTIONS = argparse.Namespace(repeat=3, steps=2)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from catpo.datasets.scenes import Dataset
+from catpo.data.datasets.scenes import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

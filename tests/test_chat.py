@@ -9,8 +9,8 @@ import traceback
 
 import pytest
 
-from catpo.chat import ChatServer
-from catpo.errors import UserError
+from catpo.core.errors import UserError
+from catpo.models.openai_client import ChatServer
 from fake_chat import Answer, completion, serve
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from catpo import cli, config, registry
-from catpo.errors import UserError
+from catpo.cli import main
+from catpo.config import options
+from catpo.core import registry
+from catpo.core.errors import UserError
 from commands import run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ["", *sorted(command for command in cli.app if not command.startswith("-"))]
-ENGINES = {"pair": "pairing", "score": "scoring", "train": "training", "evaluate": "evaluation"}
+COMMANDS = ["", *sorted(command for command in main.app if not command.startswith("-"))]
+ENGINES = {"pair": "pairing.pair", "score": "scoring.score", "train": "training.train", "evaluate": "evaluation.evaluate"}
 REQUIRED = {
     "pair": ["--model", "builtin", "--data", "scenes(count=3)", "--output", "out"],
     "score": ["--pairs", "pairs", "--model", "builtin", "--output", "out"],
@@ -49,7 +51,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         fake = types.ModuleType(f"catpo.{module}")
         setattr(fake, name, engine)
         monkeypatch.setitem(sys.modules, f"catpo.{module}", fake)
-    monkeypatch.setattr("catpo.quality.signal_quality", lambda store: [])
+    monkeypatch.setattr("catpo.rewards.quality.signal_quality", lambda store: [])
     return received
 
 
@@ -72,7 +74,7 @@ def test_help_is_as_it_was(command: str, capsys: pytest.CaptureFixture[str], mon
 def test_help_takes_less_than_half_a_second_and_no_torch(command: str) -> None:
     code = (
         "import os, sys\n"
-        "from catpo.cli import main\n"
+        "from catpo.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "spent = os.times()\n"
         "heavy = sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
@@ -92,7 +94,7 @@ def test_help_takes_less_than_half_a_second_and_no_torch(command: str) -> None:
 @pytest.mark.parametrize("command", ENGINES)
 def test_an_engine_gets_the_flags_under_their_own_names(command: str, called: dict[str, Any]) -> None:
     assert run(command, *REQUIRED[command]) == 0
-    assert set(called) == set(config.hints(config.COMMANDS[command]))
+    assert set(called) == set(options.hints(options.COMMANDS[command]))
     assert str(called["output"]) == "out"
 
 
@@ -156,7 +158,7 @@ def test_a_user_error_is_a_message_and_exit_code_2(
     def engine(**_: Any) -> None:
         raise UserError("pair 7: the picture [red] is missing. Replace it.")
 
-    monkeypatch.setattr(sys.modules["catpo.scoring"], "score", engine)
+    monkeypatch.setattr(sys.modules["catpo.scoring.score"], "score", engine)
     assert run("score", *REQUIRED["score"]) == 2
     shown = capsys.readouterr()
     assert shown.err == "catpo: pair 7: the picture [red] is missing. Replace it.\n"
@@ -169,7 +171,7 @@ def test_an_interruption_is_exit_code_130(
     def engine(**_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["catpo.scoring"], "score", engine)
+    monkeypatch.setattr(sys.modules["catpo.scoring.score"], "score", engine)
     assert run("score", *REQUIRED["score"]) == 130
     assert "go on" in capsys.readouterr().err
 
@@ -213,7 +215,7 @@ def test_list_shows_plugins_with_their_first_line(capsys: pytest.CaptureFixture[
     assert "  dpo " in shown
     assert run("list") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line for line in shown if not line.startswith(" ")] == list(registry.PUBLIC_NAMES)
+    assert [line for line in shown if not line.startswith(" ")] == list(registry.PLACES)
 
 
 def test_catpo_runs_as_a_module_and_ends_quietly_in_a_pipe() -> None:

@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from catpo.comparison import (
+from catpo.core.errors import UserError
+from catpo.core.intervals import bootstrap_indices, interval
+from catpo.evaluation.coverage import (
     at_equal_coverage,
     at_equal_coverage_over_runs,
     coverage_curves,
@@ -14,9 +16,7 @@ from catpo.comparison import (
     paired_differences,
     resample,
 )
-from catpo.errors import UserError
-from catpo.intervals import bootstrap_indices, interval
-from catpo.runs import append_rows, read_rows
+from catpo.files.json_files import append_rows, read_rows
 from report_fixtures import make_evaluation
 
 

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import yaml
 
-from catpo import config, recipes, registry, strict_yaml
-from catpo.errors import UserError
-from catpo.objectives import _base as objectives
-from catpo.spec import Spec, check_options, parse
+from catpo.config import options as config
+from catpo.config import recipes, strict_yaml
+from catpo.core import registry
+from catpo.core.errors import UserError
+from catpo.core.spec import Spec, check_options, parse
+from catpo.training import objectives
 
 ENGINES = {
-    "pair": ("catpo.pairing", "pair"),
-    "score": ("catpo.scoring", "score"),
-    "train": ("catpo.training", "train"),
-    "evaluate": ("catpo.evaluation", "evaluate"),
-    "report": ("catpo.report.build", "report"),
+    "pair": ("catpo.pairing.pair", "pair"),
+    "score": ("catpo.scoring.score", "score"),
+    "train": ("catpo.training.train", "train"),
+    "evaluate": ("catpo.evaluation.evaluate", "evaluate"),
+    "report": ("catpo.reporting.build", "report"),
 }
 NOT_ON_THE_COMMAND_LINE = {"progress", "fusion"}
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

@@ -12,15 +12,14 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 import tiny
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.families._base import Sentence
-from catpo.pairing import pair
-from catpo.pairings import csr
-from catpo.pairings._base import Decoding, Dropped
-from catpo.scorers._base import Scorer, scorer
-from catpo.types import Picture, Sample
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Sample
+from catpo.data.read import open_data
+from catpo.models import family as families
+from catpo.models.family import Sentence
+from catpo.pairing.methods import Decoding, Dropped, csr
+from catpo.pairing.pair import pair
+from catpo.pairing.scorers import Scorer, scorer
 from fake_family import FakeFamily
 
 # ---- the model goes on with an answer -------------------------------------------------------------------------------------

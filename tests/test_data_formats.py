@@ -12,10 +12,10 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from catpo.cli import main
-from catpo.data import open_data
-from catpo.datacheck import check_data, convert_data
-from catpo.errors import UserError
+from catpo.cli.main import main
+from catpo.core.errors import UserError
+from catpo.data.check import check_data, convert_data
+from catpo.data.read import open_data
 
 
 def png(colour="red", size=(12, 8)):
@@ -126,7 +126,7 @@ def test_webdataset_shards_become_pairs_whose_pictures_stay_in_the_tar(tmp_path)
     ],
 )
 def test_a_bad_webdataset_sample_is_named(tmp_path, monkeypatch, members, message):
-    monkeypatch.setattr("catpo.datasets.webdataset.MAX_BYTES", 4000)
+    monkeypatch.setattr("catpo.data.datasets.webdataset.MAX_BYTES", 4000)
     with pytest.raises(UserError, match=re.escape(message)):
         list(open_data(f"webdataset(source={str(tar(tmp_path / 'a.tar', members))!r})").pairs())
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from catpo.display import merge, plain, words
+from catpo.text.words import merge, plain, words
 
 
 def texts(pieces, is_special=None):

@@ -20,17 +20,19 @@ import catpo
 import family_table
 import tiny
 import tiny_families
-from catpo import cli, config, registry
-from catpo.fusion import Fusion
-from catpo.objectives._base import build
-from catpo.pairs_file import write_pairs
-from catpo.recipes import starter
-from catpo.spec import keyword_options
-from catpo.views import VIEWS, View
+from catpo.cli import main
+from catpo.config import options
+from catpo.config.recipes import starter
+from catpo.core import registry
+from catpo.core.spec import keyword_options
+from catpo.data.pair_folder import write_pairs
+from catpo.models.views import VIEWS, View
+from catpo.rewards.fusion import Fusion
+from catpo.training.objectives import build
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-COMMANDS = {command for command in cli.app if not command.startswith("-")}
+COMMANDS = {command for command in main.app if not command.startswith("-")}
 PLUGIN_PAGES = sorted((ROOT / "docs").glob("add-a*.md"))
 
 
@@ -61,7 +63,7 @@ def test_every_command_in_the_documents_is_understood(
     (tmp_path / "my-run" / "recipe.yaml").write_text(starter())
     program, *tokens = shlex.split(line)
     assert program == "catpo"
-    cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+    main.app.parse_args(tokens, exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("recipes/*.yaml")], ids=relative)
@@ -87,14 +89,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_every_file_named_exists(page: Path) -> None:
     named = re.findall(r"`((?:src|tests|docs|recipes|tools|bench)/[\w./-]+\.\w+)", page.read_text(encoding="utf-8"))
-    ours = {f"src/catpo/{path}" for path in plugin_examples()}
+    ours = {f"src/{path}" for path in plugin_examples()}
     assert [path for path in named if not (ROOT / path).exists() and path not in ours] == []
 
 
 def plugin_examples() -> set[str]:
     """Files that the pages about plugins tell the reader to write, as they would be called inside catpo."""
     return {
-        f"{entry_points(page)[0].removeprefix('catpo.')}/{name}"
+        f"{registry.PLACES[entry_points(page)[0].removeprefix('catpo.')][0].replace('.', '/')}/{name}"
         for page in PLUGIN_PAGES
         for name in re.findall(r"^# lookout/(\w+\.py)$", page.read_text(), flags=re.MULTILINE)
     }
@@ -221,11 +223,11 @@ def test_the_defaults_in_the_map_are_in_force(of: str, option: str, value: str) 
 
 
 def _default(of: str, option: str) -> Any:
-    if of in config.COMMANDS:
-        return next(field.default for field in dataclasses.fields(config.COMMANDS[of]) if field.name == option)
+    if of in options.COMMANDS:
+        return next(field.default for field in dataclasses.fields(options.COMMANDS[of]) if field.name == option)
     if of == "fusion":
         return getattr(Fusion(), option)
-    kind = next(kind for kind in registry.PUBLIC_NAMES if of in registry.names(kind))
+    kind = next(kind for kind in registry.PLACES if of in registry.names(kind))
     return keyword_options(registry.load(kind, of))[option]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from catpo import cli, doctor
+from catpo.cli import doctor, main
 
 
 def by_part(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
@@ -84,7 +84,7 @@ def test_something_missing_is_exit_code_1(capsys: pytest.CaptureFixture[str], mo
     findings = [doctor.Finding("torch", "missing", "not installed: pip install 'torch[x]'")]
     monkeypatch.setattr(doctor, "examine", lambda model: findings)
     with pytest.raises(SystemExit) as end:
-        cli.main(["doctor"])
+        main.main(["doctor"])
     assert end.value.code == 1
     assert "pip install 'torch[x]'" in " ".join(capsys.readouterr().out.split())
-    assert "catpo.doctor" in sys.modules
+    assert "catpo.cli.doctor" in sys.modules

@@ -20,9 +20,9 @@ from bench.launching import environment_of, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from catpo.families import _base as families
-from catpo.processes import Team
-from catpo.training import train
+from catpo.models import family as families
+from catpo.runtime.work_group import Team
+from catpo.training.train import train
 from tiny import pairs
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
@@ -122,7 +122,7 @@ def test_fsdp2_keeps_no_whole_gradients_between_the_batches_of_a_step(folder, st
 
 def gradients_after_a_batch(run):
     """How many numbers this process holds of them."""
-    from catpo.callbacks import MetricsFile
+    from catpo.training.callbacks import MetricsFile
 
     held = []
 
@@ -135,7 +135,7 @@ def gradients_after_a_batch(run):
 
 
 def interrupted(run):
-    from catpo.callbacks import MetricsFile
+    from catpo.training.callbacks import MetricsFile
 
     on_log = MetricsFile.on_log
 

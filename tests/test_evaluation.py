@@ -9,18 +9,18 @@ import random
 import numpy as np
 import pytest
 
-from catpo import evaluation
-from catpo.benchmarks import _base, captions, scenes
-from catpo.benchmarks._base import CAPTIONS, CaptionTruth, grade_caption, grade_question, read_yes_no
-from catpo.comparison import at_equal_coverage, load_evaluation, paired_differences
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.grading import grade, grade_answers
-from catpo.intervals import bootstrap_indices
-from catpo.objects import mentions
-from catpo.runs import read_rows, write_json
-from catpo.scenery.captions import true_caption
+from catpo.core.errors import UserError
+from catpo.core.intervals import bootstrap_indices
+from catpo.data.read import open_data
+from catpo.data.scenes.captions import true_caption
+from catpo.evaluation import benchmarks
+from catpo.evaluation import evaluate as evaluation
+from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, captions, grade_caption, grade_question, read_yes_no, scenes
+from catpo.evaluation.coverage import at_equal_coverage, load_evaluation, paired_differences
+from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.grade import grade, grade_answers
+from catpo.files.json_files import read_rows, write_json
+from catpo.text.object_words import mentions
 from fake_family import FakeFamily, say_web_caption, scene_of
 
 FEW = "scenes(count=24, questions=2)"
@@ -219,7 +219,7 @@ def test_questions_are_cut_shorter_than_captions(tmp_path):
     run(tmp_path / "out", family=family, max_new_tokens=50)
     lengths = [options["max_new_tokens"] for options in family.options]
     assert lengths == sorted(lengths, reverse=True)
-    assert set(lengths) == {50, _base.QUESTION_TOKENS}
+    assert set(lengths) == {50, benchmarks.QUESTION_TOKENS}
     assert {options["temperature"] for options in family.options} == {0.0}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from catpo.benchmarks import _extraction as extraction
-from catpo.errors import UserError
-from catpo.judges._base import Judge
+from catpo.core.errors import UserError
+from catpo.evaluation.benchmarks import _extraction as extraction
+from catpo.judges import Judge
 
 SCRIPT = '''
 import os

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from catpo import registry
-from catpo.errors import UserError
-from catpo.selfcheck import check_family
-from catpo.types import PatchGrid, Picture
+from catpo.core import registry
+from catpo.core.errors import UserError
+from catpo.core.types import PatchGrid, Picture
+from catpo.models.family_check import check_family
 from family_checks import SIZES, difference_from_plain, greedy_surprise, plain_outputs, sized_pair
 from tiny_families import BUILDERS, build
 

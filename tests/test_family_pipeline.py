@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from catpo.data import open_data
-from catpo.evaluation import evaluate
-from catpo.families._base import load
-from catpo.report.build import report
-from catpo.rewards import RewardStore
-from catpo.scoring import score
-from catpo.training import train
+from catpo.data.read import open_data
+from catpo.evaluation.evaluate import evaluate
+from catpo.models.family import load
+from catpo.reporting.build import report
+from catpo.rewards.store import RewardStore
+from catpo.scoring.score import score
+from catpo.training.train import train
 from family_checks import packed_outputs, sized_pair
 from tiny_families import BUILDERS, build
 

@@ -17,15 +17,20 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from catpo import cli, disk, finite, memory, runs, scoring, stopping
-from catpo.checkpoints import MARK, WholeCheckpoints, damage, last_whole
-from catpo.errors import Stopped, UserError
-from catpo.evaluation import evaluate
-from catpo.pairing import pair
-from catpo.rewards import RewardStore
-from catpo.scoring import score_pairs
-from catpo.trainer import CatPOTrainer
-from catpo.training import train
+from catpo.cli import main
+from catpo.core.errors import Stopped, UserError
+from catpo.evaluation.evaluate import evaluate
+from catpo.files import json_files
+from catpo.models import memory
+from catpo.pairing.pair import pair
+from catpo.rewards.store import RewardStore
+from catpo.runtime import disk_errors, sigterm
+from catpo.scoring import score
+from catpo.scoring.score import score_pairs
+from catpo.training import loss_checks
+from catpo.training.checkpoints import MARK, WholeCheckpoints, damage, last_whole
+from catpo.training.train import train
+from catpo.training.trainer import CatPOTrainer
 from tiny import llava, pairs
 
 kills = pytest.importorskip("bench.kills", reason="bench is not in an sdist")
@@ -87,8 +92,8 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(command, tmp_path_fact
 def test_the_harness_sees_a_difference(tmp_path):
     def forgets(inputs: Path, output: Path) -> None:
         output.mkdir(exist_ok=True)
-        runs.append_rows(output / "rows.jsonl", [{"row": 1}])
-        runs.append_rows(output / "rows.jsonl", [{"row": 2}])
+        json_files.append_rows(output / "rows.jsonl", [{"row": 1}])
+        json_files.append_rows(output / "rows.jsonl", [{"row": 2}])
 
     found = kills.kill(kills.Work("forgets", forgets), kills=0, writes=None, inputs=tmp_path, place=tmp_path)
     assert found.kills == found.early == 5  # the folder, and two opens and syncs
@@ -159,7 +164,7 @@ def test_sigterm_writes_a_checkpoint_from_which_training_goes_on_exactly(folder,
 
 
 def test_sigterm_lets_scoring_finish_its_shard(folder, tmp_path, monkeypatch):
-    terminating(monkeypatch, scoring.PairScorer, "score_batch", 2)
+    terminating(monkeypatch, score.PairScorer, "score_batch", 2)
     given = dict(pairs=pairs(6), settings=None, shard_size=2, progress=False)
     with pytest.raises(Stopped, match="4 of 6 pairs are scored in .* Give the same command again"):
         score_pairs(family=llava(), output=tmp_path / "store", **given)
@@ -170,7 +175,7 @@ def test_sigterm_lets_scoring_finish_its_shard(folder, tmp_path, monkeypatch):
 
 
 def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_path, monkeypatch):
-    from catpo.families import _base as families
+    from catpo.models import family as families
 
     family = families.load("builtin")
     given = dict(model=family, data="scenes(count=4)", block_size=2, max_new_tokens=4, progress=False)
@@ -186,20 +191,20 @@ def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_pat
 
 def test_a_process_that_left_on_sigterm_has_exit_code_143(monkeypatch, capsys):
     def leaves(*_):
-        with stopping.on_sigterm() as stop:
+        with sigterm.on_sigterm() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             stop.leave_if_asked("2 shards are there.")
 
-    monkeypatch.setattr(cli, "app", leaves)
+    monkeypatch.setattr(main, "app", leaves)
     with pytest.raises(SystemExit) as left:
-        cli.main([])
+        main.main([])
     assert left.value.code == 143
     assert "SIGTERM: 2 shards are there. Give the same command again to go on." in capsys.readouterr().err
 
 
 def test_a_second_sigterm_ends_at_once_and_a_handler_of_the_users_own_stays():
     def insists():
-        with stopping.on_sigterm() as stop:
+        with sigterm.on_sigterm() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.is_asked
             os.kill(os.getpid(), signal.SIGTERM)
@@ -208,7 +213,7 @@ def test_a_second_sigterm_ends_at_once_and_a_handler_of_the_users_own_stays():
     own = lambda *_: None
     before = signal.signal(signal.SIGTERM, own)
     try:
-        with stopping.on_sigterm():
+        with sigterm.on_sigterm():
             assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -285,7 +290,7 @@ def test_a_read_only_folder_is_refused_before_any_work():
         def locks():
             if os.geteuid() == 0:
                 os.seteuid(65534)
-            with runs.lock(place / "store"):
+            with json_files.lock(place / "store"):
                 pass
 
         code, said = in_child(locks)
@@ -294,20 +299,20 @@ def test_a_read_only_folder_is_refused_before_any_work():
 
 
 def test_refusals_of_the_disk_are_told_from_other_errors():
-    assert disk.refusal(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert disk.refusal(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"))
-    assert disk.refusal(OSError(errno.EROFS, "Read-only file system")) == "Read-only file system"
-    assert disk.refusal(RuntimeError("shapes cannot be multiplied")) is None
-    assert disk.refusal(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
+    assert disk_errors.refusal(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert disk_errors.refusal(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert disk_errors.refusal(OSError(errno.EROFS, "Read-only file system")) == "Read-only file system"
+    assert disk_errors.refusal(RuntimeError("shapes cannot be multiplied")) is None
+    assert disk_errors.refusal(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
 
 
 def test_the_command_line_tells_of_a_full_disk_without_a_traceback(monkeypatch, capsys):
     def fills(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/images")
 
-    monkeypatch.setattr(cli, "app", fills)
+    monkeypatch.setattr(main, "app", fills)
     with pytest.raises(SystemExit) as left:
-        cli.main([])
+        main.main([])
     assert left.value.code == 2
     assert "catpo: /data/images: No space left on device. What was finished is whole" in capsys.readouterr().err
 
@@ -398,7 +403,7 @@ def test_the_files_of_every_process_belong_to_a_checkpoint(tmp_path):
     for name in [*written, f".{MARK}.4711.part"]:  # the last is of a process that was killed
         (checkpoint / name).write_bytes(os.urandom(100))
     args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=4)
-    WholeCheckpoints(stopping.Stop(), bool, lambda: None).on_save(args, state, None)
+    WholeCheckpoints(sigterm.Stop(), bool, lambda: None).on_save(args, state, None)
     assert sorted(json.loads((checkpoint / MARK).read_text())["files"]) == written
     (checkpoint / f".{MARK}.4711.part").unlink()
     assert damage(checkpoint) is None
@@ -443,7 +448,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(comman
         "train": lambda: training(folder, store, tmp_path),
         "evaluate": lambda: evaluate(model=llava(), benchmarks=["scenes(count=1)"], output=tmp_path),
     }[command]
-    with runs.lock(tmp_path), pytest.raises(UserError, match=f"written by another catpo process .pid {os.getpid()}"):
+    with json_files.lock(tmp_path), pytest.raises(UserError, match=f"written by another catpo process .pid {os.getpid()}"):
         begin()
 
 
@@ -452,7 +457,7 @@ def test_what_a_killed_process_had_not_finished_writing_is_removed(tmp_path):
     left = [tmp_path / ".pairs.json.4711.part", tmp_path / "images" / ".a.png.4711.part"]
     for path in [*left, tmp_path / "mine.part"]:
         path.write_text("half")
-    with runs.lock(tmp_path):
+    with json_files.lock(tmp_path):
         assert not any(path.exists() for path in left) and (tmp_path / "mine.part").exists()
 
 
@@ -477,10 +482,10 @@ def test_a_loss_that_is_no_number_names_pairs_term_and_the_setting(made_of, term
     losses = torch.tensor([0.7, float("inf")])
     metrics = {"loss/preference": torch.zeros(2), "loss/kl": torch.zeros(2)} | dict.fromkeys(terms, losses)
     with pytest.raises(UserError) as raised:
-        finite.check_losses(losses, metrics, made_of, ["a1", "b2"], step=7)
+        loss_checks.check_losses(losses, metrics, made_of, ["a1", "b2"], step=7)
     assert f"at step 7 (pairs b2; not finite: {', '.join(sorted(terms, reverse=True))})" in str(raised.value)
     assert advice in str(raised.value)
-    finite.check_losses(torch.tensor([0.7, 0.6]), metrics, made_of, ["a1", "b2"], step=7)
+    loss_checks.check_losses(torch.tensor([0.7, 0.6]), metrics, made_of, ["a1", "b2"], step=7)
 
 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(folder, store, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import random
 import pytest
 from PIL import Image
 
-from catpo.data import open_data
-from catpo.datasets.folder import Dataset
-from catpo.errors import UserError
-from catpo.pairs_file import write_pairs
-from catpo.types import Picture, PreferencePair, Span, pair_id
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, PreferencePair, Span, pair_id
+from catpo.data.datasets.folder import Dataset
+from catpo.data.pair_folder import write_pairs
+from catpo.data.read import open_data
 
 PAIR = {"image": "a.png", "prompt": "What is it?", "chosen": "A dog.", "rejected": "A cat."}
 SAMPLE = {"image": "a.png", "references": ["A dog on a beach."], "truth": {"present": ["dog"]}}

@@ -7,8 +7,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from catpo.errors import UserError
-from catpo.fusion import NORMALISATIONS, Fusion, ResponseSignals, find_signal, fuse, keep_share, shared_prefix, weigh
+from catpo.core.errors import UserError
+from catpo.rewards.fusion import NORMALISATIONS, Fusion, ResponseSignals, find_signal, fuse, keep_share, shared_prefix, weigh
 
 EOS = 2
 NAMES = ("global_attention", "patch_entropy", "semantic")

@@ -16,23 +16,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catpo import recipes, strictjson
-from catpo.benchmarks import llava_bench, mmhal
-from catpo.benchmarks._answers import id_of, text_of
-from catpo.benchmarks._base import CaptionTruth, grade_caption, read_yes_no
-from catpo.benchmarks._extraction import read_objects
-from catpo.benchmarks._files import decode, parse_records
-from catpo.chat import ChatServer
-from catpo.data import scan
-from catpo.datasets import llava, rlhf_v, trl
-from catpo.datasets._base import Row, RowDataset
-from catpo.datasets._table import NUMBER, Table
-from catpo.errors import UserError
+from catpo.config import recipes
+from catpo.core.errors import UserError
+from catpo.core.spec import Spec, parse, parse_list
+from catpo.core.types import PreferencePair
+from catpo.data.datasets import Row, RowDataset, llava, rlhf_v, trl
+from catpo.data.datasets._table import NUMBER, Table
+from catpo.data.read import scan
+from catpo.evaluation.benchmarks import CaptionTruth, grade_caption, llava_bench, mmhal, read_yes_no
+from catpo.evaluation.benchmarks._answers import id_of, text_of
+from catpo.evaluation.benchmarks._extraction import read_objects
+from catpo.evaluation.benchmarks._files import decode, parse_records
+from catpo.files import strict_json
+from catpo.files.json_files import read_rows
 from catpo.judges._replies import Replies
 from catpo.judges.recorded import Judge as Recorded
-from catpo.runs import read_rows
-from catpo.spec import Spec, parse, parse_list
-from catpo.types import PreferencePair
+from catpo.models.openai_client import ChatServer
 from hostile_cases import PAIR, POVID, SEVA, encoded
 
 pytestmark = pytest.mark.nightly
@@ -105,10 +104,10 @@ def test_any_text_is_a_recipe_or_a_user_error(folder: Path, text: str) -> None:
 def test_strict_json_reads_what_json_reads_but_for_numbers_that_are_none(value: Any) -> None:
     text = json.dumps(value)
     if _is_finite(value):
-        assert strictjson.loads(text) == json.loads(text)
+        assert strict_json.loads(text) == json.loads(text)
     else:
         with pytest.raises(ValueError, match="no number"):
-            strictjson.loads(text)
+            strict_json.loads(text)
 
 
 def _is_finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catpo.head import Head, likeliest_tokens, token_logits, token_probabilities, token_stats
+from catpo.models.output_head import Head, likeliest_tokens, token_logits, token_probabilities, token_stats
 
 DIRECTIONS = ["policy||reference", "reference||policy"]
 

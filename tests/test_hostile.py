@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from catpo.families import _base as families
-from catpo.rewards import RewardStore
-from catpo.runs import read_json
+from catpo.files.json_files import read_json
+from catpo.models import family as families
+from catpo.rewards.store import RewardStore
 from commands import run
 from hostile_cases import BAD, GOOD, PAIR, Case, Fine, Place, changed_model, names, remote, score
 from report_fixtures import make_evaluation

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from catpo.pairs_file import write_pairs
+from catpo.data.pair_folder import write_pairs
 from commands import run
 from fake_chat import Answer, completion, serve
 from report_fixtures import make_pairs

@@ -15,9 +15,8 @@ MODULES = [module.name for module in pkgutil.walk_packages(catpo.__path__, "catp
 TORCHLESS = [
     name
     for name in MODULES
-    if name.removeprefix("catpo.").split(".")[0]
-    in {"cli", "config", "recipes", "registry", "spec", "errors", "types", "runs", "rewards", "fusion", "quality", "comparison"}
-    | {"report", "inspection", "datasets", "benchmarks", "doctor", "intervals", "progress"}
+    if name.split(".")[1] in {"core", "text", "files", "config", "data", "rewards", "judges", "reporting"}
+    and name != "catpo.data.check"
 ]
 
 

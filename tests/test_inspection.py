@@ -6,11 +6,11 @@ import io
 import pytest
 from rich.console import Console
 
-from catpo.errors import UserError
-from catpo.fusion import Fusion
-from catpo.inspection import inspect_pair
-from catpo.rewards import RewardStore
-from catpo.types import pair_id
+from catpo.cli.inspect_pair import inspect_pair
+from catpo.core.errors import UserError
+from catpo.core.types import pair_id
+from catpo.rewards.fusion import Fusion
+from catpo.rewards.store import RewardStore
 from report_fixtures import make_pairs, make_store
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from catpo.intervals import auroc, bootstrap_auroc, bootstrap_indices, interval, mean_interval
+from catpo.core.intervals import auroc, bootstrap_auroc, bootstrap_indices, interval, mean_interval
 
 
 def auroc_by_counting(scores, labels):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from catpo.benchmarks import llava_bench, mmhal, object_halbench
-from catpo.benchmarks._files import Folder
-from catpo.cli import main
-from catpo.comparison import incomparable, load_evaluation, paired_differences
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.grading import grade_answers
-from catpo.spec import Spec
+from catpo.cli.main import main
+from catpo.core.errors import UserError
+from catpo.core.spec import Spec
+from catpo.evaluation.benchmarks import llava_bench, mmhal, object_halbench
+from catpo.evaluation.benchmarks._files import Folder
+from catpo.evaluation.coverage import incomparable, load_evaluation, paired_differences
+from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.grade import grade_answers
 from fake_chat import Answer, completion, serve
 
 CANARY = "sk-canary-0123456789abcdef"
@@ -407,7 +407,7 @@ class OneByOne:
 
 
 def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halbench, tmp_path, monkeypatch):
-    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    monkeypatch.setattr("catpo.evaluation.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
     answers = write_rows(
         tmp_path / "a.jsonl",
         [
@@ -438,7 +438,7 @@ def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halb
 
 
 def test_object_halbench_without_a_readable_reply_is_not_complete(small_halbench, tmp_path, monkeypatch):
-    monkeypatch.setattr("catpo.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
+    monkeypatch.setattr("catpo.evaluation.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
     answers = write_rows(tmp_path / "a.jsonl", [{"image_id": n, "text": "There is a dog here."} for n in (1, 2, 3)])
     with serve(reply=lambda _: completion("I see a dog.")) as chat:
         judge = f"openai(model='gpt', base_url='{chat.url}')"

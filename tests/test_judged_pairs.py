@@ -8,15 +8,13 @@ import random
 import pytest
 
 import fake_chat
-from catpo import asking
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.judges._base import Judge, open_judge
-from catpo.objects import mentions
-from catpo.pairing import pair
-from catpo.pairings import hadpo, povid, rlaif
-from catpo.pairings._base import Dropped
-from catpo.types import Picture, Sample
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Sample
+from catpo.data.read import open_data
+from catpo.judges import Judge, _requests, open_judge
+from catpo.pairing.methods import Dropped, hadpo, povid, rlaif
+from catpo.pairing.pair import pair
+from catpo.text.object_words import mentions
 from fake_family import FakeFamily
 
 DATA = "scenes(count=6)"
@@ -263,17 +261,17 @@ def test_a_server_sees_the_picture_and_is_paid_once(tmp_path):
 def test_the_truth_judge_needs_a_truth_and_answers_only_such_requests(sample):
     judge = open_judge("truth")
     with pytest.raises(UserError, match='"present"'):
-        asking.ask(judge, "rate", Sample("s", sample.images, "What?"), asking.as_rating, answer="A dog.")
+        _requests.ask(judge, "rate", Sample("s", sample.images, "What?"), _requests.as_rating, answer="A dog.")
     with pytest.raises(UserError, match="Name another judge"):
         judge.ask([{"role": "user", "content": "Is the cap yellow?"}], key="mmhal/0")
 
 
 def test_the_truth_judge_reads_objects_of_several_words_and_none_at_all(sample):
     truth = {"present": ["teddy bear", "dog"], "counts": {"teddy bear": 3}}
-    ask = lambda task, read, truth, **said: asking.ask(
+    ask = lambda task, read, truth, **said: _requests.ask(
         open_judge("truth"), task, Sample("s", sample.images, "What?", truth=truth), read, **said
     )
-    assert ask("rate", asking.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
-    assert ask("rate", asking.as_rating, {"present": []}, answer="A cat.") == 0.0
-    assert ask("verify", asking.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
-    assert ask("correct", asking.as_text, truth, answer="A dog and a cat.") == "A dog."
+    assert ask("rate", _requests.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
+    assert ask("rate", _requests.as_rating, {"present": []}, answer="A cat.") == 0.0
+    assert ask("verify", _requests.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
+    assert ask("correct", _requests.as_text, truth, answer="A dog and a cat.") == "A dog."

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from catpo import registry
-from catpo.errors import UserError
+from catpo.core import registry
+from catpo.core.errors import UserError
 from catpo.judges.openai import Judge as OpenAI
 from catpo.judges.recorded import Judge as Recorded
 from fake_chat import Answer, completion, serve

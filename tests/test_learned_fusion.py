@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from catpo.batching import PairCollator
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.fusion import Fusion
-from catpo.learned_fusion import LearnedFusion
-from catpo.rewards import RewardStore
-from catpo.trainer import CatPOTrainer
-from catpo.training import train
+from catpo.core.errors import UserError
+from catpo.models import family as families
+from catpo.models.packing import PairCollator
+from catpo.rewards.fusion import Fusion
+from catpo.rewards.store import RewardStore
+from catpo.training.learned_fusion import LearnedFusion
+from catpo.training.train import train
+from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
 
 OPTIONS = [

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from catpo.data import open_data
-from catpo.evaluation import evaluate
-from catpo.families import _base as families
-from catpo.likelihood import most_likely, option_losses
+from catpo.data.read import open_data
+from catpo.evaluation.evaluate import evaluate
+from catpo.models import family as families
+from catpo.models.likelihood import most_likely, option_losses
 
 
 @pytest.fixture(scope="module")

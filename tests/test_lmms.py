@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from catpo.benchmarks import scenes
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.likelihood import option_losses
-from catpo.lmms import tasks
-from catpo.lmms.model import Model, _cut, _decoding
+from catpo.core.errors import UserError
+from catpo.data.read import open_data
+from catpo.evaluation.benchmarks import scenes
+from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.lmms_eval import tasks
+from catpo.evaluation.lmms_eval.model import Model, _cut, _decoding
+from catpo.models.likelihood import option_losses
 
 ROOT = Path(__file__).parent.parent
 SCENES = "scenes(count=4)"
@@ -172,10 +172,10 @@ def test_lmms_eval_runs_the_model_and_a_task_of_catpo(tmp_path, monkeypatch):
     from lmms_eval.models import registry_v2
     from lmms_eval.tasks import TaskManager
 
-    from catpo import lmms
+    from catpo.evaluation import lmms_eval
 
-    assert lmms.manifest() == registry_v2.ModelManifest("catpo", "catpo.lmms.model.Model")
-    if sys.modules["catpo.lmms.model"].lmms is object:
+    assert lmms_eval.manifest() == registry_v2.ModelManifest("catpo", "catpo.evaluation.lmms_eval.model.Model")
+    if sys.modules["catpo.evaluation.lmms_eval.model"].lmms is object:
         pytest.fail("catpo.lmms.model does not find lmms_eval")
     names = tasks.export_tasks([SCENES], tmp_path / "tasks", max_new_tokens=96)
     results = evaluator.simple_evaluate(

@@ -10,16 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from catpo import registry
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.readings import Readings
-from catpo.scoring import score_pairs
+from catpo.core import registry
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES
+from catpo.models import family as families
+from catpo.models.views import View
+from catpo.scoring.score import score_pairs
 from catpo.testing import loss_from_logits
-from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.training import train
-from catpo.types import SIDES
-from catpo.views import View
+from catpo.training.train import train
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.view_passes import Readings
 from tiny import llava, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")

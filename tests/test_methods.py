@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import method_oracles as oracles
-from catpo.errors import UserError
+from catpo.core.errors import UserError
 from catpo.testing import loss_from_logits
 
 VOCABULARY = 9

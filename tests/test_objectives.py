@@ -8,12 +8,12 @@ import zlib
 import pytest
 import torch
 
-from catpo import registry
-from catpo.errors import UserError
-from catpo.objectives import _base as objectives
-from catpo.objectives import catpo, dpo
-from catpo.objectives._base import FORMS as FORM
-from catpo.stats import PairStats, kl_direction, requirements
+from catpo.core import registry
+from catpo.core.errors import UserError
+from catpo.training import objectives
+from catpo.training.objectives import FORMS as FORM
+from catpo.training.objectives import catpo, dpo
+from catpo.training.pair_stats import PairStats, kl_direction, requirements
 
 
 class Figures(dict):

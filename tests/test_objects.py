@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 
-from catpo import objects
-from catpo.objects import classes, companion, contexts, default_vocabulary, mentions
+from catpo.text import object_words
+from catpo.text.object_words import classes, companion, contexts, default_vocabulary, mentions
 
 
 def found(text, vocabulary=None):
@@ -68,4 +68,4 @@ def test_forms_with_marks_are_taken_literally():
 
 
 def test_examples_run():
-    assert doctest.testmod(objects).failed == 0
+    assert doctest.testmod(object_words).failed == 0

@@ -9,14 +9,14 @@ import re
 
 import pytest
 
-from catpo.benchmarks import _coco, amber, pope
-from catpo.benchmarks._answers import read_records
-from catpo.cli import main
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.grading import grade, grade_answers
-from catpo.runs import read_rows
-from catpo.sidebyside import compare, show
+from catpo.cli.main import main
+from catpo.core.errors import UserError
+from catpo.evaluation.benchmarks import _coco, amber, pope
+from catpo.evaluation.benchmarks._answers import read_records
+from catpo.evaluation.compare import compare, show
+from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.grade import grade, grade_answers
+from catpo.files.json_files import read_rows
 from fake_family import FakeFamily
 
 QUESTIONS = [("dog.jpg", "Is there a dog?", "yes"), ("dog.jpg", "Is there a cat?", "no"), ("sea.jpg", "Is there a dog?", "no")]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from catpo.benchmarks import amber
-from catpo.benchmarks._english import English
-from catpo.cli import main
-from catpo.grading import grade_answers
-from catpo.runs import read_rows
+from catpo.cli.main import main
+from catpo.evaluation.benchmarks import amber
+from catpo.evaluation.benchmarks._english import English
+from catpo.evaluation.grade import grade_answers
+from catpo.files.json_files import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ASSETS = (
-    "assets/vlm/model.safetensors",
-    "assets/vlm/tokenizer.json",
-    "assets/scenes/sprites.png",
-    "assets/scenes/objects.json",
+    "models/builtin/model.safetensors",
+    "models/builtin/tokenizer.json",
+    "data/scenes/sprites.png",
+    "text/objects.json",
 )
 
 
@@ -43,7 +43,7 @@ def test_nothing_else_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     sizes = {info.filename: info.compress_size for info in wheel.infolist()}
-    assert sum(size for name, size in sizes.items() if "/assets/vlm/" in name) <= 16e6
+    assert sum(size for name, size in sizes.items() if "/models/builtin/" in name) <= 16e6
     assert sum(sizes.values()) <= 20e6
 
 
@@ -71,7 +71,7 @@ def test_the_commands_run_from_the_unpacked_wheel_outside_the_checkout(wheel: zi
         "assert catpo.__file__.startswith(sys.path[0]), catpo.__file__; "
         "catpo.pair(model='builtin', data='scenes(count=24)', output='pairs', progress=False); "
         "store = catpo.score(pairs='pairs', model='builtin', output='rewards', limit=2, progress=False); "
-        "print(catpo.write_report(output='report.html', pairs='pairs', rewards='rewards'))"
+        "print(catpo.report(output='report.html', pairs='pairs', rewards='rewards'))"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from catpo import last_layer, packing
-from catpo.attention import AttentionRecorder
-from catpo.batching import pack, response_hidden, run_backbone
-from catpo.families._base import load
+from catpo.models.attention import last_layer, packed
+from catpo.models.attention.recorder import AttentionRecorder
+from catpo.models.family import load
+from catpo.models.packing import pack, response_hidden, run_backbone
 from tiny import llava, pairs
 from tiny_families import build
 
@@ -24,7 +24,7 @@ def loss_and_gradients(family, batch):
 def test_part_by_part_equals_a_dense_mask_with_its_gradients(make, padding_side):
     family = make()
     batch = pack(family, [family.encode(pair) for pair in pairs(3)], padding_side=padding_side)
-    assert packing.is_layout(batch["model_inputs"]["attention_mask"])
+    assert packed.is_layout(batch["model_inputs"]["attention_mask"])
     expected, expected_gradients = loss_and_gradients(family, batch)
     family.use_packed_attention()
     found, gradients = loss_and_gradients(family, batch)
@@ -48,14 +48,14 @@ def test_checkpointed_layers_keep_the_layout():
 
 
 def test_a_layout_sees_what_the_rows_say():
-    layout = packing.layout_of([[(0, 2), (2, 3), (3, 5)], [(1, 2), (2, 4), (4, 5)]])
+    layout = packed.layout_of([[(0, 2), (2, 3), (3, 5)], [(1, 2), (2, 4), (4, 5)]])
     expected = torch.tensor(
         [
             [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
             [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 0, 1]],
         ]
     )
-    assert torch.equal(packing.visible(layout, 5), expected.bool())
+    assert torch.equal(packed.visible(layout, 5), expected.bool())
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -94,7 +94,7 @@ def test_a_last_layer_read_at_responses_gives_the_same_there(make, is_checkpoint
         if plain is not None:
             torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
     plain = run_backbone(family.unwrapped, batch).last_hidden_state
-    assert packing.is_layout(batch["model_inputs"]["attention_mask"]) == (not torch.allclose(elsewhere, plain, atol=1e-2))
+    assert packed.is_layout(batch["model_inputs"]["attention_mask"]) == (not torch.allclose(elsewhere, plain, atol=1e-2))
 
 
 def test_what_is_not_packed_goes_through_the_whole_last_layer():
@@ -113,4 +113,4 @@ def test_reading_at_responses_twice_is_reading_once():
     with last_layer.read_at_responses(family.decoder), last_layer.read_at_responses(family.decoder):
         found, _ = loss_and_gradients(family, batch)
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
-    assert not packing.reads_responses(family.decoder.layers[-1].self_attn)
+    assert not packed.reads_responses(family.decoder.layers[-1].self_attn)

@@ -9,13 +9,12 @@ import time
 
 import pytest
 
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.objects import mentions
-from catpo.pairing import pair
-from catpo.pairings import corrected, reference, seva
-from catpo.pairings._base import Dropped, label
-from catpo.types import Picture, PreferencePair, Sample
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, PreferencePair, Sample
+from catpo.data.read import open_data
+from catpo.pairing.methods import Dropped, corrected, label, reference, seva
+from catpo.pairing.pair import pair
+from catpo.text.object_words import mentions
 from fake_family import FakeFamily
 
 PICTURE = Picture(data=b"a picture", name="picture")

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 
-from catpo.cli import main
+from catpo.cli.main import main
 
 PHOTOS = 200
 

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from catpo import cli, config, recipes
-from catpo.batching import PairCollator, run_backbone
-from catpo.capacity import DecoderMemory, pass_tokens
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.pairs_file import write_pairs
-from catpo.plan import plan, weight_bytes
-from catpo.scoring import score
-from catpo.training import train
+from catpo.cli import main
+from catpo.config import options as config
+from catpo.config import recipes
+from catpo.core.errors import UserError
+from catpo.data.pair_folder import write_pairs
+from catpo.models import family as families
+from catpo.models.capacity import DecoderMemory, pass_tokens
+from catpo.models.packing import PairCollator, run_backbone
+from catpo.planning.dry_run import plan, weight_bytes
+from catpo.scoring.score import score
+from catpo.training.train import train
 from tiny import pairs
 from tiny_families import BUILDERS, build
 
@@ -141,7 +143,7 @@ def test_a_plan_for_several_gpus_divides_what_the_engine_shards(folder):
 def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in ("score", "train"):
-        cli.main([command, "--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--output", "out", "--dry-run"])
+        main.main([command, "--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--output", "out", "--dry-run"])
         shown = capsys.readouterr().out
         assert "token passes" in shown and "memory on the device" in shown and "reward store on disk" in shown
     assert not list(tmp_path.iterdir())
@@ -186,7 +188,7 @@ def test_a_plan_wants_the_scores_that_training_would_read(folder, tmp_path):
 
 def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys):
     given = ["--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--output", str(tmp_path / "out")]
-    cli.main(["train", *given, "--rewards", "not-yet", "--dry-run"])
+    main.main(["train", *given, "--rewards", "not-yet", "--dry-run"])
     assert "not-yet does not exist yet: `catpo score` has to write it" in " ".join(capsys.readouterr().out.split())
 
 
@@ -211,7 +213,7 @@ def test_every_recipe_plans_with_another_model_and_data(folder, path, tmp_path, 
     monkeypatch.chdir(tmp_path)
     here = ["--pairs", str(folder / "pairs"), "--model", str(folder / "model"), "--dry-run"]
     for command in ("score", "train"):
-        cli.main([command, "--config", str(path), *here])
+        main.main([command, "--config", str(path), *here])
     recipe = recipes.read(path)
     assert recipe["train"]["output"] and recipe["score"]["output"] == recipe["train"]["rewards"]
     assert recipe["train"].get("quantization") == ("4bit" if "24gb" in path.stem else None)

@@ -14,17 +14,18 @@ from functools import partial
 import pytest
 from bench.launching import together
 
-from catpo import evaluation, scoring
-from catpo.data import open_data
-from catpo.datasets._base import Dataset
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.families import _base as families
-from catpo.pairing import pair
-from catpo.pairs_file import write_pairs
-from catpo.processes import Team
-from catpo.scoring import score_pairs
-from catpo.training import train
+from catpo.core.errors import UserError
+from catpo.data.datasets import Dataset
+from catpo.data.pair_folder import write_pairs
+from catpo.data.read import open_data
+from catpo.evaluation import evaluate as evaluation
+from catpo.evaluation.evaluate import evaluate
+from catpo.models import family as families
+from catpo.pairing.pair import pair
+from catpo.runtime.work_group import Team
+from catpo.scoring import score
+from catpo.scoring.score import score_pairs
+from catpo.training.train import train
 from commands import run
 from fake_family import FakeFamily
 from tiny import pairs
@@ -88,7 +89,7 @@ def test_variables_of_a_launcher_that_do_not_fit_together_are_a_message(
 def scored(folder, path, *, die_after=None):
     """Scores twelve pairs into six shards; a process that dies does so before its shard number `die_after`."""
     writes = []
-    write = scoring.RewardWriter.write_shard
+    write = score.RewardWriter.write_shard
 
     def counted(self, shard, *arguments, **options):
         if len(writes) == die_after:
@@ -96,11 +97,11 @@ def scored(folder, path, *, die_after=None):
         writes.append(shard)
         write(self, shard, *arguments, **options)
 
-    scoring.RewardWriter.write_shard = counted
+    score.RewardWriter.write_shard = counted
     try:
         score_pairs(pairs(12), families.load(folder), path, batch_size=2, shard_size=2, progress=False)
     finally:
-        scoring.RewardWriter.write_shard = write
+        score.RewardWriter.write_shard = write
     return writes
 
 

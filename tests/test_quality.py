@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from catpo.errors import UserError
-from catpo.fusion import Fusion
-from catpo.intervals import auroc
-from catpo.quality import FINAL, signal_quality
-from catpo.rewards import ResponseRow, RewardStore, RewardWriter
-from catpo.types import SIDES, PatchGrid
+from catpo.core.errors import UserError
+from catpo.core.intervals import auroc
+from catpo.core.types import SIDES, PatchGrid
+from catpo.rewards.fusion import Fusion
+from catpo.rewards.quality import FINAL, signal_quality
+from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "good", "noise"]
 
@@ -63,7 +63,7 @@ def test_each_signal_has_the_auroc_of_its_labelled_tokens(tmp_path):
 
 def test_a_large_store_is_measured_on_some_of_its_pairs(tmp_path, monkeypatch):
     store, rows = store_of(tmp_path)
-    monkeypatch.setattr("catpo.quality.MEASURED_PAIRS", 4)
+    monkeypatch.setattr("catpo.rewards.quality.MEASURED_PAIRS", 4)
     some = {"p0", "p13", "p26", "p39"}
     labels = np.concatenate([row.labels for row in rows if row.pair_id in some])
     found = signal_quality(store, resamples=5)[0].overall

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from catpo.errors import UserError
-from catpo.families._base import load
-from catpo.pairs_file import write_pairs
-from catpo.scoring import score
-from catpo.training import train
+from catpo.core.errors import UserError
+from catpo.data.pair_folder import write_pairs
+from catpo.models.family import load
+from catpo.scoring.score import score
+from catpo.training.train import train
 from tiny import pairs
 from tiny_families import build
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from catpo import cli, recipes
-from catpo.demo import OBJECTIVES, DemoSettings
-from catpo.rewards import RewardStore
+from catpo.cli import main
+from catpo.cli.demo import OBJECTIVES, DemoSettings
+from catpo.config import recipes
+from catpo.rewards.store import RewardStore
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 FEWER = {
@@ -26,7 +27,7 @@ def test_the_demo_recipe_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for command, flags in FEWER.items():
-        cli.main([command, "--config", str(RECIPE), *flags])
+        main.main([command, "--config", str(RECIPE), *flags])
     folder = tmp_path / "runs" / "demo"
     store = RewardStore.open(folder / "rewards")
     assert len(store) == 6
@@ -38,7 +39,7 @@ def test_the_demo_recipe_runs(
     for words in ("pairs of 24 answers", "Reward store: ", "image_contrast", "Trained model: ", "chair_i", "Report: "):
         assert words in shown
 
-    cli.main(["inspect", str(folder / "rewards"), "--pair", store.pair_ids[0]])
+    main.main(["inspect", str(folder / "rewards"), "--pair", store.pair_ids[0]])
     words = json.loads((folder / "pairs" / "pairs.jsonl").read_text().splitlines()[0])["chosen"]
     assert re.findall(r"\w+", words)[0] in capsys.readouterr().out
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from catpo import scoring
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.reference_cache import token_bytes
-from catpo.rewards import RewardStore
-from catpo.scoring import score_pairs
-from catpo.shards import ResponseRow, to_parquet
-from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.types import SIDES, PatchGrid
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES, PatchGrid
+from catpo.models import family as families
+from catpo.rewards.shards import ResponseRow, to_parquet
+from catpo.rewards.store import RewardStore
+from catpo.scoring import score
+from catpo.scoring.reference_cache import token_bytes
+from catpo.scoring.score import score_pairs
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
 from tiny import pairs
 
 PAIRS = pairs(4)
@@ -95,7 +95,7 @@ def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, m
         assert not (tmp_path / "store" / "store.json").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring.RewardWriter, "create_or_resume", written)
+    monkeypatch.setattr(score.RewardWriter, "create_or_resume", written)
     with pytest.raises(KeyboardInterrupt):
         score_pairs(PAIRS, families.load(folder), tmp_path / "store", cache=cache)
 

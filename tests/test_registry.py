@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from catpo import registry
-from catpo.errors import UserError
+from catpo.core import registry
+from catpo.core.errors import UserError
 
-PLUGINS = [(kind, name) for kind in registry.PUBLIC_NAMES for name in registry.names(kind)]
+PLUGINS = [(kind, name) for kind in registry.PLACES for name in registry.names(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), PLUGINS)
@@ -31,10 +31,10 @@ def test_every_plugin_has_a_first_line_for_the_list(kind: str, name: str) -> Non
 
 @pytest.mark.parametrize(("kind", "name"), PLUGINS)
 def test_a_plugin_has_one_public_name(kind: str, name: str) -> None:
-    module = importlib.import_module(f"catpo.{kind}.{name}")
+    module = importlib.import_module(f"{registry.PLACES[kind][0]}.{name}")
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert registry.PUBLIC_NAMES[kind] in defined, defined
+    assert registry.PLACES[kind][1] in defined, defined
 
 
 def test_an_unknown_plugin_is_answered_with_the_closest() -> None:
@@ -62,11 +62,11 @@ def test_another_package_joins_through_an_entry_point(tmp_path: Path, monkeypatc
 def test_our_own_plugin_cannot_be_replaced_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("dpo", "json:dumps", "catpo.objectives")
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point] if group == "catpo.objectives" else [])
-    assert registry.load("objectives", "dpo").__module__ == "catpo.objectives.dpo"
+    assert registry.load("objectives", "dpo").__module__ == "catpo.training.objectives.dpo"
 
 
 def test_listing_imports_no_plugin() -> None:
-    code = "import sys; from catpo import registry as r; [r.plugins(k) for k in r.PUBLIC_NAMES]; print(sorted(sys.modules))"
+    code = "import sys; from catpo.core import registry as r; [r.plugins(k) for k in r.PLACES]; print(sorted(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "'catpo.objectives.dpo'" not in shown
+    assert "'catpo.training.objectives.dpo'" not in shown
     assert "'torch'" not in shown

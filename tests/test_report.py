@@ -12,19 +12,19 @@ from itertools import product
 import numpy as np
 import pytest
 
-from catpo.comparison import Coverage, Difference, Estimate, at_equal_coverage, load_evaluation
-from catpo.errors import UserError
-from catpo.fusion import Fusion
-from catpo.quality import signal_quality
-from catpo.report.build import report
-from catpo.report.evaluations import BenchmarkTable, Cell
-from catpo.report.heatmap import canvas, compose, heatmap
-from catpo.report.page import embed, policy
-from catpo.report.plots import Series, curves, histogram
-from catpo.report.verdicts import evaluation_verdicts
-from catpo.rewards import RewardStore
-from catpo.runs import read_rows
-from catpo.types import PatchGrid
+from catpo.core.errors import UserError
+from catpo.core.types import PatchGrid
+from catpo.evaluation.coverage import Coverage, Difference, Estimate, at_equal_coverage, load_evaluation
+from catpo.files.json_files import read_rows
+from catpo.reporting.build import report
+from catpo.reporting.evaluations import BenchmarkTable, Cell
+from catpo.reporting.heatmap import canvas, compose, heatmap
+from catpo.reporting.page import embed, policy
+from catpo.reporting.plots import Series, curves, histogram
+from catpo.reporting.verdicts import evaluation_verdicts
+from catpo.rewards.fusion import Fusion
+from catpo.rewards.quality import signal_quality
+from catpo.rewards.store import RewardStore
 from report_fixtures import GRID, HOSTILE, SIGNALS, make_evaluation, make_pairs, make_run, make_store
 
 HOSTILE_NAME = "<img src=x onerror=alert(1)> {{7*7}} & 'run'"

@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from catpo.display import merge, words
-from catpo.fusion import Fusion
-from catpo.intervals import auroc
-from catpo.pairs_file import write_pairs
-from catpo.report.build import report
-from catpo.rewards import RewardStore
-from catpo.runs import read_rows
-from catpo.types import SIDES
+from catpo.core.intervals import auroc
+from catpo.core.types import SIDES
+from catpo.data.pair_folder import write_pairs
+from catpo.files.json_files import read_rows
+from catpo.reporting.build import report
+from catpo.rewards.fusion import Fusion
+from catpo.rewards.store import RewardStore
+from catpo.text.words import merge, words
 from hostile_cases import TEXTS
 from report_fixtures import HOSTILE, make_evaluation, make_pairs, make_run, make_store
 

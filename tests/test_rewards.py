@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from catpo.errors import UserError
-from catpo.fusion import Fusion, fuse
-from catpo.rewards import ResponseRow, RewardStore, RewardWriter
-from catpo.runs import lock
-from catpo.types import SIDES, PatchGrid
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES, PatchGrid
+from catpo.files.json_files import lock
+from catpo.rewards.fusion import Fusion, fuse
+from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic(embedding='hidden')"]
 PROVENANCE = {
@@ -111,7 +111,7 @@ def test_every_response_is_read_back_as_it_was_written(tmp_path):
 def test_a_store_larger_than_its_memory_reads_the_same_and_keeps_what_was_read_last(tmp_path, monkeypatch):
     whole = whole_store(tmp_path / "store")
     assert len(list(whole._all_columns())) == len(whole._kept) == 4
-    monkeypatch.setattr("catpo.rewards.KEPT_BYTES", 1)
+    monkeypatch.setattr("catpo.rewards.store.KEPT_BYTES", 1)
     small = RewardStore.open(tmp_path / "store")
     assert not small._kept  # opening keeps ids only
     for pair in [*PAIRS, *reversed(PAIRS)]:
@@ -317,7 +317,7 @@ def test_a_run_killed_at_any_file_resumes_to_the_same_store(tmp_path, file, afte
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     with lock(tmp_path / "store"):
-        script = f"from catpo.runs import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
+        script = f"from catpo.files.json_files import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
         second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "is being written by another catpo process" in second.stderr
 

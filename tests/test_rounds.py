@@ -9,11 +9,12 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from catpo import cli, config
-from catpo import rounds as loop
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.rounds import rounds
+from catpo.cli import main
+from catpo.config import options as config
+from catpo.core.errors import UserError
+from catpo.experiments import rounds as loop
+from catpo.experiments.rounds import rounds
+from catpo.models import family as families
 
 TRAIN = "max_steps=1, learning_rate=1e-2, batch_size=2, accumulation=1, dev_share=0.0, logging_steps=1, lora={lora}"
 
@@ -140,8 +141,8 @@ def test_the_command_has_the_functions_options_and_takes_a_recipes_sections(tmp_
     monkeypatch.setattr(loop, "_do", lambda *arguments: received.update(options=arguments[4]) or exit_after())
     exit_after = lambda: (_ for _ in ()).throw(UserError("enough"))
     with pytest.raises(SystemExit):
-        cli.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "seed_=1"])
+        main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "seed_=1"])
     with pytest.raises(SystemExit):
-        cli.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "batch_size=3"])
+        main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "batch_size=3"])
     assert received["options"]["train"] == {"epochs": 2.0, "batch_size": 3}
     assert received["options"]["pair"] == {"method": "seva"}

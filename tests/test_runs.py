@@ -9,36 +9,37 @@ import stat
 
 import pytest
 
-from catpo import progress, runs
-from catpo.errors import UserError
+from catpo.core.errors import UserError
+from catpo.files import json_files
+from catpo.runtime import progress
 
 
 def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "scores.json"
-    runs.write_json(path, {"a": 1})
-    runs.write_json(path, {"a": "ü"})
-    assert runs.read_json(path) == {"a": "ü"}
+    json_files.write_json(path, {"a": 1})
+    json_files.write_json(path, {"a": "ü"})
+    assert json_files.read_json(path) == {"a": "ü"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "scores.json"
-    runs.write_json(path, {"a": 1})
+    json_files.write_json(path, {"a": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        runs.write_json(path, {"a": 2})
-    assert runs.read_json(path) == {"a": 1}
+        json_files.write_json(path, {"a": 2})
+    assert json_files.read_json(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_written_files_get_the_usual_permissions(tmp_path):
     old = os.umask(0o022)
     try:
-        runs.write_atomic(tmp_path / "x", "text")
+        json_files.write_atomic(tmp_path / "x", "text")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
@@ -50,7 +51,7 @@ def test_read_json_says_which_file_and_what_makes_it(tmp_path, content, message)
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message) as raised:
-        runs.read_json(path, made_by="catpo evaluate")
+        json_files.read_json(path, made_by="catpo evaluate")
     assert "scores.json" in str(raised.value)
     assert "catpo evaluate" in str(raised.value)
 
@@ -58,13 +59,13 @@ def test_read_json_says_which_file_and_what_makes_it(tmp_path, content, message)
 def test_rows_survive_a_torn_last_line_and_odd_line_separators(tmp_path):
     path = tmp_path / "answers.jsonl"
     rows = [{"answer": "a\u2028b\nc"}, {"answer": "d"}]
-    size = runs.append_rows(path, rows)
+    size = json_files.append_rows(path, rows)
     assert size == path.stat().st_size
     with open(path, "a") as stream:
         stream.write('{"answer": "to')
-    assert runs.read_rows(path) == rows
+    assert json_files.read_rows(path) == rows
     assert path.stat().st_size > size
-    assert runs.repair_rows(path) == rows
+    assert json_files.repair_rows(path) == rows
     assert path.stat().st_size == size
 
 
@@ -72,15 +73,15 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(UserError, match=r"answers\.jsonl:2"):
-        runs.read_rows(path)
+        json_files.read_rows(path)
 
 
 def test_no_file_has_no_rows(tmp_path):
-    assert runs.repair_rows(tmp_path / "none.jsonl") == []
+    assert json_files.repair_rows(tmp_path / "none.jsonl") == []
 
 
 def _hold(folder, ready, leave):
-    with runs.lock(folder):
+    with json_files.lock(folder):
         ready.set()
         leave.wait(30)
 
@@ -92,25 +93,25 @@ def test_a_second_live_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_pa
     other.start()
     try:
         assert ready.wait(30)
-        with pytest.raises(UserError, match=f"pid {other.pid}"), runs.lock(tmp_path / "out"):
+        with pytest.raises(UserError, match=f"pid {other.pid}"), json_files.lock(tmp_path / "out"):
             pass
     finally:
         other.kill()
         other.join()
-    with runs.lock(tmp_path / "out") as folder:
+    with json_files.lock(tmp_path / "out") as folder:
         assert folder == tmp_path / "out"
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_clear_error(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="Choose another --output"), runs.lock(tmp_path / "out"):
+    with pytest.raises(UserError, match="Choose another --output"), json_files.lock(tmp_path / "out"):
         pass
 
 
 def test_changed_options_are_named_also_when_they_vanish():
-    runs.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
+    json_files.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
     with pytest.raises(UserError, match=r"x was begun with b=2, now it is None"):
-        runs.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
+        json_files.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
 
 
 class Clock:

@@ -7,11 +7,11 @@ import torch
 from bench.counting import counter
 from peft import get_peft_model
 
-from catpo.batching import add_pair_forward, hidden_and_logps, pack
-from catpo.errors import UserError
-from catpo.plan import operations
-from catpo.scale import SHARDED, Operations, Work, check_engine, per_process, sent_bytes
-from catpo.training import lora_config
+from catpo.core.errors import UserError
+from catpo.models.packing import add_pair_forward, hidden_and_logps, pack
+from catpo.planning.costs import SHARDED, Operations, Work, check_engine, per_process, sent_bytes
+from catpo.planning.dry_run import operations
+from catpo.training.train import lora_config
 from tiny import llava, pairs
 from tiny_families import BUILDERS, build
 

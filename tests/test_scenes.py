@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from catpo.datasets.scenes import PROMPTS, Dataset, truth
-from catpo.errors import UserError
-from catpo.objects import classes, contexts, mentions
-from catpo.scenery import questions as questions_module
-from catpo.scenery.captions import true_caption, web_caption
-from catpo.scenery.draw import draw
-from catpo.scenery.plan import CANVAS, MAX_OBJECTS, scene
+from catpo.core.errors import UserError
+from catpo.data.datasets.scenes import PROMPTS, Dataset, truth
+from catpo.data.scenes import questions as questions_module
+from catpo.data.scenes.captions import true_caption, web_caption
+from catpo.data.scenes.draw import draw
+from catpo.data.scenes.plan import CANVAS, MAX_OBJECTS, scene
+from catpo.text.object_words import classes, contexts, mentions
 
 
 @pytest.fixture(scope="module")

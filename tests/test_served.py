@@ -16,12 +16,12 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from catpo.chat import ChatServer
-from catpo.data import open_data
-from catpo.errors import UserError
-from catpo.evaluation import evaluate
-from catpo.served import ServedModel, data_url, messages
-from catpo.types import Picture, Sample
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Sample
+from catpo.data.read import open_data
+from catpo.evaluation.evaluate import evaluate
+from catpo.models.openai_client import ChatServer
+from catpo.models.remote import ServedModel, data_url, messages
 from fake_chat import Answer, completion, serve
 
 

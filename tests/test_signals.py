@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from catpo import registry
-from catpo.errors import UserError
-from catpo.head import Head
-from catpo.signals import global_attention, image_contrast, patch_entropy, patch_logit, semantic
-from catpo.signals._base import Evidence
+from catpo.core import registry
+from catpo.core.errors import UserError
+from catpo.models.output_head import Head
+from catpo.scoring.signals import Evidence, global_attention, image_contrast, patch_entropy, patch_logit, semantic
 
 TOKENS, PATCHES, WIDTH, VOCABULARY = 5, 6, 4, 9
 READS = ("attention", "token_embeddings", "patch_features", "logps", "view_logps", "hidden")

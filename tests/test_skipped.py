@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from catpo import data
-from catpo.errors import UserError
-from catpo.rewards import RewardStore
-from catpo.runs import read_json, read_rows
-from catpo.skipped import Skipped
+from catpo.core.errors import UserError
+from catpo.data import read
+from catpo.files.json_files import read_json, read_rows
+from catpo.rewards.store import RewardStore
+from catpo.runtime.skip_log import Skipped
 from commands import run
 from hostile_cases import PAIR, SAMPLE, encoded
 
@@ -132,10 +132,10 @@ def test_data_sets_of_tables_skip_rows_too(tmp_path: Path) -> None:
     ]
     Path("rows.json").write_text(json.dumps(rows))
     skipped = Skipped("skip")
-    assert [pair.chosen for pair in data.read_pairs("llava(source='rows.json')", skipped)] == ["A dog.", "A bird."]
+    assert [pair.chosen for pair in read.read_pairs("llava(source='rows.json')", skipped)] == ["A dog.", "A bird."]
     assert [row["what"] for row in skipped.rows] == ["rows.json, row 1", "rows.json, row 3"]
     skipped = Skipped("skip")
-    assert [pair.chosen for pair in data.read_pairs("llava(source='rows.json', limit=1)", skipped)] == ["A dog."]
+    assert [pair.chosen for pair in read.read_pairs("llava(source='rows.json', limit=1)", skipped)] == ["A dog."]
 
 
 def test_only_two_words_are_known() -> None:

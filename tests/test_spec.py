@@ -8,8 +8,8 @@ import string
 
 import pytest
 
-from catpo.errors import UserError, did_you_mean
-from catpo.spec import Spec, check_options, keyword_options, parse, parse_list
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import Spec, check_options, keyword_options, parse, parse_list
 
 REFUSED = [
     "",

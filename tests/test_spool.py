@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from catpo import data, spool
-from catpo.errors import UserError
-from catpo.pairs_file import write_pairs
-from catpo.skipped import Skipped
-from catpo.spool import SpooledPairs, ids_of, joined, select
-from catpo.types import Picture, Span
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Span
+from catpo.data import read as data
+from catpo.data import spool
+from catpo.data.pair_folder import write_pairs
+from catpo.data.spool import SpooledPairs, ids_of, joined, select
+from catpo.runtime.skip_log import Skipped
 from tiny import pairs
 
 

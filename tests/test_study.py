@@ -17,18 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from catpo import cli
-from catpo.comparison import at_equal_coverage, load_evaluation
-from catpo.config import COMMANDS
-from catpo.errors import UserError
-from catpo.intervals import mean_interval
-from catpo.objectives import _base as objectives
-from catpo.runs import read_json, write_json
-from catpo.study import cells, file
-from catpo.study.figures import check_figure
-from catpo.study.results import as_latex, as_markdown
-from catpo.study.run import Outcome, study
-from catpo.study.running import run_all
+from catpo.cli import main
+from catpo.config.options import COMMANDS
+from catpo.core.errors import UserError
+from catpo.core.intervals import mean_interval
+from catpo.evaluation.coverage import at_equal_coverage, load_evaluation
+from catpo.experiments.study import cells, file
+from catpo.experiments.study.figures import check_figure
+from catpo.experiments.study.results import as_latex, as_markdown
+from catpo.experiments.study.run import Outcome, study
+from catpo.experiments.study.running import run_all
+from catpo.files.json_files import read_json, write_json
+from catpo.training import objectives
 from report_fixtures import make_evaluation, make_run
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.yaml"))
@@ -301,7 +301,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(
 
     engines.before = breaks
     with pytest.raises(SystemExit) as ended:
-        cli.main(["study", str(written(tmp_path, BASIC)), "--output", str(tmp_path / "out")])
+        main.main(["study", str(written(tmp_path, BASIC)), "--output", str(tmp_path / "out")])
     assert ended.value.code == 1
     assert "catpo, seed 1 failed: RuntimeError: out of luck" in capsys.readouterr().err
     lines = {line["row"]: line for line in csv.DictReader(io.StringIO((tmp_path / "out" / "mine" / "table.csv").read_text()))}

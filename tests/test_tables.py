@@ -6,8 +6,8 @@ import math
 
 from rich.console import Console
 
-from catpo.quality import Separation, SignalQuality
-from catpo.tables import quality_table, scores_table
+from catpo.cli.tables import quality_table, scores_table
+from catpo.rewards.quality import Separation, SignalQuality
 
 
 def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> None:

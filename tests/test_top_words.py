@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from catpo.head import Head, token_stats
-from catpo.top_words import TopWords, top_kl, top_words
+from catpo.models.output_head import Head, token_stats
+from catpo.models.top_k import TopWords, top_kl, top_words
 
 TOKENS, WIDTH, WORDS = 70, 6, 300
 DIRECTIONS = ["policy||reference", "reference||policy"]

@@ -11,15 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from catpo.batching import add_pair_forward
-from catpo.data import dev_split
-from catpo.errors import UserError
-from catpo.families import _base as families
-from catpo.rewards import RewardStore
-from catpo.sampling import LikeLengths
-from catpo.scoring import score_pairs
-from catpo.trainer import CatPOConfig, CatPOTrainer
-from catpo.training import train
+from catpo.core.errors import UserError
+from catpo.data.read import dev_split
+from catpo.models import family as families
+from catpo.models.packing import add_pair_forward
+from catpo.rewards.store import RewardStore
+from catpo.scoring.score import score_pairs
+from catpo.training.length_sampler import LikeLengths
+from catpo.training.train import train
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
 from tiny import llava, pair, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
@@ -294,7 +294,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
 
 
 def _sample():
-    from catpo.types import Sample
+    from catpo.core.types import Sample
 
     return Sample("s", pairs(1)[0].images, "describe the image")
 

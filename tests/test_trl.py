@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from catpo.families import _base as families
-from catpo.trainer import CatPOConfig, CatPOTrainer
+from catpo.models import family as families
+from catpo.training.trainer import CatPOConfig, CatPOTrainer
 from tiny import pairs
 
 trl = pytest.importorskip("trl", reason="TRL is a development dependency")

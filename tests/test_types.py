@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catpo import types
-from catpo.errors import UserError
-from catpo.types import Picture, check_pair, pair_id
+from catpo.core import types
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, check_pair, pair_id
 from tiny import pair
 
 

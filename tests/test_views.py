@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from catpo.batching import response_hidden, run_backbone, unflatten
-from catpo.errors import UserError
-from catpo.head import token_stats
-from catpo.readings import Readings
-from catpo.types import SIDES
-from catpo.views import VIEWS, View, kept_signal
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES
+from catpo.models.output_head import token_stats
+from catpo.models.packing import response_hidden, run_backbone, unflatten
+from catpo.models.views import VIEWS, View, kept_signal
+from catpo.training.view_passes import Readings
 from family_checks import plain_outputs, sized_pair
 from tiny import llava, pairs
 from tiny_families import BUILDERS, build

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from catpo.objects import classes, mentions
-from catpo.scenery.captions import CLOSINGS, PLACES, web_caption
-from catpo.scenery.plan import scene
-from catpo.wording import article, name_object, noun_phrases, remove_objects, replace_object
+from catpo.data.scenes.captions import CLOSINGS, PLACES, web_caption
+from catpo.data.scenes.plan import scene
+from catpo.text.caption_edits import article, name_object, noun_phrases, remove_objects, replace_object
+from catpo.text.object_words import classes, mentions
 
 REPLACED = [
     ("There is a dog in a park.", "dog", "owl", None, "There is an owl in a park."),

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from tokenizers.processors import TemplateProcessing
 
-from catpo.families._base import Family, family_of
+from catpo.models.family import Family, family_of
 from tiny import tokenizer
 
 END = "<|end|>"

@@ -2,8 +2,9 @@
 
     python tools/make_sprites.py [NotoColorEmoji.ttf]
 
-Holds the one list of contexts and objects; `src/catpo/assets/scenes/` is made from it and never edited by hand.
-Knows nothing of how scenes are composed (`catpo/scenery/plan.py`).
+Holds the one list of contexts and objects; `data/scenes/sprites.png` and `text/objects.json` are made from it and never
+edited by hand.
+Knows nothing of how scenes are composed (`catpo/data/scenes/plan.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-ASSETS = Path(__file__).parents[1] / "src/catpo/assets/scenes"
+CATPO = Path(__file__).parents[1] / "src/catpo"
+SCENES = CATPO / "data" / "scenes"
+OBJECTS = CATPO / "text" / "objects.json"
 FONT_SIZE = 109  # the only size the colour bitmaps of Noto Color Emoji have
 SPRITE = 48
 COLUMNS = 8
@@ -132,11 +135,10 @@ def main() -> None:
     parser.add_argument("--licence", type=Path, default=None, help="Debian copyright file to take the licence text from")
     options = parser.parse_args()
     names = sorted(OBJECTS)
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    sheet(names, options.font).save(ASSETS / "sprites.png", optimize=True)
-    (ASSETS / "objects.json").write_text(json.dumps(table(names), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sheet(names, options.font).save(SCENES / "sprites.png", optimize=True)
+    OBJECTS.write_text(json.dumps(table(names), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.licence:
-        (ASSETS / "LICENSE.noto-emoji.txt").write_text(licence(options.licence), encoding="utf-8")
+        (SCENES / "LICENSE.noto-emoji.txt").write_text(licence(options.licence), encoding="utf-8")
 
 
 def sheet(names: list[str], font_path: Path) -> Image.Image:
@@ -165,7 +167,7 @@ def sprite(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def table(names: list[str]) -> dict[str, object]:
-    """What `catpo.objects` reads: sprite geometry, contexts, and each object's words."""
+    """What `catpo.text.object_words` reads: sprite geometry, contexts, and each object's words."""
     objects = [row(name, index) for index, name in enumerate(names)]
     return {"sprite_size": SPRITE, "columns": COLUMNS, "contexts": CONTEXTS, "objects": objects}
 

@@ -2,7 +2,7 @@ r"""Train the built-in VLM from nothing on built-in pictures, on a CPU, reproduc
 
     python tools/train_builtin_vlm.py --run runs/first --output runs/first/final
     python tools/train_builtin_vlm.py --start runs/first/final --seed 1 --vision-steps 150 --vision-lr 1e-2 --lr 7e-4 \
-        --steps 700 --check-every 350 --run runs/second --output src/catpo/assets/vlm
+        --steps 700 --check-every 350 --run runs/second --output src/catpo/models/builtin
 
 The packaged weights were made by these two commands, one after the other (docs/lab-notes.md has the log).
 First the vision tower alone learns which object each patch shows (a linear head, thrown away afterwards), then everything
@@ -30,7 +30,7 @@ from tools.builtin_vlm.data import Batch, Pool, make_batch, texts_for_tokenizer 
 from tools.builtin_vlm.measure import measure  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
 
-from catpo.objects import classes  # noqa: E402
+from catpo.text.object_words import classes  # noqa: E402
 
 PATCH_LOSS_WEIGHT = 0.5
 STREAM = 20261122

@@ -37,8 +37,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from catpo.packing import layout_of, segments, visible
-from catpo.tensors import pad_indices
+from catpo.models.attention.packed import layout_of, segments, visible
+from catpo.models.tensors import pad_indices
 
 SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
 """Folder -> official split, and which of its photographs."""

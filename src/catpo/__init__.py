@@ -1,6 +1,6 @@
 """Cat-PO: preference optimisation of vision-language models with token-level rewards.
 
-`catpo.pair`, `score`, `train`, `evaluate` and `write_report` are what the commands call. They are imported when first used.
+`catpo.pair`, `score`, `train`, `evaluate` and `report` are what the commands call. They are imported when first used.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from catpo.evaluation import evaluate as evaluate
-    from catpo.pairing import pair as pair
-    from catpo.report.build import report as write_report
-    from catpo.rewards import RewardStore as RewardStore
-    from catpo.scoring import score as score
-    from catpo.trainer import CatPOConfig as CatPOConfig
-    from catpo.trainer import CatPOTrainer as CatPOTrainer
-    from catpo.training import train as train
+    from catpo.evaluation.evaluate import evaluate as evaluate
+    from catpo.pairing.pair import pair as pair
+    from catpo.reporting.build import report as report
+    from catpo.rewards.store import RewardStore as RewardStore
+    from catpo.scoring.score import score as score
+    from catpo.training.train import train as train
+    from catpo.training.trainer import CatPOConfig as CatPOConfig
+    from catpo.training.trainer import CatPOTrainer as CatPOTrainer
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "pair": ("catpo.pairing", "pair"),
-    "score": ("catpo.scoring", "score"),
-    "train": ("catpo.training", "train"),
-    "evaluate": ("catpo.evaluation", "evaluate"),
-    "write_report": ("catpo.report.build", "report"),
-    "CatPOConfig": ("catpo.trainer", "CatPOConfig"),
-    "CatPOTrainer": ("catpo.trainer", "CatPOTrainer"),
-    "RewardStore": ("catpo.rewards", "RewardStore"),
+    "pair": "catpo.pairing.pair",
+    "score": "catpo.scoring.score",
+    "train": "catpo.training.train",
+    "evaluate": "catpo.evaluation.evaluate",
+    "report": "catpo.reporting.build",
+    "CatPOConfig": "catpo.training.trainer",
+    "CatPOTrainer": "catpo.training.trainer",
+    "RewardStore": "catpo.rewards.store",
 }
-"""Public name -> module and name there. `report` is a package here, hence `write_report`."""
+"""Public name -> the module that defines it."""
 
 __all__ = ["__version__", *_LAZY]
 
@@ -38,8 +38,7 @@ __all__ = ["__version__", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'catpo' has no attribute '{name}'")
-    module, inside = _LAZY[name]
-    return getattr(importlib.import_module(module), inside)
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

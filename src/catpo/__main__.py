@@ -1,6 +1,6 @@
 """`python -m catpo`, also under `accelerate launch -m catpo`."""
 
-from catpo.cli import main
+from catpo.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catpo.errors import UserError, did_you_mean
-from catpo.objectives._base import build
-from catpo.spec import Spec, parse
-from catpo.stats import PairStats, ViewNeed
-from catpo.tensors import pad_indices
-from catpo.types import SIDES, Side
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import Spec, parse
+from catpo.core.types import SIDES, Side
+from catpo.models.tensors import pad_indices
+from catpo.training.objectives import build
+from catpo.training.pair_stats import PairStats, ViewNeed
 
 
 def loss_from_logits(

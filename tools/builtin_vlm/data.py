@@ -16,12 +16,12 @@ import torch
 from tools.builtin_vlm.build import IMAGE_SIZE, PATCH_SIZE
 from transformers import LlavaProcessor
 
-from catpo.datasets.scenes import PROMPTS
-from catpo.objects import classes
-from catpo.scenery.captions import web_caption
-from catpo.scenery.draw import draw
-from catpo.scenery.plan import Scene, scene
-from catpo.scenery.questions import questions
+from catpo.data.datasets.scenes import PROMPTS
+from catpo.data.scenes.captions import web_caption
+from catpo.data.scenes.draw import draw
+from catpo.data.scenes.plan import Scene, scene
+from catpo.data.scenes.questions import questions
+from catpo.text.object_words import classes
 
 PATCHES = IMAGE_SIZE // PATCH_SIZE
 CAPTIONS, QUESTIONS = 2, 4

@@ -1,6 +1,6 @@
 """Does the built-in VLM see, and does it hallucinate? Greedy answers to held-out scenes; control: shuffled pictures.
 
-python -m tools.builtin_vlm.measure src/catpo/assets/vlm --count 1000
+python -m tools.builtin_vlm.measure src/catpo/models/builtin --count 1000
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from catpo.datasets.scenes import Dataset
-from catpo.objects import mentions
-from catpo.scenery.questions import SPLITS
-from catpo.types import Sample
+from catpo.core.types import Sample
+from catpo.data.datasets.scenes import Dataset
+from catpo.data.scenes.questions import SPLITS
+from catpo.text.object_words import mentions
 
 BATCH = 100
 

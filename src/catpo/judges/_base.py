@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from catpo import registry
-from catpo.spec import Spec, check_options, parse
+from catpo.core import registry
+from catpo.core.spec import Spec, check_options, parse
 
 
 class Judge(ABC):

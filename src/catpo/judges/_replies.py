@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from catpo.errors import UserError
+from catpo.core.errors import UserError
 
 
 class Replies:

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from catpo.chat import ChatServer
-from catpo.errors import UserError
-from catpo.judges._base import Judge as _Base
+from catpo.core.errors import UserError
+from catpo.judges import Judge as _Base
 from catpo.judges._replies import Replies, hash_of
+from catpo.models.openai_client import ChatServer
 
 LEFT_TO_SERVER = -1
 

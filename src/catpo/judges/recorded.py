@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from catpo import strictjson
-from catpo.errors import UserError
-from catpo.judges._base import Judge as _Base
+from catpo.core.errors import UserError
+from catpo.files import strict_json
+from catpo.judges import Judge as _Base
 
 
 class Judge(_Base):
@@ -52,9 +52,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         listed = (
-            strictjson.loads(text)
+            strict_json.loads(text)
             if text.lstrip().startswith("[")
-            else [strictjson.loads(line) for line in text.split("\n") if line.strip()]
+            else [strict_json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check the path.") from error

@@ -9,11 +9,11 @@ import hashlib
 import re
 from typing import Any
 
-from catpo.asking import Request, request_of
-from catpo.errors import UserError
-from catpo.judges._base import Judge as _Base
-from catpo.objects import default_vocabulary, mentions
-from catpo.wording import remove_objects, replace_object
+from catpo.core.errors import UserError
+from catpo.judges import Judge as _Base
+from catpo.judges._requests import Request, request_of
+from catpo.text.caption_edits import remove_objects, replace_object
+from catpo.text.object_words import default_vocabulary, mentions
 
 YES, NO = "yes", "no"
 

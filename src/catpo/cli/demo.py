@@ -1,0 +1,180 @@
+"""`catpo demo`: the five steps on built-in pictures with the built-in model. Only calls the other commands."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from catpo.cli.tables import quality_table
+from catpo.evaluation.coverage import at_equal_coverage, load_evaluation
+from catpo.evaluation.evaluate import evaluate
+from catpo.files.json_files import write_atomic
+from catpo.pairing.pair import pair
+from catpo.reporting.build import report
+from catpo.rewards.quality import signal_quality
+from catpo.rewards.store import RewardStore
+from catpo.runtime.progress import clock
+from catpo.scoring.score import PAPER_SIGNALS, score
+from catpo.training.train import train
+
+OBJECTIVES = {
+    "dpo": "dpo",
+    "dpo-kl": "dpo(kl_weight=0.03)",
+    "catpo": "catpo(preset='paper')",
+    "catpo-neutral": "catpo(preset='paper', shared='neutral')",
+}
+"""Name of the run -> objective. Every objective gets the same pairs, steps and learning rate."""
+SIGNALS = (*PAPER_SIGNALS, "image_contrast", "patch_logit")
+METRICS = {
+    "CHAIRi": "chair_i",
+    "CHAIRs": "chair_s",
+    "Cover": "cover",
+    "Cog": "cog",
+    "words": "words",
+    "yes/no": "random/accuracy",
+}
+"""Column of the table -> metric of the `scenes` benchmark; percent, but for words."""
+EQUAL = "CHAIRi at equal Cover"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much is done; the defaults take under five minutes on two cores."""
+
+    pictures: int = 300
+    held_out: int = 500
+    question_scenes: int = 100
+    epochs: float = 1
+    learning_rate: float = 5e-5
+    batch_size: int = 8
+
+
+def demo(
+    *, output: str | Path = "catpo-demo", seeds: int = 1, seed: int = 0, settings: DemoSettings | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Run the whole way once per seed; prints the table and where the report lies.
+
+    Returns:
+        Model -> column of the table -> one value per seed.
+    """
+    began = time.monotonic()
+    settings = settings or DemoSettings()
+    console = Console()
+    output = Path(output)
+    rows: dict[str, dict[str, list[float]]] = {}
+    for number in range(seed, seed + seeds):
+        folder = output / f"seed-{number}"
+        console.print(f"[bold]Seed {number}[/] in {folder}", highlight=False)
+        for model, values in run_once(folder, number, settings, console).items():
+            for column, value in values.items():
+                rows.setdefault(model, {}).setdefault(column, []).append(value)
+    console.print(results_table(rows, settings))
+    write_atomic(output / "table.md", as_markdown(rows))
+    first = output / f"seed-{seed}"
+    console.print(
+        f"\nReport: {(first / 'report.html').resolve()}\nTook {clock(time.monotonic() - began)}. Next:",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for command in next_commands(first):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) -> dict[str, dict[str, float]]:
+    """One seed: pairs, rewards, a run and an evaluation per objective, a report. Finished parts are not done again."""
+    pair(model="builtin", data=f"scenes(count={settings.pictures}, seed={seed})", output=folder / "pairs", seed=seed)
+    score(pairs=folder / "pairs", model="builtin", output=folder / "rewards", signals=SIGNALS, batch_size=16)
+    store = RewardStore.open(folder / "rewards")
+    console.print(quality_table(signal_quality(store), len(store)))
+    models = {"base": "builtin"}
+    for name, objective in OBJECTIVES.items():
+        console.print(f"[bold]{name}[/]: {objective}", highlight=False)
+        run = train(
+            pairs=str(folder / "pairs"),
+            model="builtin",
+            output=folder / "runs" / name,
+            rewards=folder / "rewards",
+            objective=objective,
+            learning_rate=settings.learning_rate,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            accumulation=1,
+            lora=None,
+            logging_steps=5,
+            seed=seed,
+            resume=True,
+        )
+        models[name] = str(run.model)
+    benchmark = f"scenes(count={settings.held_out}, questions=1, question_scenes={settings.question_scenes})"
+    for name, model in models.items():
+        console.print(f"[bold]{name}[/] on {settings.held_out} held-out scenes", highlight=False)
+        evaluate(model=model, benchmarks=[benchmark], output=folder / "evaluations" / name)
+    evaluations = [folder / "evaluations" / name for name in models]
+    report(
+        output=folder / "report.html",
+        rewards=folder / "rewards",
+        pairs=str(folder / "pairs"),
+        runs=[folder / "runs" / name for name in OBJECTIVES],
+        evaluations=evaluations,
+        base=evaluations[0],
+    )
+    return scores_of(evaluations)
+
+
+def scores_of(evaluations: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Model -> column -> value, for evaluations of the same scenes."""
+    loaded = [load_evaluation(folder) for folder in evaluations]
+    equal = {coverage.model: coverage.chair_i.value for coverage in at_equal_coverage(loaded)}
+    table = {}
+    for each in loaded:
+        metrics = each.scores["benchmarks"]["scenes"]["metrics"]
+        table[each.name] = {column: metrics[name]["value"] for column, name in METRICS.items()} | {EQUAL: equal[each.name]}
+    return table
+
+
+def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSettings) -> Table:
+    """The comparison; with several seeds, mean ± standard deviation over seeds."""
+    table = Table(title=f"{settings.held_out} held-out scenes, greedy answers (percent; Cover and yes/no: higher is better)")
+    table.add_column("model", no_wrap=True, min_width=max(map(len, rows)))
+    for column in [*METRICS, EQUAL]:
+        table.add_column(column, justify="right")
+    for model, values in rows.items():
+        table.add_row(model, *(_cell(values[column]) for column in [*METRICS, EQUAL]))
+    return table
+
+
+def as_markdown(rows: dict[str, dict[str, list[float]]]) -> str:
+    """The same table for notes."""
+    columns = [*METRICS, EQUAL]
+    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [
+        f"| {model} | " + " | ".join(_cell(values[column]) for column in columns) + " |" for model, values in rows.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.1f}{spread}"
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Three things to try with what the demo has made."""
+    store = RewardStore.open(folder / "rewards")
+    return [
+        f"catpo inspect {folder / 'rewards'} --pair {store.pair_ids[0]}",
+        f"catpo train --pairs {folder / 'pairs'} --rewards {folder / 'rewards'} --model builtin --output my-run --lora none "
+        "--objective \"catpo(alpha=0.2, shared='neutral')\" --learning-rate 5e-5 --epochs 1 --batch-size 8 --accumulation 1",
+        "catpo evaluate --model my-run/model --benchmarks 'scenes(count=500)' --output my-evaluation",
+    ]

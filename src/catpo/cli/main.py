@@ -1,0 +1,399 @@
+"""The command line: arguments in, one function call, result out. Engines are imported inside the functions: help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from rich.console import Console
+
+from catpo import __version__
+from catpo.config import options as config
+from catpo.core import registry
+from catpo.core.errors import Stopped, UserError, did_you_mean
+from catpo.files.json_files import is_main_process, process_count
+
+Options = Parameter(name="*")
+Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
+DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
+SHARED = ("pair", "score", "train", "evaluate")
+"""Commands whose work several processes share."""
+LONGEST = 1500
+"""Characters of a message."""
+Engine = Annotated[
+    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: the engine that recipes/accelerate starts.")
+]
+Processes = Annotated[int | None, Parameter(help="For --dry-run: on so many GPUs; those of the launcher if left out.")]
+STEPS = Group("The five steps", sort_key=0)
+LOOK = Group("Look", sort_key=1)
+START = Group("Start", sort_key=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
+    try:
+        try:
+            with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # of several processes one prints
+                _check_shared(sys.argv[1:] if arguments is None else arguments)
+                app(arguments)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
+    except UserError as error:
+        print(f"catpo: {_shown(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"catpo: {stopped}", file=sys.stderr)
+        sys.exit(143)
+    except BrokenPipeError:  # `catpo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        from catpo.runtime.disk_errors import refusal
+
+        if refusal(error) is None:
+            raise
+        print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. What was finished is whole: make room or choose "
+              "another --output, then give the same command again.", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _check_shared(arguments: Sequence[str]) -> None:
+    """Refuses a command that is one process's work where a launcher has started several."""
+    command = next(iter(arguments), "")
+    if process_count() > 1 and not command.startswith("-") and command not in SHARED:
+        raise UserError(
+            f"`catpo {command}` runs in one process, and {process_count()} were started. Start it by itself; "
+            f"{', '.join(SHARED)} are what torchrun and accelerate launch are for."
+        )
+
+
+def _shown(message: str) -> str:
+    """A message as a terminal can take it, however long or strange the text that it quotes; it ends with what to do."""
+    from catpo.text.words import plain
+
+    message = plain(message)
+    return message if len(message) <= LONGEST else f"{message[: LONGEST * 2 // 3]} … {message[-LONGEST // 3 :]}"
+
+
+def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fills in what `--config` sets and the command line does not."""
+    given = next((argument.tokens for argument in arguments if argument.name == "--config" and argument.tokens), None)
+    if given is None:
+        return
+    from catpo.config import recipes
+
+    recipe = recipes.read(given[0].value).get(commands[-1], {})
+    for argument in arguments:
+        name = argument.field_info.name
+        if name in recipe and not argument.tokens:
+            argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
+
+
+app = App(
+    name="catpo",
+    help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
+    help_epilogue="New here? `catpo demo` runs everything on built-in pictures in minutes.",
+    version=__version__,
+    config=_from_recipe,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+    error_console=Console(stderr=True),
+    suppress_keyboard_interrupt=False,
+    help_format="plaintext",
+    result_action="return_value",
+)
+app["--help"].group = app["--version"].group = START
+
+
+@app.command(group=STEPS, sort_key=1)
+def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = None) -> None:
+    """Make preference pairs: the model answers, wrong words are corrected."""
+    from catpo.pairing.pair import pair
+
+    print(pair(**config.keywords(options)))
+
+
+def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
+    from catpo.planning.dry_run import plan, plan_tables
+
+    Console().print(*plan_tables(plan(command, config.keywords(options), **launched)), sep="\n")
+
+
+@app.command(group=STEPS, sort_key=2)
+def score(
+    options: Annotated[config.ScoreOptions, Options],
+    *,
+    recipe: Recipe = None,
+    dry_run: DryRun = False,
+    processes: Processes = None,
+) -> None:
+    """Score every response token with the reference model, into a reward store."""
+    if dry_run:
+        _show_plan("score", options, processes=processes)
+        return
+    from catpo.cli.tables import quality_table
+    from catpo.rewards.quality import signal_quality
+    from catpo.scoring.score import score
+
+    store = score(**config.keywords(options))
+    print(f"Reward store: {options.output} ({len(store)} pairs)")
+    quality = signal_quality(store)
+    if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
+        Console().print(quality_table(quality, len(store)))
+
+
+@app.command(group=STEPS, sort_key=3)
+def train(
+    options: Annotated[config.TrainOptions, Options],
+    *,
+    recipe: Recipe = None,
+    dry_run: DryRun = False,
+    engine: Engine = "ddp",
+    processes: Processes = None,
+) -> None:
+    """Train a model on preference pairs with token weights."""
+    if dry_run:
+        _show_plan("train", options, engine=engine, processes=processes)
+        return
+    from catpo.training.train import train
+
+    result = train(**config.keywords(options))
+    print(f"Trained model: {result.model}")
+
+
+@app.command(group=STEPS, sort_key=4)
+def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
+    """Ask a model the questions of benchmarks and grade its answers."""
+    from catpo.cli.tables import official_lines, scores_table, scores_warnings
+
+    given = config.keywords(options)
+    if options.answers:  # without torch
+        from catpo.evaluation.grade import grade_answers
+
+        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+    else:
+        from catpo.evaluation.evaluate import evaluate
+
+        scores = evaluate(**given)
+    Console().print(scores_table(scores))
+    print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
+    for warning in scores_warnings(scores):
+        print(f"catpo: {warning}", file=sys.stderr)
+    print(f"Answers and scores: {options.output}")
+
+
+@app.command(group=STEPS, sort_key=5)
+def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe = None) -> None:
+    """Write one HTML page about pairs, rewards, runs and evaluations."""
+    from catpo.reporting.build import report
+
+    print(f"Report: {report(**config.keywords(options))}")
+
+
+@app.command(group=STEPS, sort_key=6)
+def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe = None) -> None:
+    """Pair, score and train in turn: each round's model answers in the next (on-policy)."""
+    from catpo.config import recipes
+    from catpo.experiments.rounds import rounds
+
+    rounds(**config.keywords(options), steps=None if recipe is None else recipes.read(recipe))
+
+
+@app.command(group=LOOK, sort_key=1)
+def inspect(
+    store: Annotated[Path, Parameter(help="Folder of a reward store.")],
+    *,
+    pair: Annotated[str, Parameter(help="Id of the pair, or its beginning.")],
+    signal: Annotated[str, Parameter(help="Colour by this signal, by relevance or by weight.")] = "weight",
+) -> None:
+    """Show the words of one pair, coloured by signal or weight."""
+    from catpo.cli.inspect_pair import inspect_pair
+
+    Console().print(inspect_pair(store, pair, signal=signal))
+
+
+@app.command(group=LOOK, sort_key=2)
+def compare(
+    evaluations: Annotated[list[Path], Parameter(help="Two or more folders of `catpo evaluate`; the first is the base.")],
+    /,
+    *,
+    format: Annotated[Literal["terminal", "markdown", "latex"], Parameter(help="How the table is written.")] = "terminal",
+    limit: Annotated[int | None, Parameter(help="Compare the first so many pictures of each benchmark only.")] = None,
+) -> None:
+    """Print paired differences of evaluations, with 95 % intervals."""
+    from catpo.evaluation.compare import compare, show
+
+    print(show(compare(evaluations, limit=limit), format))
+
+
+data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
+app.command(data)
+
+
+@data.command
+def check(
+    source: Annotated[str, Parameter(help="Folder, file, or a data set such as rlhf_v(source='openbmb/RLHF-V-Dataset').")],
+    /,
+    *,
+    model: Annotated[str | None, Parameter(help="Count in the tokens of this model: hub id or folder.")] = None,
+    max_length: Annotated[int | None, Parameter(help="Name pairs with more tokens in prompt and longer response.")] = None,
+    limit: Annotated[int | None, Parameter(help="Read the first so many rows only.")] = None,
+    json: Annotated[bool, Parameter(help="Print everything as JSON.")] = False,
+) -> None:
+    """Count pairs, tokens and pictures, and name every bad row at once; exits 1 if there are any."""
+    from json import dumps
+
+    from catpo.cli.tables import data_tables
+    from catpo.data.check import check_data
+
+    report = check_data(source, model=model, max_length=max_length, limit=limit)
+    if json:
+        print(dumps(report.as_json(), indent=1, ensure_ascii=False))
+    else:
+        Console().print(*data_tables(report), sep="\n")
+    if report.problems:
+        sys.exit(1)
+
+
+@data.command
+def convert(
+    source: Annotated[str, Parameter(help="Any data set with pairs.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for pairs.jsonl and the pictures.")],
+) -> None:
+    """Write a data set's pairs as a folder of pictures and one .jsonl."""
+    from catpo.data.check import convert_data
+
+    print(f"Wrote {convert_data(source, output)} pairs to {output}")
+
+
+@data.command(name="lmms-eval")
+def lmms_eval(
+    *,
+    benchmarks: Annotated[str, Parameter(help="Benchmarks with their options; `catpo list benchmarks` shows all.")],
+    output: Annotated[Path, Parameter(help="Folder for the task files.")],
+    data: Annotated[Path | None, Parameter(help="Folder with the benchmarks' official files.")] = None,
+    judge: Annotated[str | None, Parameter(help="Who grades what needs a judge.")] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first so many pictures of each benchmark.")] = None,
+    max_new_tokens: Annotated[
+        int | None, Parameter(help="Longest answer, in tokens; each benchmark's own if left out.")
+    ] = None,
+) -> None:
+    """Write benchmarks as tasks of lmms-eval that catpo grades."""
+    from catpo.core.spec import parse_list
+    from catpo.evaluation.lmms_eval.tasks import export_tasks
+
+    tasks = export_tasks(parse_list(benchmarks), output, data=data, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
+    print(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
+
+
+@data.command
+def get(
+    benchmark: Annotated[str, Parameter(help="amber, pope, chair, …; options may ask for other files: pope(labels='head').")],
+    /,
+    *,
+    data: Annotated[Path | None, Parameter(help="Check this folder.")] = None,
+    all: Annotated[bool, Parameter(help="List every missing picture.", negative=())] = False,
+) -> None:
+    """Say which official files of a benchmark go where, and check them; exits 1 if it cannot be graded yet."""
+    from catpo.evaluation.official_files import describe, look
+
+    brought = look(benchmark, data)
+    print(*describe(brought, data, is_complete=all), sep="\n")
+    if data is not None and not brought.is_gradable:
+        sys.exit(1)
+
+
+@app.command(group=START, sort_key=1)
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="Folder for everything that is made.")] = Path("catpo-demo"),
+    seeds: Annotated[int, Parameter(help="Repeat with so many seeds; the table then shows mean and spread.")] = 1,
+    seed: Annotated[int, Parameter(help="First seed.")] = 0,
+) -> None:
+    """Run all five steps on built-in pictures with the built-in model, and compare objectives."""
+    from catpo.cli.demo import demo
+
+    demo(output=output, seeds=seeds, seed=seed)
+
+
+@app.command(group=START, sort_key=2)
+def study(
+    file: Annotated[Path, Parameter(help="The study: a YAML file such as those in recipes/studies.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for all studies; they share pairs, scores and cells.")] = Path(
+        "runs/studies"
+    ),
+    jobs: Annotated[int, Parameter(help="Cells at the same time, each in a process of its own.")] = 1,
+) -> None:
+    """Run a grid of methods, options and seeds to the end, with tables and figures; exits 1 if a cell failed."""
+    from catpo.experiments.study.run import study
+
+    outcome = study(file, output=output, jobs=jobs)
+    print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Tables and figures: {outcome.folder}")
+    for called, reason in outcome.failed.items():
+        print(f"catpo: {called} failed: {reason}", file=sys.stderr)
+    if outcome.failed:
+        sys.exit(1)
+
+
+@app.command(group=START, sort_key=3)
+def init(
+    folder: Annotated[Path, Parameter(help="Where to write recipe.yaml.")] = Path(),
+    /,
+) -> None:
+    """Write a commented recipe to start from."""
+    from catpo.config.recipes import starter
+
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: `catpo init FOLDER`.") from error
+    print(f"Wrote {path}. Next: catpo pair --config {path}")
+
+
+@app.command(group=START, sort_key=4)
+def doctor(
+    model: Annotated[str | None, Parameter(help="Also check whether this model can be used.")] = None,
+    /,
+) -> None:
+    """Tell what this machine can run, and why not."""
+    from catpo.cli.doctor import examine, table
+
+    findings = examine(model)
+    Console().print(table(findings))
+    if any(finding.verdict == "missing" for finding in findings):
+        sys.exit(1)
+
+
+@app.command(name="list", group=LOOK, sort_key=4)
+def list_plugins(
+    kind: Annotated[
+        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges or scorers.")
+    ] = None,
+    /,
+) -> None:
+    """List what can be named in options: signals, objectives, data sets and so on."""
+    if kind is not None and kind not in registry.PLACES:
+        raise UserError(f"'{kind}' is not a kind of plugin. {did_you_mean(kind, registry.PLACES)}")
+    for each in [kind] if kind else registry.PLACES:
+        print(each)
+        plugins = registry.plugins(each)
+        width = max((len(plugin.name) for plugin in plugins), default=0)
+        for plugin in plugins:
+            print(f"  {plugin.name:{width}}  {plugin.summary}")

@@ -1,0 +1,198 @@
+"""What the parts hand to each other: pictures, samples, pairs. Knows nothing of models or files' layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from PIL import Image, ImageOps
+
+from catpo.core.errors import UserError
+
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+MAX_PIXELS = 100_000_000
+"""A larger picture is refused as a decompression bomb."""
+MAX_BYTES = 200_000_000
+"""A larger file is refused before it is read."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+"""Formats that are opened. Pillow knows more, among them PostScript, which it hands to another program to run."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is opened only when it is needed.
+
+    Give one of `path`, `data` (the encoded bytes) and `load` (which gives them when it is called with `at`); `name` is what
+    messages call it.
+    """
+
+    path: Path | None = None
+    data: bytes | None = None
+    name: str = ""
+    load: Callable[..., bytes] | None = None
+    at: tuple[str | int, ...] = ()
+
+    def open(self) -> Image.Image:
+        """The picture as RGB, rotated as viewers show it (EXIF), first frame of an animation.
+
+        Raises:
+            UserError: it is missing, empty, broken, too large, or not a picture.
+        """
+        content = self.read()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with opened(content) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        raise UserError(
+                            f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
+                        )
+                    return _of_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        except UserError:
+            raise
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise UserError(f"{self} is not a picture that can be read ({error}). Replace or remove it.") from error
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            UserError: the file is missing or empty.
+        """
+        if self.data is not None:
+            return self.data
+        try:
+            if self.load is None and (size := cast(Path, self.path).stat().st_size) > MAX_BYTES:
+                raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")
+            content = self.load(*self.at) if self.load is not None else cast(Path, self.path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
+        if not content:
+            raise UserError(f"{self} is an empty file. Replace or remove it.")
+        return content
+
+    def digest(self) -> str:
+        """Hash of the encoded bytes: the picture's identity."""
+        return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or str(self.path or "in memory")
+
+    def __str__(self) -> str:
+        return f"picture '{self.label}'"
+
+
+def opened(content: bytes) -> Image.Image:
+    """Encoded bytes as a picture whose pixels are not read yet; raises what Pillow raises."""
+    Image.init()  # else it knows its most frequent formats only
+    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits as viewers show it; Pillow would cut all values above 255 off."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Patches of a picture, or of one tile of it, in rows: as they stand in the prompt and as they lie on the picture."""
+
+    picture: int
+    """Number of the picture in its pair, from 0."""
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Left, top, right and bottom of the part of the picture that the patches show, as shares of its width and height."""
+    row_end: int = 0
+    """Image tokens after each row that show nothing (LLaVA-NeXT's newline); they are no patches."""
+    end: int = 0
+    """Image tokens after the last row that show nothing."""
+
+    @property
+    def size(self) -> int:
+        """Number of patches."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Span:
+    """A labelled stretch of a response, in characters: `response[start:end]`."""
+
+    start: int
+    end: int
+    label: Literal["grounded", "hallucinated"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Picture(s) with a prompt: what a model is asked. What is known to be true of it goes beside it."""
+
+    id: str
+    images: tuple[Picture, ...]
+    prompt: str
+    references: tuple[str, ...] = ()
+    """Human (or ground-truth) answers, if any."""
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the picture, e.g. {"present": [...], "tempting": [...]}; the key set is the data set's."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One preference: picture(s), prompt, the better and the worse response."""
+
+    id: str
+    """Content hash, see `pair_id`."""
+    images: tuple[Picture, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    labels: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    """Per side, object words known to be grounded or hallucinated."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that came with the row; kept, never used in training."""
+
+    def response(self, side: Side) -> str:
+        return self.chosen if side == "chosen" else self.rejected
+
+
+def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str) -> str:
+    """A pair's identity: hash of its pictures' bytes and its texts."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in [*(image.digest() for image in images), prompt, chosen, rejected]:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def check_pair(pair: PreferencePair) -> PreferencePair:
+    """The pair itself, after checking what every later step relies on.
+
+    Raises:
+        UserError: a response is empty, both are the same, or there is no picture; names the pair.
+    """
+    for side in SIDES:
+        if not pair.response(side).strip():
+            raise UserError(f"pair {pair.id}: the {side} response is empty. Remove the pair or give it a text.")
+    if pair.chosen.strip() == pair.rejected.strip():
+        raise UserError(
+            f"pair {pair.id}: chosen and rejected are the same text, so nothing can be learned from it. Remove the pair."
+        )
+    if not pair.images:
+        raise UserError(f"pair {pair.id} has no picture. Give it at least one.")
+    return pair

@@ -1,0 +1,5 @@
+"""Pictures, prompts and preference pairs: reading, checking and writing data sets.
+
+May import: core, text, files, runtime.
+Exports: `open_data`, `read_pairs` (read); the plugins' base classes (datasets).
+"""

@@ -1,0 +1,64 @@
+"""Several data sets as one, in given proportions, without repeating a pair.
+
+mix(sources=["rlhf_v(source='openbmb/RLHF-V-Dataset')", "my-pairs"], weights=[3, 1], seed=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from catpo.core.errors import UserError
+from catpo.core.types import PreferencePair
+from catpo.data import datasets
+
+
+class Dataset(datasets.Dataset):
+    """Pairs of all sources in an order drawn by the seed; which are taken depends on their ids and the seed only.
+
+    Args:
+        sources: the data sets, opened.
+        weights: how many pairs of each, in proportion; all alike if left out.
+        count: pairs altogether; as many as the proportions allow if left out.
+        seed: which pairs are taken, and their order.
+
+    Raises:
+        UserError: the weights do not fit, or a source has too few pairs.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[datasets.Dataset] = (),
+        weights: Sequence[float] | None = None,
+        count: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not sources:
+            raise UserError("mix needs data sets: mix(sources=['pairs', \"rlhf_v(source='…')\"], weights=[3, 1]).")
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if len(weights) != len(sources) or not all(isinstance(each, int | float) and each > 0 for each in weights):
+            raise UserError(f"mix: weights={weights} must be {len(sources)} positive numbers, one per source.")
+        self.sources, self.weights, self.count, self.seed = list(sources), weights, count, seed
+        self.name = f"mix of {', '.join(source.name for source in sources)}"
+
+    def pairs(self) -> Iterator[PreferencePair]:
+        read = [list(source.pairs()) for source in self.sources]
+        chosen = [pair for pairs, count in zip(read, self._counts(read), strict=True) for pair in self._drawn(pairs)[:count]]
+        return iter(self._drawn(list({pair.id: pair for pair in chosen}.values())))
+
+    def _counts(self, read: Sequence[Sequence[PreferencePair]]) -> list[int]:
+        whole = sum(self.weights)
+        shares = [weight / whole for weight in self.weights]
+        most = min(len(pairs) / share for pairs, share in zip(read, shares, strict=True))
+        counts = [round((most if self.count is None else self.count) * share) for share in shares]
+        for source, pairs, count in zip(self.sources, read, counts, strict=True):
+            if count > len(pairs):
+                raise UserError(
+                    f"mix: {count} pairs are asked of {source.name}, which has {len(pairs)}. Lower count to {int(most)}, or "
+                    "change the weights."
+                )
+        return counts
+
+    def _drawn(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
+        return sorted(pairs, key=lambda pair: hashlib.blake2b(f"{self.seed}/{pair.id}".encode()).digest())

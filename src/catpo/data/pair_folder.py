@@ -1,0 +1,69 @@
+"""A folder of preference pairs on disk: rows, pictures named by their content, provenance. Read back by data set `folder`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, PreferencePair, opened
+from catpo.files.json_files import append_rows, make_folder, write_atomic, write_json
+
+ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
+PAIR = {
+    "id": str, "images": list[str], "prompt": str, "chosen": str, "rejected": str,
+    "labels": dict[str, list[list]], "meta": dict,
+}  # fmt: skip
+"""A row of pairs.jsonl."""
+EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
+
+
+def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance: Mapping[str, Any]) -> None:
+    """Write all pairs with their pictures, and say in pairs.json that they are complete.
+
+    Raises:
+        UserError: the folder holds pairs already, or cannot be written.
+    """
+    folder = Path(folder)
+    if (folder / ROWS).exists():
+        raise UserError(f"{folder} holds pairs already. Choose another folder, or remove it.")
+    make_folder(folder)
+    append_pairs(folder, pairs)
+    write_json(folder / ABOUT, {"format": 1, **provenance, "complete": True})
+
+
+def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
+    """Add pairs and those of their pictures that are not there yet; gives the new size of the row file in bytes."""
+    return append_rows(folder / ROWS, [row_of(folder, pair) for pair in pairs])
+
+
+def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:
+    """A pair's row, after its pictures were put into the folder."""
+    return {
+        "id": pair.id,
+        "images": [_save(folder, picture) for picture in pair.images],
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "labels": {side: [[span.start, span.end, span.label] for span in spans] for side, spans in pair.labels.items()},
+        "meta": dict(pair.meta),
+    }
+
+
+def _save(folder: Path, picture: Picture) -> str:
+    """The picture's bytes as they are, once, under a name made of them; a broken one is refused."""
+    content = picture.read()
+    held = Picture(data=content, name=picture.label)
+    held.open()
+    path = Path(PICTURES) / f"{held.digest()}.{_extension(content)}"
+    if not (folder / path).exists():
+        make_folder(folder / PICTURES)
+        write_atomic(folder / path, content, is_durable=False)
+    return path.as_posix()
+
+
+def _extension(content: bytes) -> str:
+    with opened(content) as image:
+        kind = image.format or "img"
+    return EXTENSIONS.get(kind, kind.lower())

@@ -1,0 +1,41 @@
+"""One benchmark per file. A plugin defines `Benchmark`, a subclass of one of those exported here."""
+
+from catpo.evaluation.benchmarks._base import (
+    CAPTIONS,
+    QUESTION_TOKENS,
+    Benchmark,
+    CaptionTruth,
+    Floats,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Sums,
+    caption_metrics,
+    grade_caption,
+    grade_question,
+    percent,
+    question_metrics,
+    ratio,
+    read_yes_no,
+    total,
+)
+
+__all__ = [
+    "CAPTIONS",
+    "QUESTION_TOKENS",
+    "Benchmark",
+    "CaptionTruth",
+    "Floats",
+    "FolderBenchmark",
+    "Grade",
+    "Item",
+    "Sums",
+    "caption_metrics",
+    "grade_caption",
+    "grade_question",
+    "percent",
+    "question_metrics",
+    "ratio",
+    "read_yes_no",
+    "total",
+]

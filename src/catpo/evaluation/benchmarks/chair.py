@@ -1,0 +1,130 @@
+"""CHAIR on COCO photographs: share of objects named that are not there, and of captions with such an object.
+
+    chair    chair(variant='pattern')
+
+Objects count as often as they are named. Two variants are in use, and name which one a figure is of: `wordnet` (the forks that
+papers about vision-language models use: WordNet lemmas by part of speech) and `pattern` (the original's singular forms). They
+differ by 0.2 to 3 points. There is no fixed set of photographs: answers made elsewhere say which they are about.
+
+Source: github.com/LisaAnne/Hallucination at 6e4d33c4; recall and length as in yuezih/less-is-more at f26e187a.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.types import Sample
+from catpo.evaluation.benchmarks import CAPTIONS, Floats, FolderBenchmark, Grade, Item, Sums, _coco, percent, ratio
+from catpo.evaluation.benchmarks._answers import by_id
+from catpo.evaluation.benchmarks._english import English
+from catpo.evaluation.benchmarks._files import Folder, Record, Source
+
+PROMPT = "Please describe this image in detail."
+
+
+class Benchmark(FolderBenchmark):
+    """A caption for each of some COCO photographs.
+
+    Args:
+        variant: `wordnet` or `pattern`.
+        count: how many photographs of val2014 a model is shown.
+        seed: which.
+        prompt: what it is asked.
+    """
+
+    max_new_tokens = 512
+    sources = (
+        Source("synonyms.txt", ("chair/synonyms.txt", "data/synonyms.txt", "synonyms.txt"),
+               "https://raw.githubusercontent.com/LisaAnne/Hallucination/master/data/synonyms.txt",
+               "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2"),
+        *_coco.TABLES.values(),
+        *_coco.ANNOTATIONS,
+    )  # fmt: skip
+    pictures = _coco.PICTURES
+    is_open = True
+
+    def __init__(self, *, variant: str = "wordnet", count: int = 500, seed: int = 0, prompt: str = PROMPT) -> None:
+        if variant not in _coco.TABLES:
+            raise UserError(f"chair(variant={variant!r}) is not known. {did_you_mean(variant, _coco.TABLES)}")
+        if count < 1:
+            raise UserError(f"chair(count={count}) must be 1 or more.")
+        self.variant, self.count, self.seed, self.prompt = variant, count, seed, prompt
+
+    def open(self, folder: Folder) -> list[Item]:
+        """For a model, `count` photographs whose objects are known and whose pictures are there."""
+        self.words = _coco.Vocabulary.of(folder.read("synonyms.txt"))
+        self.english = English(folder.path)
+        self.read = _coco.reader(self.variant, self.english)
+        self.truth = _coco.Truth(folder, _coco.TABLES[self.variant], self._objects, self.words.classes)
+        self.folder = folder
+        return [self.item(image) for image in self._drawn(folder)] if self.is_answered_here else []
+
+    def _drawn(self, folder: Folder) -> list[str]:
+        known = set(self.truth.images())
+        there = sorted(known & {_coco.image_id(path.name) for path in folder.picture_files("COCO_val2014_*.jpg")}, key=int)
+        if len(there) < self.count:
+            raise UserError(
+                f"chair(count={self.count}): {len(there)} photographs of val2014 are in {folder.path} (looked in "
+                f"{', '.join(_coco.PICTURES.places)}). `catpo data get chair` shows where to get them, or lower count."
+            )
+        return sorted(random.Random(self.seed).sample(there, self.count), key=int)
+
+    def item(self, name: str) -> Item:
+        """The photograph with that number."""
+        file = _coco.file_name(name)
+        return Item(name, Sample(name, (self.folder.picture(file),), self.prompt), CAPTIONS, file)
+
+    def provenance(self) -> dict[str, Any]:
+        """Variant, where the truth is from, and what read the captions."""
+        return {"variant": self.variant, "truth": self.truth.place, "read_with": self.english.tools}
+
+    def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
+        """By the photograph, given as number or file name."""
+        return by_id(records, self.truth.images(), id_fields=("image_id", "image", "id"), as_id=_coco.image_id)
+
+    def _objects(self, text: str) -> list[str]:
+        return self.words.objects(self.words.join(self.read(text)))
+
+    def grade(self, item: Item, answer: str) -> Grade:
+        """Objects of a caption against those of the photograph."""
+        words = self.words.join(self.read(answer))
+        objects, truth = self.words.objects(words), self.truth.of(item.id)
+        absent = [name for name in objects if name not in truth]
+        counts = {
+            "captions": 1,
+            "hallucinated_captions": int(bool(absent)),
+            "objects": len(objects),
+            "hallucinated": len(absent),
+            "present": len(truth),
+            "covered": len(set(objects) & truth),
+            "words": len(words),
+        }
+        named = [(name, "grounded" if name in truth else "hallucinated") for name in dict.fromkeys(objects)]
+        return Grade(counts, named, is_right=not absent)
+
+    @staticmethod
+    def summarise(sums: Sums) -> dict[str, Floats]:
+        """CHAIRs, CHAIRi and recall in percent; words per caption."""
+        counts = sums[CAPTIONS]
+        return {
+            "chair_s": percent(counts["hallucinated_captions"], counts["captions"]),
+            "chair_i": percent(counts["hallucinated"], counts["objects"]),
+            "recall": percent(counts["covered"], counts["present"]),
+            "words": ratio(counts["words"], counts["captions"]),
+        }
+
+    @staticmethod
+    def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """`overall_metrics` of chair.py, and the four lines that it prints."""
+        counts = sums[CAPTIONS]
+        overall = {
+            "CHAIRs": counts["hallucinated_captions"] / counts["captions"],
+            "CHAIRi": counts["hallucinated"] / counts["objects"] if counts["objects"] else None,
+            "Recall": counts["covered"] / counts["present"] if counts["present"] else None,
+            "Len": 0.01 * counts["words"] / counts["captions"],
+        }
+        printed = {name: f"{value * 100:.1f}" for name, value in overall.items() if value is not None}
+        return {"overall": overall, "printed": printed}

@@ -1,0 +1,176 @@
+"""MMHal-Bench: 96 questions about 96 pictures; a judge that is told the truth rates each answer from 0 to 6.
+
+Sun et al. 2023, "Aligning large multimodal models with factually augmented RLHF". A rating below 3 is a hallucination. The
+judge does not see the picture. Scores of different judges cannot be compared: the first papers have gpt-4-0314, RLAIF-V has
+gpt-4-1106-preview.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Sample
+from catpo.evaluation.benchmarks import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio, total
+from catpo.evaluation.benchmarks._answers import by_id, in_order
+from catpo.evaluation.benchmarks._files import Folder, Pictures, Record, Source
+from catpo.judges import Judge
+
+TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
+"""Kinds of question in the official order."""
+FIRST_WITHOUT_HALLUCINATION, BEST_RATING = 3, 6
+PROMPT = Path(__file__).parent / "mmhal_prompt.txt"
+QUESTIONS = "mmhal-bench_answer_template.json"
+
+
+class Benchmark(FolderBenchmark):
+    """Free answers to 96 questions of eight kinds, rated by a judge."""
+
+    needs_judge = True
+    judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.0}
+    max_new_tokens = 1024
+    sources = (
+        Source(
+            QUESTIONS,
+            (
+                f"mmhal/{QUESTIONS}",
+                QUESTIONS,
+                f"eval/data/{QUESTIONS}",
+                "mmhal/response_template.json",
+                "response_template.json",
+            ),
+            f"https://github.com/RLHF-V/RLHF-V/raw/main/eval/data/{QUESTIONS}",
+            sha256="28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb",
+        ),
+    )
+    pictures = Pictures(
+        ("mmhal/images", "images"),
+        96,
+        "https://huggingface.co/datasets/Shengcao1006/MMHal-Bench",
+        note="named as at the end of their image_src, or by their image_id",
+    )
+
+    def open(self, folder: Folder) -> list[Item]:
+        """The questions in official order; ids count from 0."""
+        return [_item(number, row, folder) for number, row in enumerate(folder.rows(QUESTIONS))]
+
+    def grade(self, item: Item, answer: str, judge: Judge | None = None) -> Grade:
+        """The judge's rating, as the official program reads it and as a strict reader does."""
+        assert judge is not None
+        reply = judge.ask(judge_messages(item, answer), key=f"mmhal/{item.id}")
+        official, strict = official_rating(reply), strict_rating(reply)
+        is_right = official >= FIRST_WITHOUT_HALLUCINATION
+        counts = {
+            "answers": 1,
+            "rating": official,
+            "hallucinated": int(not is_right),
+            "information": official - FIRST_WITHOUT_HALLUCINATION if is_right else official,
+            "read": int(strict is not None),
+            "strict_rating": strict or 0,
+            "strict_hallucinated": int(strict is not None and strict < FIRST_WITHOUT_HALLUCINATION),
+            "differ": int(official != strict),
+        }
+        return Grade(
+            counts,
+            notes={"reply": reply, "rating": official, "strict_rating": strict},
+            is_right=is_right,
+            has_verdict=strict is not None,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """Which prompt the judge got: the official one has this hash."""
+        return {"judge_prompt_md5": hashlib.md5(_prompt().encode("utf-8"), usedforsecurity=False).hexdigest()}
+
+    def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
+        """The official response file has its answers in `model_answer`, in the order of the questions; else by id."""
+        if all("model_answer" in record.row for record in records):
+            questions = [(item.id, item.sample.prompt) for item in items]
+            return in_order(records, questions, answer_fields=("model_answer",))
+        return by_id(records, [item.id for item in items], id_fields=("id", "question_id"))
+
+    @staticmethod
+    def summarise(sums: Sums) -> dict[str, Floats]:
+        """`score`: mean rating, 0 to 6. `hallucination_rate`: ratings below 3. `informativeness`: RLHF-V's.
+
+        Ratings are read as by the official program: a reply without exactly one of "rating: 0" to "rating: 6" counts as 0.
+        `strict_score` and `strict_hallucination_rate` leave such replies out, and read the whole number with or without
+        emphasis; `parsers_differ`: replies that the two read differently.
+        """
+        every = total(sums)
+        return {
+            "score": ratio(every["rating"], every["answers"]),
+            "hallucination_rate": percent(every["hallucinated"], every["answers"]),
+            "informativeness": percent(every["information"], FIRST_WITHOUT_HALLUCINATION * every["answers"]),
+            **{f"score_{kind}": ratio(sums[kind]["rating"], sums[kind]["answers"]) for kind in TYPES if kind in sums},
+            "strict_score": ratio(every["strict_rating"], every["read"]),
+            "strict_hallucination_rate": percent(every["strict_hallucinated"], every["read"]),
+            "parsers_differ": percent(every["differ"], every["answers"]),
+        }
+
+    @staticmethod
+    def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """What LLaVA-RLHF's and RLHF-V's programs print."""
+        answers, rating, hallucinated, information = (
+            sum(group[name] for group in sums.values()) for name in ("answers", "rating", "hallucinated", "information")
+        )
+        means = [sums[kind]["rating"] / sums[kind]["answers"] for kind in TYPES if kind in sums]
+        return {
+            "Average score": f"{rating / answers:.2f}",
+            "Hallucination rate": f"{hallucinated / answers:.2f}",
+            "Average score for each question type": ",".join(str(round(mean, 2)) for mean in means),
+            "Informativeness": f"{100 * information / answers / FIRST_WITHOUT_HALLUCINATION:.2f}",
+        }
+
+
+def judge_messages(item: Item, answer: str) -> list[dict[str, Any]]:
+    """What the judge is asked: one message, byte for byte the official one."""
+    truth = item.sample.truth
+    text = _prompt().format(", ".join(truth["contents"]), item.sample.prompt, truth["answer"], answer)
+    return [{"role": "user", "content": text}]
+
+
+def official_rating(reply: str) -> int:
+    """The one s of 0 to 6 for which "rating: s" stands in the reply; 0 if there is none, or several.
+
+    >>> official_rating("Rating: 61"), official_rating("**Rating**: 4"), official_rating("Rating: 2. No, rating: 4")
+    (6, 0, 0)
+    """
+    found = [rating for rating in range(BEST_RATING + 1) if f"rating: {rating}" in reply.lower()]
+    return found[0] if len(found) == 1 else 0
+
+
+def strict_rating(reply: str) -> int | None:
+    """The one whole number from 0 to 6 behind "rating:", emphasised or not; None if there is none, several, or another number.
+
+    >>> strict_rating("Rating: 61"), strict_rating("**Rating**: 4"), strict_rating("Rating: 2. No, rating: 4")
+    (None, 4, None)
+    """
+    found = {float(number) for number in re.findall(r"\brating\W{0,4}:\W{0,4}(\d+(?:\.\d+)?)", reply, re.IGNORECASE)}
+    rating = found.pop() if len(found) == 1 else -1
+    return int(rating) if rating in range(BEST_RATING + 1) else None
+
+
+def _item(number: int, row: Mapping[str, Any], folder: Folder) -> Item:
+    texts = ("question", "gt_answer", "question_type", "image_id", "image_src")
+    if not all(isinstance(row.get(name), str) for name in texts) or not isinstance(row.get("image_content"), list):
+        raise UserError(f"{folder.find(QUESTIONS)}: row {number + 1} needs the texts {', '.join(texts)} and image_content.")
+    truth = {"contents": row["image_content"], "answer": row["gt_answer"]}
+    sample = Sample(f"mmhal/{number}", (_picture(row, folder),), row["question"], (row["gt_answer"],), truth)
+    return Item(str(number), sample, row["question_type"], row["image_id"])
+
+
+def _picture(row: Mapping[str, Any], folder: Folder) -> Picture:
+    """The file named as at the end of its address, or by its id."""
+    named = folder.picture(row["image_src"].rpartition("/")[2])
+    by_its_id = folder.picture(f"{row['image_id']}.jpg")
+    return by_its_id if by_its_id.path and by_its_id.path.is_file() else named
+
+
+@cache
+def _prompt() -> str:
+    return PROMPT.read_bytes().decode("utf-8")

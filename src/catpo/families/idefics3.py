@@ -1,9 +1,0 @@
-"""Idefics3: tiles of the picture, each behind its row and column, then the whole picture."""
-
-from __future__ import annotations
-
-from catpo.families import _row_col
-
-
-class Family(_row_col.Family):
-    """`Idefics3ForConditionalGeneration`."""

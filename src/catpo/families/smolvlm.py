@@ -1,9 +1,0 @@
-"""SmolVLM: Idefics3's tiles, each behind its row and column, then the whole picture."""
-
-from __future__ import annotations
-
-from catpo.families import _row_col
-
-
-class Family(_row_col.Family):
-    """`SmolVLMForConditionalGeneration`."""

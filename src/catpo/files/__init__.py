@@ -1,0 +1,5 @@
+"""Files that commands hand to one another: strict JSON, atomic writes, locks, provenance.
+
+May import: core. No torch.
+Exports: `read_json`, `write_json`, `read_rows` (json_files).
+"""

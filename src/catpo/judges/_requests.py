@@ -1,0 +1,148 @@
+"""What ways to make pairs ask of a judge, and how its replies are read. Knows neither the judge nor the method.
+
+A request is one message: the pictures, then a text of an instruction and sections with headings. So a judge that reads no
+pictures, or only rules, finds what it needs: what is known of the picture goes along where the data set tells it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from catpo.core.errors import UserError
+from catpo.core.types import Sample
+from catpo.models.remote import messages as with_pictures
+
+Read = TypeVar("Read")
+ATTEMPTS = 3
+TASKS = {
+    "claims": "Take the answer apart. Write every single claim that it makes about the picture as a question that is "
+    "answered with yes or no, such that yes means that the claim is true. One question a line, nothing else.",
+    "verify": "Look at the picture and answer every question with yes or no. One answer a line, in the order of the "
+    "questions, nothing else.",
+    "rate": "Look at the picture and rate how faithful the answer is to it: 10 where all that it says is there, 0 where "
+    "nothing is. What it leaves out does not count. Write `Rating: ` and the number, nothing else.",
+    "correct": "Look at the picture and correct the answer: change or remove what is not true of the picture, leave all else "
+    "as it is. Write the corrected answer, nothing else. If all of it is true, write the answer as it stands.",
+    "restyle": "Write the answer anew in plain, fluent sentences. Keep every claim that it makes, true or not, and add none. "
+    "Write the new text, nothing else.",
+    "invent": "Look at the picture and write the answer with mistakes in it, such as a careless viewer makes: a thing that "
+    "often goes with what is there but is not on the picture, a wrong attribute, number or place. Keep length and "
+    "style. Write the changed answer, nothing else.",
+}
+"""Name of a request -> its instruction."""
+
+
+@runtime_checkable
+class _Asked(Protocol):
+    """What is needed of a judge."""
+
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as a judge without a language model reads it."""
+
+    task: str
+    sections: Mapping[str, str]
+    """Heading -> text: `Known of the picture`, `Question`, `Answer`, `Questions`."""
+
+
+def ask(
+    judge: _Asked, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
+) -> Read | None:
+    """What `read` makes of the judge's reply; asked up to three times while it makes nothing of it, then nothing.
+
+    Args:
+        judge: is asked under the key `ID/TASK-NUMBER`.
+        task: one of TASKS.
+        sample: the picture with its question.
+        read: gives None for a reply that cannot be read.
+        number: tells requests of one task about one sample apart.
+        sections: heading in lower case -> text.
+    """
+    text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in _sections(sample, sections).items())])
+    request = with_pictures(replace(sample, prompt=text))
+    for attempt in range(1, ATTEMPTS + 1):
+        found = read(judge.ask(request, key=f"{sample.id}/{task}-{number}", attempt=attempt))
+        if found is not None:
+            return found
+    return None
+
+
+def request_of(messages: Sequence[Mapping[str, Any]]) -> Request | None:
+    """The request that the messages are, or nothing if they are something else."""
+    content = messages[-1]["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    instruction, *rest = re.split(r"^## ", text, flags=re.MULTILINE)
+    task = next((name for name, words in TASKS.items() if words == instruction.strip()), None)
+    if task is None:
+        return None
+    return Request(task, {head.strip(): body.strip() for head, _, body in (part.partition("\n") for part in rest)})
+
+
+def as_text(reply: str) -> str | None:
+    """The reply as an answer."""
+    text = reply.strip().removeprefix("Answer:").strip().strip('"').strip()
+    return text or None
+
+
+def as_rating(reply: str) -> float | None:
+    """The one number behind `Rating`, from 0 to 10.
+
+    >>> as_rating("**Rating**: 7.5"), as_rating("I would say 7"), as_rating("Rating: 70")
+    (7.5, None, None)
+    """
+    found = re.search(r"rating\W{1,6}(\d+(?:\.\d+)?)", reply, re.I)
+    return float(found[1]) if found and float(found[1]) <= 10 else None
+
+
+def as_questions(reply: str) -> list[str] | None:
+    r"""The lines that are questions, without numbers or bullets.
+
+    >>> as_questions("1. Is there a dog?\n- Is it brown?\nThat is all.")
+    ['Is there a dog?', 'Is it brown?']
+    """
+    lines = (re.sub(r"^[\s\-*•]*(\d+[.)])?\s*", "", line).strip() for line in reply.splitlines())
+    return [line for line in lines if line.endswith("?")] or None
+
+
+def as_verdicts(count: int) -> Callable[[str], list[bool] | None]:
+    r"""Reads `count` answers, each yes or no.
+
+    >>> as_verdicts(2)("1. Yes.\n2. No, it is a cat."), as_verdicts(2)("yes")
+    ([True, False], None)
+    """
+
+    def read(reply: str) -> list[bool] | None:
+        words = (re.search(r"\b(yes|no)\b", line, re.I) for line in reply.splitlines())
+        found = [word[1].lower() == "yes" for word in words if word]
+        return found if len(found) == count else None
+
+    return read
+
+
+def _sections(sample: Sample, given: Mapping[str, str]) -> dict[str, str]:
+    known = known_of(sample)
+    return {
+        **({"Known of the picture": known} if known else {}),
+        "Question": sample.prompt,
+        **{heading.capitalize(): text for heading, text in given.items()},
+    }
+
+
+def known_of(sample: Sample) -> str:
+    """What the data set tells of a picture, in words."""
+    if "present" not in sample.truth:
+        return ""
+    counts = sample.truth.get("counts", {})
+    named = [f"{name} ({counts[name]})" if name in counts else name for name in sample.truth["present"]]
+    return f"Objects: {', '.join(named)}." if named else "Objects: none."
+
+
+def no_judge(method: str) -> UserError:
+    """What a method says that was given no judge."""
+    return UserError(f"{method} asks a judge: name one with --judge (`catpo list judges` shows them).")

@@ -1,0 +1,35 @@
+"""Positions in three axes (time, height, width), as all Qwen-VL models have them; 2 x 2 patches are merged to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from catpo.core.types import PatchGrid
+from catpo.models import family
+from catpo.models.family import Encoded
+
+
+class Family(family.Family):
+    """What the Qwen-VL families share. Pictures keep their shape; each is resized to whole merged patches."""
+
+    def grids(
+        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[PatchGrid]:
+        merge = self.unwrapped.config.vision_config.spatial_merge_size
+        return [
+            PatchGrid(picture, height // merge, width // merge)
+            for picture, (_, height, width) in enumerate(pixels["image_grid_thw"].tolist())
+        ]
+
+    def prompt_positions(self, encoded: Encoded) -> Int[Tensor, "3 prompt"]:
+        """The model's own rule (`get_rope_index`): a picture takes as many positions as its longer side has patches."""
+        positions, _ = self.backbone.get_rope_index(
+            input_ids=torch.tensor([encoded.prompt_ids]),
+            mm_token_type_ids=torch.tensor([encoded.prompt_inputs["mm_token_type_ids"]]),
+            image_grid_thw=encoded.pixels.get("image_grid_thw"),
+        )
+        return positions[:, 0]

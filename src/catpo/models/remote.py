@@ -1,0 +1,86 @@
+"""A model behind a running OpenAI-compatible server, asked with pictures. It answers; attention and log-probs stay there."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from catpo.core.errors import UserError
+from catpo.core.types import Picture, Sample, opened
+from catpo.models.openai_client import ChatServer
+
+PREFIX = "openai:"
+"""`--model openai:NAME` is model NAME of a server."""
+MIME_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png"}
+"""Formats that are sent as they are."""
+TIMEOUT = 900.0
+"""Seconds for one answer: a server may queue a whole batch."""
+
+
+class ServedModel:
+    """What `catpo evaluate` needs of a model, from a server.
+
+    Args:
+        model: `openai:NAME`.
+        base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
+        server: instead of a new one; for tests.
+    """
+
+    model_hash = None
+    """Nobody outside the server knows its weights."""
+
+    def __init__(self, model: str, *, base_url: str | None = None, server: ChatServer | None = None) -> None:
+        name = model.removeprefix(PREFIX)
+        if not name:
+            raise UserError(f"'{model}' names no model. Give the server's name for it: --model openai:NAME.")
+        self.model_id = model
+        self.server = server or ChatServer(name, base_url=base_url, timeout=TIMEOUT)
+        self.answered_by: set[str] = set()
+        """What the server called the model that answered."""
+
+    def generate(
+        self, samples: Sequence[Sample], *, max_new_tokens: int = 96, temperature: float = 0.0, batch_size: int = 32
+    ) -> list[str]:
+        """Answers in the order of `samples`, `batch_size` of them under way at once.
+
+        Raises:
+            UserError: a picture cannot be read, or the server refuses; names the sample.
+        """
+
+        def answer(sample: Sample) -> str:
+            try:
+                reply = self.server.ask(messages(sample), temperature=temperature, max_tokens=max_new_tokens)
+            except UserError as error:
+                raise UserError(f"sample {sample.id}: {error}") from error
+            self.answered_by.add(reply.model)
+            return reply.text.strip()
+
+        with ThreadPoolExecutor(batch_size) as pool:
+            try:
+                return list(pool.map(answer, samples))
+            except BaseException:  # one failed or was interrupted: ask nothing more
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def messages(sample: Sample) -> list[dict[str, Any]]:
+    """One message: the pictures, then the prompt."""
+    pictures = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in sample.images]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": sample.prompt}]}]
+
+
+def data_url(picture: Picture) -> str:
+    """The picture's own bytes where every reader shows them alike, else the picture as catpo shows it to a model, as PNG."""
+    shown = picture.open()  # a broken picture is told here
+    content = picture.read()
+    with opened(content) as image:
+        mime = MIME_TYPES.get(image.format or "")
+        is_alike = image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1  # orientation
+    if mime is None or not is_alike:
+        stream = io.BytesIO()
+        shown.save(stream, "PNG")
+        mime, content = "image/png", stream.getvalue()
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"

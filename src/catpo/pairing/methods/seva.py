@@ -1,0 +1,44 @@
+"""Chosen is the model's answer to the picture, rejected its answer to a noised one: no truth, no judge (SeVa)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from catpo.core.types import PreferencePair, Sample
+from catpo.models.views import asked_on
+from catpo.pairing.methods import Dropped, finish
+
+
+def asks(sample: Sample, rng: random.Random, *, view: str = "noised(step=500)") -> list[Sample]:
+    """The same question on the corrupted picture.
+
+    Raises:
+        UserError: no such view, or one that is not a corrupted picture.
+    """
+    return [asked_on(view, sample, rng, "seva")]
+
+
+def make(
+    sample: Sample,
+    answer: str,
+    rng: random.Random,
+    vocabulary: Mapping[str, str] | None = None,
+    others: Sequence[str] = (),
+    *,
+    view: str = "noised(step=500)",
+) -> PreferencePair | Dropped:
+    """The answer against the one to the corrupted picture (Zhu et al. 2024); equal answers give no pair.
+
+    Object words are labelled where `sample.truth["present"]` tells what is there. The authors noise the normalised pixels, at
+    step 500 or 800; here the picture itself is noised.
+
+    Args:
+        sample: the picture with its question.
+        answer: the model's answer.
+        rng: not used here; `asks` draws the noise.
+        vocabulary: surface form -> object; the built-in words if None.
+        others: the answer to the corrupted picture.
+        view: how the picture is corrupted.
+    """
+    return finish(sample, answer, others[0], sample.truth.get("present"), vocabulary, {"view": view})

@@ -1,0 +1,47 @@
+"""What scorers share: a picture is looked at once, then texts are held against what was seen. Knows no way to make pairs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from catpo.core import registry
+from catpo.core.spec import Spec, check_options, parse
+from catpo.core.types import Sample
+
+if TYPE_CHECKING:
+    from catpo.models.family import Family
+
+
+class Scorer(ABC):
+    """Base of every module in `scorers/`. Options are keyword arguments of its constructor, after the model that answers."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    @abstractmethod
+    def look(self, samples: Sequence[Sample]) -> list[Any]:
+        """What is kept of each sample's pictures."""
+
+    @abstractmethod
+    def relevance(self, seen: Sequence[Any], texts: Sequence[str]) -> list[float]:
+        """How well each text fits what was seen of its pictures, in [-1, 1]; larger is better."""
+
+
+def scorer(text: str | Spec, family: Family) -> Scorer:
+    """The scorer that `name(option=value)` stands for.
+
+    Raises:
+        UserError: no such scorer or option, or it cannot be loaded.
+    """
+    spec = parse(text)
+    make = registry.load("scorers", spec.name)
+    made: Scorer = make(family, **check_options(make, spec))
+    return made
+
+
+def check_scorer(text: str | Spec) -> None:
+    """Raises UserError for a scorer or option that does not exist; loads no weights."""
+    spec = parse(text)
+    check_options(registry.load("scorers", spec.name), spec)

@@ -1,0 +1,5 @@
+"""How work runs: processes that share it, progress, SIGTERM, full disks, skipped items.
+
+May import: core, files.
+Exports: `WorkGroup` (work_group), `SkipLog` (skip_log), `track` (progress).
+"""

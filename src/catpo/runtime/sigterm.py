@@ -1,0 +1,63 @@
+"""Leave on SIGTERM, as a scheduler sends it before it takes the machine away, where nothing is lost. Knows no work.
+
+with on_sigterm() as stop:
+    for shard in shards:
+        stop.leave_if_asked(f"{done} shards are in {folder}.")
+        ...
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from catpo.core.errors import Stopped
+
+AGAIN = "Give the same command again to go on."
+
+
+class Stop:
+    """Whether the process has been asked to leave."""
+
+    is_asked = False
+
+    def leave_if_asked(self, done: str, next_step: str = AGAIN) -> None:
+        """To be called where everything done so far is on disk; `done` says what that is.
+
+        Raises:
+            Stopped: it has been asked.
+        """
+        if self.is_asked:
+            raise Stopped(f"SIGTERM: {done} {next_step}")
+
+
+_listening: list[Stop] = []
+
+
+@contextmanager
+def on_sigterm() -> Iterator[Stop]:
+    """Within it SIGTERM only asks to leave, a second one ends the process. Where another handler is at work, or in a thread,
+    nothing changes. Inside another `on_sigterm` both are asked.
+    """
+    if _listening:
+        yield _listening[0]
+        return
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield stop
+        return
+
+    def ask(*_: Any) -> None:
+        stop.is_asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+    _listening.append(stop)
+    try:
+        yield stop
+    finally:
+        _listening.remove(stop)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,122 @@
+"""What goes on beside the training steps: new draws, the metrics file, progress. Knows no objective."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from catpo.core.errors import UserError
+from catpo.files.json_files import append_rows, read_rows, repair_rows, write_atomic, write_json
+from catpo.runtime.progress import track
+
+CLOSING = "train_runtime"
+"""Stands in the last row of a run alone."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class NewDraws(TrainerCallback):
+    """Random views of the pictures are drawn anew in every epoch, by its number, so that a resumed run draws the same."""
+
+    def __init__(self, readings: Any) -> None:
+        self.readings = readings
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.readings.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+
+class KeepFusion(TrainerCallback):
+    """The learned coefficients of Eq. 11: one gradient for all processes, and a file beside each checkpoint."""
+
+    FILE = "fusion.json"
+
+    def __init__(self, fusion: Any, reduce: Any) -> None:
+        self.fusion, self.reduce = fusion, reduce
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.fusion.logits.grad is not None:
+            self.fusion.logits.grad = self.reduce(self.fusion.logits.grad, "mean")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fusion.logits.grad = None  # the Trainer clears those of the model only
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, {"logits": self.fusion.logits.tolist()}
+            )
+
+
+class KeepSpecialTokens(TrainerCallback):
+    """transformers' Trainer writes the tokenizer's special tokens over the model's: what ends a response would change."""
+
+    def __init__(self, model: Any) -> None:
+        text = model.config.get_text_config()
+        configs = (text, model.generation_config)
+        self.configs = [(config, {name: getattr(config, name, None) for name in SPECIAL_TOKENS}) for config in configs]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for config, tokens in self.configs:
+            for name, token in tokens.items():
+                setattr(config, name, token)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log to `metrics.jsonl`, cutting off what a resumed run does again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        rows = repair_rows(self.path) if state.global_step else []
+        _check(rows, self.path)
+        kept = [row for row in rows if row["step"] <= state.global_step and CLOSING not in row]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if CLOSING in logs:
+            if state.global_step < state.max_steps:  # left early: the run has no last row yet
+                return
+            logs = {**logs, "train_loss": _mean_loss(read_rows(self.path))}
+        append_rows(self.path, [{"step": state.global_step, **logs}])
+
+
+def _check(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raise UserError unless every row tells its step, and its loss if any as a number."""
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int:
+            raise UserError(f"{path}:{number} lacks a whole number 'step'. Remove {path.parent} and start again.")
+        if type(row.get("loss", 0.0)) not in (int, float):
+            raise UserError(f"{path}:{number}: 'loss' must be a number. Remove {path.parent} and start again.")
+
+
+def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Over all steps of a run, also those before it was resumed; a row tells the mean since the row before."""
+    total = last = 0.0
+    for row in rows:
+        if "loss" in row:
+            total += row["loss"] * (row["step"] - last)
+            last = row["step"]
+    return total / max(last, 1)
+
+
+class StepProgress(TrainerCallback):
+    """Steps done, rate and remaining time."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = track(state.max_steps, "Training", "steps", done=state.global_step, enabled=state.is_world_process_zero)
+        self.bar.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.__exit__(None)

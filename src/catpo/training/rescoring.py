@@ -1,0 +1,59 @@
+"""Rewards that follow the policy: pairs are scored again with it every so many steps, while the reference stays as it was.
+
+Not in the paper, whose rewards are computed once (Sec. 4.5). Knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from catpo.core.spec import parse
+from catpo.core.types import PreferencePair
+from catpo.models.packing import PairCollator
+from catpo.rewards.store import RewardStore
+from catpo.scoring.score import ScoreSettings, score_pairs
+
+
+class AdaptiveRewards(TrainerCallback):
+    """Gives the collator the weights of a fresh store after every `every` optimiser steps.
+
+    The stores, without hidden states and maps, stay in `folder` as `rewards-step-N`, so that a resumed run finds the last. A
+    batch that was prepared before still has the weights of its time.
+    """
+
+    def __init__(self, every: int, pairs: Sequence[PreferencePair], collator: PairCollator, folder: Path) -> None:
+        assert collator.rewards is not None
+        self.every, self.pairs, self.collator, self.folder = every, pairs, collator, folder
+        self.settings = settings_of(collator.rewards)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step - state.global_step % self.every
+        if last:
+            self.collator.weights_from = RewardStore.open(self._path(last))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step % self.every or step >= state.max_steps:
+            return
+        family = self.collator.family
+        was_training = family.model.training
+        family.model.eval()
+        family.forget_hash()
+        self.collator.weights_from = score_pairs(
+            self.pairs, family, self._path(step), self.settings, cache="logps", maps=False, progress=False
+        )
+        family.model.train(was_training)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"rewards-step-{step}"
+
+
+def settings_of(store: RewardStore) -> ScoreSettings:
+    """What a store was scored with."""
+    attention = store.provenance["attention"]
+    signals = tuple(parse(signal) for signal in store.provenance["signals"])
+    return ScoreSettings(signals, attention["layers"], attention["heads"], attention["query"], attention["patches"])
