@@ -60,7 +60,7 @@ def test_the_metadata_says_what_is_needed(wheel: zipfile.ZipFile) -> None:
     for line in ("Requires-Python: >=3.10", "License-Expression: Apache-2.0", "Requires-Dist: transformers<6,>=5.8"):
         assert line in metadata
     points = wheel.read(f"catpo-{_version(wheel)}.dist-info/entry_points.txt").decode()
-    assert "catpo = catpo.cli:main" in points
+    assert "catpo = catpo.cli.main:main" in points
 
 
 @pytest.mark.slow

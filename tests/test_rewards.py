@@ -284,7 +284,7 @@ import os, signal, sys
 sys.path[:0] = {[os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "src")]!r}
 from pathlib import Path
 import test_rewards as t
-from catpo.runs import lock
+from catpo.files.json_files import lock
 rename = os.replace
 def replace(source, target):
     if not {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
