@@ -19,7 +19,7 @@ from rich.table import Table
 from catpo.core.types import PreferencePair
 from catpo.data.read import open_data
 from catpo.files.json_files import read_json
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.output_head import token_stats
 from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
 from catpo.rewards.fusion import shared_prefix
@@ -57,7 +57,7 @@ def net_coefficient(store: RewardStore, run: Path, pairs: list[PreferencePair]) 
 @torch.no_grad()
 def drift(store: RewardStore, run: Path, pairs: list[PreferencePair]) -> tuple[float, float, float]:
     """Mean policy minus reference log-prob of shared tokens, the chosen response's other tokens, the rejected one's."""
-    family = families.load(run / "model")
+    family = loading.load(run / "model")
     shared: list[float] = []
     rest: tuple[list[float], list[float]] = ([], [])
     for start in range(0, len(pairs), BATCH):

@@ -28,7 +28,8 @@ from catpo.data.read import dev_split, open_data, read_pairs
 from catpo.reporting.build import report
 from catpo.rewards import store as rewards
 from catpo.rewards.shards import ResponseRow
-from catpo.rewards.store import RewardStore, RewardWriter
+from catpo.rewards.store import RewardStore
+from catpo.rewards.writer import RewardWriter
 from catpo.runtime.skip_log import Skipped
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic"]

@@ -33,12 +33,13 @@ from bench.worker import LORA
 from catpo.config import options as config
 from catpo.core.types import PreferencePair
 from catpo.data.pair_folder import write_pairs
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.planning.costs import SHARDED
 from catpo.planning.dry_run import Plan, plan
 from catpo.scoring.score import score_pairs
-from catpo.training.train import lora_config, train
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.config import CatPOConfig, lora_config
+from catpo.training.train import train
+from catpo.training.trainer import CatPOTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 TIMED = ("llava-144", "llava-576", "qwen-300", "qwen-1200")
@@ -164,7 +165,7 @@ class Place:
         if not self.pairs_file.exists():
             write_pairs(self.pairs_file, self.pairs, {})
         if not self.rewards.exists():
-            score_pairs(self.pairs, families.load(self.model), self.rewards, maps=False, progress=False)
+            score_pairs(self.pairs, loading.load(self.model), self.rewards, maps=False, progress=False)
         return self
 
     def given(self, **options: Any) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def loopback_bytes() -> int:
 
 def watched(place: Place, output: Path, *, steps: int = LAST, lora: str | None = None, accumulation: int = 1) -> dict[str, Any]:
     """Trains in this process, as one of several."""
-    ledger, family = Ledger(), families.load(place.model)  # whole: ZeRO-3 divides it afterwards
+    ledger, family = Ledger(), loading.load(place.model)  # whole: ZeRO-3 divides it afterwards
     settings = CatPOConfig(
         output_dir=str(output), objective=CATPO, rewards=str(place.rewards), max_steps=steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation, save_strategy="no", disable_tqdm=True, logging_steps=1000,
@@ -299,7 +300,7 @@ def disk(folder: Path, place: Place | None = None) -> list[Row]:
 
 def stored(place: Place, output: Path, cache: str) -> list[Row]:
     made = planned("score", **place.given(cache=cache))
-    score_pairs(place.pairs, families.load(place.model), output, cache=cache, progress=False)
+    score_pairs(place.pairs, loading.load(place.model), output, cache=cache, progress=False)
     numbers = made.store["signals"]
     arrays = sum(made.store.values()) - numbers
     return [

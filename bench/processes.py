@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from bench.shapes import SHAPES, make_pairs, write_model
-from catpo.files.json_files import process_number
-from catpo.models import family as families
+from catpo.models import loading
+from catpo.runtime.launcher import process_number
 from catpo.scoring.score import score_pairs
 
 AT_LEAST = 1.7
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> None:
     """Work of one process; the first prints the seconds."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[process_number() % len(cores)]})
-    family, pairs = families.load(options.model), make_pairs(SHAPES[options.shape], options.pairs)
+    family, pairs = loading.load(options.model), make_pairs(SHAPES[options.shape], options.pairs)
     warm = options.output.with_name(f"warm-{process_number()}-{options.output.name}")
     family.model_hash  # noqa: B018 (found out once, before the clock runs)
     alone = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK") if name in os.environ}

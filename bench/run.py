@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.shapes import SHAPES, make_pairs, write_model
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.scoring.score import score_pairs
 
 NOTES = Path(__file__).parent.parent / "docs" / "lab-notes.md"
@@ -134,7 +134,7 @@ def prepared(case: Case, folder: Path, steps: int) -> list[str]:
     if not model.exists():
         write_model(SHAPES[case.shape], model)
     if not rewards.exists() and any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers)):
-        score_pairs(make_pairs(SHAPES[case.shape], case.pairs * (steps + 1)), families.load(model), rewards, progress=False)
+        score_pairs(make_pairs(SHAPES[case.shape], case.pairs * (steps + 1)), loading.load(model), rewards, progress=False)
     return ["--shape", case.shape, "--model", str(model), "--rewards", str(rewards), "--pairs", str(case.pairs)]
 
 

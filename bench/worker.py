@@ -27,15 +27,18 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from bench.counting import counter
 from bench.shapes import SHAPES, make_pairs
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
-from catpo.files.json_files import lock
+from catpo.files.lock import lock
 from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.output_head import token_stats
 from catpo.models.packing import Batch, pack, response_hidden, run_backbone
-from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
-from catpo.scoring.score import PAPER_SIGNALS, score_pairs
+from catpo.rewards.store import ResponseRow, RewardStore
+from catpo.rewards.writer import RewardWriter
+from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import PAPER_SIGNALS
+from catpo.training.config import CatPOConfig, lora_config
 from catpo.training.pair_stats import PairStats
-from catpo.training.train import lora_config
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.trainer import CatPOTrainer
 
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")
@@ -101,7 +104,7 @@ class Watch(TrainerCallback):
 
 def train(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     pairs = make_pairs(SHAPES[options.shape], options.pairs * (options.steps + 1))
-    family = families.load(options.model)
+    family = loading.load(options.model)
     before = resident_mebibytes()
     trainer, watch = make_trainer(options, family, pairs, output, options.steps + 1)
     with response_only_head(options.trainer):
@@ -226,7 +229,7 @@ def response_only_head(trainer: str) -> Any:
 def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """Everything that `catpo score` does with pairs: encoding, forward, signals, the store with hidden states."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = families.load(options.model)
+    family = loading.load(options.model)
     score_pairs(pairs[:1], family, output / "warm", progress=False)
     return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False), CLOCKS[options.clock])
 
@@ -234,7 +237,7 @@ def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """The same packed rows through the plain model, as many at once, and the log-probs of their response tokens."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = families.load(options.model)
+    family = loading.load(options.model)
 
     def run(some: Sequence[PreferencePair]) -> None:
         batch = pack(family, [family.encode(pair) for pair in some])
@@ -249,7 +252,7 @@ def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 def eager(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """Chosen and rejected by themselves, with whole attention maps of every layer and whole logits."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = families.load(options.model)
+    family = loading.load(options.model)
     layer = int(0.6 * family.depth)
 
     def run(pair: PreferencePair) -> None:
@@ -276,7 +279,7 @@ def _one_picture(batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """From nothing to trained once over the pairs: ours scores first."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = families.load(options.model)
+    family = loading.load(options.model)
 
     def run() -> None:
         if options.trainer not in TRL:

@@ -47,7 +47,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def builtin() -> Path:
     """The packaged vision-language model."""
-    from catpo.models.family import BUILTIN
+    from catpo.models.loading import BUILTIN
 
     assert (BUILTIN / "model.safetensors").is_file(), f"{BUILTIN} is not packaged; see tools/train_builtin_vlm.py"
     return BUILTIN
@@ -68,10 +68,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward store of eight pairs, scored with that model."""
-    from catpo.models import family as families
+    from catpo.models import loading
     from catpo.scoring.score import score_pairs
     from tiny import pairs
 
     path = tmp_path_factory.mktemp("rewards") / "store"
-    score_pairs(pairs(8), families.load(folder), path, progress=False)
+    score_pairs(pairs(8), loading.load(folder), path, progress=False)
     return path

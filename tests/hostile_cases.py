@@ -1237,7 +1237,7 @@ def _scored(place: Place, text: str) -> bool:
 
 
 def _all_answers(place: Place, text: str) -> Path:
-    from catpo.evaluation.grade import each_item, open_tasks
+    from catpo.evaluation.tasks import each_item, open_tasks
 
     rows = [
         {"benchmark": task.name, "id": item.id, "answer": text} for task, item in each_item(open_tasks(["scenes(count=1)"]))

@@ -14,9 +14,11 @@ from catpo.core.types import SIDES, PatchGrid, PreferencePair, Sample, Span, pai
 from catpo.data.pair_folder import write_pairs
 from catpo.data.read import open_data
 from catpo.evaluation.benchmarks import Item
-from catpo.evaluation.coverage import resample
-from catpo.files.json_files import append_rows, versions, write_json
-from catpo.rewards.store import ResponseRow, RewardWriter
+from catpo.evaluation.bootstrap import resample
+from catpo.files.json_files import append_rows, write_json
+from catpo.files.provenance import versions
+from catpo.rewards.store import ResponseRow
+from catpo.rewards.writer import RewardWriter
 from catpo.text.object_words import mentions
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "image_contrast", "patch_logit"]

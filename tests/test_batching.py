@@ -10,7 +10,8 @@ import torch
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
-from catpo.models.packing import add_pair_forward, pack, response_hidden, run_backbone, unflatten
+from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
+from catpo.training.pair_forward import add_pair_forward
 from tiny import llava, pair, pairs
 
 

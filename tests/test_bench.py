@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'catpo[benc
 from bench import run as bench
 from bench.shapes import SHAPES, llava, make_pairs, write_model
 
-from catpo.models import family as families
+from catpo.models import loading
 
 OPTIONS = argparse.Namespace(repeat=3, steps=2)
 
@@ -61,6 +61,6 @@ def test_a_missed_limit_says_so():
 def test_shapes_have_as_many_patches_as_their_names_say(tmp_path):
     shape = llava(4)
     write_model(shape, tmp_path)
-    encoded = families.load(tmp_path).encode(make_pairs(shape, 1)[0])
+    encoded = loading.load(tmp_path).encode(make_pairs(shape, 1)[0])
     assert len(encoded.patches) == shape.patches == 16
     assert 78 <= len(encoded.response_ids["chosen"]) <= 84

@@ -8,14 +8,10 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.intervals import bootstrap_indices, interval
-from catpo.evaluation.coverage import (
-    at_equal_coverage,
-    at_equal_coverage_over_runs,
-    coverage_curves,
-    load_evaluation,
-    paired_differences,
-    resample,
-)
+from catpo.evaluation.bootstrap import resample
+from catpo.evaluation.coverage import at_equal_coverage, at_equal_coverage_over_runs, coverage_curves
+from catpo.evaluation.folder import load_evaluation
+from catpo.evaluation.paired import paired_differences
 from catpo.files.json_files import append_rows, read_rows
 from report_fixtures import make_evaluation
 

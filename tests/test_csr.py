@@ -15,8 +15,8 @@ import tiny
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Sample
 from catpo.data.read import open_data
-from catpo.models import family as families
-from catpo.models.family import Sentence
+from catpo.models import loading
+from catpo.models.generation import Sentence
 from catpo.pairing.methods import Decoding, Dropped, csr
 from catpo.pairing.pair import pair
 from catpo.pairing.scorers import Scorer, scorer
@@ -27,7 +27,7 @@ from fake_family import FakeFamily
 
 @pytest.fixture(scope="module")
 def family(builtin):
-    return families.load(builtin)
+    return loading.load(builtin)
 
 
 def test_log_probs_of_a_next_sentence_are_those_of_a_plain_forward(family):

@@ -16,6 +16,7 @@ from catpo.cli.main import main
 from catpo.core.errors import UserError
 from catpo.data.check import check_data, convert_data
 from catpo.data.read import open_data
+from catpo.models.loading import load
 
 
 def png(colour="red", size=(12, 8)):
@@ -439,7 +440,7 @@ def test_a_check_counts_the_models_tokens(photos, builtin, capsys):
         {"image": "blue.png", "prompt": "What is this?", "chosen": "An owl.", "rejected": "<image> here"},
     ]
     (photos / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = check_data(photos, model="builtin", max_length=10)
+    report = check_data(photos, family=load("builtin"), max_length=10)
     assert [problem.kind for problem in report.problems] == ["over-long", "unusable row"]
     assert report.lengths["picture"].unit == "image tokens" and report.lengths["picture"].most > 16
     assert report.lengths["rejected"].most > report.lengths["chosen"].most

@@ -20,7 +20,7 @@ from bench.launching import environment_of, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.runtime.work_group import Team
 from catpo.training.train import train
 from tiny import pairs
@@ -115,7 +115,7 @@ def test_a_sharded_run_is_resumed_where_it_stopped(folder, store, tmp_path, engi
 def test_fsdp2_keeps_no_whole_gradients_between_the_batches_of_a_step(folder, store, tmp_path):
     run = partial(trained, folder, store, tmp_path / "run", batch_size=2, accumulation=2, max_steps=1)
     both = together(2, partial(gradients_after_a_batch, run), **environment_of(RECIPES / "fsdp2.yaml"))
-    family = families.load(folder)
+    family = loading.load(folder)
     trains = sum(each.numel() for each in [*family.decoder.parameters(), family.head.weight])
     assert sum(both) == trains and max(both) < 0.6 * trains
 

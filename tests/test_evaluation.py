@@ -16,9 +16,11 @@ from catpo.data.scenes.captions import true_caption
 from catpo.evaluation import benchmarks
 from catpo.evaluation import evaluate as evaluation
 from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, captions, grade_caption, grade_question, read_yes_no, scenes
-from catpo.evaluation.coverage import at_equal_coverage, load_evaluation, paired_differences
+from catpo.evaluation.coverage import at_equal_coverage
 from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.folder import load_evaluation
 from catpo.evaluation.grade import grade, grade_answers
+from catpo.evaluation.paired import paired_differences
 from catpo.files.json_files import read_rows, write_json
 from catpo.text.object_words import mentions
 from fake_family import FakeFamily, say_web_caption, scene_of

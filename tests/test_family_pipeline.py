@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
-from catpo.models.family import load
+from catpo.models.loading import load
 from catpo.reporting.build import report
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score

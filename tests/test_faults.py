@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from catpo.cli import main
 from catpo.core.errors import Stopped, UserError
 from catpo.evaluation.evaluate import evaluate
-from catpo.files import json_files
+from catpo.files import json_files, lock
 from catpo.models import memory
 from catpo.pairing.pair import pair
 from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors, sigterm
-from catpo.scoring import score
+from catpo.scoring import forward
 from catpo.scoring.score import score_pairs
 from catpo.training import loss_checks
 from catpo.training.checkpoints import MARK, WholeCheckpoints, damage, last_whole
@@ -164,7 +164,7 @@ def test_sigterm_writes_a_checkpoint_from_which_training_goes_on_exactly(folder,
 
 
 def test_sigterm_lets_scoring_finish_its_shard(folder, tmp_path, monkeypatch):
-    terminating(monkeypatch, score.PairScorer, "score_batch", 2)
+    terminating(monkeypatch, forward.PairScorer, "score_batch", 2)
     given = dict(pairs=pairs(6), settings=None, shard_size=2, progress=False)
     with pytest.raises(Stopped, match="4 of 6 pairs are scored in .* Give the same command again"):
         score_pairs(family=llava(), output=tmp_path / "store", **given)
@@ -175,9 +175,9 @@ def test_sigterm_lets_scoring_finish_its_shard(folder, tmp_path, monkeypatch):
 
 
 def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_path, monkeypatch):
-    from catpo.models import family as families
+    from catpo.models import loading
 
-    family = families.load("builtin")
+    family = loading.load("builtin")
     given = dict(model=family, data="scenes(count=4)", block_size=2, max_new_tokens=4, progress=False)
     terminating(monkeypatch, family, "generate", 1)
     with pytest.raises(Stopped, match="2 of 4 answers are in"):
@@ -290,7 +290,7 @@ def test_a_read_only_folder_is_refused_before_any_work():
         def locks():
             if os.geteuid() == 0:
                 os.seteuid(65534)
-            with json_files.lock(place / "store"):
+            with lock.lock(place / "store"):
                 pass
 
         code, said = in_child(locks)
@@ -448,7 +448,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(comman
         "train": lambda: training(folder, store, tmp_path),
         "evaluate": lambda: evaluate(model=llava(), benchmarks=["scenes(count=1)"], output=tmp_path),
     }[command]
-    with json_files.lock(tmp_path), pytest.raises(UserError, match=f"written by another catpo process .pid {os.getpid()}"):
+    with lock.lock(tmp_path), pytest.raises(UserError, match=f"written by another catpo process .pid {os.getpid()}"):
         begin()
 
 
@@ -457,7 +457,7 @@ def test_what_a_killed_process_had_not_finished_writing_is_removed(tmp_path):
     left = [tmp_path / ".pairs.json.4711.part", tmp_path / "images" / ".a.png.4711.part"]
     for path in [*left, tmp_path / "mine.part"]:
         path.write_text("half")
-    with json_files.lock(tmp_path):
+    with lock.lock(tmp_path):
         assert not any(path.exists() for path in left) and (tmp_path / "mine.part").exists()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from catpo.files.json_files import read_json
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.rewards.store import RewardStore
 from commands import run
 from hostile_cases import BAD, GOOD, PAIR, Case, Fine, Place, changed_model, names, remote, score
@@ -28,12 +28,12 @@ LONGEST_MESSAGE = 2000
 def place(tmp_path: Path, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A working folder; the tiny model is loaded once for all cases."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(families, "load", _loading(folder))
+    monkeypatch.setattr(loading, "load", _loading(folder))
     return Place(tmp_path, folder, store)
 
 
 _loaded: dict[Path, Any] = {}
-_load = families.load
+_load = loading.load
 
 
 def _loading(tiny: Path) -> Any:

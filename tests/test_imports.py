@@ -16,7 +16,6 @@ TORCHLESS = [
     name
     for name in MODULES
     if name.split(".")[1] in {"core", "text", "files", "config", "data", "rewards", "judges", "reporting"}
-    and name != "catpo.data.check"
 ]
 
 

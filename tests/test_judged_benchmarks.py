@@ -14,9 +14,10 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec
 from catpo.evaluation.benchmarks import llava_bench, mmhal, object_halbench
 from catpo.evaluation.benchmarks._files import Folder
-from catpo.evaluation.coverage import incomparable, load_evaluation, paired_differences
 from catpo.evaluation.evaluate import evaluate
+from catpo.evaluation.folder import load_evaluation
 from catpo.evaluation.grade import grade_answers
+from catpo.evaluation.paired import incomparable, paired_differences
 from fake_chat import Answer, completion, serve
 
 CANARY = "sk-canary-0123456789abcdef"

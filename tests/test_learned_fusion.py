@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from catpo.core.errors import UserError
-from catpo.models import family as families
-from catpo.models.packing import PairCollator
+from catpo.models import loading
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
+from catpo.training.collator import PairCollator
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
@@ -31,7 +31,7 @@ def test_before_training_weights_are_those_of_fixed_coefficients(folder, store, 
     fusion = Fusion(learned=True, **options)
     needs = frozenset({"weights", "policy_logps", "reference_logps", "mask"})
     rewards = RewardStore.open(store)
-    batch = PairCollator(families.load(folder), rewards, fusion, needs)(pairs(8)[:4])
+    batch = PairCollator(loading.load(folder), rewards, fusion, needs)(pairs(8)[:4])
     found = LearnedFusion(fusion)(batch)
     for number, pair in enumerate(pairs(8)[:4]):
         fixed = rewards.weights(pair.id, Fusion(**{"gamma": 0.25, "delta": 0.25, **options}))

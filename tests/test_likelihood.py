@@ -9,13 +9,13 @@ import torch
 
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.likelihood import most_likely, option_losses
 
 
 @pytest.fixture(scope="module")
 def family(builtin):
-    return families.load("builtin")
+    return loading.load("builtin")
 
 
 @pytest.fixture(scope="module")

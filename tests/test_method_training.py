@@ -13,12 +13,13 @@ from peft import LoraConfig
 from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.views import View
 from catpo.scoring.score import score_pairs
 from catpo.testing import loss_from_logits
+from catpo.training.config import CatPOConfig
 from catpo.training.train import train
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.trainer import CatPOTrainer
 from catpo.training.view_passes import Readings
 from tiny import llava, pairs
 
@@ -91,7 +92,7 @@ def test_the_trainer_computes_the_method_on_plain_logits(folder, store, judge, t
     given = pairs(8)[:3]
     batch = run.data_collator(given)
     found = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
-    reference = families.load(folder)
+    reference = loading.load(folder)
     for number, pair in enumerate(given):
         policy_logits, reference_logits = (logits_of(each, run.readings, pair) for each in (run.family, reference))
         if method == "tgdpo":

@@ -7,7 +7,7 @@ import torch
 
 from catpo.models.attention import last_layer, packed
 from catpo.models.attention.recorder import AttentionRecorder
-from catpo.models.family import load
+from catpo.models.loading import load
 from catpo.models.packing import pack, response_hidden, run_backbone
 from tiny import llava, pairs
 from tiny_families import build

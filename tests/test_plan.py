@@ -15,11 +15,12 @@ from catpo.config import options as config
 from catpo.config import recipes
 from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
-from catpo.models import family as families
-from catpo.models.capacity import DecoderMemory, pass_tokens
-from catpo.models.packing import PairCollator, run_backbone
+from catpo.models import loading
+from catpo.models.memory import DecoderMemory, pass_tokens
+from catpo.models.packing import run_backbone
 from catpo.planning.dry_run import plan, weight_bytes
 from catpo.scoring.score import score
+from catpo.training.collator import PairCollator
 from catpo.training.train import train
 from tiny import pairs
 from tiny_families import BUILDERS, build
@@ -49,9 +50,9 @@ def test_a_blueprint_encodes_as_the_model_does(name, tmp_path):
     family = build(name)
     family.model.save_pretrained(tmp_path)
     family.processor.save_pretrained(tmp_path)
-    empty, one = families.blueprint(tmp_path), pairs(1)[0]
+    empty, one = loading.blueprint(tmp_path), pairs(1)[0]
     assert all(parameter.device.type == "meta" for parameter in empty.unwrapped.parameters())
-    ours, theirs = empty.encode(one), families.load(tmp_path).encode(one)
+    ours, theirs = empty.encode(one), loading.load(tmp_path).encode(one)
     assert (ours.prompt_ids, ours.response_ids, ours.grids) == (theirs.prompt_ids, theirs.response_ids, theirs.grids)
     assert weight_bytes(empty, None) == sum(each.numel() * each.element_size() for each in family.unwrapped.parameters())
 
@@ -85,7 +86,7 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert made.steps == max(row["step"] for row in log)
     assert (made.pairs, made.dev_pairs) == (15, 5)
-    tuned = families.load(result.model)
+    tuned = loading.load(result.model)
     if lora:
         parameters = [each for name, each in tuned.unwrapped.named_parameters() if "lora_" in name]
     else:
@@ -101,7 +102,7 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3", "builtin"])
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(name, tmp_path):
     """Different storages that one forward pass of the decoder saves for the backward pass, the weights left out."""
-    family = families.load("builtin") if name == "builtin" else build(name)
+    family = loading.load("builtin") if name == "builtin" else build(name)
     family.unwrapped.requires_grad_(True)
     family.freeze_vision()
     write_pairs(tmp_path / "pairs", pairs(1), {})
@@ -220,7 +221,7 @@ def test_every_recipe_plans_with_another_model_and_data(folder, path, tmp_path, 
 
 
 def test_a_forward_pass_has_no_more_than_2048_tokens_on_a_cpu_and_half_of_what_a_gpu_has_left(folder, monkeypatch):
-    family = families.load(folder / "model", device="cpu")
+    family = loading.load(folder / "model", device="cpu")
     assert pass_tokens(family, family.device) == 2048
     gibibytes = lambda count: types.SimpleNamespace(total_memory=count << 30)
     tokens = {}

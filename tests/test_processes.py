@@ -20,7 +20,7 @@ from catpo.data.pair_folder import write_pairs
 from catpo.data.read import open_data
 from catpo.evaluation import evaluate as evaluation
 from catpo.evaluation.evaluate import evaluate
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.pairing.pair import pair
 from catpo.runtime.work_group import Team
 from catpo.scoring import score
@@ -99,7 +99,7 @@ def scored(folder, path, *, die_after=None):
 
     score.RewardWriter.write_shard = counted
     try:
-        score_pairs(pairs(12), families.load(folder), path, batch_size=2, shard_size=2, progress=False)
+        score_pairs(pairs(12), loading.load(folder), path, batch_size=2, shard_size=2, progress=False)
     finally:
         score.RewardWriter.write_shard = write
     return writes

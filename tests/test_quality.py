@@ -10,7 +10,8 @@ from catpo.core.intervals import auroc
 from catpo.core.types import SIDES, PatchGrid
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.quality import FINAL, signal_quality
-from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
+from catpo.rewards.store import ResponseRow, RewardStore
+from catpo.rewards.writer import RewardWriter
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic", "good", "noise"]
 

@@ -10,7 +10,7 @@ import torch
 
 from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
-from catpo.models.family import load
+from catpo.models.loading import load
 from catpo.scoring.score import score
 from catpo.training.train import train
 from tiny import pairs

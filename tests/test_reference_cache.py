@@ -7,13 +7,14 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.rewards.shards import ResponseRow, to_parquet
 from catpo.rewards.store import RewardStore
 from catpo.scoring import score
 from catpo.scoring.reference_cache import token_bytes
 from catpo.scoring.score import score_pairs
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.config import CatPOConfig
+from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
 
 PAIRS = pairs(4)
@@ -22,7 +23,7 @@ PAIRS = pairs(4)
 @pytest.fixture(scope="module")
 def stores(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("caches")
-    family = families.load(folder)
+    family = loading.load(folder)
     words = len(family.head.weight)
     caches = {"hidden": "hidden", "few": "topk(k=4)", "many": "topk(k=64)", "all": f"topk(k={words - 1})", "logps": "logps"}
     for name, cache in caches.items():
@@ -97,7 +98,7 @@ def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, m
 
     monkeypatch.setattr(score.RewardWriter, "create_or_resume", written)
     with pytest.raises(KeyboardInterrupt):
-        score_pairs(PAIRS, families.load(folder), tmp_path / "store", cache=cache)
+        score_pairs(PAIRS, loading.load(folder), tmp_path / "store", cache=cache)
 
 
 def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tmp_path):
@@ -121,9 +122,9 @@ def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tm
 )
 def test_a_cache_that_does_not_exist_is_refused(folder, tmp_path, cache, message):
     with pytest.raises(UserError, match=message):
-        score_pairs(PAIRS[:1], families.load(folder), tmp_path / "store", cache=cache, progress=False)
+        score_pairs(PAIRS[:1], loading.load(folder), tmp_path / "store", cache=cache, progress=False)
 
 
 def test_a_store_is_not_gone_on_with_under_another_cache(folder, stores):
     with pytest.raises(UserError, match="hidden is True, now False"):
-        score_pairs(PAIRS, families.load(folder), stores / "hidden", cache="topk(k=4)", maps=False, progress=False)
+        score_pairs(PAIRS, loading.load(folder), stores / "hidden", cache="topk(k=4)", maps=False, progress=False)

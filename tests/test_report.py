@@ -14,7 +14,10 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid
-from catpo.evaluation.coverage import Coverage, Difference, Estimate, at_equal_coverage, load_evaluation
+from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.coverage import Coverage, at_equal_coverage
+from catpo.evaluation.folder import load_evaluation
+from catpo.evaluation.paired import Difference
 from catpo.files.json_files import read_rows
 from catpo.reporting.build import report
 from catpo.reporting.evaluations import BenchmarkTable, Cell

@@ -14,9 +14,10 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid
-from catpo.files.json_files import lock
+from catpo.files.lock import lock
 from catpo.rewards.fusion import Fusion, fuse
-from catpo.rewards.store import ResponseRow, RewardStore, RewardWriter
+from catpo.rewards.store import ResponseRow, RewardStore
+from catpo.rewards.writer import RewardWriter
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic(embedding='hidden')"]
 PROVENANCE = {

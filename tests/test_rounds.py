@@ -14,7 +14,7 @@ from catpo.config import options as config
 from catpo.core.errors import UserError
 from catpo.experiments import rounds as loop
 from catpo.experiments.rounds import rounds
-from catpo.models import family as families
+from catpo.models import loading
 
 TRAIN = "max_steps=1, learning_rate=1e-2, batch_size=2, accumulation=1, dev_share=0.0, logging_steps=1, lora={lora}"
 
@@ -46,16 +46,16 @@ def test_each_rounds_model_answers_in_the_next(folder, whole):
     output, made = whole
     assert [each.model for each in made] == [output / "round-1" / "model", output / "round-2" / "model"]
     first, second = told(output / "round-1" / "pairs"), told(output / "round-2" / "pairs")
-    assert first["model_hash"] == families.load(folder).model_hash
-    assert second["model_hash"] == families.load(output / "round-1" / "model").model_hash != first["model_hash"]
+    assert first["model_hash"] == loading.load(folder).model_hash
+    assert second["model_hash"] == loading.load(output / "round-1" / "model").model_hash != first["model_hash"]
     assert [first["seed"], second["seed"]] == [0, 1]
     assert json.loads((output / "round-2" / "run" / "catpo.json").read_text())["model"] == str(made[0].model)
 
 
 def test_a_merged_model_gives_what_model_and_adapter_give(whole):
     output, _ = whole
-    merged = families.load(output / "round-1" / "model")
-    beside = families.load(output / "round-1" / "run" / "model")
+    merged = loading.load(output / "round-1" / "model")
+    beside = loading.load(output / "round-1" / "run" / "model")
     assert not hasattr(merged.model, "peft_config") and hasattr(beside.model, "peft_config")
     inside = dict(beside.model.merge_and_unload().named_parameters())
     for name, value in merged.model.named_parameters():

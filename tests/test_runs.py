@@ -10,7 +10,7 @@ import stat
 import pytest
 
 from catpo.core.errors import UserError
-from catpo.files import json_files
+from catpo.files import atomic, json_files, lock, provenance
 from catpo.runtime import progress
 
 
@@ -39,7 +39,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 def test_written_files_get_the_usual_permissions(tmp_path):
     old = os.umask(0o022)
     try:
-        json_files.write_atomic(tmp_path / "x", "text")
+        atomic.write_atomic(tmp_path / "x", "text")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
@@ -81,7 +81,7 @@ def test_no_file_has_no_rows(tmp_path):
 
 
 def _hold(folder, ready, leave):
-    with json_files.lock(folder):
+    with lock.lock(folder):
         ready.set()
         leave.wait(30)
 
@@ -93,25 +93,25 @@ def test_a_second_live_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_pa
     other.start()
     try:
         assert ready.wait(30)
-        with pytest.raises(UserError, match=f"pid {other.pid}"), json_files.lock(tmp_path / "out"):
+        with pytest.raises(UserError, match=f"pid {other.pid}"), lock.lock(tmp_path / "out"):
             pass
     finally:
         other.kill()
         other.join()
-    with json_files.lock(tmp_path / "out") as folder:
+    with lock.lock(tmp_path / "out") as folder:
         assert folder == tmp_path / "out"
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_clear_error(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="Choose another --output"), json_files.lock(tmp_path / "out"):
+    with pytest.raises(UserError, match="Choose another --output"), lock.lock(tmp_path / "out"):
         pass
 
 
 def test_changed_options_are_named_also_when_they_vanish():
-    json_files.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
+    provenance.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
     with pytest.raises(UserError, match=r"x was begun with b=2, now it is None"):
-        json_files.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
+        provenance.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
 
 
 class Clock:

@@ -8,10 +8,11 @@ from bench.counting import counter
 from peft import get_peft_model
 
 from catpo.core.errors import UserError
-from catpo.models.packing import add_pair_forward, hidden_and_logps, pack
+from catpo.models.packing import hidden_and_logps, pack
 from catpo.planning.costs import SHARDED, Operations, Work, check_engine, per_process, sent_bytes
 from catpo.planning.dry_run import operations
-from catpo.training.train import lora_config
+from catpo.training.config import lora_config
+from catpo.training.pair_forward import add_pair_forward
 from tiny import llava, pairs
 from tiny_families import BUILDERS, build
 

@@ -12,10 +12,12 @@ import torch
 from catpo.core.errors import UserError
 from catpo.core.spec import parse
 from catpo.core.types import SIDES, Picture, Span
-from catpo.files.json_files import lock
-from catpo.models.other_pictures import OtherPictures
+from catpo.files.lock import lock
+from catpo.models.views import OtherPictures
 from catpo.rewards.store import RewardStore
-from catpo.scoring.score import ScoreSettings, score_pairs, token_labels
+from catpo.scoring.forward import token_labels
+from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import ScoreSettings
 from tiny import llava, pairs, picture
 
 ALL = (
@@ -104,7 +106,7 @@ def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_
 def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):
     data = pairs(6)
     undisturbed = score_pairs(data, family, tmp_path / "whole", settings(), shard_size=2, progress=False)
-    from catpo.rewards.store import RewardWriter
+    from catpo.rewards.writer import RewardWriter
 
     write, calls = RewardWriter.write_shard, []
 

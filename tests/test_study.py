@@ -21,7 +21,8 @@ from catpo.cli import main
 from catpo.config.options import COMMANDS
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
-from catpo.evaluation.coverage import at_equal_coverage, load_evaluation
+from catpo.evaluation.coverage import at_equal_coverage
+from catpo.evaluation.folder import load_evaluation
 from catpo.experiments.study import cells, file
 from catpo.experiments.study.figures import check_figure
 from catpo.experiments.study.results import as_latex, as_markdown

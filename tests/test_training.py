@@ -13,13 +13,14 @@ from peft import LoraConfig
 
 from catpo.core.errors import UserError
 from catpo.data.read import dev_split
-from catpo.models import family as families
-from catpo.models.packing import add_pair_forward
+from catpo.models import loading
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score_pairs
+from catpo.training.config import CatPOConfig
 from catpo.training.length_sampler import LikeLengths
+from catpo.training.pair_forward import add_pair_forward
 from catpo.training.train import train
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.trainer import CatPOTrainer
 from tiny import llava, pair, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
@@ -72,7 +73,7 @@ def test_an_adapter_switched_off_is_the_reference_that_a_copy_is(folder, store, 
     switched = run(folder, tmp_path, peft_config=LORA, rewards=str(store), reference="online")
     options = config(tmp_path, rewards=str(store), reference="online")
     trainer = CatPOTrainer(str(folder), options, pairs(8), peft_config=LORA)
-    copy = families.load(folder)
+    copy = loading.load(folder)
     add_pair_forward(copy.unwrapped)
     copy.use_packed_attention()
     trainer.reference_model = copy.unwrapped
@@ -115,7 +116,7 @@ def test_weights_are_really_used(folder, store, tmp_path):
 
 
 def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, store, tmp_path):
-    before = families.load(folder).model.state_dict()
+    before = loading.load(folder).model.state_dict()
     lora = run(folder, tmp_path, rewards=str(store), peft_config=LORA)
     for name, value in lora.family.unwrapped.state_dict().items():
         if "lora" not in name:
@@ -223,7 +224,7 @@ def test_without_a_store_a_run_keeps_its_own_where_it_says(folder, tmp_path):
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_a_frozen_tower_keeps_no_graph_for_checkpointing_either(folder, store, tmp_path, peft_config):
-    family, keeps_graph = families.load(folder), []
+    family, keeps_graph = loading.load(folder), []
     note = lambda module, inputs, output: keeps_graph.append(isinstance(output, torch.Tensor) and output.requires_grad)
     for part in family.frozen_parts():
         for module in part.modules():
@@ -273,7 +274,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
         train(output=tmp_path / "killed", **{**options, "learning_rate": 1e-4}, resume=True)
     resumed = train(output=tmp_path / "killed", **options, resume=True)
 
-    base, expected, found = (families.load(path).model.state_dict() for path in (folder, whole.model, resumed.model))
+    base, expected, found = (loading.load(path).model.state_dict() for path in (folder, whole.model, resumed.model))
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -286,9 +287,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
     assert steps_of[0] == steps_of[1] == [1, 2, 3, 4, 5, 6]
     assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-5)
     assert json.loads((tmp_path / "killed" / "catpo.json").read_text())["complete"] is True
-    reloaded = families.load(resumed.model)
+    reloaded = loading.load(resumed.model)
     with torch.no_grad():
-        assert reloaded.generate([_sample()], max_new_tokens=3) == families.load(whole.model).generate(
+        assert reloaded.generate([_sample()], max_new_tokens=3) == loading.load(whole.model).generate(
             [_sample()], max_new_tokens=3
         )
 
@@ -337,11 +338,11 @@ def test_a_store_of_another_model_is_refused(store, tmp_path):
 
 
 def test_a_store_of_another_processor_or_template_is_refused(folder, store, tmp_path):
-    family = families.load(folder)
+    family = loading.load(folder)
     family.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     with pytest.raises(UserError, match="processor_hash"):
         CatPOTrainer(family, config(tmp_path, rewards=str(store)), pairs(2))
-    family = families.load(folder)
+    family = loading.load(folder)
     family.processor.chat_template = family.processor.chat_template + " "
     with pytest.raises(UserError, match="template_hash"):
         CatPOTrainer(family, config(tmp_path, rewards=str(store)), pairs(2))
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_pair_and_the_term(folder, stor
 
 
 def test_a_store_without_hidden_states_cannot_serve_the_kl(folder, tmp_path):
-    score_pairs(pairs(2), families.load(folder), tmp_path / "bare", cache="logps", progress=False)
+    score_pairs(pairs(2), loading.load(folder), tmp_path / "bare", cache="logps", progress=False)
     with pytest.raises(UserError, match="holds no hidden states"):
         CatPOTrainer(str(folder), config(tmp_path, rewards=str(tmp_path / "bare")), pairs(2))
     CatPOTrainer(

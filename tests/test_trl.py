@@ -8,8 +8,9 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from catpo.models import family as families
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.models import loading
+from catpo.training.config import CatPOConfig
+from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
 
 trl = pytest.importorskip("trl", reason="TRL is a development dependency")
@@ -46,7 +47,7 @@ def ours(folder, output, **options):
 
 def theirs(folder, output):
     """TRL on the same weights, with the same parts frozen."""
-    family = families.load(folder)
+    family = loading.load(folder)
     family.freeze_vision()
     reference = copy.deepcopy(family.model)
     arguments = trl.DPOConfig(output_dir=str(output), max_length=None, **COMMON)

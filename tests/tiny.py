@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from catpo.core.types import Picture, PreferencePair, pair_id
-from catpo.models.family import Family, family_of
+from catpo.models.family import Family
+from catpo.models.loading import family_of
 
 CORPUS = [
     "a red square and a blue circle on a white table", "the image shows a cat sitting on a mat", "describe the image in detail",

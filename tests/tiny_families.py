@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 from tokenizers.processors import TemplateProcessing
 
-from catpo.models.family import Family, family_of
+from catpo.models.family import Family
+from catpo.models.loading import family_of
 from tiny import tokenizer
 
 END = "<|end|>"

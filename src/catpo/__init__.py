@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from catpo.reporting.build import report as report
     from catpo.rewards.store import RewardStore as RewardStore
     from catpo.scoring.score import score as score
+    from catpo.training.config import CatPOConfig as CatPOConfig
     from catpo.training.train import train as train
-    from catpo.training.trainer import CatPOConfig as CatPOConfig
     from catpo.training.trainer import CatPOTrainer as CatPOTrainer
 
 __version__ = "0.1.0"

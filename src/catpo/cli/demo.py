@@ -13,15 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from catpo.cli.tables import quality_table
-from catpo.evaluation.coverage import at_equal_coverage, load_evaluation
+from catpo.evaluation.coverage import at_equal_coverage
 from catpo.evaluation.evaluate import evaluate
-from catpo.files.json_files import write_atomic
+from catpo.evaluation.folder import load_evaluation
+from catpo.files.atomic import write_atomic
 from catpo.pairing.pair import pair
 from catpo.reporting.build import report
 from catpo.rewards.quality import signal_quality
 from catpo.rewards.store import RewardStore
 from catpo.runtime.progress import clock
-from catpo.scoring.score import PAPER_SIGNALS, score
+from catpo.scoring.score import score
+from catpo.scoring.settings import PAPER_SIGNALS
 from catpo.training.train import train
 
 OBJECTIVES = {

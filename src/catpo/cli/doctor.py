@@ -144,7 +144,7 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from catpo.models.family import FAILURES, resolve
+    from catpo.models.loading import FAILURES, resolve
 
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():

@@ -17,7 +17,7 @@ from catpo import __version__
 from catpo.config import options as config
 from catpo.core import registry
 from catpo.core.errors import Stopped, UserError, did_you_mean
-from catpo.files.json_files import is_main_process, process_count
+from catpo.runtime.launcher import is_main_process, process_count
 
 Options = Parameter(name="*")
 Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
@@ -122,7 +122,8 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
 
 
 def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
-    from catpo.planning.dry_run import plan, plan_tables
+    from catpo.planning.dry_run import plan
+    from catpo.planning.tables import plan_tables
 
     Console().print(*plan_tables(plan(command, config.keywords(options), **launched)), sep="\n")
 
@@ -254,7 +255,12 @@ def check(
     from catpo.cli.tables import data_tables
     from catpo.data.check import check_data
 
-    report = check_data(source, model=model, max_length=max_length, limit=limit)
+    family = None
+    if model is not None:
+        from catpo.models.loading import load
+
+        family = load(model)
+    report = check_data(source, family=family, max_length=max_length, limit=limit)
     if json:
         print(dumps(report.as_json(), indent=1, ensure_ascii=False))
     else:

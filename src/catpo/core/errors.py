@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -41,12 +41,7 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     return f"Known: {', '.join(known)}." if known else "None are known."
 
 
-def check_word(owner: str, option: str, word: object, known: Sequence[str]) -> None:
-    """Raise UserError unless an option's word is one of those known.
-
-    >>> check_word("csr", "form", "codes", ("code", "paper"))
-    Traceback (most recent call last):
-    catpo.errors.UserError: csr has no form='codes'. Did you mean 'code'?
-    """
-    if word not in known:
-        raise UserError(f"{owner} has no {option}='{word}'. {did_you_mean(str(word), known)}")
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; a first line that ends with a colon says nothing without the second."""
+    first, _, rest = (str(error).strip() or type(error).__name__).partition("\n")
+    return f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Sample
 from catpo.data.pair_folder import ABOUT, ROWS, append_pairs
 from catpo.data.read import open_data, scan
-from catpo.files.json_files import lock, versions, write_json
-from catpo.models import family as families
-from catpo.models.family import Family
+from catpo.files.json_files import write_json
+from catpo.files.lock import lock
+from catpo.files.provenance import versions
 
 BLOCK = 256
 """Pairs converted between two writes."""
@@ -69,23 +69,28 @@ class DataReport:
         return asdict(self)
 
 
+class Encoder(Protocol):
+    """A model's family, as far as counting tokens needs it."""
+
+    def encode(self, pair: PreferencePair) -> Any: ...
+
+
 def check_data(
-    data: str | Path, *, model: str | Path | Family | None = None, max_length: int | None = None, limit: int | None = None
+    data: str | Path, *, family: Encoder | None = None, max_length: int | None = None, limit: int | None = None
 ) -> DataReport:
     """Read every row, open every picture, and gather what is wrong.
 
     Args:
         data: folder, file or `name(option=value)` of a data set.
-        model: count in its tokens; a hub id or folder. Words are counted without one.
-        max_length: prompt and longer response may have so many tokens (needs `model`).
+        family: the model whose tokens are counted; without one, words are.
+        max_length: most tokens of the prompt and the longer response (needs `family`).
         limit: the first so many rows only.
 
     Raises:
         UserError: the data set cannot be read at all.
     """
-    if max_length is not None and model is None:
+    if max_length is not None and family is None:
         raise UserError("max_length counts tokens, so it needs a model: --model.")
-    family = None if model is None else model if isinstance(model, Family) else families.load(model)
     checker = _Checker(family, max_length)
     for where, row in islice(scan(data), limit):
         checker.take(where, row)
@@ -95,7 +100,7 @@ def check_data(
 class _Checker:
     """Takes rows one by one; keeps numbers, not rows."""
 
-    def __init__(self, family: Family | None, max_length: int | None) -> None:
+    def __init__(self, family: Encoder | None, max_length: int | None) -> None:
         self.family, self.max_length = family, max_length
         self.problems: list[Problem] = []
         self.lengths: dict[str, list[int]] = defaultdict(list)

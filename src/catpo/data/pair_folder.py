@@ -8,7 +8,8 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, opened
-from catpo.files.json_files import append_rows, make_folder, write_atomic, write_json
+from catpo.files.atomic import make_folder, write_atomic
+from catpo.files.json_files import append_rows, write_json
 
 ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
 PAIR = {

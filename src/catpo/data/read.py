@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core import registry
+from catpo.core.checks import check_kind, check_positive
 from catpo.core.errors import UserError, did_you_mean
-from catpo.core.spec import Spec, check_kind, check_options, check_positive, keyword_options, parse
+from catpo.core.spec import Spec, check_options, keyword_options, parse
 from catpo.core.types import SIDES, PreferencePair, Sample, check_pair
 from catpo.data.datasets import Dataset, Scanned
 from catpo.data.spool import SpooledPairs, ids_of, select

@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from catpo.core.errors import UserError
-from catpo.evaluation.coverage import Difference, Estimate, Evaluation, incomparable, load_evaluation, paired_differences
+from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.folder import Evaluation, load_evaluation
+from catpo.evaluation.paired import Difference, incomparable, paired_differences
 from catpo.text.words import plain
 
 Format = Literal["terminal", "markdown", "latex"]

@@ -16,24 +16,14 @@ from catpo.core.spec import Spec
 from catpo.core.types import Picture
 from catpo.evaluation.benchmarks import Item
 from catpo.evaluation.benchmarks._answers import some
-from catpo.evaluation.grade import (
-    ABOUT,
-    ANSWER,
-    ANSWERS,
-    Task,
-    about,
-    answer_row,
-    check_begun,
-    each_item,
-    grade_answers,
-    open_judges,
-    open_tasks,
-    without_skipped,
-    write_scores,
-)
-from catpo.files.fields import check_fields, fits
-from catpo.files.json_files import append_rows, read_json, repair_rows, versions, write_atomic, write_json
-from catpo.models import family as families
+from catpo.evaluation.folder import ABOUT, ANSWER, ANSWERS, about, answer_row, check_begun, without_skipped
+from catpo.evaluation.grade import grade_answers, open_judges, write_scores
+from catpo.evaluation.tasks import Task, each_item, open_tasks
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import append_rows, read_json, repair_rows, write_json
+from catpo.files.provenance import versions
+from catpo.files.strict_json import check_fields, fits
+from catpo.models import loading
 from catpo.models.family import Family
 from catpo.models.likelihood import most_likely
 from catpo.models.remote import PREFIX, ServedModel
@@ -130,7 +120,7 @@ def evaluate(
         if team.is_first:
             check_begun(folder, begun)
         family = served or (
-            families.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            loading.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if isinstance(model, str | Path)
             else model
         )

@@ -18,8 +18,10 @@ from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import Sample
 from catpo.data.datasets import Dataset
 from catpo.data.read import open_data
-from catpo.files.json_files import append_rows, check_same, lock, read_json, read_rows, repair_rows, versions, write_json
-from catpo.models import family as families
+from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
+from catpo.files.lock import lock
+from catpo.files.provenance import check_same, versions
+from catpo.models import loading
 from catpo.pairing.pair import PairingResult
 from catpo.pairing.pair import pair as make_pairs
 from catpo.scoring.score import score as score_pairs
@@ -155,8 +157,8 @@ def _merged(trained: Path, target: Path) -> Path:
     if not target.exists():
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        family = families.load(trained, device="cpu")
-        with families.quiet():
+        family = loading.load(trained, device="cpu")
+        with loading.quiet():
             family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
         part.rename(target)

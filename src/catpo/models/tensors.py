@@ -50,3 +50,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, sample: int = 4096) ->
         digest.update(values[::step].float().cpu().numpy().tobytes())
         digest.update(str(values.double().sum().item()).encode() if values.numel() < 1 << 24 else b"")
     return digest.hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """Identity of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

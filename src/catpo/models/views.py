@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Generator, Tensor
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
-from catpo.core.types import Picture, Sample
+from catpo.core.types import Picture, PreferencePair, Sample
+from catpo.data.spool import ids_of
 
 Channels = Float[Tensor, "3 height width"]
 """A picture in [0, 1], before the processor resizes, pads or normalises it."""
@@ -201,3 +202,31 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "perturbed": perturbed,
 }  # fmt: skip
 """All views by name."""
+
+
+class OtherPictures:
+    """Gives each pair the pictures of another one, chosen by its id: whichever pairs are asked for, and in whatever order.
+
+    No file is read before it is asked for, and none twice.
+    """
+
+    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+        self._pairs, self._ids = pairs, ids_of(pairs)
+        self._digests: dict[str, list[str]] = {}
+        """Pair's id -> the identities of its pictures."""
+
+    def of(self, pair: PreferencePair) -> tuple[Picture, ...] | None:
+        """As many pictures as the pair has, not the same ones; None if no pair has others."""
+        own = self._known(pair)
+        start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
+        for step in range(len(self._ids)):
+            place = (start + step) % len(self._ids)
+            theirs = self._digests.get(self._ids[place]) or self._known(self._pairs[place])
+            if len(theirs) == len(own) and theirs != own:
+                return self._pairs[place].images
+        return None
+
+    def _known(self, pair: PreferencePair) -> list[str]:
+        if pair.id not in self._digests:
+            self._digests[pair.id] = [image.digest() for image in pair.images]
+        return self._digests[pair.id]

@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core import registry
+from catpo.core.checks import check_not_negative, check_positive
 from catpo.core.errors import UserError
-from catpo.core.spec import Spec, check_not_negative, check_options, check_positive, parse
+from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import Picture, PreferencePair, Sample
 from catpo.data.datasets import Dataset
 from catpo.data.pair_folder import ABOUT, PAIR, ROWS, row_of
 from catpo.data.read import read_samples
-from catpo.files.fields import fits
-from catpo.files.json_files import append_rows, check_same, cut_back, read_json, read_rows, repair_rows, versions, write_json
+from catpo.files.atomic import cut_back
+from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
+from catpo.files.provenance import check_same, versions
+from catpo.files.strict_json import fits
 from catpo.judges import Judge, open_judge
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.family import Family
 from catpo.pairing.methods import Decoding, Dropped
 from catpo.runtime.blocks import Blocks, Rows
@@ -140,7 +143,7 @@ def pair(
         if team.is_first:
             _check_begun(folder, begun)
         family = (
-            families.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            loading.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if isinstance(model, str | Path)
             else model
         )

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from rich.table import Table
 from torch import nn
 
 from catpo.core.errors import UserError
@@ -23,28 +22,35 @@ from catpo.core.spec import parse
 from catpo.core.types import SIDES, PreferencePair
 from catpo.data.read import dev_split, read_pairs
 from catpo.data.spool import ids_of, spread
-from catpo.files.json_files import check_path, process_count
-from catpo.models import family as families
-from catpo.models.capacity import DecoderMemory, pass_tokens
+from catpo.files.atomic import check_path
+from catpo.models import loading
 from catpo.models.family import Encoded, Family
-from catpo.models.memory import readable
+from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.models.output_head import LEAST_WORDS, TILE
-from catpo.planning.costs import SPEEDS, UTILISATION, Operations, Work, check_engine, per_process, sent_bytes
-from catpo.rewards.store import RewardStore, check_place
+from catpo.planning.costs import Operations, Work, check_engine, per_process, sent_bytes
+from catpo.rewards.store import RewardStore
+from catpo.rewards.writer import check_place
+from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import Skipped
 from catpo.scoring.reference_cache import Cache, store_bytes
-from catpo.scoring.score import settings_of
+from catpo.scoring.settings import settings_of
 from catpo.training import objectives
+from catpo.training.config import check_adaptive, check_store, check_values, lora_config, needs_store
 from catpo.training.objectives import Objective
 from catpo.training.pair_stats import kl_direction, requirements, view_needs
-from catpo.training.train import check_values, free_output, lora_config
-from catpo.training.trainer import check_adaptive, check_store, needs_store
+from catpo.training.train import free_output
 
 SAMPLE = 64
 """Pairs that are encoded to learn how long they are, spread evenly."""
+
+
 NF4_BITS = 4.127
 """Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
+
+
 ADAMW_MOMENTS = 2
+
+
 TILE_COPIES = 4
 """Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
@@ -109,7 +115,7 @@ def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", proce
     if count < 1:
         raise UserError(f"processes={count} must be 1 or more.")
     check_options(command, options)
-    family = families.blueprint(
+    family = loading.blueprint(
         options["model"],
         dtype=options["dtype"],
         quantization=options["quantization"],
@@ -133,7 +139,7 @@ def check_options(command: str, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: an option that the command refuses.
     """
-    families.check_device(options["device"])
+    loading.check_device(options["device"])
     check_path(Path(options["output"]))
     if command == "score":
         settings_of(options)
@@ -159,7 +165,7 @@ def _score(
     for each in encoded:
         settings.check_patches(each)
     row = _row_length(family, encoded)
-    bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or families.best_device()))
+    bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or loading.best_device()))
     together = max(1, min(options["batch_size"], bound // max(row), len(pairs)))
     memory = {
         "weights": weight_bytes(family, options["quantization"]),
@@ -387,43 +393,3 @@ def _responses(encoded: Sequence[Encoded]) -> int:
 
 def _tile_bytes(tokens: int) -> int:
     return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
-
-
-# ---- the terminal ---------------------------------------------------------------------------------------------------------
-
-
-def plan_tables(made: Plan) -> list[Table | str]:
-    """A plan as the terminal shows it."""
-    lengths = Table("tokens per pair", "least", "median", "most")
-    for name, found in made.tokens.items():
-        lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most))
-    head = (
-        f"{made.command} with {made.model}: {made.parameters:,} parameters, {made.trained_parameters:,} of them trained; "
-        f"{made.pairs:,} pairs" + (f" and {made.dev_pairs:,} to watch" if made.dev_pairs else "")
-    )
-    work = (
-        f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes, "
-        f"{made.work.flops / 1e15:,.3g} PFLOP; {_hours(made)} (at {UTILISATION:.0%} of their speed, not measured)"
-    )
-    where = "memory on the device" if made.processes == 1 else f"memory on each of {made.processes} devices, {made.engine}"
-    shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
-    if made.checkpoint:
-        shown.append(f"one checkpoint on disk: {readable(made.checkpoint)}")
-    if made.awaited:
-        shown.append(f"{made.awaited} does not exist yet: `catpo score` has to write it before this can run")
-    return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
-
-
-def _hours(made: Plan) -> str:
-    steps = made.steps if made.command == "train" else 0
-    times = (f"{made.work.hours(gpu, made.processes, steps):.2g} h on {made.processes} {gpu}" for gpu in SPEEDS)
-    return ", ".join(times)
-
-
-def _sizes(title: str, parts: Mapping[str, int]) -> Table:
-    table = Table(title, "")
-    for name, size in parts.items():
-        table.add_row(name, readable(size))
-    table.add_section()
-    table.add_row("together", readable(sum(parts.values())))
-    return table

@@ -12,8 +12,9 @@ from catpo import __version__
 from catpo.core.errors import UserError
 from catpo.data.read import open_data
 from catpo.data.spool import SpooledPairs, spread
-from catpo.evaluation.coverage import Evaluation, load_evaluation
-from catpo.files.json_files import make_folder, read_json, write_atomic
+from catpo.evaluation.folder import Evaluation, load_evaluation
+from catpo.files.atomic import make_folder, write_atomic
+from catpo.files.json_files import read_json
 from catpo.reporting.evaluations import BenchmarkTable, Changes, benchmark_tables, changed_answers
 from catpo.reporting.page import embed, render
 from catpo.reporting.pairs import plain_pairs, read_pairs, signal_names, stored_pairs

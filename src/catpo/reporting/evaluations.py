@@ -16,18 +16,11 @@ from catpo.data.datasets import Dataset
 from catpo.data.read import open_data
 from catpo.evaluation.benchmarks import FolderBenchmark
 from catpo.evaluation.benchmarks._files import Folder
-from catpo.evaluation.coverage import (
-    HALLUCINATED,
-    Coverage,
-    Difference,
-    Estimate,
-    Evaluation,
-    at_equal_coverage,
-    coverage_curves,
-    incomparable,
-    mentions,
-    paired_differences,
-)
+from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.coverage import Coverage, at_equal_coverage, coverage_curves
+from catpo.evaluation.folder import HALLUCINATED, Evaluation, mentions
+from catpo.evaluation.metric_names import good_side, metric_label
+from catpo.evaluation.paired import Difference, incomparable, paired_differences
 from catpo.files.json_files import read_json
 from catpo.reporting.pictures import Album
 from catpo.reporting.plots import Series, curves
@@ -35,22 +28,9 @@ from catpo.text.object_words import mentions as find_mentions
 
 MAX_CHANGED = 12
 """Changed answers shown per model, category and way."""
-LABELS = {
-    "chair_i": "CHAIRi",
-    "chair_s": "CHAIRs",
-    "cover": "Cover",
-    "cog": "Cog",
-    "objects": "objects per caption",
-    "words": "words per caption",
-    "f1": "F1",
-    "chair": "CHAIR",
-    "hal": "Hal",
-    "amber_score": "AMBER score",
-}
-"""What tables call metrics; others are called by their names."""
+
+
 MAIN_OF_A_SPLIT = ("/accuracy", "/f1")
-LOWER_IS_BETTER = ("chair", "cog", "repetition", "unparsed", "hal")
-HIGHER_IS_BETTER = ("cover", "accuracy", "precision", "recall", "f1", "score", "informativeness")
 
 
 @dataclass(frozen=True)
@@ -224,17 +204,6 @@ def _coverage_drawing(evaluations: Sequence[Evaluation], benchmark: str, colours
     return curves(lines, x="Cover, %", y="CHAIRi, %", description=description, markers=True)
 
 
-def metric_label(metric: str) -> str:
-    """What tables call a metric.
-
-    >>> metric_label("chair_i"), metric_label("random/yes_ratio")
-    ('CHAIRi', 'yes ratio (random)')
-    """
-    split, _, name = metric.rpartition("/")
-    label = LABELS.get(name, name.replace("_", " "))
-    return f"{label} ({split})" if split else label
-
-
 def tone(metric: str, difference: Difference | None) -> str:
     """Whether a clear difference is good or bad."""
     if difference is None or not difference.is_clear:
@@ -243,18 +212,6 @@ def tone(metric: str, difference: Difference | None) -> str:
     if not side:
         return ""
     return "better" if difference.difference.value * side > 0 else "worse"
-
-
-def good_side(metric: str) -> int:
-    """1 where more is better, -1 where less is better, 0 where neither.
-
-    >>> good_side("chair_i"), good_side("accuracy"), good_side("length")
-    (-1, 1, 0)
-    """
-    words = metric.lower().replace("/", "_").split("_")
-    if any(word.startswith(LOWER_IS_BETTER) for word in words):
-        return -1
-    return 1 if any(word.startswith(HIGHER_IS_BETTER) for word in words) else 0
 
 
 def _benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from catpo.evaluation.coverage import Coverage, Estimate
-from catpo.reporting.evaluations import BenchmarkTable, Cell, good_side
+from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.coverage import Coverage
+from catpo.evaluation.metric_names import good_side
+from catpo.reporting.evaluations import BenchmarkTable, Cell
 from catpo.reporting.signals import SignalSection
 from catpo.rewards.quality import Separation
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid, Side
-from catpo.files.json_files import read_json, write_atomic, write_json
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import read_json, write_json
 from catpo.rewards.fusion import ResponseSignals
 
 COLUMNS = {

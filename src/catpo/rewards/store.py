@@ -9,172 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save as to_safetensors
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, Side
-from catpo.files.json_files import make_folder, read_json, write_json
+from catpo.files.json_files import read_json
+from catpo.rewards.description import FORMAT, TOP, _as_json, _check_fields, _check_same, _flat, _pairs_hash, _shard_count
 from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
-from catpo.rewards.shards import COLUMNS, ResponseRow, Shard, ShardColumns, as_grids, check_row, checksum, to_parquet
+from catpo.rewards.shards import ResponseRow, Shard, ShardColumns, as_grids
 
-FORMAT = 2
 KEPT_BYTES = 1 << 30
 """Token columns that an open store keeps in memory: all of them for some hundred thousand pairs, then the last used."""
-TOP = ("top_ids", "top_logps")
-"""Arrays of the reference's likeliest words, and of their log-probs with that of all others last."""
-KNOWN_AS = {
-    "model_hash": "model",
-    "processor_hash": "processor",
-    "template_hash": "chat template",
-    "pairs_hash": "set of pairs",
-}
-"""What messages call the fields of `store.json` that are hashes."""
-
-
-class RewardWriter:
-    """Writes a store shard by shard; a killed run goes on with the shards that are missing.
-
-    Hold `catpo.runs.lock(path)` as long as you write.
-
-        with lock(path):
-            writer = RewardWriter.create_or_resume(path, provenance, pair_ids)
-            for shard in writer.missing_shards():
-                writer.write_shard(shard, [row for pair_id in pair_ids[writer.pairs_of(shard)] for row in rows(pair_id)])
-            writer.finish()
-    """
-
-    def __init__(
-        self, path: Path, description: dict[str, Any], pair_ids: Sequence[str], *, written: Iterable[int] | None = None
-    ) -> None:
-        self.path = path
-        self.description = description
-        self.pair_ids = list(pair_ids)
-        self.shards = [Shard(path, number) for number in range(_shard_count(description))]
-        whole = (shard.number for shard in self.shards if shard.is_whole()) if written is None else written
-        self._written = set(whole)
-
-    @classmethod
-    def create_or_resume(
-        cls, path: str | Path, provenance: Mapping[str, Any], pair_ids: Sequence[str], *, shard_size: int = 64
-    ) -> RewardWriter:
-        """A writer for the store at `path`, which may have been begun before.
-
-        Args:
-            path: folder of the store; new, empty, or a store of the same provenance and pairs.
-            provenance: everything that decides the numbers, as JSON: hashes of model, processor and template, `signals`
-                (names of the columns), `hidden` and `maps` (whether these arrays are kept), options, versions.
-            pair_ids: all pairs, in their order.
-            shard_size: pairs per shard.
-
-        Raises:
-            UserError: there is no pair, or one twice; the store was begun with another model, other pairs, or other options.
-        """
-        path = Path(path)
-        description = _describe(provenance, pair_ids, shard_size)
-        if (path / "store.json").exists():
-            stored = read_json(path / "store.json", made_by="catpo score")
-            _check_same(
-                stored,
-                description,
-                f"{path} was begun with",
-                "Give the same again, choose another --output, or delete the folder.",
-            )
-            description.update({"model": stored["model"]} if "model" in stored else {})  # it may have moved since
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            check_place(path)
-            write_json(path / "store.json", description)
-        make_folder(path / "shards")
-        for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
-            leftover.unlink()  # of a killed run
-        return cls(path, description, pair_ids)
-
-    @classmethod
-    def join(cls, path: str | Path, pair_ids: Sequence[str]) -> RewardWriter:
-        """A further writer, in another process, for a store that `create_or_resume` has begun; it is told what to write."""
-        path = Path(path)
-        return cls(path, read_json(path / "store.json", made_by="catpo score"), pair_ids, written=range(0))
-
-    def missing_shards(self) -> list[int]:
-        """Numbers of the shards that are still to be written, a damaged one among them."""
-        return [shard.number for shard in self.shards if shard.number not in self._written]
-
-    def pairs_of(self, shard: int) -> slice:
-        """Which pairs, in the order given, a shard holds."""
-        size = self.description["shard_size"]
-        return slice(shard * size, min((shard + 1) * size, len(self.pair_ids)))
-
-    def write_shard(
-        self,
-        shard: int,
-        rows: Sequence[ResponseRow],
-        *,
-        hidden: NDArray[np.generic] | None = None,
-        maps: NDArray[np.floating] | None = None,
-        top: tuple[NDArray[np.integer], NDArray[np.floating]] | None = None,
-    ) -> None:
-        """Write a whole shard; until this returns, a reader sees none of it.
-
-        Args:
-            shard: its number.
-            rows: chosen and rejected of each of its pairs, in order.
-            hidden: [tokens, width], final hidden states of all rows' tokens; bfloat16 as int16 of the same bits.
-            maps: [tokens, patches], attention over the patches of all rows' tokens, filled with zeros at the end.
-            top: [tokens, k] the reference's likeliest words, and [tokens, k + 1] their log-probs and that of the rest.
-
-        Raises:
-            UserError: a row does not belong here, a length is wrong, a number is not finite, or an array is missing.
-        """
-        expected = [(pair_id, side) for pair_id in self.pair_ids[self.pairs_of(shard)] for side in SIDES]
-        if [(row.pair_id, row.side) for row in rows] != expected:
-            raise UserError(
-                f"shard {shard:05d} must hold chosen and rejected of its {len(expected) // 2} pairs, in their order."
-            )
-        for row in rows:
-            check_row(row, self.description["signals"])
-        given = {"hidden": hidden, "maps": maps, **dict(zip(TOP, top or (None, None), strict=True))}
-        arrays = {name: np.ascontiguousarray(array) for name, array in given.items() if array is not None}
-        for name in given:
-            field = "topk" if name in TOP else name
-            if (name in arrays) != bool(self.description.get(field)):
-                raise UserError(f"shard {shard:05d}: the store was begun with {field}={bool(self.description.get(field))}.")
-        token_count = sum(len(row.token_ids) for row in rows)
-        for name, array in arrays.items():
-            if array.ndim != 2 or len(array) != token_count:
-                raise UserError(f"shard {shard:05d}: {name} has shape {array.shape} for {token_count} tokens.")
-        self.shards[shard].write(to_parquet(rows, self.description["signals"]), to_safetensors(arrays) if arrays else None)
-        self._written.add(shard)
-
-    def finish(self, *, elsewhere: Iterable[int] = (), skipped: Mapping[str, Any] | None = None) -> None:
-        """Mark the store complete, so that it can be opened.
-
-        Args:
-            elsewhere: shards that further writers were to write.
-            skipped: which pairs are not in it, and why.
-
-        Raises:
-            UserError: shards are missing.
-        """
-        self._written.update(number for number in elsewhere if self.shards[number].is_there())
-        missing = self.missing_shards()
-        if missing:
-            raise UserError(f"{self.path} cannot be finished: {len(missing)} of {len(self.shards)} shards are missing.")
-        self.description |= {"complete": True} if skipped is None else {"complete": True, "skipped": skipped}
-        write_json(self.path / "store.json", self.description)
-
-
-def check_place(path: Path) -> None:
-    """Raises UserError if the folder holds something that is no reward store."""
-    is_store = (path / "store.json").exists()
-    if path.is_dir() and not is_store and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(f"{path} holds other files and no reward store. Choose another --output, or empty it.")
 
 
 class RewardStore:
@@ -440,90 +291,3 @@ class RewardStore:
         number, row = self._find(pair_id, side)
         tokens = self._columns_of(number).tokens(row)
         return self._shards[number], tokens.start, tokens.stop
-
-
-def _check_fields(path: Path, provenance: Mapping[str, Any]) -> None:
-    """Refuse a `store.json` whose values no writer of this library can have put there."""
-    signals, patches = provenance["signals"], _mapping(provenance.get("attention", {})).get("patches", "all")
-    is_kept = {
-        "pair_count": _is_count(provenance["pair_count"]),
-        "shard_size": _is_count(provenance["shard_size"]),
-        "signals": isinstance(signals, list) and all(isinstance(name, str) for name in signals),
-        "attention": isinstance(provenance.get("attention", {}), Mapping),
-        "attention.patches": patches == "all" or (isinstance(patches, int) and patches >= 0),
-        "versions": isinstance(provenance.get("versions", {}), Mapping),
-    }
-    wrong = next((name for name, is_right in is_kept.items() if not is_right), None)
-    if wrong is not None:
-        raise UserError(
-            f"{path}/store.json: '{wrong}' is not what `catpo score` writes. Score the pairs again into a new folder."
-        )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size: int) -> dict[str, Any]:
-    """What `store.json` says at the beginning."""
-    if not pair_ids:
-        raise UserError("There is no pair to score.")
-    if shard_size < 1:
-        raise UserError(f"shard_size={shard_size} must be 1 or more.")
-    seen: set[str] = set()
-    for pair_id in pair_ids:
-        if pair_id in seen:
-            raise UserError(f"pair {pair_id} is in the data twice. Remove one of them.")
-        seen.add(pair_id)
-    clash = {"pair_id", "side", "grids", *COLUMNS} & set(provenance["signals"])
-    if clash:
-        raise UserError(
-            f"a signal cannot be called '{clash.pop()}': the reward store has a column of that name. Rename the signal."
-        )
-    return _as_json(
-        {
-            "format": FORMAT,
-            **provenance,
-            "pair_count": len(pair_ids),
-            "shard_size": shard_size,
-            "pairs_hash": _pairs_hash(pair_ids),
-            "complete": False,
-        }
-    )
-
-
-def _pairs_hash(pair_ids: Sequence[str]) -> str:
-    return checksum("\n".join(pair_ids).encode())
-
-
-def _shard_count(description: Mapping[str, Any]) -> int:
-    return -(-description["pair_count"] // description["shard_size"])
-
-
-def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: str, next_step: str) -> None:
-    """Refuse when a field differs; where the model lies may differ as long as its hash is the same."""
-    ignored = {"complete", "skipped"} | ({"model"} if "model_hash" in now else set())
-    before, after = _flat(stored), _flat(now)
-    for field in [*after, *(field for field in before if field not in after)]:
-        if field.split(".")[0] not in ignored and before.get(field) != after.get(field):
-            name = KNOWN_AS.get(field, field)
-            raise UserError(
-                f"{begun_with} another {name} ({field} is {before.get(field)!r}, now {after.get(field)!r}). {next_step}"
-            )
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under dotted names."""
-    flat = {}
-    for name, value in fields.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
-    return flat
-
-
-def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will be read back: tuples are lists."""
-    return json.loads(json.dumps(fields))

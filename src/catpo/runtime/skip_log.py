@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from catpo.core.errors import UserError, did_you_mean
-from catpo.files.json_files import write_atomic
+from catpo.files.atomic import write_atomic
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

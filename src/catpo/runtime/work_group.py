@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from torch import distributed
 
 from catpo.core.errors import UserError
-from catpo.files.json_files import lock, process_count, process_number
+from catpo.files.lock import lock
+from catpo.runtime.launcher import process_count, process_number
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from catpo.core.errors import UserError
-from catpo.files.json_files import append_rows, read_rows, repair_rows, write_atomic, write_json
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import append_rows, read_rows, repair_rows, write_json
 from catpo.runtime.progress import track
 
 CLOSING = "train_runtime"

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError, shown
-from catpo.files.json_files import PART, read_json, write_json
+from catpo.files.atomic import PART
+from catpo.files.json_files import read_json, write_json
 from catpo.runtime.sigterm import Stop
 
 MARK = "whole.json"

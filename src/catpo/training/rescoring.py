@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 
 from catpo.core.spec import parse
 from catpo.core.types import PreferencePair
-from catpo.models.packing import PairCollator
 from catpo.rewards.store import RewardStore
-from catpo.scoring.score import ScoreSettings, score_pairs
+from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import ScoreSettings
+from catpo.training.collator import PairCollator
 
 
 class AdaptiveRewards(TrainerCallback):

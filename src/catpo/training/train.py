@@ -13,26 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from transformers import PrinterCallback, ProgressCallback, SchedulerType
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers import PrinterCallback, ProgressCallback
 
-from catpo.core.errors import Stopped, UserError, did_you_mean
-from catpo.core.spec import Spec, check_not_negative, check_options, check_positive, check_seed, parse
-from catpo.core.types import PreferencePair, check_pair
+from catpo.core.errors import Stopped, UserError
+from catpo.core.types import PreferencePair
 from catpo.data.read import dev_split, read_pairs
-from catpo.data.spool import select
-from catpo.files.json_files import check_same, process_count, read_json, read_rows, versions, write_json
-from catpo.models import family as families
-from catpo.models.family import Family
+from catpo.files.json_files import read_json, read_rows, write_json
+from catpo.files.provenance import check_same, versions
+from catpo.models import loading
 from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors
+from catpo.runtime.launcher import process_count
 from catpo.runtime.sigterm import Stop, on_sigterm
 from catpo.runtime.skip_log import Skipped
 from catpo.runtime.work_group import Team
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, WholeCheckpoints, damage, last_whole
-from catpo.training.trainer import CatPOConfig, CatPOTrainer
+from catpo.training.config import CatPOConfig, check_values, lora_config
+from catpo.training.pairs import _checked, _usable
+from catpo.training.trainer import CatPOTrainer
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def train(
         everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else _checked(pairs, skipped, limit)
         train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
         place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
-        family = families.load(
+        family = loading.load(
             model, device=place, dtype=dtype, quantization=quantization, attention=attention,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
@@ -169,7 +168,7 @@ def train(
         about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs), skipped)
         if team.is_first:
             write_json(output / "catpo.json", {**about(), "complete": False})
-        with families.quiet(), on_sigterm() as stop, disk_errors.explained(lambda: _whole_so_far(output)):
+        with loading.quiet(), on_sigterm() as stop, disk_errors.explained(lambda: _whole_so_far(output)):
             _run(trainer, checkpoint, stop)
             weights = trainer.whole_weights()
             if team.is_first:
@@ -178,27 +177,6 @@ def train(
         team.wait("saved")
     team.leave()
     return TrainingResult(output, output / "model", _last_metrics(output))
-
-
-def check_values(options: Mapping[str, Any]) -> None:
-    """A look at all of `train`'s arguments that can be judged without pairs and model.
-
-    Raises:
-        UserError: a number is out of its range, a word is not known, or two of them do not go together.
-    """
-    counts = ("batch_size", "accumulation", "limit", "max_length", "logging_steps")
-    check_positive(**{name: options[name] for name in counts})
-    numbers = (
-        "learning_rate", "epochs", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "adaptive", "workers",
-    )  # fmt: skip
-    check_not_negative(**{name: options[name] for name in numbers})
-    check_seed(options["seed"])
-    _check_tracker(options["report_to"])
-    scheduler, known = options["scheduler"], [each.value for each in SchedulerType]
-    if scheduler not in known:
-        raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
-    if options["quantization"] is not None and options["lora"] is None:
-        raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
 
 
 def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
@@ -227,58 +205,9 @@ _NOT_SETTINGS = (
 )  # fmt: skip
 
 
-def _check_tracker(name: str) -> None:
-    """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
-    if name in (chosen_later := ("none", "all")):
-        return
-    if name not in INTEGRATION_TO_CALLBACK:
-        raise UserError(f"report_to='{name}' is not known. {did_you_mean(name, [*chosen_later, *INTEGRATION_TO_CALLBACK])}")
-    try:
-        INTEGRATION_TO_CALLBACK[name]()
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
-
-
-def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
-    return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
-
-
-def _usable(
-    pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
-) -> Sequence[PreferencePair]:
-    """The pairs that the model can read and that were scored."""
-
-    def use(place: int) -> None:
-        pair = pairs[place]
-        if store is not None:
-            store.get(pair.id, "chosen")
-        family.encode(pair, max_length=max_length)
-
-    return select(pairs, skipped.usable(range(len(pairs)), use, lambda place: f"pair {pairs[place].id}"))
-
-
 def _is_on_cpu(device: str | None) -> bool:
     """Whether the training runs on CPUs. DeepSpeed finds its device itself; asked for a CPU, accelerate would leave it out."""
     return (device == "cpu" or not torch.cuda.is_available()) and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-
-
-def lora_config(text: str | Spec, family: Family) -> LoraConfig:
-    """`lora(r=128, alpha=256, dropout=0.0)` as a PEFT configuration for this family's decoder.
-
-    Raises:
-        UserError: an unknown option.
-    """
-    spec = parse(text)
-    if spec.name != "lora":
-        raise UserError(f"lora='{spec}' is not of the form lora(r=128, alpha=256, dropout=0.0).")
-    options = check_options(_lora, spec)
-    return _lora(family.lora_targets, **options)
-
-
-def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0) -> LoraConfig:
-    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
-        raise UserError(f"lora(r={r}, alpha={alpha}, dropout={dropout}): give r and alpha of 1 or more, dropout in [0, 1).")
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
 
 
 def _last_metrics(output: Path) -> dict[str, float]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo.core.errors import UserError
@@ -27,96 +26,33 @@ from catpo.core.spec import parse
 from catpo.core.types import SIDES, PreferencePair
 from catpo.data.spool import joined
 from catpo.data.trl_rows import as_pairs
-from catpo.files.json_files import process_count, read_json
-from catpo.models import family as families
-from catpo.models import memory
+from catpo.files.json_files import read_json
+from catpo.models import loading, memory
 from catpo.models.attention import last_layer
 from catpo.models.family import Family
 from catpo.models.family_check import check_family
 from catpo.models.output_head import Head, TokenStats
-from catpo.models.packing import Batch, PairCollator, Prefix, add_pair_forward, hidden_and_logps, unflatten
+from catpo.models.packing import Batch, Prefix, hidden_and_logps, unflatten
 from catpo.models.tensors import masked_sum
 from catpo.models.top_k import TopWords
 from catpo.rewards.store import RewardStore
+from catpo.runtime.launcher import process_count
 from catpo.scoring.score import score_pairs
 from catpo.training import objectives
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, NewDraws
+from catpo.training.collator import PairCollator
+from catpo.training.config import CatPOConfig, check_adaptive, check_store, needs_store
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths
 from catpo.training.loss_checks import CAUSES, check_first_gradient, check_gradient, check_losses
 from catpo.training.objectives import LossOutput, Objective
+from catpo.training.pair_forward import add_pair_forward
 from catpo.training.pair_stats import PairStats, kl_direction, requirements
 from catpo.training.rescoring import AdaptiveRewards
 from catpo.training.view_passes import Readings
 
-REFERENCES = ("cached", "online")
 STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """How far the first loss may lie from log 2, and the first KL from 0, by precision; 0.05 in half precision."""
-
-
-@dataclass
-class CatPOConfig(TrainingArguments):
-    """`TrainingArguments` with the options of preference training; defaults are the official run's.
-
-    `rewards` is the folder of a store; without one, what the objective needs is scored into `output_dir/rewards` first.
-    """
-
-    objective: str = field(
-        default="catpo", metadata={"help": "name(option=value, …), e.g. catpo(preset='paper', kl_weight=0.03)"}
-    )
-    beta: float | None = field(default=None, metadata={"help": "beta of the objective, if not given in it"})
-    rewards: str | None = field(default=None, metadata={"help": "folder of the reward store"})
-    reference: str = field(default="cached", metadata={"help": "'cached' in the store, or 'online': run beside the policy"})
-    max_length: int | None = field(
-        default=None, metadata={"help": "longest prompt + response in tokens; longer pairs are refused"}
-    )
-    prefix: str = field(default="shared", metadata={"help": "'shared': one row per pair; 'separate': a row per response"})
-    adaptive: int = field(
-        default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
-    )
-    train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
-    self_check: bool = field(default=True, metadata={"help": "check loss, KL and gradient of the first step"})
-    learning_rate: float = field(default=1.4e-6)
-    lr_scheduler_type: str = field(default="cosine")
-    logging_steps: float = field(default=10)
-    report_to: str | list[str] | None = field(default="none")
-    remove_unused_columns: bool = field(default=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reference not in REFERENCES:
-            raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
-        if self.prefix not in ("shared", "separate"):
-            raise UserError(f"prefix='{self.prefix}' is not known. Give 'shared' or 'separate'.")
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            given = self.accelerator_config.gradient_accumulation_kwargs or {}
-            # else each process keeps gradients whole until the last batch of a step
-            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}
-
-
-def needs_store(objective: Objective, reference: str) -> bool:
-    """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
-    needs = requirements(objective.loss, objective.options)
-    reads_reference = "reference_logps" in needs or kl_direction(needs) is not None
-    return "weights" in needs or (reference == "cached" and reads_reference)
-
-
-def check_store(store: RewardStore, objective: Objective, reference: str) -> None:
-    """Raises UserError if the objective's KL needs more of the reference than the store has."""
-    direction = kl_direction(requirements(objective.loss, objective.options))
-    if direction and reference == "cached" and not (store.has_hidden or store.has_top):
-        raise UserError(
-            f"{store.path} holds no hidden states, which the KL of {objective.spec} needs. Score again with them, "
-            "give reference='online', or set kl_weight=0."
-        )
-
-
-def check_adaptive(adaptive: int, objective: Objective, workers: int, processes: int) -> None:
-    """Raises UserError if rewards cannot follow the policy."""
-    if adaptive and "weights" not in requirements(objective.loss, objective.options):
-        raise UserError(f"adaptive={adaptive}: {objective.spec} reads no token weights. Leave adaptive out.")
-    if adaptive and (workers or processes > 1):
-        raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
 
 
 class CatPOTrainer(Trainer):
@@ -479,13 +415,13 @@ def _as_family(model: str | nn.Module | Family, processor: Any) -> Family:
     if isinstance(model, Family):
         return model
     if isinstance(model, str | Path):
-        return families.load(model)
+        return loading.load(model)
     if processor is None:
         raise UserError(
             "CatPOTrainer got a model but no processing_class. Give the model's processor (AutoProcessor.from_pretrained)."
         )
     name = getattr(model.config, "_name_or_path", "") or "in memory"
-    return families.family_of(model, processor, model_id=str(name))
+    return loading.family_of(model, processor, model_id=str(name))
 
 
 def _objective(args: CatPOConfig) -> Objective:

@@ -18,11 +18,11 @@ from torch import Tensor
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, Picture, PreferencePair, Side
 from catpo.models.family import Encoded, Family
-from catpo.models.other_pictures import OtherPictures
 from catpo.models.output_head import at_head, likeliest_tokens, token_logits, token_stats
-from catpo.models.packing import Batch, Prefix, pack, response_hidden, run_backbone, stored_logps, unflatten
-from catpo.models.views import View
+from catpo.models.packing import Batch, Prefix, pack, response_hidden, run_backbone, unflatten
+from catpo.models.views import OtherPictures, View
 from catpo.rewards.store import RewardStore
+from catpo.training.collator import stored_logps
 from catpo.training.pair_stats import ViewNeed, view_needs
 
 Quantities = dict[str, Tensor]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Sample
-from catpo.models import family as families
+from catpo.models import loading
 from catpo.models.likelihood import option_losses
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Model(lmms):
     ) -> None:
         super().__init__()
         self.batch_size = int(batch_size)
-        self.family = families.load(model, adapter=adapter, device=device, dtype=dtype)
+        self.family = loading.load(model, adapter=adapter, device=device, dtype=dtype)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers in the order of the requests; those decoded alike are batched together."""

@@ -18,9 +18,10 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec
 from catpo.core.types import Picture
 from catpo.evaluation.benchmarks import Item
-from catpo.evaluation.coverage import resample
-from catpo.evaluation.grade import Task, grade_row, open_judges, open_tasks
-from catpo.files.json_files import write_atomic
+from catpo.evaluation.bootstrap import resample
+from catpo.evaluation.grade import grade_row, open_judges
+from catpo.evaluation.tasks import Task, open_tasks
+from catpo.files.atomic import write_atomic
 from catpo.judges import Judge
 
 YAML = """\

@@ -36,7 +36,9 @@ from catpo.evaluation.evaluate import evaluate
 from catpo.experiments.study.file import Row, Study, Tuning
 from catpo.experiments.study.probe import FILE as PROBE
 from catpo.experiments.study.probe import probe
-from catpo.files.json_files import lock, read_json, read_rows, versions, write_json
+from catpo.files.json_files import read_json, read_rows, write_json
+from catpo.files.lock import lock
+from catpo.files.provenance import versions
 from catpo.pairing.pair import pair
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score

@@ -25,7 +25,8 @@ from catpo.core.spec import check_options, parse
 from catpo.experiments.study.probe import FILE as PROBE
 from catpo.experiments.study.probe import Response, read, risen
 from catpo.experiments.study.results import EQUAL, HEADINGS, Result, Results, full_name
-from catpo.files.json_files import read_rows, write_atomic
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import read_rows
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 """Told apart by people who see colours differently (Okabe and Ito)."""

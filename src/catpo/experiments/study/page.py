@@ -9,7 +9,7 @@ from pathlib import Path
 
 from catpo import __version__
 from catpo.experiments.study.results import Results, cells_of, footnotes
-from catpo.files.json_files import write_atomic
+from catpo.files.atomic import write_atomic
 from catpo.reporting.page import render
 
 

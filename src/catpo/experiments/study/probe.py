@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from catpo.core.types import SIDES, PreferencePair, Side
-from catpo.files.json_files import write_atomic
-from catpo.models import family as families
+from catpo.files.atomic import write_atomic
+from catpo.models import loading
 from catpo.models.likelihood import response_logps
 from catpo.rewards.store import RewardStore
 
@@ -42,7 +42,7 @@ def probe(model: str | Path, store: RewardStore, pairs: Sequence[PreferencePair]
         pairs: some of them.
         path: the Parquet file.
     """
-    family = families.load(model)
+    family = loading.load(model)
     lines: dict[str, list[Any]] = {name: [] for name in ("pair", "side", "piece", "reference", "policy")}
     for pair, by_side in zip(pairs, response_logps(family, pairs), strict=True):
         for side, policy in zip(SIDES, by_side, strict=True):

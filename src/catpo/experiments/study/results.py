@@ -21,18 +21,14 @@ import pyarrow.parquet as pq
 
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
+from catpo.evaluation.bootstrap import Estimate
 from catpo.evaluation.compare import for_latex, for_markdown
-from catpo.evaluation.coverage import (
-    Coverage,
-    Estimate,
-    Evaluation,
-    at_equal_coverage,
-    at_equal_coverage_over_runs,
-    load_evaluation,
-)
+from catpo.evaluation.coverage import Coverage, at_equal_coverage, at_equal_coverage_over_runs
+from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
-from catpo.files.json_files import read_json, write_atomic
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import read_json
 
 EQUAL = "equal_coverage"
 """The column of CHAIRi at equal Cover."""

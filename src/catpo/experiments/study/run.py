@@ -16,7 +16,9 @@ from catpo.experiments.study.page import write_page
 from catpo.experiments.study.results import Results, results, write_tables
 from catpo.experiments.study.running import run_all
 from catpo.experiments.study.tuning import Choice, choose
-from catpo.files.json_files import lock, versions, write_json
+from catpo.files.json_files import write_json
+from catpo.files.lock import lock
+from catpo.files.provenance import versions
 from catpo.training import objectives
 
 

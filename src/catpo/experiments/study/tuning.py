@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from catpo.core.errors import UserError
-from catpo.evaluation.coverage import Evaluation, at_equal_coverage, load_evaluation
+from catpo.evaluation.coverage import at_equal_coverage
+from catpo.evaluation.folder import Evaluation, load_evaluation
+from catpo.evaluation.metric_names import good_side
 from catpo.experiments.study.cells import Cell
 from catpo.experiments.study.results import EQUAL, LEAST_COVER, covered, full_name
-from catpo.reporting.evaluations import good_side
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from catpo.core.errors import UserError, check_word
+from catpo.core.checks import check_word
+from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair, Sample
 from catpo.pairing.methods import Candidate, Decoding, Dropped, finish
 from catpo.pairing.scorers import Scorer, check_scorer
 from catpo.pairing.scorers import scorer as open_scorer
 
 if TYPE_CHECKING:
-    from catpo.models.family import Family, Sentence
+    from catpo.models.family import Family
+    from catpo.models.generation import Sentence
 
 FORMS = ("code", "paper")
 SHORTEST = 4

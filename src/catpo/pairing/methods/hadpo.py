@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from catpo.core.errors import check_word
+from catpo.core.checks import check_word
 from catpo.core.types import PreferencePair, Sample
 from catpo.judges import Judge
 from catpo.judges._requests import as_text, ask, no_judge

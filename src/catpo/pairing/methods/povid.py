@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from catpo.core.errors import UserError, check_word
+from catpo.core.checks import check_word
+from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair, Sample
 from catpo.judges import Judge
 from catpo.judges._requests import as_text, ask, no_judge

@@ -6,7 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from catpo.core.errors import UserError, check_word
+from catpo.core.checks import check_word
+from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair, Sample
 from catpo.judges import Judge
 from catpo.judges._requests import as_questions, as_rating, as_verdicts, ask, no_judge

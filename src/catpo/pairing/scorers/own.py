@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catpo.core.errors import check_word
+from catpo.core.checks import check_word
 from catpo.core.types import Sample
 from catpo.pairing import scorers
 

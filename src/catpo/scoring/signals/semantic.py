@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from catpo.core.errors import check_word
+from catpo.core.checks import check_word
 from catpo.scoring.signals import Evidence
 
 SPACES = ("input", "hidden")

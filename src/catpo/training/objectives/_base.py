@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from catpo.core import registry
+from catpo.core.checks import check_kind
 from catpo.core.errors import UserError, did_you_mean
-from catpo.core.spec import Spec, check_kind, keyword_options, parse
+from catpo.core.spec import Spec, keyword_options, parse
 from catpo.models.views import View
 from catpo.rewards.fusion import Fusion
 from catpo.training.pair_stats import PairStats, dummy, requirements, view_needs

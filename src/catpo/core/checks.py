@@ -1,0 +1,79 @@
+"""Checks of single values: a known word, a number in its range, a value of the right kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from catpo.core.errors import UserError, did_you_mean, shown
+
+
+def check_word(owner: str, option: str, word: object, known: Sequence[str]) -> None:
+    """Raise UserError unless an option's word is one of those known.
+
+    >>> check_word("csr", "form", "codes", ("code", "paper"))
+    Traceback (most recent call last):
+    catpo.errors.UserError: csr has no form='codes'. Did you mean 'code'?
+    """
+    if word not in known:
+        raise UserError(f"{owner} has no {option}='{word}'. {did_you_mean(str(word), known)}")
+
+
+MOST = (1 << 31) - 1
+"""The largest count: what every library below takes as one."""
+
+
+LARGEST = 1e30
+"""The largest measure: times a count it is still far within a float."""
+
+
+def check_kind(what: str, value: Any, default: Any) -> None:
+    """Raise UserError unless `value` is of the default's kind: truth value, number or text; other defaults say nothing.
+
+    >>> check_kind("dpo(beta='high')", "high", 0.1)
+    Traceback (most recent call last):
+    catpo.errors.UserError: dpo(beta='high'): it must be a number, such as 0.1.
+    """
+    kinds: tuple[tuple[type, tuple[type, ...], str], ...] = (
+        (bool, (bool,), "True or False"),
+        (int, (int,), "a whole number"),
+        (float, (int, float), "a number"),
+        (str, (str,), "a text in quotes"),
+    )
+    for kind, allowed, words in kinds:
+        if type(default) is kind and type(value) not in allowed:
+            raise UserError(f"{what}: it must be {words}, such as {default!r}.")
+
+
+def check_positive(**counts: int | None) -> None:
+    """Raise UserError unless each is from 1 to `MOST`, or None.
+
+    >>> check_positive(limit=0)
+    Traceback (most recent call last):
+    catpo.errors.UserError: limit=0 must be 1 or more.
+    """
+    _check_range("must be 1 or more", lambda value: value >= 1, counts)
+    _check_range(f"is too large. Give at most {MOST}", lambda value: value <= MOST, counts)
+
+
+def check_not_negative(**numbers: float | None) -> None:
+    """Raise UserError unless each is a number from 0 to `LARGEST`, or None."""
+    _check_range("must be a number, 0 or more", lambda value: 0 <= value < math.inf, numbers)
+    _check_range(f"is too large. Give at most {LARGEST:g}", lambda value: value <= LARGEST, numbers)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless NumPy, which takes the smallest seeds, takes this one.
+
+    >>> check_seed(2**32)
+    Traceback (most recent call last):
+    catpo.errors.UserError: seed=4294967296 must be from 0 to 4294967295.
+    """
+    _check_range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32, {"seed": seed})
+
+
+def _check_range(must: str, is_right: Callable[[float], bool], numbers: Mapping[str, float | None]) -> None:
+    for name, value in numbers.items():
+        if value is not None and not is_right(value):
+            raise UserError(f"{name}={shown(repr(value))} {must}.")

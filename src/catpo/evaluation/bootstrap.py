@@ -1,0 +1,82 @@
+"""Bootstrap over pictures: intervals of any metric, paired or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catpo.core.intervals import bootstrap_indices, interval
+
+Floats = NDArray[np.float64]
+
+
+Summarise = Callable[[Mapping[str, Mapping[str, Floats]]], Mapping[str, Floats]]
+"""A benchmark's metrics of summed counts: {group: {count: sums}} -> {metric: values}."""
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def resample(
+    summarise: Summarise, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Floats]:
+    """Metric -> [1 + resamples]: its value on all rows, then on each bootstrap draw.
+
+    Pictures are drawn, not items: answers about one picture are not independent. The same pictures give the same draws, so
+    two models' values can be subtracted draw by draw.
+
+    Args:
+        summarise: of the benchmark.
+        rows: of grades.jsonl.
+        resamples: how many draws.
+        seed: of the draws.
+    """
+    draws = _Draws.of(rows, resamples, seed)
+    sums: dict[str, dict[str, Floats]] = {}
+    for group in dict.fromkeys(row["group"] for row in rows):
+        places = [place for place, row in enumerate(rows) if row["group"] == group]
+        for name in rows[places[0]]["counts"]:
+            counts = np.zeros(len(rows))
+            counts[places] = [rows[place]["counts"][name] for place in places]
+            sums.setdefault(group, {})[name] = draws.sum(counts)
+    return dict(summarise(sums))
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Bootstrap draws of whole pictures; the first takes every picture once."""
+
+    picture: NDArray[np.int64]
+    """[rows]: number of each row's picture."""
+    times: Floats
+    """[1 + resamples, pictures]: how often each is drawn."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> _Draws:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(row["picture"] for row in rows))}
+        drawn = bootstrap_indices(len(numbers), resamples=resamples, seed=seed)
+        times = np.ones((1 + resamples, len(numbers)))
+        for number, pictures in enumerate(drawn, start=1):
+            times[number] = np.bincount(pictures, minlength=len(numbers))
+        return cls(np.array([numbers[row["picture"]] for row in rows], dtype=np.int64), times)
+
+    def sum(self, values: Floats) -> Floats:
+        """[rows] or [rows, columns] -> [1 + resamples] or [1 + resamples, columns]."""
+        by_picture = np.zeros((self.times.shape[1], *values.shape[1:]))
+        np.add.at(by_picture, self.picture, values)
+        return self.times @ by_picture
+
+
+def _estimate(values: Floats) -> Estimate:
+    """From [1 + resamples], the first of which is no resample."""
+    low, high = interval(values[1:])
+    return Estimate(float(values[0]), low, high)

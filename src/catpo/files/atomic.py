@@ -1,0 +1,83 @@
+"""Files that a reader sees whole or not at all, whatever kills the writer."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from catpo.core.errors import UserError, shown
+
+PART = re.compile(r"\..+\.\d+\.part")
+"""A file that `write_atomic` has not finished."""
+
+
+def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = True) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part.
+
+    Not durable: survives a killed process, not a power cut, and costs no wait for the disk; for many small files.
+
+    Raises:
+        UserError: it cannot be written (no space, no permission); the old file is untouched.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    content = content if isinstance(content, bytes) else content.encode("utf-8")
+    check_path(path)
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            if is_durable:
+                os.fsync(stream.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with suppress(OSError, ValueError):
+            part.unlink()
+        if isinstance(error, OSError | ValueError):  # ValueError: a NUL in the name, half a character in the text
+            raise UserError(
+                f"{_shown(path)} cannot be written ({_reason(error)}). Check space, permissions and name."
+            ) from error
+        raise
+
+
+def check_path(path: Path) -> None:
+    """Raises UserError for a path that no file can have."""
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be written (a path holds no NUL character). Give another --output.")
+
+
+def cut_back(path: str | Path, size: int) -> None:
+    """Make a file as short as it was.
+
+    Raises:
+        UserError: it cannot be changed.
+    """
+    try:
+        if os.path.getsize(path) > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Check permissions, then run it again.") from error
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{_shown(folder)} cannot be used as a folder ({_reason(error)}). Choose another --output, or remove what is there."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _shown(path: str | Path) -> str:
+    return shown(str(path), length=500)

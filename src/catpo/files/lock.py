@@ -1,0 +1,57 @@
+"""One writer per folder; a killed process leaves no lock behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from catpo.core.errors import UserError
+from catpo.files.atomic import PART, check_path, make_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, the rest works
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[Path]:
+    """Make the folder and keep every other process from writing to it; a killed process leaves no lock behind.
+
+    Raises:
+        UserError: another live process holds it, or the folder cannot be made.
+    """
+    folder = Path(folder)
+    check_path(folder)
+    make_folder(folder)
+    try:
+        stream = open(folder / ".lock", "a+", encoding="ascii")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error
+    with stream:
+        _take(stream, folder)
+        for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
+            if PART.fullmatch(part.name):  # of a killed process
+                part.unlink(missing_ok=True)
+        yield folder
+
+
+def _take(stream: Any, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        raise UserError(
+            f"{folder} is being written by another catpo process (pid {holder}). Wait for it, or choose another --output."
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    with suppress(OSError):  # a full disk: who holds it is not told
+        os.truncate(stream.fileno(), 0)
+        os.write(stream.fileno(), str(os.getpid()).encode())

@@ -1,0 +1,49 @@
+"""What a folder was made with: versions and options, compared when work is resumed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from catpo.core.errors import UserError
+
+LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
+"""What `versions` tells: libraries that can change a number."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that can change a number; imports none of them.
+
+    >>> versions()["python"] == platform.python_version()
+    True
+    """
+    from importlib.metadata import PackageNotFoundError, version  # --help does not wait for it
+
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | Path, ignore: Iterable[str] = ()) -> None:
+    """Refuse to continue work that was begun with other options.
+
+    >>> check_same({"seed": 0}, {"seed": 1}, where="pairs")
+    Traceback (most recent call last):
+    catpo.errors.UserError: pairs was begun with seed=0, now it is 1. Give the old value, or choose another --output.
+
+    Raises:
+        UserError: a field differs; names the first.
+    """
+    ignored = set(ignore)
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in ignored and old.get(key) != new.get(key):
+            before, now = old.get(key), new.get(key)
+            raise UserError(
+                f"{where} was begun with {key}={before!r}, now it is {now!r}. Give the old value, or choose another --output."
+            )

@@ -1,0 +1,244 @@
+"""Loading models from a hub id, a folder or the wheel: whole, quantised, with an adapter, or as an empty blueprint."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import cached_file, logging
+
+from catpo.core import registry
+from catpo.core.errors import UserError, did_you_mean, first_line
+from catpo.files.json_files import read_json
+from catpo.models.family import Family
+
+BUILTIN = Path(__file__).parent / "builtin"
+"""The packaged model, called `builtin` on the command line."""
+
+
+def resolve(model: str | Path) -> str:
+    """`builtin` becomes the packaged model's folder; anything else stays."""
+    return str(BUILTIN) if str(model) == "builtin" else str(model)
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Family:
+    """A model by hub id, folder or `builtin`, with its processor, as its family.
+
+    A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
+    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attention` is the decoder's implementation, one of
+    transformers', e.g. `sdpa`, `flex_attention` or `eager`.
+
+    Raises:
+        UserError: there is no such model, or it is not a vision-language model that catpo can run.
+    """
+    path = resolve(model)
+    if adapter is None and (Path(path) / "adapter_config.json").is_file():
+        path, adapter = _adapter_base(Path(path)), path
+    options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
+    _check_dtype(dtype)
+    check_device(device)
+    _refuse_pickles(Path(path), f"model '{model}'", ("model.safetensors", "model.safetensors.index.json"))
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with quiet():
+            loaded, found = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        raise _not_loaded(model, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model '{model}' lacks {len(missing)} of its weights, {missing[0]} among them, which would be random numbers. "
+            "Get the checkpoint again."
+        )
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
+    loaded.to(device or best_device()).eval()
+    _compute_alike(loaded)
+    family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+    if attention is not None:
+        family.use_packed_attention(attention)
+    return family
+
+
+def _compute_alike(model: nn.Module) -> None:
+    """Without and with gradients: on CPUs with bfloat16 instructions bitsandbytes packs 4-bit layers once none is asked for,
+    and computes in another precision from then on. Reference and policy would differ, and some widths cannot be packed.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if hasattr(module, flag):
+            setattr(module, flag, False)
+
+
+FAILURES = (
+    OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises over a checkpoint that is not there, is damaged, or is none."""
+
+
+def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model '{model}' brings Python code of its own, which is not run unless you ask for it. Read that code, then give "
+            "--trust-remote-code (trust_remote_code=True)."
+        )
+    return UserError(
+        f"model '{model}' cannot be {done}: {first_line(error)} Give a hub id, a folder made by save_pretrained, or 'builtin'."
+    )
+
+
+def _refuse_pickles(folder: Path, name: str, wanted: Sequence[str]) -> None:
+    """Weights in another format than safetensors can run code when they are opened: they are told, and left alone."""
+    if not folder.is_dir() or any((folder / file).is_file() for file in wanted):
+        return
+    pickles = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles:
+        raise UserError(
+            f"{name} has its weights in {pickles[0]}, a format that can run code when it is opened. Only safetensors are "
+            "loaded: get them from its publisher, or write them with save_pretrained in a place where nothing can be lost."
+        )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and not (isinstance(found := getattr(torch, dtype, None), torch.dtype) and found.is_floating_point):
+        raise UserError(f"dtype='{dtype}' is not known. {did_you_mean(dtype, ('auto', 'float32', 'bfloat16', 'float16'))}")
+
+
+def _check_quantization(quantization: str | None) -> None:
+    if quantization not in (None, "4bit"):
+        raise UserError(f"quantization='{quantization}' is not known. Give '4bit', or leave it out.")
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises UserError if torch cannot use the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise UserError(f"device='{device}' cannot be used ({first_line(error)}). Give cpu, cuda, or leave it out.") from error
+
+
+def best_device() -> str:
+    """A GPU if there is one; of several processes on a machine, each takes its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def blueprint(
+    model: str | Path, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+) -> Family:
+    """The family of a model whose weights are not loaded: shapes, names and the real processor, for plans and checks.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = resolve(model)
+    _check_dtype(dtype)
+    _check_quantization(quantization)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
+        if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
+            empty.generation_config = GenerationConfig.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        raise _not_loaded(model, error, "read") from error
+    return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
+
+
+def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
+    """4-bit NF4 for the decoder's linear layers; vision tower, projector and head stay as they are.
+
+    Raises:
+        UserError: another word than `4bit`, or bitsandbytes is not installed.
+    """
+    _check_quantization(quantization)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
+    plan = blueprint(path, dtype=dtype)
+    frozen = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=plan.unwrapped.dtype if plan.unwrapped.dtype != torch.float32 else torch.bfloat16,
+        llm_int8_skip_modules=[name for name, module in plan.unwrapped.named_modules() if id(module) in frozen],
+    )
+
+
+def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_type: str | None = None) -> Family:
+    """The family of a model in memory, by its `config.model_type`; the generic one if it has none of its own."""
+    name = model_type or str(model.config.model_type)
+    known = set(registry.names("families")) - {"generic"}
+    return registry.load("families", name if name in known else "generic")(model, processor, model_id=model_id)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break ours."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def _adapter_base(adapter: Path) -> str:
+    base = read_json(adapter / "adapter_config.json", made_by="save_pretrained").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}."
+        )
+    return resolve(base)
+
+
+def _processor_folder(path: str, adapter: str | Path | None) -> str:
+    has_own = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
+    return str(adapter) if has_own else path
+
+
+def _with_adapter(model: Any, adapter: str | Path) -> Any:
+    from peft import PeftModel  # only where an adapter is used: peft starts slowly
+
+    _refuse_pickles(Path(adapter), f"adapter '{adapter}'", ("adapter_model.safetensors",))
+    try:
+        cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
+        return PeftModel.from_pretrained(model, str(adapter))
+    except FAILURES as error:
+        raise UserError(
+            f"adapter '{adapter}' cannot be put on the model: {first_line(error)} Give a folder made by save_pretrained of an "
+            "adapter of this model, with adapter_model.safetensors."
+        ) from error

@@ -1,0 +1,104 @@
+"""What decides the numbers in a reward store, kept in it as its provenance."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from catpo.core import registry
+from catpo.core.checks import check_positive
+from catpo.core.errors import UserError
+from catpo.core.spec import Spec, check_options, parse
+from catpo.core.types import SIDES, PreferencePair
+from catpo.files.provenance import versions
+from catpo.models.attention.recorder import choose_heads, choose_layers
+from catpo.models.family import Encoded, Family
+from catpo.scoring.reference_cache import Cache
+
+PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
+
+
+QUERIES = ("token", "predictor")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What decides the numbers in a store; kept in it as its provenance."""
+
+    signals: tuple[Spec, ...]
+    layers: str | int | list[int]
+    heads: str
+    query: str
+    patches: str | int
+    """`all`, or the number of one picture (0-based) where a pair has several."""
+
+    def check(self, depth: int) -> None:
+        """Raises UserError for an option that does not exist, before any work is done."""
+        choose_layers(self.layers, depth)
+        choose_heads(self.heads)
+        if self.query not in QUERIES:
+            raise UserError(
+                f"query='{self.query}' is not known. Give 'token' (the row of y_t, as the paper says) or 'predictor' (t-1)."
+            )
+        for signal in self.signals:
+            check_options(registry.load("signals", signal.name), signal)
+
+    def check_patches(self, encoded: Encoded) -> None:
+        """Raises UserError if the pair has no picture of the number asked for."""
+        count = len(_patches_by_picture(encoded))
+        if self.patches != "all" and not (isinstance(self.patches, int) and 0 <= self.patches < count):
+            raise UserError(
+                f"pair {encoded.pair_id}: patches={self.patches!r} asks for a picture it does not have ({count} here). "
+                "Give a lower number, or all."
+            )
+
+
+def settings_of(options: Mapping[str, Any]) -> ScoreSettings:
+    """The settings in `score`'s arguments, after a look at all that can be judged without pairs and model.
+
+    Raises:
+        UserError: a count is none, or a text is not of the form that it must have.
+    """
+    counts = ("limit", "batch_size", "batch_tokens", "shard_size", "max_length")
+    check_positive(**{name: options[name] for name in counts})
+    Cache.of(options["cache"])
+    signals = tuple(parse(signal) for signal in options["signals"])
+    return ScoreSettings(signals, options["layers"], options["heads"], options["query"], options["patches"])
+
+
+def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: bool) -> dict[str, Any]:
+    """Everything that changes the numbers of a store, as it stands in its `store.json`."""
+    return {
+        "model": family.model_id,
+        "model_hash": family.model_hash,
+        "processor_hash": family.processor_hash,
+        "template_hash": family.template_hash,
+        "signals": [str(signal) for signal in settings.signals],
+        "attention": {
+            "layers": list(choose_layers(settings.layers, family.depth)),
+            "heads": settings.heads,
+            "query": settings.query,
+            "patches": settings.patches,
+        },
+        "hidden": cache.hidden,
+        **({"topk": cache.k} if cache.k else {}),
+        "maps": maps,
+        "versions": versions(),
+    }
+
+
+def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
+    """Identity of the token labels, which a pair's id does not cover."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        digest.update(repr([(side, [astuple(span) for span in pair.labels.get(side, ())]) for side in SIDES]).encode())
+    return digest.hexdigest()
+
+
+def _patches_by_picture(encoded: Encoded) -> list[int]:
+    sizes = [0] * (1 + max(grid.picture for grid in encoded.grids))
+    for grid in encoded.grids:
+        sizes[grid.picture] += grid.size
+    return sizes

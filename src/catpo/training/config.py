@@ -1,0 +1,139 @@
+"""Options of a training run, and what is checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from transformers import SchedulerType, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from catpo.core.checks import check_not_negative, check_positive, check_seed
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import Spec, check_options, parse
+from catpo.models.family import Family
+from catpo.rewards.store import RewardStore
+from catpo.training.objectives import Objective
+from catpo.training.pair_stats import kl_direction, requirements
+
+REFERENCES = ("cached", "online")
+
+
+@dataclass
+class CatPOConfig(TrainingArguments):
+    """`TrainingArguments` with the options of preference training; defaults are the official run's.
+
+    `rewards` is the folder of a store; without one, what the objective needs is scored into `output_dir/rewards` first.
+    """
+
+    objective: str = field(
+        default="catpo", metadata={"help": "name(option=value, …), e.g. catpo(preset='paper', kl_weight=0.03)"}
+    )
+    beta: float | None = field(default=None, metadata={"help": "beta of the objective, if not given in it"})
+    rewards: str | None = field(default=None, metadata={"help": "folder of the reward store"})
+    reference: str = field(default="cached", metadata={"help": "'cached' in the store, or 'online': run beside the policy"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "longest prompt + response in tokens; longer pairs are refused"}
+    )
+    prefix: str = field(default="shared", metadata={"help": "'shared': one row per pair; 'separate': a row per response"})
+    adaptive: int = field(
+        default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
+    )
+    train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
+    self_check: bool = field(default=True, metadata={"help": "check loss, KL and gradient of the first step"})
+    learning_rate: float = field(default=1.4e-6)
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: float = field(default=10)
+    report_to: str | list[str] | None = field(default="none")
+    remove_unused_columns: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference not in REFERENCES:
+            raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
+        if self.prefix not in ("shared", "separate"):
+            raise UserError(f"prefix='{self.prefix}' is not known. Give 'shared' or 'separate'.")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            # else each process keeps gradients whole until the last batch of a step
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}
+
+
+def needs_store(objective: Objective, reference: str) -> bool:
+    """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
+    needs = requirements(objective.loss, objective.options)
+    reads_reference = "reference_logps" in needs or kl_direction(needs) is not None
+    return "weights" in needs or (reference == "cached" and reads_reference)
+
+
+def check_store(store: RewardStore, objective: Objective, reference: str) -> None:
+    """Raises UserError if the objective's KL needs more of the reference than the store has."""
+    direction = kl_direction(requirements(objective.loss, objective.options))
+    if direction and reference == "cached" and not (store.has_hidden or store.has_top):
+        raise UserError(
+            f"{store.path} holds no hidden states, which the KL of {objective.spec} needs. Score again with them, "
+            "give reference='online', or set kl_weight=0."
+        )
+
+
+def check_adaptive(adaptive: int, objective: Objective, workers: int, processes: int) -> None:
+    """Raises UserError if rewards cannot follow the policy."""
+    if adaptive and "weights" not in requirements(objective.loss, objective.options):
+        raise UserError(f"adaptive={adaptive}: {objective.spec} reads no token weights. Leave adaptive out.")
+    if adaptive and (workers or processes > 1):
+        raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """A look at all of `train`'s arguments that can be judged without pairs and model.
+
+    Raises:
+        UserError: a number is out of its range, a word is not known, or two of them do not go together.
+    """
+    counts = ("batch_size", "accumulation", "limit", "max_length", "logging_steps")
+    check_positive(**{name: options[name] for name in counts})
+    numbers = (
+        "learning_rate", "epochs", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "adaptive", "workers",
+    )  # fmt: skip
+    check_not_negative(**{name: options[name] for name in numbers})
+    check_seed(options["seed"])
+    _check_tracker(options["report_to"])
+    scheduler, known = options["scheduler"], [each.value for each in SchedulerType]
+    if scheduler not in known:
+        raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+    if options["quantization"] is not None and options["lora"] is None:
+        raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
+
+
+def _check_tracker(name: str) -> None:
+    """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
+    if name in (chosen_later := ("none", "all")):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise UserError(f"report_to='{name}' is not known. {did_you_mean(name, [*chosen_later, *INTEGRATION_TO_CALLBACK])}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
+
+
+def lora_config(text: str | Spec, family: Family) -> LoraConfig:
+    """`lora(r=128, alpha=256, dropout=0.0)` as a PEFT configuration for this family's decoder.
+
+    Raises:
+        UserError: an unknown option.
+    """
+    spec = parse(text)
+    if spec.name != "lora":
+        raise UserError(f"lora='{spec}' is not of the form lora(r=128, alpha=256, dropout=0.0).")
+    options = check_options(_lora, spec)
+    return _lora(family.lora_targets, **options)
+
+
+def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0) -> LoraConfig:
+    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
+        raise UserError(f"lora(r={r}, alpha={alpha}, dropout={dropout}): give r and alpha of 1 or more, dropout in [0, 1).")
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
