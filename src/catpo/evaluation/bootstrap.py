@@ -40,7 +40,7 @@ def resample(
         resamples: how many draws.
         seed: of the draws.
     """
-    draws = _Draws.of(rows, resamples, seed)
+    draws = Draws.of(rows, resamples, seed)
     sums: dict[str, dict[str, Floats]] = {}
     for group in dict.fromkeys(row["group"] for row in rows):
         places = [place for place, row in enumerate(rows) if row["group"] == group]
@@ -52,7 +52,7 @@ def resample(
 
 
 @dataclass(frozen=True)
-class _Draws:
+class Draws:
     """Bootstrap draws of whole pictures; the first takes every picture once."""
 
     picture: NDArray[np.int64]
@@ -61,7 +61,7 @@ class _Draws:
     """[1 + resamples, pictures]: how often each is drawn."""
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> _Draws:
+    def of(cls, rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> Draws:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(row["picture"] for row in rows))}
         drawn = bootstrap_indices(len(numbers), resamples=resamples, seed=seed)
         times = np.ones((1 + resamples, len(numbers)))
@@ -76,7 +76,7 @@ class _Draws:
         return self.times @ by_picture
 
 
-def _estimate(values: Floats) -> Estimate:
+def estimate(values: Floats) -> Estimate:
     """From [1 + resamples], the first of which is no resample."""
     low, high = interval(values[1:])
     return Estimate(float(values[0]), low, high)

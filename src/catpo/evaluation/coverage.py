@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from catpo.evaluation.bootstrap import Estimate, Floats, _Draws, _estimate
+from catpo.evaluation.bootstrap import Draws, Estimate, Floats, estimate
 from catpo.evaluation.folder import GROUNDED, HALLUCINATED, Evaluation, mentions
-from catpo.evaluation.paired import _common, _common_items
+from catpo.evaluation.paired import common_benchmarks, common_items
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def at_equal_coverage_over_runs(
     """
     everything = [evaluation for run in runs for evaluation in run]
     found = []
-    for benchmark in _common(everything):
-        keys = _common_items(everything, benchmark, is_caption=True)
+    for benchmark in common_benchmarks(everything):
+        keys = common_items(everything, benchmark, is_caption=True)
         if not keys or len(runs[0]) < 2:
             continue
-        draws = _Draws.of([runs[0][0].grades[benchmark][key] for key in keys], resamples, seed)
+        draws = Draws.of([runs[0][0].grades[benchmark][key] for key in keys], resamples, seed)
         cuts = [_cut_alike(draws, [[each.grades[benchmark][key] for key in keys] for each in run]) for run in runs]
         cover, objects, chair_i = (
             np.mean(figures, axis=0) for figures in zip(*((c.cover, c.objects, c.chair_i) for c in cuts), strict=True)
@@ -83,9 +83,9 @@ def at_equal_coverage_over_runs(
                     benchmark=benchmark,
                     cover=float(cover[0]),
                     objects=float(objects[number, 0]),
-                    chair_i=_estimate(chair_i[number]),
+                    chair_i=estimate(chair_i[number]),
                     is_cut=any(each.is_cut[number] for each in cuts),
-                    difference=_estimate(chair_i[number] - chair_i[0]) if number else None,
+                    difference=estimate(chair_i[number] - chair_i[0]) if number else None,
                 )
             )
     return found
@@ -104,7 +104,7 @@ class _CutAlike:
     is_cut: list[bool]
 
 
-def _cut_alike(draws: _Draws, graded: Sequence[Sequence[Mapping[str, Any]]]) -> _CutAlike:
+def _cut_alike(draws: Draws, graded: Sequence[Sequence[Mapping[str, Any]]]) -> _CutAlike:
     curves = [_Curve.of(rows) for rows in graded]
     sums = [(draws.sum(curve.grounded), draws.sum(curve.hallucinated)) for curve in curves]
     target = np.min([grounded[:, -1] for grounded, _ in sums], axis=0)  # (draw)
@@ -116,7 +116,7 @@ def _cut_alike(draws: _Draws, graded: Sequence[Sequence[Mapping[str, Any]]]) -> 
 
 def coverage_curves(evaluations: Sequence[Evaluation], benchmark: str) -> dict[str, tuple[Floats, Floats]]:
     """Model -> (Cover, CHAIRi) in percent with captions cut after 1, 2, … objects, [cuts] each; empty without captions."""
-    keys = _common_items(evaluations, benchmark, is_caption=True)
+    keys = common_items(evaluations, benchmark, is_caption=True)
     curves = {}
     for evaluation in evaluations if keys else ():
         curve = _Curve.of([evaluation.grades[benchmark][key] for key in keys])

@@ -12,7 +12,7 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec
 from catpo.evaluation.benchmarks import Item
 from catpo.evaluation.bootstrap import Estimate
-from catpo.evaluation.tasks import Task, _hash_items
+from catpo.evaluation.tasks import Task, hash_items
 from catpo.files.json_files import read_json, read_rows
 from catpo.files.provenance import check_same
 
@@ -163,12 +163,12 @@ def about(
         "limit": limit,
         "shuffled": shuffled,
         "decoding": dict(decoding),
-        "items_hash": _hash_items(tasks),
+        "items_hash": hash_items(tasks),
         "data_hashes": {task.name: dict(task.hashes) for task in tasks if task.hashes},
     }
 
 
-def _read_begun(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / ABOUT, made_by="catpo evaluate", fields=BEGUN)
 
 
@@ -183,7 +183,7 @@ def check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
 
 def without_skipped(tasks: Sequence[Task], folder: Path) -> list[Task]:
     """The tasks without the items that the evaluation in `folder` leaves out."""
-    left_out = _read_begun(folder).get("skipped") or {}
+    left_out = read_manifest(folder).get("skipped") or {}
     return [replace(task, items=[item for item in task.items if f"{task.name}/{item.id}" not in left_out]) for task in tasks]
 
 

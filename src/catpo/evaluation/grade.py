@@ -27,13 +27,13 @@ from catpo.evaluation.folder import (
     ANSWERS,
     GRADES,
     SCORES,
-    _read_begun,
     about,
     answer_row,
     check_begun,
+    read_manifest,
     without_skipped,
 )
-from catpo.evaluation.tasks import Task, _waits_for_answers, _with_answered, each_item, open_tasks
+from catpo.evaluation.tasks import Task, each_item, open_tasks, waits_for_answers, with_answered
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_rows, write_json
 from catpo.files.lock import lock
@@ -60,7 +60,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
     Raises:
         UserError: the folder holds no evaluation, or not all of its answers.
     """
-    about = _read_begun(Path(output))
+    about = read_manifest(Path(output))
     specs = [parse(spec) for spec in about["benchmarks"].values()]
     tasks = open_tasks(
         specs,
@@ -72,7 +72,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
     )
     with lock(output) as folder:
         rows = read_rows(folder / ANSWERS, ANSWER)
-        tasks = [_with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
+        tasks = [with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
         return write_scores(folder, tasks, judge if judge is not None else about.get("judge"), progress)
 
 
@@ -109,7 +109,7 @@ def grade_answers(
         parse(judge)
     whole = open_tasks(benchmarks, data=data)
     given = _given_answers(files, whole)
-    tasks = [_with_answered(task, given[task.name], limit) for task in whole]
+    tasks = [with_answered(task, given[task.name], limit) for task in whole]
     _check_given(files, tasks, given)
     with lock(output) as folder:
         begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=False, decoding={"answers": _names(files)})
@@ -153,7 +153,7 @@ def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[st
 def _our_answers(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     """Rows with benchmark, id and answer, as `catpo evaluate` writes them; those of other items are left out."""
     wanted = {(task.name, item.id) for task, item in each_item(tasks)}
-    opened = {task.name for task in tasks if _waits_for_answers(task.benchmark)}
+    opened = {task.name for task in tasks if waits_for_answers(task.benchmark)}
     given: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
     double = []
     for record in records:
@@ -182,7 +182,7 @@ def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, 
     Raises:
         UserError: an answer is missing, or a benchmark needs a judge and none is named.
     """
-    begun = _read_begun(folder)
+    begun = read_manifest(folder)
     answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS, ANSWER)}
     judges = open_judges(tasks, judge)
     left_out = begun.get("skipped") or {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from catpo.core import registry
-from catpo.evaluation.bootstrap import Estimate, _estimate, resample
+from catpo.evaluation.bootstrap import Estimate, estimate, resample
 from catpo.evaluation.folder import Evaluation, mentions
 
 
@@ -74,8 +74,8 @@ def paired_differences(
         One row per benchmark and metric; none for a benchmark that is `incomparable` or has no item in common.
     """
     rows = []
-    for benchmark in _common([base, other]):
-        keys = _first_pictures(base.grades[benchmark], _common_items([base, other], benchmark), limit)
+    for benchmark in common_benchmarks([base, other]):
+        keys = _first_pictures(base.grades[benchmark], common_items([base, other], benchmark), limit)
         if not keys:
             continue
         summarise = registry.load("benchmarks", benchmark).summarise
@@ -85,12 +85,12 @@ def paired_differences(
         )
         for metric in before:
             if metric in after:
-                change = _estimate(after[metric] - before[metric])
+                change = estimate(after[metric] - before[metric])
                 rows.append(Difference(benchmark, metric, float(before[metric][0]), float(after[metric][0]), change, len(keys)))
     return rows
 
 
-def _common(evaluations: Sequence[Evaluation]) -> list[str]:
+def common_benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
     """Benchmarks that all evaluations can be compared by."""
     first, *others = evaluations
     return [name for name in first.benchmarks if not any(incomparable(first, other, name) for other in others)]
@@ -105,7 +105,7 @@ def _first_pictures(
     return [key for key in keys if rows[key]["picture"] in pictures]
 
 
-def _common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
+def common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
     """(group, id) of the items that all evaluations have graded, in the order of the first."""
     first, *others = (evaluation.grades.get(benchmark, {}) for evaluation in evaluations)
     return [

@@ -77,7 +77,7 @@ def _open(
     benchmark: Benchmark = make(**check_options(make, spec))
     benchmark.is_answered_here = is_answered_here
     items, hashes = _items(spec, benchmark, data, skipped)
-    if _waits_for_answers(benchmark):
+    if waits_for_answers(benchmark):
         return Task(spec, benchmark, items, hashes)
     if not items:
         raise UserError(f"{spec} asks nothing: {benchmark.data or data} holds no questions. Give it some, or another place.")
@@ -85,14 +85,14 @@ def _open(
     return Task(spec, benchmark, _shuffle_pictures(items, spec) if is_shuffled else items, hashes)
 
 
-def _waits_for_answers(benchmark: Benchmark) -> bool:
+def waits_for_answers(benchmark: Benchmark) -> bool:
     """Whether only answers made elsewhere say what was asked."""
     return isinstance(benchmark, FolderBenchmark) and benchmark.is_open and not benchmark.is_answered_here
 
 
-def _with_answered(task: Task, answered: Iterable[str], limit: int | None = None) -> Task:
+def with_answered(task: Task, answered: Iterable[str], limit: int | None = None) -> Task:
     """The first pictures of a benchmark; an open one has just those items that are answered."""
-    if not (isinstance(task.benchmark, FolderBenchmark) and _waits_for_answers(task.benchmark)):
+    if not (isinstance(task.benchmark, FolderBenchmark) and waits_for_answers(task.benchmark)):
         return replace(task, items=_first_pictures(task.items, limit))
     return replace(task, items=_first_pictures([task.benchmark.item(name) for name in answered], limit))
 
@@ -140,7 +140,7 @@ def each_item(tasks: Sequence[Task]) -> Iterator[tuple[Task, Item]]:
             yield task, item
 
 
-def _hash_items(tasks: Sequence[Task]) -> str:
+def hash_items(tasks: Sequence[Task]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for task, item in each_item(tasks):
         digest.update(f"{task.name}\0{item.id}\0{item.sample.prompt}\0".encode("utf-8", "surrogatepass"))

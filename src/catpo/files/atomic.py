@@ -37,7 +37,7 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
             part.unlink()
         if isinstance(error, OSError | ValueError):  # ValueError: a NUL in the name, half a character in the text
             raise UserError(
-                f"{_shown(path)} cannot be written ({_reason(error)}). Check space, permissions and name."
+                f"{_shown(path)} cannot be written ({reason_of(error)}). Check space, permissions and name."
             ) from error
         raise
 
@@ -71,11 +71,12 @@ def make_folder(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{_shown(folder)} cannot be used as a folder ({_reason(error)}). Choose another --output, or remove what is there."
+            f"{_shown(folder)} cannot be used as a folder ({reason_of(error)}). Choose another --output, or remove what "
+            "is there."
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files import strict_json
-from catpo.files.atomic import _reason, cut_back, write_atomic
+from catpo.files.atomic import cut_back, reason_of, write_atomic
 from catpo.files.strict_json import Fields, check_fields
 
 
@@ -53,7 +53,7 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
             return stream.tell()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be written ({_reason(error)}). Check space and permissions, then run it again."
+            f"{path} cannot be written ({reason_of(error)}). Check space and permissions, then run it again."
         ) from error
 
 

@@ -26,7 +26,7 @@ KNOWN_AS = {
 """What messages call the fields of `store.json` that are hashes."""
 
 
-def _check_fields(path: Path, provenance: Mapping[str, Any]) -> None:
+def check_description(path: Path, provenance: Mapping[str, Any]) -> None:
     """Refuse a `store.json` whose values no writer of this library can have put there."""
     signals, patches = provenance["signals"], _mapping(provenance.get("attention", {})).get("patches", "all")
     is_kept = {
@@ -52,15 +52,15 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _pairs_hash(pair_ids: Sequence[str]) -> str:
+def hash_pairs(pair_ids: Sequence[str]) -> str:
     return checksum("\n".join(pair_ids).encode())
 
 
-def _shard_count(description: Mapping[str, Any]) -> int:
+def shard_count(description: Mapping[str, Any]) -> int:
     return -(-description["pair_count"] // description["shard_size"])
 
 
-def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size: int) -> dict[str, Any]:
+def describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size: int) -> dict[str, Any]:
     """What `store.json` says at the beginning."""
     if not pair_ids:
         raise UserError("There is no pair to score.")
@@ -76,22 +76,22 @@ def _describe(provenance: Mapping[str, Any], pair_ids: Sequence[str], shard_size
         raise UserError(
             f"a signal cannot be called '{clash.pop()}': the reward store has a column of that name. Rename the signal."
         )
-    return _as_json(
+    return json_fields(
         {
             "format": FORMAT,
             **provenance,
             "pair_count": len(pair_ids),
             "shard_size": shard_size,
-            "pairs_hash": _pairs_hash(pair_ids),
+            "pairs_hash": hash_pairs(pair_ids),
             "complete": False,
         }
     )
 
 
-def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: str, next_step: str) -> None:
+def check_same_store(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: str, next_step: str) -> None:
     """Refuse when a field differs; where the model lies may differ as long as its hash is the same."""
     ignored = {"complete", "skipped"} | ({"model"} if "model_hash" in now else set())
-    before, after = _flat(stored), _flat(now)
+    before, after = flat_fields(stored), flat_fields(now)
     for field in [*after, *(field for field in before if field not in after)]:
         if field.split(".")[0] not in ignored and before.get(field) != after.get(field):
             name = KNOWN_AS.get(field, field)
@@ -100,14 +100,14 @@ def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], begun_with: s
             )
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields under dotted names."""
     flat = {}
     for name, value in fields.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+        flat.update(flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
     return flat
 
 
-def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+def json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As it will be read back: tuples are lists."""
     return json.loads(json.dumps(fields))

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, Side
 from catpo.files.json_files import read_json
-from catpo.rewards.description import FORMAT, TOP, _as_json, _check_fields, _check_same, _flat, _pairs_hash, _shard_count
+from catpo.rewards.description import (
+    FORMAT,
+    TOP,
+    check_description,
+    check_same_store,
+    flat_fields,
+    hash_pairs,
+    json_fields,
+    shard_count,
+)
 from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.rewards.shards import ResponseRow, Shard, ShardColumns, as_grids
 
@@ -48,7 +57,7 @@ class RewardStore:
             if sides != len(ids[::2]) * list(SIDES) or ids[::2] != ids[1::2]:
                 raise self._other_pairs()
             self.pair_ids += ids[::2]
-        if len(self.pair_ids) != provenance["pair_count"] or _pairs_hash(self.pair_ids) != provenance["pairs_hash"]:
+        if len(self.pair_ids) != provenance["pair_count"] or hash_pairs(self.pair_ids) != provenance["pairs_hash"]:
             raise self._other_pairs()
         self._number = {pair_id: number for number, pair_id in enumerate(self.pair_ids)}
         self._quantiles: dict[bool, dict[str, NDArray[np.floating]]] = {}
@@ -78,8 +87,8 @@ class RewardStore:
             raise UserError(
                 f"{path}/store.json does not say {', '.join(sorted(absent))}. Score the pairs again into a new folder."
             )
-        _check_fields(path, provenance)
-        count = _shard_count(provenance)
+        check_description(path, provenance)
+        count = shard_count(provenance)
         there = sum(each.stem.isdecimal() and int(each.stem) < count for each in path.glob("shards/*.json"))
         if there < count or not provenance.get("complete"):
             raise UserError(
@@ -141,11 +150,11 @@ class RewardStore:
         Raises:
             UserError: a field differs; names it with both values.
         """
-        before, now = _flat(self.provenance), _flat(_as_json(expected))
+        before, now = flat_fields(self.provenance), flat_fields(json_fields(expected))
         next_step = (
             f"Use {self.provenance.get('model', 'the same')} as it was then, or score the pairs again with `catpo score`."
         )
-        _check_same({field: before.get(field) for field in now}, now, f"{self.path} was scored with", next_step)
+        check_same_store({field: before.get(field) for field in now}, now, f"{self.path} was scored with", next_step)
 
     def get(self, pair_id: str, side: Side) -> ResponseRow:
         """One response: token ids, signals, reference log-probs, labels, pieces, patch grids.

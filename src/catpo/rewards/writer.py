@@ -14,7 +14,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.files.atomic import make_folder
 from catpo.files.json_files import read_json, write_json
-from catpo.rewards.description import TOP, _check_same, _describe, _shard_count
+from catpo.rewards.description import TOP, check_same_store, describe, shard_count
 from catpo.rewards.shards import ResponseRow, Shard, check_row, to_parquet
 
 
@@ -36,7 +36,7 @@ class RewardWriter:
         self.path = path
         self.description = description
         self.pair_ids = list(pair_ids)
-        self.shards = [Shard(path, number) for number in range(_shard_count(description))]
+        self.shards = [Shard(path, number) for number in range(shard_count(description))]
         whole = (shard.number for shard in self.shards if shard.is_whole()) if written is None else written
         self._written = set(whole)
 
@@ -57,10 +57,10 @@ class RewardWriter:
             UserError: there is no pair, or one twice; the store was begun with another model, other pairs, or other options.
         """
         path = Path(path)
-        description = _describe(provenance, pair_ids, shard_size)
+        description = describe(provenance, pair_ids, shard_size)
         if (path / "store.json").exists():
             stored = read_json(path / "store.json", made_by="catpo score")
-            _check_same(
+            check_same_store(
                 stored,
                 description,
                 f"{path} was begun with",

@@ -23,7 +23,7 @@ from catpo.models.packing import Batch, pack, response_hidden, run_backbone, to_
 from catpo.models.top_k import TopWords, top_words
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
-from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, _patches_by_picture
+from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
 from catpo.scoring.signals import Evidence
 
 SORTED_PAIRS = 32
@@ -177,7 +177,7 @@ class TeacherForced:
         picture = int(self.settings.patches)
         spans = []
         for each in self.encoded:
-            sizes = _patches_by_picture(each)
+            sizes = patches_by_picture(each)
             spans.append((sum(sizes[:picture]), sizes[picture]))
         rows = self.batch["patches"].shape[0] // len(spans)
         longest = max(size for _, size in spans)
@@ -236,7 +236,7 @@ def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) ->
     return labels
 
 
-def _by_length(
+def batches_by_length(
     scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
     """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only.
@@ -262,11 +262,11 @@ def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> 
     return values.float().cpu().numpy()
 
 
-def _joined_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
+def join_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
     widest = max(each.shape[1] for each in maps)
     return np.concatenate([np.pad(each, ((0, 0), (0, widest - each.shape[1]))) for each in maps])
 
 
-def _joined_top(responses: Sequence[ScoredResponse]) -> tuple[np.ndarray, np.ndarray]:
+def join_top(responses: Sequence[ScoredResponse]) -> tuple[np.ndarray, np.ndarray]:
     kept = [response.top for response in responses if response.top is not None]
     return np.concatenate([each.ids.numpy() for each in kept]), np.concatenate([each.logps.numpy() for each in kept])

@@ -28,9 +28,9 @@ from catpo.runtime.progress import Track, track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import Skipped
 from catpo.runtime.work_group import Team
-from catpo.scoring.forward import PairScorer, _by_length, _joined_maps, _joined_top
+from catpo.scoring.forward import PairScorer, batches_by_length, join_maps, join_top
 from catpo.scoring.reference_cache import Cache, store_bytes
-from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, _labels_hash, provenance, settings_of
+from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, hash_labels, provenance, settings_of
 
 SIZED_PAIRS = 16
 """Pairs by whose lengths a store's size is foretold."""
@@ -157,7 +157,7 @@ def score_pairs(
                 stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
                 here = writer.pairs_of(shard)
                 scored = {}
-                for batch in _by_length(scorer, pairs[here], batch_size, bound):
+                for batch in batches_by_length(scorer, pairs[here], batch_size, bound):
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
                     bar.advance(done + team.add("scored", len(batch)) - bar.count)
@@ -166,8 +166,8 @@ def score_pairs(
                     shard,
                     [response.row for response in responses],
                     hidden=np.concatenate([response.hidden for response in responses]) if kept.hidden else None,
-                    top=_joined_top(responses) if kept.k else None,
-                    maps=_joined_maps([response.map for response in responses]) if maps else None,
+                    top=join_top(responses) if kept.k else None,
+                    maps=join_maps([response.map for response in responses]) if maps else None,
                 )
             team.wait("scored")
         left_out = None if skipped is None or not skipped.goes_on else skipped
@@ -206,7 +206,7 @@ def _writer(
     """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
     ids = ids_of(pairs)
     if team.is_first:
-        made_of = provenance(family, settings, kept, maps=maps) | {"labels_hash": _labels_hash(pairs)}
+        made_of = provenance(family, settings, kept, maps=maps) | {"labels_hash": hash_labels(pairs)}
         writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)
     team.wait("begun")
     return writer if team.is_first else RewardWriter.join(output, ids)

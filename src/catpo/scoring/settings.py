@@ -47,7 +47,7 @@ class ScoreSettings:
 
     def check_patches(self, encoded: Encoded) -> None:
         """Raises UserError if the pair has no picture of the number asked for."""
-        count = len(_patches_by_picture(encoded))
+        count = len(patches_by_picture(encoded))
         if self.patches != "all" and not (isinstance(self.patches, int) and 0 <= self.patches < count):
             raise UserError(
                 f"pair {encoded.pair_id}: patches={self.patches!r} asks for a picture it does not have ({count} here). "
@@ -89,7 +89,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
     }
 
 
-def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
+def hash_labels(pairs: Sequence[PreferencePair]) -> str:
     """Identity of the token labels, which a pair's id does not cover."""
     digest = hashlib.blake2b(digest_size=16)
     for pair in pairs:
@@ -97,7 +97,7 @@ def _labels_hash(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()
 
 
-def _patches_by_picture(encoded: Encoded) -> list[int]:
+def patches_by_picture(encoded: Encoded) -> list[int]:
     sizes = [0] * (1 + max(grid.picture for grid in encoded.grids))
     for grid in encoded.grids:
         sizes[grid.picture] += grid.size

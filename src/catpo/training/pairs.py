@@ -11,11 +11,11 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.skip_log import Skipped
 
 
-def _checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
+def checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
     return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
 
 
-def _usable(
+def usable(
     pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
 ) -> Sequence[PreferencePair]:
     """The pairs that the model can read and that were scored."""

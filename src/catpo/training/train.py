@@ -30,7 +30,7 @@ from catpo.runtime.work_group import Team
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, WholeCheckpoints, damage, last_whole
 from catpo.training.config import CatPOConfig, check_values, lora_config
-from catpo.training.pairs import _checked, _usable
+from catpo.training.pairs import checked, usable
 from catpo.training.trainer import CatPOTrainer
 
 
@@ -117,7 +117,7 @@ def train(
             raise UserError(problem)
         check_values(options)
         skipped = Skipped(on_error)
-        everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else _checked(pairs, skipped, limit)
+        everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else checked(pairs, skipped, limit)
         train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
         place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
         family = loading.load(
@@ -125,8 +125,8 @@ def train(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if skipped.goes_on:
-            usable = _usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
-            train_pairs, dev_pairs = dev_split(usable, dev_share, seed)
+            readable = usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
+            train_pairs, dev_pairs = dev_split(readable, dev_share, seed)
             if team.is_first:
                 skipped.write(output)
         config = CatPOConfig(
