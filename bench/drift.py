@@ -3,7 +3,7 @@
     python -m bench.drift catpo-demo/seed-0
 
 Cat-PO gives a token before the first difference of a pair the net coefficient w+ - w- = 2T - 1 in the margin, plain DPO gives
-0. Below 0, training must push these (correct) words down; `shared='neutral'` must not. This prints both sides of that claim.
+0. Below 0, training must push these (correct) words down; `shared_prefix='neutral'` must not. This prints both sides.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ data: folder(source='{pairs}')
 seeds: [0]
 learning_rates: [1e-4]
 rows: {{dpo: dpo, catpo: catpo}}
-train: {{max_steps: 2, batch_size: 1, accumulation: 1, dev_share: 0.0}}
+train: {{max_steps: 2, batch_size: 1, gradient_accumulation_steps: 1, dev_share: 0.0}}
 """
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -85,10 +85,22 @@ def _score(inputs: Path, output: Path) -> object:
 
 def _train(lora: str | None) -> Callable[[Path, Path], object]:
     return lambda inputs, output: train(
-        pairs=inputs / "pairs", rewards=inputs / "rewards", model="builtin", output=output, lora=lora, objective="catpo",
-        epochs=2, batch_size=1, accumulation=2, dev_share=0.25, save_steps=2, logging_steps=3, learning_rate=1e-4, resume=True,
+        pairs=inputs / "pairs",
+        rewards=inputs / "rewards",
+        model="builtin",
+        output=output,
+        lora=lora,
+        objective="catpo",
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        eval_fraction=0.25,
+        save_steps=2,
+        logging_steps=3,
+        learning_rate=1e-4,
+        resume=True,
         progress=False,
-    )  # fmt: skip
+    )
 
 
 def _evaluate(inputs: Path, output: Path) -> object:

@@ -30,7 +30,7 @@ from catpo.rewards import store as rewards
 from catpo.rewards.shards import ResponseRow
 from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import RewardWriter
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 
 SIGNALS = ["global_attention", "patch_entropy", "semantic"]
 TOKENS = 6
@@ -99,7 +99,7 @@ def exhaust(source: str) -> None:
 
 def keep_pairs(source: str) -> None:
     """Everything read, a part kept out, and pairs here and there looked at again."""
-    train, _ = dev_split(read_pairs(source, Skipped()), 0.1, 0)
+    train, _ = dev_split(read_pairs(source, SkipLog()), 0.1, 0)
     for place in random.Random(0).sample(range(len(train)), min(SAMPLE, len(train))):
         train[place].images[0].open()
 

@@ -133,7 +133,7 @@ def timed(folder: Path, shape: str, side: Side) -> tuple[float, dict[str, Any]]:
         write_pairs(pairs, make_pairs(SHAPES[shape], 1 + STEPS), {})
     given: dict[str, Any] = {"pairs": str(pairs), "model": str(folder / shape / "model")}
     if side.work == "train":
-        given |= {"objective": side.trainer, "lora": LORA if side.lora else None, "epochs": 1, "dev_share": 0.0}
+        given |= {"objective": side.trainer, "lora": LORA if side.lora else None, "num_train_epochs": 1, "eval_fraction": 0.0}
         given |= {"gradient_checkpointing": side.checkpointing}
     made = planned(side.work, **given)
     run = worker(case, side, [*place, "--steps", str(STEPS), "--clock", "cpu"])
@@ -165,7 +165,7 @@ class Place:
         if not self.pairs_file.exists():
             write_pairs(self.pairs_file, self.pairs, {})
         if not self.rewards.exists():
-            score_pairs(self.pairs, loading.load(self.model), self.rewards, maps=False, progress=False)
+            score_pairs(self.pairs, loading.load(self.model), self.rewards, attention_maps=False, progress=False)
         return self
 
     def given(self, **options: Any) -> dict[str, Any]:
@@ -204,12 +204,14 @@ def loopback_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def watched(place: Place, output: Path, *, steps: int = LAST, lora: str | None = None, accumulation: int = 1) -> dict[str, Any]:
+def watched(
+    place: Place, output: Path, *, steps: int = LAST, lora: str | None = None, gradient_accumulation_steps: int = 1
+) -> dict[str, Any]:
     """Trains in this process, as one of several."""
     ledger, family = Ledger(), loading.load(place.model)  # whole: ZeRO-3 divides it afterwards
     settings = CatPOConfig(
         output_dir=str(output), objective=CATPO, rewards=str(place.rewards), max_steps=steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation, save_strategy="no", disable_tqdm=True, logging_steps=1000,
+        gradient_accumulation_steps=gradient_accumulation_steps, save_strategy="no", disable_tqdm=True, logging_steps=1000,
         use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
     )  # fmt: skip
     trainer = CatPOTrainer(
@@ -226,11 +228,17 @@ def sent(folder: Path) -> list[Row]:
     for engine in ENGINES:
         launch = environment(engine, folder)
         for case, options in SENT.items():
-            given = place.given(batch_size=1, dev_share=0.0, objective=CATPO, **options)
+            given = place.given(per_device_train_batch_size=1, eval_fraction=0.0, objective=CATPO, **options)
             made = planned("train", engine=engine, processes=2, **given)
             found = together(2, partial(watched, place, folder / "run", **options), **launch)[0]["sent"]
             rows.append(
-                Row("bytes sent per step", f"{engine}, {case}", by_gloo(made, options["accumulation"]) / 1e6, found / 1e6, "MB")
+                Row(
+                    "bytes sent per step",
+                    f"{engine}, {case}",
+                    by_gloo(made, options["gradient_accumulation_steps"]) / 1e6,
+                    found / 1e6,
+                    "MB",
+                )
             )
     return rows
 
@@ -238,9 +246,9 @@ def sent(folder: Path) -> list[Row]:
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 ENGINES = ("ddp", "fsdp2", *(("zero2", "zero3") if HAS_DEEPSPEED else ()))
 SENT: dict[str, dict[str, Any]] = {
-    "full": {"lora": None, "accumulation": 1},
-    "full, 2 batches a step": {"lora": None, "accumulation": 2},
-    "LoRA": {"lora": LORA, "accumulation": 1},
+    "full": {"lora": None, "gradient_accumulation_steps": 1},
+    "full, 2 batches a step": {"lora": None, "gradient_accumulation_steps": 2},
+    "LoRA": {"lora": LORA, "gradient_accumulation_steps": 1},
 }
 
 
@@ -268,7 +276,7 @@ KEPT_BY_ZERO_3 = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "st
 def memory(folder: Path, place: Place | None = None) -> list[Row]:
     """Bytes of the larger of two processes under FSDP2."""
     place = place or Place.at(folder)
-    made = planned("train", engine="fsdp2", processes=2, **place.given(lora=None, dev_share=0.0, objective=CATPO))
+    made = planned("train", engine="fsdp2", processes=2, **place.given(lora=None, eval_fraction=0.0, objective=CATPO))
     both = together(2, partial(watched, place, folder / "held", steps=1), **environment("fsdp2", folder))
     return [
         Row(
@@ -289,7 +297,7 @@ def disk(folder: Path, place: Place | None = None) -> list[Row]:
     """Files of reward stores and of a checkpoint."""
     place = place or Place.at(folder)
     rows = [row for cache in ("hidden", "topk(k=8)") for row in stored(place, folder / cache, cache)]
-    made = planned("train", **place.given(lora=None, dev_share=0.0, objective=CATPO))
+    made = planned("train", **place.given(lora=None, eval_fraction=0.0, objective=CATPO))
     together(1, partial(checkpointed, place, folder / "run"))
     checkpoint = next((folder / "run" / "checkpoints").glob("checkpoint-*"))
     return [
@@ -312,7 +320,7 @@ def stored(place: Place, output: Path, cache: str) -> list[Row]:
 def checkpointed(place: Place, output: Path) -> None:
     train(
         pairs=place.pairs, model=place.model, output=output, rewards=place.rewards, objective=CATPO, lora=None, max_steps=1,
-        accumulation=1, dev_share=0.0, progress=False,
+        gradient_accumulation_steps=1, eval_fraction=0.0, progress=False,
     )  # fmt: skip
 
 

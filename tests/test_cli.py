@@ -101,9 +101,10 @@ def test_an_engine_gets_the_flags_under_their_own_names(command: str, called: di
 @pytest.mark.parametrize("command", ENGINES)
 def test_a_recipe_sets_what_the_command_line_does_not(command: str, called: dict[str, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"dtype: float32\n{command}: {{limit: 5, batch_size: 2}}\n")
-    assert run(command, *REQUIRED[command], "--config", str(recipe), "--batch-size", "3") == 0
-    assert (called["limit"], called["batch_size"], called["dtype"]) == (5, 3, "float32")
+    name = "per_device_train_batch_size" if command == "train" else "batch_size"
+    recipe.write_text(f"dtype: float32\n{command}: {{limit: 5, {name}: 2}}\n")
+    assert run(command, *REQUIRED[command], "--config", str(recipe), f"--{name.replace('_', '-')}", "3") == 0
+    assert (called["limit"], called[name], called["dtype"]) == (5, 3, "float32")
 
 
 def test_a_recipe_can_set_everything_that_is_required(called: dict[str, Any], tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_an_interruption_is_exit_code_130(
     [
         (["tain"], 'Did you mean "train"'),
         (["train", *REQUIRED["train"], "--learning-rat", "1"], "Did you mean --learning-rate"),
-        (["train", *REQUIRED["train"], "--epochs", "six"], "six"),
+        (["train", *REQUIRED["train"], "--num-train-epochs", "six"], "six"),
         (["train", *REQUIRED["train"], "--reference", "stored"], "stored"),
         (["train", "--model", "builtin"], "--pairs"),
         (["list", "signal"], "Did you mean 'signals'?"),

@@ -111,9 +111,9 @@ def test_sections_win_over_what_is_set_for_all(tmp_path: Path) -> None:
 
 
 def test_values_get_the_type_of_the_option(tmp_path: Path) -> None:
-    train = read(tmp_path, "train: {learning_rate: 1e-6, epochs: 2, output: a/b, lora: null, resume: true}")["train"]
-    assert train == {"learning_rate": 1e-6, "epochs": 2.0, "output": Path("a/b"), "lora": None, "resume": True}
-    assert isinstance(train["epochs"], float)
+    train = read(tmp_path, "train: {learning_rate: 1e-6, num_train_epochs: 2, output: a/b, lora: null, resume: true}")["train"]
+    assert train == {"learning_rate": 1e-6, "num_train_epochs": 2.0, "output": Path("a/b"), "lora": None, "resume": True}
+    assert isinstance(train["num_train_epochs"], float)
     score = read(tmp_path, "score: {layers: [1, 2], signals: semantic, patches: 0}")["score"]
     assert score == {"layers": [1, 2], "signals": ("semantic",), "patches": 0}
     assert read(tmp_path, "report:\n  runs:\n  - a\n  - b\n")["report"] == {"runs": (Path("a"), Path("b"))}
@@ -123,14 +123,14 @@ def test_values_get_the_type_of_the_option(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("train: {objectve: dpo}", "'train.objectve' is not an option. Did you mean 'train.objective'?"),
-        ("train: {zzz: 1}", "'train.zzz' is not an option. Known: accumulation, "),
+        ("train: {zzz: 1}", "'train.zzz' is not an option. Known: attn_implementation, "),
         ("trian: {objective: dpo}", "'trian' is not an option. Did you mean 'train'?"),
         ("modell: builtin", "'modell' is not an option. Did you mean 'model'?"),
         ("1: 2", "'1' is not an option."),
         ("null: 2", "'None' is not an option."),
         ("output: here", "'output' differs from command to command. Put it into the sections, e.g. 'train.output'."),
-        ("train: {epochs: six}", "'train.epochs' must be a number, not 'six'."),
-        ("train: {epochs: true}", "'train.epochs' must be a number, not True."),
+        ("train: {num_train_epochs: six}", "'train.num_train_epochs' must be a number, not 'six'."),
+        ("train: {num_train_epochs: true}", "'train.num_train_epochs' must be a number, not True."),
         ("train: {seed: 1.5}", "'train.seed' must be a whole number, not 1.5."),
         ("seed: x", "'seed' must be a whole number, not 'x'."),
         ("train: {resume: 1}", "'train.resume' must be true or false, not 1."),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from catpo.models import loading
-from catpo.runtime.work_group import Team
+from catpo.runtime.work_group import WorkGroup
 from catpo.training.train import train
 from tiny import pairs
 
@@ -37,8 +37,11 @@ CASES = {
     "checkpointed lora": {"gradient_checkpointing": True, "lora": LORA},
     "views": {"objective": "mdpo"},
     "views lora": {"objective": "mdpo", "lora": LORA},
-    "accumulated": {"batch_size": 2, "accumulation": 2},
-    "watched": {"dev_share": 0.25, "batch_size": 2},  # six pairs: accelerate would fill a last batch up with the first pairs
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "watched": {
+        "eval_fraction": 0.25,
+        "per_device_train_batch_size": 2,
+    },  # six pairs: accelerate would fill a last batch up with the first pairs
     "learned": {"objective": "catpo(learned=True)"},
 }
 slow = pytest.mark.slow
@@ -49,9 +52,16 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="dee
 def trained(folder, store, output, **options):
     """Four steps of four pairs; what was logged, and which engine ran."""
     settings = {
-        "lora": None, "batch_size": 4, "accumulation": 1, "epochs": 2, "dev_share": 0.0, "logging_steps": 1,
-        "learning_rate": 1e-3, "rewards": store, "progress": False,
-    }  # fmt: skip
+        "lora": None,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 2,
+        "eval_fraction": 0.0,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "rewards": store,
+        "progress": False,
+    }
     train(pairs=pairs(8), model=folder, output=output, **{**settings, **options})
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     figures = [row[name] for row in rows for name in ("loss", "grad_norm", "eval_loss") if name in row]
@@ -103,7 +113,7 @@ def test_an_engine_in_bfloat16_stays_near_one_process(folder, store, tmp_path, e
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_sharded_run_is_resumed_where_it_stopped(folder, store, tmp_path, engine, lora):
     environment = environment_of(RECIPES / f"{engine}.yaml")
-    run = partial(trained, folder, store, batch_size=2, lora=lora, save_steps=2, scheduler="constant")
+    run = partial(trained, folder, store, per_device_train_batch_size=2, lora=lora, save_steps=2, lr_scheduler_type="constant")
     straight, _ = together(2, partial(run, tmp_path / "straight"), **environment)[0]
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
         together(2, partial(interrupted, partial(run, tmp_path / "again")), **environment)
@@ -113,7 +123,9 @@ def test_a_sharded_run_is_resumed_where_it_stopped(folder, store, tmp_path, engi
 
 
 def test_fsdp2_keeps_no_whole_gradients_between_the_batches_of_a_step(folder, store, tmp_path):
-    run = partial(trained, folder, store, tmp_path / "run", batch_size=2, accumulation=2, max_steps=1)
+    run = partial(
+        trained, folder, store, tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1
+    )
     both = together(2, partial(gradients_after_a_batch, run), **environment_of(RECIPES / "fsdp2.yaml"))
     family = loading.load(folder)
     trains = sum(each.numel() for each in [*family.decoder.parameters(), family.head.weight])
@@ -149,20 +161,20 @@ def interrupted(run):
 
 
 def test_a_finished_run_lets_go_of_processes_that_come_late(folder, store, tmp_path):
-    run = partial(trained, folder, store, tmp_path / "run", batch_size=2, max_steps=1)
+    run = partial(trained, folder, store, tmp_path / "run", per_device_train_batch_size=2, max_steps=1)
     first = together(2, run)
     assert together(2, partial(late, partial(run, resume=True))) == first
 
 
 def late(run):
     """The second process is a second later once they have found one another."""
-    meet = Team.__init__
+    meet = WorkGroup.__init__
 
-    def slowly(team):
-        meet(team)
-        time.sleep(team.number)
+    def slowly(group):
+        meet(group)
+        time.sleep(group.number)
 
-    Team.__init__ = slowly
+    WorkGroup.__init__ = slowly
     return run()
 
 

@@ -49,7 +49,14 @@ def made(request, tmp_path_factory, data):
     family.processor.save_pretrained(folder / "model")
     common = dict(pairs=str(data / "pairs.jsonl"), model=folder / "model", progress=False)
     score(**common, output=folder / "rewards")
-    settings = dict(rewards=folder / "rewards", batch_size=2, accumulation=1, max_steps=2, dev_share=0.25, logging_steps=1)
+    settings = dict(
+        rewards=folder / "rewards",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        max_steps=2,
+        eval_fraction=0.25,
+        logging_steps=1,
+    )
     train(**common, **settings, output=folder / "lora", lora="lora(r=4, alpha=8)", learning_rate=1e-2)
     train(**common, **settings, output=folder / "full", lora=None, learning_rate=1e-3)
     return folder

@@ -28,7 +28,7 @@ from catpo.runtime import disk_errors, sigterm
 from catpo.scoring import forward
 from catpo.scoring.score import score_pairs
 from catpo.training import loss_checks
-from catpo.training.checkpoints import MARK, WholeCheckpoints, damage, last_whole
+from catpo.training.checkpoints import MARK, AtomicCheckpoints, damage, last_whole
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 from tiny import llava, pairs
@@ -63,9 +63,20 @@ def files(folder):
 
 def training(folder, store, output, **options):
     defaults = dict(
-        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=1, accumulation=2,
-        lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=3, dev_share=0.25, progress=False, resume=True,
-    )  # fmt: skip
+        pairs=pairs(8),
+        model=str(folder),
+        rewards=store,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        lora="lora(r=4, alpha=8)",
+        save_steps=2,
+        logging_steps=3,
+        eval_fraction=0.25,
+        progress=False,
+        resume=True,
+    )
     return train(output=output, **{**defaults, **options})
 
 
@@ -403,7 +414,7 @@ def test_the_files_of_every_process_belong_to_a_checkpoint(tmp_path):
     for name in [*written, f".{MARK}.4711.part"]:  # the last is of a process that was killed
         (checkpoint / name).write_bytes(os.urandom(100))
     args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=4)
-    WholeCheckpoints(sigterm.Stop(), bool, lambda: None).on_save(args, state, None)
+    AtomicCheckpoints(sigterm.Stop(), bool, lambda: None).on_save(args, state, None)
     assert sorted(json.loads((checkpoint / MARK).read_text())["files"]) == written
     (checkpoint / f".{MARK}.4711.part").unlink()
     assert damage(checkpoint) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from catpo.core.errors import UserError
-from catpo.rewards.fusion import NORMALISATIONS, Fusion, ResponseSignals, find_signal, fuse, keep_share, shared_prefix, weigh
+from catpo.rewards.fusion import NORMALISATIONS, Fusion, ResponseSignals, find_signal, fuse, select_tokens, shared_prefix, weigh
 
 EOS = 2
 NAMES = ("global_attention", "patch_entropy", "semantic")
@@ -86,8 +86,8 @@ def some_fusions():
                 scope=scope,
                 activation=activation,
                 eos=str(rng.choice(["neutral", "zero", "scored"])),
-                keep=float(rng.choice([1.0, 0.3])),
-                shared=str(rng.choice(["own", "neutral"])),
+                token_fraction=float(rng.choice([1.0, 0.3])),
+                shared_prefix=str(rng.choice(["own", "neutral"])),
                 alpha=float(rng.random()),
             )
 
@@ -270,7 +270,7 @@ def test_eos_is_neutral_zero_or_scored():
 def test_a_response_of_special_tokens_only_is_neutral():
     chosen, rejected = response([EOS, EOS]), response([5, EOS])
     for normalise, scope in itertools.product(NORMALISATIONS, ("response", "pair")):
-        weights = fuse(chosen, rejected, Fusion(normalise=normalise, scope=scope, keep=0.5), table_of(rejected))
+        weights = fuse(chosen, rejected, Fusion(normalise=normalise, scope=scope, token_fraction=0.5), table_of(rejected))
         np.testing.assert_array_equal(weights.chosen, 1.0)
 
 
@@ -282,18 +282,18 @@ def test_a_response_of_special_tokens_only_is_neutral():
 def test_keep_share_takes_that_many_tokens_rounded_up(count, share):
     squashed = np.random.default_rng(0).random(count)
     exact = -(-round(share * 100) * count // 100)  # ⌈share · count⌉ in whole numbers
-    for keep_from in ("top", "bottom"):
-        assert keep_share(squashed, share, keep_from).sum() == exact
+    for select in ("top", "bottom"):
+        assert select_tokens(squashed, share, select).sum() == exact
 
 
-@pytest.mark.parametrize("keep_from", ["top", "bottom"])
+@pytest.mark.parametrize("select", ["top", "bottom"])
 @pytest.mark.parametrize("unselected", [1.0, 0.0, "base"])
-def test_keep_weighs_the_best_or_worst_chosen_tokens_and_leaves_the_rest_alone(keep_from, unselected):
+def test_keep_weighs_the_best_or_worst_chosen_tokens_and_leaves_the_rest_alone(select, unselected):
     chosen, rejected = random_pair(9)
     everything = fuse(chosen, rejected, Fusion(base_weight=0.4))
-    some = fuse(chosen, rejected, Fusion(base_weight=0.4, keep=0.3, keep_from=keep_from, unselected=unselected))
+    some = fuse(chosen, rejected, Fusion(base_weight=0.4, token_fraction=0.3, select=select, unselected=unselected))
     squashed = everything.chosen_relevance[:-1]
-    ranked = sorted(range(len(squashed)), key=lambda token: squashed[token], reverse=keep_from == "top")
+    ranked = sorted(range(len(squashed)), key=lambda token: squashed[token], reverse=select == "top")
     kept = ranked[: math.ceil(0.3 * len(squashed))]
     for token in range(len(squashed)):
         other = 0.4 if unselected == "base" else unselected
@@ -303,12 +303,12 @@ def test_keep_weighs_the_best_or_worst_chosen_tokens_and_leaves_the_rest_alone(k
 
 
 def test_tokens_of_equal_relevance_are_kept_by_position():
-    assert keep_share(np.full(5, 0.4), 0.4, "top").tolist() == [True, True, False, False, False]
-    assert keep_share(np.full(5, 0.4), 0.4, "bottom").tolist() == [True, True, False, False, False]
+    assert select_tokens(np.full(5, 0.4), 0.4, "top").tolist() == [True, True, False, False, False]
+    assert select_tokens(np.full(5, 0.4), 0.4, "bottom").tolist() == [True, True, False, False, False]
 
 
 def test_keeping_nothing_makes_the_chosen_side_plain_dpo():
-    weights = fuse(*random_pair(1), Fusion(keep=0.0))
+    weights = fuse(*random_pair(1), Fusion(token_fraction=0.0))
     np.testing.assert_array_equal(weights.chosen, 1.0)
 
 
@@ -337,7 +337,7 @@ def test_small_raw_relevance_pushes_the_shared_prefix_down():
 @pytest.mark.parametrize("seed", range(8))
 def test_neutral_shared_tokens_cancel_and_the_others_stay(seed):
     chosen, rejected = random_pair(seed)
-    own, neutral = fuse(chosen, rejected), fuse(chosen, rejected, Fusion(shared="neutral"))
+    own, neutral = fuse(chosen, rejected), fuse(chosen, rejected, Fusion(shared_prefix="neutral"))
     shared = own.shared_count
     np.testing.assert_array_equal(neutral.chosen[:shared], neutral.rejected[:shared])
     np.testing.assert_allclose(neutral.chosen[:shared], (own.chosen[:shared] + own.rejected[:shared]) / 2)
@@ -369,14 +369,14 @@ def test_shared_prefix_ends_with_the_shorter_response():
         ({"scope": "token"}, "scope='token' is not one of response, pair"),
         ({"activation": "relu"}, "activation='relu'"),
         ({"eos": 0}, "eos=0 is not one of neutral, zero, scored"),
-        ({"keep_from": "tops"}, "Did you mean 'top'"),
-        ({"shared": "neutrl"}, "Did you mean 'neutral'"),
+        ({"select": "tops"}, "Did you mean 'top'"),
+        ({"shared_prefix": "neutrl"}, "Did you mean 'neutral'"),
         ({"alpha": 1.2}, "alpha=1.2 is not a number from 0 to 1"),
         ({"alpha": "0.5"}, "alpha='0.5' is not a number"),
         ({"alpha": True}, "alpha=True is not a number"),
         ({"base_weight": -0.1}, "base_weight=-0.1 is not a number of 0 or more"),
         ({"base_weight": math.nan}, "base_weight=nan"),
-        ({"keep": 30}, "keep=30 is not a number from 0 to 1"),
+        ({"token_fraction": 30}, "token_fraction=30 is not a number from 0 to 1"),
         ({"temperature": 0}, "temperature=0 would divide by zero"),
         ({"unselected": "basis"}, "unselected='basis' is not a number of 0 or more or 'base'"),
         ({"signals": {}}, r"signals=\{\} is not of the form"),

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catpo.models.output_head import Head, likeliest_tokens, token_logits, token_probabilities, token_stats
+from catpo.models.output_head import OutputHead, likeliest_tokens, token_logits, token_probabilities, token_stats
 
 DIRECTIONS = ["policy||reference", "reference||policy"]
 
@@ -15,8 +15,8 @@ DIRECTIONS = ["policy||reference", "reference||policy"]
 def problem(tokens=7, width=5, vocabulary=11, dtype=torch.float64, softcap=None, scale=1.0, bias=True):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
-    head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
-    reference_head = Head(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
+    head = OutputHead(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
+    reference_head = OutputHead(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
     return (
         draw(tokens, width),
         head,

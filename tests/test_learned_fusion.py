@@ -21,7 +21,7 @@ from tiny import pairs
 
 OPTIONS = [
     {}, {"gamma": 0.5, "delta": 0.1}, {"normalise": "none"}, {"normalise": "zscore", "activation": "sigmoid"},
-    {"normalise": "quantile"}, {"scope": "pair"}, {"eos": "zero"}, {"eos": "scored"}, {"shared": "neutral"},
+    {"normalise": "quantile"}, {"scope": "pair"}, {"eos": "zero"}, {"eos": "scored"}, {"shared_prefix": "neutral"},
     {"base_weight": 0.2, "temperature": 2.0},
 ]  # fmt: skip
 
@@ -74,10 +74,21 @@ def test_learned_weights_are_equation_11_at_any_coefficients():
 
 def run(folder, store, output, **options):
     given = dict(
-        pairs=pairs(8), model=str(folder), rewards=store, output=output, learning_rate=1e-3, epochs=2, batch_size=2,
-        accumulation=1, lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False,
+        pairs=pairs(8),
+        model=str(folder),
+        rewards=store,
+        output=output,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        lora="lora(r=4, alpha=8)",
+        save_steps=2,
+        logging_steps=1,
+        eval_fraction=0.0,
+        progress=False,
         objective="catpo(learned=True, learned_rate=0.05)",
-    )  # fmt: skip
+    )
     return train(**{**given, **options})
 
 
@@ -116,7 +127,7 @@ def test_any_method_can_learn_its_token_weights(folder, store, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"keep": 0.5}, "keep has no place"), ({"signals": {"semantic": 1.0}}, "signals has no place"),
+    ({"token_fraction": 0.5}, "token_fraction has no place"), ({"signals": {"semantic": 1.0}}, "signals has no place"),
     ({"alpha": 0.3}, "alpha has no place"), ({"normalise": "mean_calibrated"}, "one by one"),
     ({"learned_rate": -1.0}, "learned_rate"),
 ])  # fmt: skip

@@ -176,7 +176,7 @@ def test_lmms_eval_runs_the_model_and_a_task_of_catpo(tmp_path, monkeypatch):
 
     assert lmms_eval.manifest() == registry_v2.ModelManifest("catpo", "catpo.evaluation.lmms_eval.model.Model")
     if sys.modules["catpo.evaluation.lmms_eval.model"].lmms is object:
-        pytest.fail("catpo.lmms.model does not find lmms_eval")
+        pytest.fail("catpo.evaluation.lmms_eval.model does not find lmms_eval")
     names = tasks.export_tasks([SCENES], tmp_path / "tasks", max_new_tokens=96)
     results = evaluator.simple_evaluate(
         model="catpo",

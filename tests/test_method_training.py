@@ -20,7 +20,7 @@ from catpo.testing import loss_from_logits
 from catpo.training.config import CatPOConfig
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
-from catpo.training.view_passes import Readings
+from catpo.training.view_passes import ViewPasses
 from tiny import llava, pairs
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
@@ -164,9 +164,20 @@ def test_a_batch_of_eight_equals_eight_of_one(folder, store, tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_path, monkeypatch):
     options = dict(
-        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=2, accumulation=1,
-        lora="lora(r=4, alpha=8)", save_steps=2, logging_steps=1, dev_share=0.0, progress=False, objective="tpo",
-    )  # fmt: skip
+        pairs=pairs(8),
+        model=str(folder),
+        rewards=store,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        lora="lora(r=4, alpha=8)",
+        save_steps=2,
+        logging_steps=1,
+        eval_fraction=0.0,
+        progress=False,
+        objective="tpo",
+    )
     whole = train(output=tmp_path / "whole", **options)
     step, steps = CatPOTrainer.training_step, []
 
@@ -223,4 +234,4 @@ def test_tgdpo_without_a_judge_says_what_to_do(folder, store, tmp_path):
 def test_an_objective_that_reads_no_view_adds_no_row(folder, store, tmp_path):
     run = trainer(folder, tmp_path, "catpo", rewards=str(store))
     assert run.readings.is_empty and "views" not in run.data_collator(pairs(2))
-    assert not Readings(run.family, frozenset({"policy_logps", "mask"})).reads_reference
+    assert not ViewPasses(run.family, frozenset({"policy_logps", "mask"})).reads_reference

@@ -135,8 +135,8 @@ def test_unit_token_weights_change_nothing_and_others_do(spec):
 @pytest.mark.parametrize("spec, message", [
     ("dpo(weights='tpo')", "only 'catpo'"),
     ("dpo(weights='catpo(kl_weight=0.1)')", "the weights have no option 'kl_weight'"),
-    ("dpo(keep=0.5)", r'Give dpo\(weights="catpo\(keep=0.5\)"\)'),
-    ("tdpo(alpha=0.3, keep=0.5)", "weighs no tokens by itself"),
+    ("dpo(token_fraction=0.5)", r'Give dpo\(weights="catpo\(token_fraction=0.5\)"\)'),
+    ("tdpo(alpha=0.3, token_fraction=0.5)", "weighs no tokens by itself"),
     ("catpo(weights='catpo')", "weighs tokens by itself"),
     ("dpo(betta=0.5)", "Did you mean 'beta'"),
 ])  # fmt: skip

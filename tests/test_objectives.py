@@ -240,7 +240,7 @@ def test_an_objective_asks_only_for_what_it_reads():
 
 
 def test_options_of_loss_and_weights_are_told_apart():
-    objective = objectives.build("catpo(preset='official-code', shared='neutral', beta=0.2)")
+    objective = objectives.build("catpo(preset='official-code', shared_prefix='neutral', beta=0.2)")
     assert objective.options == {"kl_weight": 0.015, "beta": 0.2}
     assert (objective.fusion.eos, objective.fusion.shared) == ("zero", "neutral")
     assert objectives.build("catpo(preset='paper')").fusion == objectives.build("catpo").fusion

@@ -66,7 +66,7 @@ def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
     made.processor.save_pretrained(tmp_path)
     found = {}
     for attention in ("sdpa", "flex_attention"):
-        family = load(tmp_path, attention=attention)
+        family = load(tmp_path, attn_implementation=attention)
         batch = pack(family, [family.encode(pair) for pair in pairs(3)])
         recorder = AttentionRecorder(batch["tokens_at"].reshape(3, -1), batch["patches"], (0, 1))
         with family.recordable_attention(), recorder, torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -76,10 +76,10 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
         pairs=str(folder / "pairs"),
         model=str(folder / "model"),
         lora=lora,
-        epochs=3.0,
-        batch_size=2,
-        accumulation=3,
-        dev_share=0.25,
+        num_train_epochs=3.0,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        eval_fraction=0.25,
     )
     made = plan("train", options("train", **given))
     result = train(**given, output=tmp_path / "run", logging_steps=1, progress=False)
@@ -125,14 +125,24 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(name, tmp_path)
     made = plan(
         "train",
         options(
-            "train", pairs=str(tmp_path / "pairs"), model=name if name == "builtin" else str(tmp_path / "model"), dev_share=0.0
+            "train",
+            pairs=str(tmp_path / "pairs"),
+            model=name if name == "builtin" else str(tmp_path / "model"),
+            eval_fraction=0.0,
         ),
     )
     assert made.memory["activations"] == pytest.approx(sum(kept.values()), rel=0.35)
 
 
 def test_a_plan_for_several_gpus_divides_what_the_engine_shards(folder):
-    given = options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), lora=None, batch_size=1, accumulation=2)
+    given = options(
+        "train",
+        pairs=str(folder / "pairs"),
+        model=str(folder / "model"),
+        lora=None,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
     alone, eight = plan("train", given), plan("train", given, engine="fsdp2", processes=8)
     for part in ("weights", "gradients", "optimiser"):
         assert eight.memory[part] == -(-alone.memory[part] // 8)
@@ -172,9 +182,15 @@ def test_a_plan_leaves_out_what_the_command_would_skip(folder, tmp_path):
 
 
 def test_a_plan_of_so_many_steps_needs_no_epochs(folder):
-    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), batch_size=2, accumulation=3, dev_share=0.1)
-    made = plan("train", options("train", **given, epochs=0.0, max_steps=3))
-    assert made.steps == 3 and made.work.flops == plan("train", options("train", **given, epochs=1.0)).work.flops
+    given = dict(
+        pairs=str(folder / "pairs"),
+        model=str(folder / "model"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        eval_fraction=0.1,
+    )
+    made = plan("train", options("train", **given, num_train_epochs=0.0, max_steps=3))
+    assert made.steps == 3 and made.work.flops == plan("train", options("train", **given, num_train_epochs=1.0)).work.flops
 
 
 def test_a_plan_wants_the_scores_that_training_would_read(folder, tmp_path):
@@ -195,9 +211,13 @@ def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("command", "output", "message"),
-    [("score", "taken", "holds other files"), ("train", "taken", "already holds a run"),
-     ("score", "a\0b", "NUL"), ("train", "a\0b", "NUL")],
-)  # fmt: skip
+    [
+        ("score", "taken", "holds other files"),
+        ("train", "taken", "already holds a run"),
+        ("score", "a\0b", "NUL"),
+        ("train", "a\0b", "NUL"),
+    ],
+)
 def test_an_output_that_the_command_refuses_is_refused_by_its_plan(folder, tmp_path, monkeypatch, command, output, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken" / "model").mkdir(parents=True)

@@ -22,7 +22,7 @@ from catpo.evaluation import evaluate as evaluation
 from catpo.evaluation.evaluate import evaluate
 from catpo.models import loading
 from catpo.pairing.pair import pair
-from catpo.runtime.work_group import Team
+from catpo.runtime.work_group import WorkGroup
 from catpo.scoring import score
 from catpo.scoring.score import score_pairs
 from catpo.training.train import train
@@ -34,12 +34,12 @@ from tiny import pairs
 
 
 def claims(items):
-    team = Team()
-    got = list(team.claim("items", items))
-    team.add("sum", sum(got))
-    team.wait("all")
-    total = team.agree("told", lambda: team.add("sum", 0))
-    team.leave()
+    group = WorkGroup()
+    got = list(group.claim("items", items))
+    group.add("sum", sum(got))
+    group.barrier("all")
+    total = group.broadcast("told", lambda: group.add("sum", 0))
+    group.leave()
     return got, total
 
 
@@ -268,7 +268,15 @@ def test_pairing_goes_on_with_another_number_of_processes(made_alone, tmp_path, 
 def trained(folder, store, output, **options):
     """What was written to stderr, and the error if any."""
     said = io.StringIO()
-    given = dict(pairs=pairs(8), model=str(folder), rewards=store, max_steps=2, accumulation=1, dev_share=0.0, save_steps=1)
+    given = dict(
+        pairs=pairs(8),
+        model=str(folder),
+        rewards=store,
+        max_steps=2,
+        gradient_accumulation_steps=1,
+        eval_fraction=0.0,
+        save_steps=1,
+    )
     with contextlib.redirect_stderr(said):
         try:
             train(output=output, progress=False, device="cpu", **{**given, **options})
@@ -301,9 +309,29 @@ def test_torchrun_scores_trains_and_prints_once(folder, tmp_path):
     """`catpo train` without a store: both processes score, then both train."""
     write_pairs(tmp_path / "pairs", pairs(8), {})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "catpo", "train"]
-    command = [*launch, "--pairs", str(tmp_path / "pairs"), "--model", str(folder), "--output", str(tmp_path / "run"),
-               "--batch-size", "1", "--accumulation", "1", "--epochs", "1", "--dev-share", "0", "--logging-steps", "1",
-               "--learning-rate", "1e-3", "--lora", "none"]  # fmt: skip
+    command = [
+        *launch,
+        "--pairs",
+        str(tmp_path / "pairs"),
+        "--model",
+        str(folder),
+        "--output",
+        str(tmp_path / "run"),
+        "--per-device-train-batch-size",
+        "1",
+        "--gradient-accumulation-steps",
+        "1",
+        "--num-train-epochs",
+        "1",
+        "--eval-fraction",
+        "0",
+        "--logging-steps",
+        "1",
+        "--learning-rate",
+        "1e-3",
+        "--lora",
+        "none",
+    ]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Trained model") == 1

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 FEWER = {
     "pair": ["--limit", "24"],
     "score": ["--limit", "6"],
-    "train": ["--max-steps", "2", "--dev-share", "0", "--limit", "6"],
+    "train": ["--max-steps", "2", "--eval-fraction", "0", "--limit", "6"],
 }
 FEWER |= {"train": [*FEWER["train"], "--batch-size", "2", "--logging-steps", "1"], "evaluate": ["--limit", "6"], "report": []}
 
@@ -47,7 +47,7 @@ def test_the_demo_recipe_runs(
 def test_the_recipe_does_what_the_demo_does() -> None:
     recipe, settings = recipes.read(RECIPE), DemoSettings()
     assert recipe["pair"]["data"] == f"scenes(count={settings.pictures})"
-    train = {name: recipe["train"][name] for name in ("learning_rate", "epochs", "batch_size")}
+    train = {name: recipe["train"][name] for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size")}
     assert train == {name: getattr(settings, name) for name in train}
     assert train == {name: float(recipes.FOR_BUILTIN[name]) for name in train}
     assert recipe["train"]["objective"] in OBJECTIVES.values()

@@ -27,7 +27,7 @@ def stores(folder, tmp_path_factory):
     words = len(family.head.weight)
     caches = {"hidden": "hidden", "few": "topk(k=4)", "many": "topk(k=64)", "all": f"topk(k={words - 1})", "logps": "logps"}
     for name, cache in caches.items():
-        score_pairs(PAIRS, family, path / name, cache=cache, maps=False, progress=False)
+        score_pairs(PAIRS, family, path / name, cache=cache, attention_maps=False, progress=False)
     return path
 
 
@@ -127,4 +127,4 @@ def test_a_cache_that_does_not_exist_is_refused(folder, tmp_path, cache, message
 
 def test_a_store_is_not_gone_on_with_under_another_cache(folder, stores):
     with pytest.raises(UserError, match="hidden is True, now False"):
-        score_pairs(PAIRS, loading.load(folder), stores / "hidden", cache="topk(k=4)", maps=False, progress=False)
+        score_pairs(PAIRS, loading.load(folder), stores / "hidden", cache="topk(k=4)", attention_maps=False, progress=False)

@@ -52,11 +52,11 @@ OTHER_FUSIONS = [
     {"scope": "pair"},
     {"normalise": "none", "temperature": 0.4},
     {"normalise": "zscore", "activation": "sigmoid"},
-    {"normalise": "mean_calibrated", "shared": "neutral"},
-    {"eos": "scored", "shared": "neutral", "scope": "pair"},
-    {"eos": "zero", "keep": 0.3},
-    {"keep": 0.5, "keep_from": "bottom", "unselected": "base"},
-    {"keep": 0.0, "unselected": 0.0},
+    {"normalise": "mean_calibrated", "shared_prefix": "neutral"},
+    {"eos": "scored", "shared_prefix": "neutral", "scope": "pair"},
+    {"eos": "zero", "token_fraction": 0.3},
+    {"token_fraction": 0.5, "select": "bottom", "unselected": "base"},
+    {"token_fraction": 0.0, "unselected": 0.0},
     {"gamma": 0.2, "delta": 0.3},
     {"signals": {"patch_logit": 1.0, "image_contrast": -0.5}},
 ]
@@ -191,8 +191,8 @@ def test_a_fusion_by_quantiles_gives_the_weights_of_fusion(browser, made, store)
 def test_choices_change_the_weights_and_reset_brings_them_back(page, store):
     before = word_values(page, "chosen")
     set_control(page, "normalise", "zscore")
-    set_control(page, "shared", "neutral")
-    fusion = Fusion(normalise="zscore", shared="neutral")
+    set_control(page, "shared_prefix", "neutral")
+    fusion = Fusion(normalise="zscore", shared_prefix="neutral")
     assert word_values(page, "chosen") == pytest.approx(expected_values(store, store.pair_ids[0], "chosen", fusion), abs=3e-6)
     assert find(page, "#pair-net")[0].text == "0.000"
     page.execute_script("document.getElementById('reset').click()")

@@ -168,7 +168,7 @@ def test_a_store_without_arrays_has_no_safetensors_files_and_says_so(tmp_path):
 
 def test_weights_are_the_fusion_of_the_stored_signals(tmp_path):
     store = whole_store(tmp_path / "store")
-    for fusion in (Fusion(), Fusion(normalise="none", shared="neutral"), Fusion(normalise="quantile", eos="scored")):
+    for fusion in (Fusion(), Fusion(normalise="none", shared_prefix="neutral"), Fusion(normalise="quantile", eos="scored")):
         expected = fuse(row("pair1", "chosen"), row("pair1", "rejected"), fusion, store.quantiles(with_special=True))
         found = store.weights("pair1", fusion)
         np.testing.assert_array_equal(found.chosen, expected.chosen)

@@ -16,14 +16,25 @@ from catpo.experiments import rounds as loop
 from catpo.experiments.rounds import rounds
 from catpo.models import loading
 
-TRAIN = "max_steps=1, learning_rate=1e-2, batch_size=2, accumulation=1, dev_share=0.0, logging_steps=1, lora={lora}"
+TRAIN = (
+    "max_steps=1, learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1, "
+    "eval_fraction=0.0, logging_steps=1, lora={lora}"
+)
 
 
 def run(folder, output, *, lora="None", **options):
     given = dict(
-        model=folder, data="scenes(count=4)", output=output, rounds=2, method="seva", objective="dpo",
-        pair="max_new_tokens=4, block_size=2", score="maps=False", train=TRAIN.format(lora=lora), progress=False,
-    )  # fmt: skip
+        model=folder,
+        data="scenes(count=4)",
+        output=output,
+        rounds=2,
+        method="seva",
+        objective="dpo",
+        pair="max_new_tokens=4, block_size=2",
+        score="attention_maps=False",
+        train=TRAIN.format(lora=lora),
+        progress=False,
+    )
     return rounds(**{**given, **options})
 
 
@@ -136,13 +147,17 @@ def test_the_command_has_the_functions_options_and_takes_a_recipes_sections(tmp_
         assert field.default is dataclasses.MISSING or field.default == parameters[field.name].default
     assert all(config.field_docs(config.RoundsOptions)[name] for name in config.hints(config.RoundsOptions))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: builtin\npair: {data: scenes(count=2), method: seva, output: a}\ntrain: {epochs: 2, output: b}\n")
+    recipe.write_text(
+        "model: builtin\npair: {data: scenes(count=2), method: seva, output: a}\ntrain: {num_train_epochs: 2, output: b}\n"
+    )
     received = {}
     monkeypatch.setattr(loop, "_do", lambda *arguments: received.update(options=arguments[4]) or exit_after())
     exit_after = lambda: (_ for _ in ()).throw(UserError("enough"))
     with pytest.raises(SystemExit):
         main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "seed_=1"])
     with pytest.raises(SystemExit):
-        main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "batch_size=3"])
-    assert received["options"]["train"] == {"epochs": 2.0, "batch_size": 3}
+        main.main(
+            ["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "per_device_train_batch_size=3"]
+        )
+    assert received["options"]["train"] == {"num_train_epochs": 2.0, "per_device_train_batch_size": 3}
     assert received["options"]["pair"] == {"method": "seva"}

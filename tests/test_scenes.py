@@ -175,7 +175,8 @@ def test_impossible_options_are_refused_by_name(options, part):
 
 
 def test_scenes_need_no_torch():
-    code = "import sys, catpo.datasets.scenes as s; next(s.Dataset().samples()).images[0].open(); exit('torch' in sys.modules)"
+    code = "import sys, catpo.data.datasets.scenes as s; next(s.Dataset().samples()).images[0].open(); "
+    code += "exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

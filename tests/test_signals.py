@@ -9,7 +9,7 @@ import torch
 
 from catpo.core import registry
 from catpo.core.errors import UserError
-from catpo.models.output_head import Head
+from catpo.models.output_head import OutputHead
 from catpo.scoring.signals import Evidence, global_attention, image_contrast, patch_entropy, patch_logit, semantic
 
 TOKENS, PATCHES, WIDTH, VOCABULARY = 5, 6, 4, 9
@@ -26,7 +26,7 @@ def evidence(seed=0, **given):
     for name, value in given.items():
         reads[f"read_{name}"] = value if callable(value) else lambda value=value: value
     generator = torch.Generator().manual_seed(seed)
-    head = Head(torch.randn(VOCABULARY, WIDTH, generator=generator))
+    head = OutputHead(torch.randn(VOCABULARY, WIDTH, generator=generator))
     return Evidence(token_ids=torch.randint(VOCABULARY, (TOKENS,), generator=generator), head=head, **reads)
 
 

@@ -12,7 +12,7 @@ from catpo.core.errors import UserError
 from catpo.data import read
 from catpo.files.json_files import read_json, read_rows
 from catpo.rewards.store import RewardStore
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 from commands import run
 from hostile_cases import PAIR, SAMPLE, encoded
 
@@ -71,7 +71,7 @@ def test_scoring_and_training_leave_bad_pairs_out_and_say_which(folder: Path, ca
     assert run(*score, "--on-error", "skip") == 0  # nothing is left to do, and nothing is refused
 
     train = ["train", "--pairs", "data", "--model", folder, "--rewards", "store", "--output", "run", "--max-steps", "1",
-             "--accumulation", "1", "--dev-share", "0"]  # fmt: skip
+             "--gradient-accumulation-steps", "1", "--eval-fraction", "0"]  # fmt: skip
     assert run(*train) == 2
     assert run(*train, "--on-error", "skip") == 0
     about = read_json("run/catpo.json")
@@ -131,13 +131,13 @@ def test_data_sets_of_tables_skip_rows_too(tmp_path: Path) -> None:
         for each in ("A dog.", "", "A bird.", "A dog.")
     ]
     Path("rows.json").write_text(json.dumps(rows))
-    skipped = Skipped("skip")
+    skipped = SkipLog("skip")
     assert [pair.chosen for pair in read.read_pairs("llava(source='rows.json')", skipped)] == ["A dog.", "A bird."]
     assert [row["what"] for row in skipped.rows] == ["rows.json, row 1", "rows.json, row 3"]
-    skipped = Skipped("skip")
+    skipped = SkipLog("skip")
     assert [pair.chosen for pair in read.read_pairs("llava(source='rows.json', limit=1)", skipped)] == ["A dog."]
 
 
 def test_only_two_words_are_known() -> None:
     with pytest.raises(UserError, match="Did you mean 'skip'"):
-        Skipped("skipp")
+        SkipLog("skipp")

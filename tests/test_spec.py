@@ -95,7 +95,7 @@ def test_random_texts_raise_nothing_but_user_errors() -> None:
         ("dpo", "dpo", {}),
         (" dpo ", "dpo", {}),
         ("dpo()", "dpo", {}),
-        ("catpo(kl_weight=0.03, shared='neutral')", "catpo", {"kl_weight": 0.03, "shared": "neutral"}),
+        ("catpo(kl_weight=0.03, shared_prefix='neutral')", "catpo", {"kl_weight": 0.03, "shared_prefix": "neutral"}),
         ("a(b=-1, c=None, d=True, e=1e-6)", "a", {"b": -1, "c": None, "d": True, "e": 1e-6}),
         ("a(b=[1, 2], c=(1,), d={'x': 1.0})", "a", {"b": [1, 2], "c": (1,), "d": {"x": 1.0}}),
         ('a(b="it\'s, (not) \\n over")', "a", {"b": "it's, (not) \n over"}),

@@ -18,7 +18,7 @@ from catpo.data import read as data
 from catpo.data import spool
 from catpo.data.pair_folder import write_pairs
 from catpo.data.spool import SpooledPairs, ids_of, joined, select
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 from tiny import pairs
 
 
@@ -131,7 +131,7 @@ def test_memory_holds_two_blocks_of_pairs_at_most(monkeypatch):
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_data_sets_are_read_into_it(tmp_path, on_error):
     write_pairs(tmp_path / "pairs", pairs(10), {})
-    read = data.read_pairs(tmp_path / "pairs", Skipped(on_error), 7)
+    read = data.read_pairs(tmp_path / "pairs", SkipLog(on_error), 7)
     assert isinstance(read, SpooledPairs) and [pair.id for pair in read] == [pair.id for pair in pairs(7)]
     train, dev = data.dev_split(read, 0.3, 1)
     assert isinstance(train, SpooledPairs) and isinstance(dev, SpooledPairs)
@@ -140,5 +140,5 @@ def test_data_sets_are_read_into_it(tmp_path, on_error):
 
 def test_folders_may_have_names_that_are_no_text(tmp_path):
     write_pairs(tmp_path / "p\udcff", pairs(2), {})
-    read = data.read_pairs(str(tmp_path / "p\udcff"), Skipped())
+    read = data.read_pairs(str(tmp_path / "p\udcff"), SkipLog())
     assert [pair.images[0].open().size for pair in read] == [pair.images[0].open().size for pair in pairs(2)]

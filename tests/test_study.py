@@ -45,7 +45,7 @@ tuning: {seed: 7, benchmarks: "scenes(count=16, seed=1, questions=1)"}
 rows:
   base:
   dpo: dpo
-  catpo: {objective: catpo, train: {epochs: 2}}
+  catpo: {objective: catpo, train: {num_train_epochs: 2}}
 """
 FIGURES = """
 figures: {tradeoff: tradeoff, bars: "bars(metrics=['chair_i', 'equal_coverage'])", training: curves}
@@ -89,7 +89,15 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
     text = re.sub(r"^data: .*$", "data: rlhf_v(source='openbmb/RLHF-V-Dataset')", text, flags=re.MULTILINE)
     plan = file.read(written(tmp_path, text))
     training = COMMANDS["train"](pairs="p", model="m", output=Path("o"), **plan.training(plan.rows["catpo"]))
-    assert (training.lora, training.epochs, training.batch_size * training.accumulation) == ("lora", 6, 32)
+    assert (
+        training.lora,
+        training.num_train_epochs,
+        training.per_device_train_batch_size * training.gradient_accumulation_steps,
+    ) == (
+        "lora",
+        6,
+        32,
+    )
     assert min(plan.rates) < training.learning_rate < max(plan.rates)
 
 
@@ -108,7 +116,7 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
         ({"rows": {"dpo": {"objective": "dpo", "tuned_as": "x"}}}, "tuned_as='x' is not a row that is tuned itself"),
         ({"rows": {"dpo": {"objective": "dpo", "rounds": 0}}}, "rounds=0 must be 1 or more"),
         ({"train": {"seed": 1}}, r"line \d+: 'train.seed' is set by the study itself"),
-        ({"train": {"epochs": "many"}}, r"line \d+: 'train.epochs' must be a number, not 'many'"),
+        ({"train": {"num_train_epochs": "many"}}, r"line \d+: 'train.num_train_epochs' must be a number, not 'many'"),
         ({"seeds": [0, 0]}, r"line \d+: 'seeds' must be one or more different whole numbers"),
         ({"seeds": ["a"]}, r"line \d+: 'seeds' must be a list, each a whole number"),
         ({"learning_rates": []}, "must be one or more positive numbers"),
@@ -381,9 +389,9 @@ rows:
   dpo: dpo
   learned: catpo(learned=True)
   on-policy: {objective: dpo, rounds: 2}
-score: {batch_size: 8, maps: false}
+score: {batch_size: 8, attention_maps: false}
 pair: {max_new_tokens: 48}
-train: {max_steps: 2, logging_steps: 1, dev_share: 0}
+train: {max_steps: 2, logging_steps: 1, eval_fraction: 0}
 evaluate: {max_new_tokens: 16}
 probe: 4
 columns: {CHAIRi: chair_i, risen: probe/risen_tokens, γ: learned/global_attention}

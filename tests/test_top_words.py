@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from catpo.models.output_head import Head, token_stats
-from catpo.models.top_k import TopWords, top_kl, top_words
+from catpo.models.output_head import OutputHead, token_stats
+from catpo.models.top_k import TopTokens, top_kl, top_tokens
 
 TOKENS, WIDTH, WORDS = 70, 6, 300
 DIRECTIONS = ["policy||reference", "reference||policy"]
@@ -19,7 +19,7 @@ def case():
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     reference = draw(TOKENS, WIDTH)
     hidden = (reference + 0.1 * draw(TOKENS, WIDTH)).requires_grad_()
-    head = Head(draw(WORDS, WIDTH).requires_grad_(), draw(WORDS), scale=1.6)
+    head = OutputHead(draw(WORDS, WIDTH).requires_grad_(), draw(WORDS), scale=1.6)
     tokens = torch.randint(WORDS, (TOKENS,), generator=generator)
     return hidden, reference, head, tokens
 
@@ -27,7 +27,7 @@ def case():
 def kl_of(case, k, direction, reference=None):
     hidden, reference_hidden, head, tokens = case
     logps = token_stats(hidden, head, tokens).logps
-    return top_kl(hidden, head, tokens, logps, reference or top_words(reference_hidden, head, k), direction)
+    return top_kl(hidden, head, tokens, logps, reference or top_tokens(reference_hidden, head, k), direction)
 
 
 def exact(case, direction):
@@ -53,12 +53,12 @@ def test_top_k_kl_equals_a_loop_over_the_kept_words_and_the_rest(case, direction
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_its_gradient_is_that_of_finite_differences(case, direction):
     hidden, reference, whole, tokens = case
-    head = Head(whole.weight[:20].detach().requires_grad_(), whole.bias[:20], whole.scale)
-    kept, tokens = top_words(reference[:3], head, 6), tokens[:3] % 20
+    head = OutputHead(whole.weight[:20].detach().requires_grad_(), whole.bias[:20], whole.scale)
+    kept, tokens = top_tokens(reference[:3], head, 6), tokens[:3] % 20
     few = hidden[:3].detach().requires_grad_()
 
     def value(states, weight):
-        moved = Head(weight, head.bias, head.scale)
+        moved = OutputHead(weight, head.bias, head.scale)
         return top_kl(states, moved, tokens, token_stats(states, moved, tokens).logps, kept, direction)
 
     assert torch.autograd.gradcheck(value, (few, head.weight), atol=1e-5)
@@ -89,9 +89,9 @@ def test_a_policy_that_is_the_reference_has_no_kl_and_no_gradient(case):
 def test_a_rest_of_no_mass_gives_no_infinity(case):
     """In float32 the other words' mass can be nothing at all, in the reference or in the policy."""
     hidden, reference, head, tokens = case
-    sharp = Head(head.weight.detach().float() * 40, None)
+    sharp = OutputHead(head.weight.detach().float() * 40, None)
     states, before = hidden.detach().float().requires_grad_(), reference.float()
-    kept = top_words(before, sharp, 4)
+    kept = top_tokens(before, sharp, 4)
     assert torch.isneginf(kept.logps[:, -1]).any() or kept.logps[:, -1].min() < -80
     for direction in DIRECTIONS:
         kl = top_kl(states, sharp, tokens, token_stats(states, sharp, tokens).logps, kept, direction)
@@ -102,7 +102,7 @@ def test_a_rest_of_no_mass_gives_no_infinity(case):
 
 def test_words_come_likeliest_first(case):
     _, reference, head, _ = case
-    kept = top_words(reference, head, 5)
-    assert isinstance(kept, TopWords) and kept.ids.shape == (TOKENS, 5) and kept.logps.shape == (TOKENS, 6)
+    kept = top_tokens(reference, head, 5)
+    assert isinstance(kept, TopTokens) and kept.ids.shape == (TOKENS, 5) and kept.logps.shape == (TOKENS, 6)
     assert (kept.logps[:, :4] >= kept.logps[:, 1:5]).all()
     assert kept.logps.exp().sum(-1).numpy() == pytest.approx(1.0, abs=1e-6)

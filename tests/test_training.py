@@ -47,7 +47,7 @@ def curve(trainer, name="loss"):
 
 
 @pytest.mark.parametrize(
-    "objective", ["dpo", "dpo(kl_weight=0.03)", "catpo", "catpo(preset='no-kl')", "catpo(shared='neutral')"]
+    "objective", ["dpo", "dpo(kl_weight=0.03)", "catpo", "catpo(preset='no-kl')", "catpo(shared_prefix='neutral')"]
 )
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_the_first_loss_is_log_2_and_the_model_learns(folder, store, tmp_path, objective, peft_config):
@@ -104,7 +104,10 @@ def test_gradient_checkpointing_changes_nothing(folder, store, tmp_path):
 def test_unit_weights_and_no_kl_train_exactly_like_dpo(folder, store, tmp_path):
     dpo = run(folder, tmp_path, rewards=str(store), objective="dpo")
     unit = run(
-        folder, tmp_path, rewards=str(store), objective="catpo(kl_weight=0.0, keep=0.0, unselected=1.0, weights_on='chosen')"
+        folder,
+        tmp_path,
+        rewards=str(store),
+        objective="catpo(kl_weight=0.0, token_fraction=0.0, unselected=1.0, weights_on='chosen')",
     )
     assert curve(dpo) == pytest.approx(curve(unit), abs=1e-6)
 
@@ -129,20 +132,20 @@ def test_lora_changes_only_adapters_and_full_training_only_the_decoder(folder, s
 
 def test_adaptive_rewards_are_those_of_the_policy_then(folder, store, tmp_path):
     options = dict(objective="catpo", rewards=str(store), max_steps=6, learning_rate=1e-2)
-    fixed, adaptive = run(folder, tmp_path, **options), run(folder, tmp_path, **options, adaptive=2)
-    assert curve(adaptive)[:2] == curve(fixed)[:2] and curve(adaptive)[-1] != curve(fixed)[-1]
+    fixed, rescore_every = run(folder, tmp_path, **options), run(folder, tmp_path, **options, rescore_every=2)
+    assert curve(rescore_every)[:2] == curve(fixed)[:2] and curve(rescore_every)[-1] != curve(fixed)[-1]
     stores = [RewardStore.open(tmp_path / "run" / f"rewards-step-{step}") for step in (2, 4)]
     assert not (tmp_path / "run" / "rewards-step-6").exists() and not stores[0].has_hidden
     first, second = (each.get(each.pair_ids[0], "chosen").signals["global_attention"] for each in stores)
     assert abs(first - second).max() > 0
-    adaptive.family.model.eval()
-    now = score_pairs(pairs(8), adaptive.family, tmp_path / "now", progress=False)
+    rescore_every.family.model.eval()
+    now = score_pairs(pairs(8), rescore_every.family, tmp_path / "now", progress=False)
     assert abs(now.get(now.pair_ids[0], "chosen").logps - stores[1].get(now.pair_ids[0], "chosen").logps).max() > 0
 
 
 def test_adaptive_rewards_ask_for_an_objective_with_weights(folder, store, tmp_path):
     with pytest.raises(UserError, match="reads no token weights"):
-        run(folder, tmp_path, objective="dpo", rewards=str(store), adaptive=2)
+        run(folder, tmp_path, objective="dpo", rewards=str(store), rescore_every=2)
 
 
 def test_batches_of_like_length_are_padded_less(tmp_path):
@@ -217,7 +220,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_scoring(folder, t
 
 
 def test_without_a_store_a_run_keeps_its_own_where_it_says(folder, tmp_path):
-    train(pairs=pairs(2), model=str(folder), output=tmp_path / "run", max_steps=1, dev_share=0.0, progress=False)
+    train(pairs=pairs(2), model=str(folder), output=tmp_path / "run", max_steps=1, eval_fraction=0.0, progress=False)
     said = re.search(r"scored into `output/(.+?)` first", train.__doc__).group(1)
     assert set(RewardStore.open(tmp_path / "run" / said).pair_ids) == {pair.id for pair in pairs(2)}
 
@@ -241,7 +244,7 @@ def test_a_frozen_tower_keeps_no_graph_for_checkpointing_either(folder, store, t
 
 def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path):
     own = run(folder, tmp_path, rewards=str(store), max_steps=4)
-    neutral = run(folder, tmp_path, rewards=str(store), max_steps=4, objective="catpo(shared='neutral')")
+    neutral = run(folder, tmp_path, rewards=str(store), max_steps=4, objective="catpo(shared_prefix='neutral')")
     expected = [RewardStore.open(store).weights(pair.id).net_shared_coefficient for pair in pairs(8)]
     logged = curve(own, "weights/net_shared")
     assert min(e for e in expected if e == e) <= logged[0] <= max(e for e in expected if e == e)
@@ -251,9 +254,19 @@ def test_the_net_coefficient_of_shared_tokens_is_logged(folder, store, tmp_path)
 @pytest.mark.parametrize("lora", ["lora(r=4, alpha=8)", None], ids=["lora", "full"])
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store, tmp_path, lora, monkeypatch):
     options = dict(
-        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, epochs=2, batch_size=1, accumulation=2, lora=lora,
-        save_steps=2, logging_steps=1, dev_share=0.25, progress=False,
-    )  # fmt: skip
+        pairs=pairs(8),
+        model=str(folder),
+        rewards=store,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        lora=lora,
+        save_steps=2,
+        logging_steps=1,
+        eval_fraction=0.25,
+        progress=False,
+    )
     whole = train(output=tmp_path / "whole", **options)
 
     step, steps = CatPOTrainer.training_step, []

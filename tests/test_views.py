@@ -14,7 +14,7 @@ from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
 from catpo.models.packing import response_hidden, run_backbone, unflatten
 from catpo.models.views import VIEWS, View, kept_signal
-from catpo.training.view_passes import Readings
+from catpo.training.view_passes import ViewPasses
 from family_checks import plain_outputs, sized_pair
 from tiny import llava, pairs
 from tiny_families import BUILDERS, build
@@ -119,7 +119,7 @@ def test_impossible_options_are_answered(text, message):
 
 def readings_of(family, views, sides=SIDES, others=()):
     needs = frozenset(f"policy_logps@{side}@{view}" for view in views for side in sides)
-    return Readings(family, needs, others=others)
+    return ViewPasses(family, needs, others=others)
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def test_a_perturbed_text_keeps_special_tokens_and_leaves_replaced_ones_out():
     encoded = [family.encode(each) for each in given]
     text, both = "perturbed(share=0.5)", "perturbed(share=0.5, picture='noised(step=500)')"
     needs = frozenset(f"{quantity}@chosen@{view}" for view in (text, both) for quantity in ("policy_logps", "mask"))
-    readings = Readings(family, needs)
+    readings = ViewPasses(family, needs)
     views = readings(given, encoded)["views"]
     plain = readings_of(family, ["blank"], sides=("chosen",))(given, encoded)["views"]["blank"]
     before, after = plain["model_inputs"]["input_ids"], views[text]["model_inputs"]["input_ids"]

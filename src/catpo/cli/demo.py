@@ -30,7 +30,7 @@ OBJECTIVES = {
     "dpo": "dpo",
     "dpo-kl": "dpo(kl_weight=0.03)",
     "catpo": "catpo(preset='paper')",
-    "catpo-neutral": "catpo(preset='paper', shared='neutral')",
+    "catpo-neutral": "catpo(preset='paper', shared_prefix='neutral')",
 }
 """Name of the run -> objective. Every objective gets the same pairs, steps and learning rate."""
 SIGNALS = (*PAPER_SIGNALS, "image_contrast", "patch_logit")
@@ -53,9 +53,9 @@ class DemoSettings:
     pictures: int = 300
     held_out: int = 500
     question_scenes: int = 100
-    epochs: float = 1
+    num_train_epochs: float = 1
     learning_rate: float = 5e-5
-    batch_size: int = 8
+    per_device_train_batch_size: int = 8
 
 
 def demo(
@@ -106,9 +106,9 @@ def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) 
             rewards=folder / "rewards",
             objective=objective,
             learning_rate=settings.learning_rate,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            accumulation=1,
+            num_train_epochs=settings.num_train_epochs,
+            per_device_train_batch_size=settings.per_device_train_batch_size,
+            gradient_accumulation_steps=1,
             lora=None,
             logging_steps=5,
             seed=seed,
@@ -177,6 +177,7 @@ def next_commands(folder: Path) -> list[str]:
     return [
         f"catpo inspect {folder / 'rewards'} --pair {store.pair_ids[0]}",
         f"catpo train --pairs {folder / 'pairs'} --rewards {folder / 'rewards'} --model builtin --output my-run --lora none "
-        "--objective \"catpo(alpha=0.2, shared='neutral')\" --learning-rate 5e-5 --epochs 1 --batch-size 8 --accumulation 1",
+        "--objective \"catpo(alpha=0.2, shared_prefix='neutral')\" --learning-rate 5e-5 --num-train-epochs 1 "
+        "--per-device-train-batch-size 8 --gradient-accumulation-steps 1",
         "catpo evaluate --model my-run/model --benchmarks 'scenes(count=500)' --output my-evaluation",
     ]

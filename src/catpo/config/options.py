@@ -80,7 +80,7 @@ class ScoreOptions:
     """Patches of all pictures of a pair, or the number of one picture."""
     cache: str = "hidden"
     """What is kept of the reference for the KL: hidden (states, exact), topk(k=64) (approximate, smaller), or logps (no KL)."""
-    maps: bool = True
+    attention_maps: bool = True
     """Keep each token's attention map for the report."""
     batch_size: int = 32
     """Most pairs per forward pass."""
@@ -100,7 +100,7 @@ class ScoreOptions:
     """Precision of the model; `auto` is the checkpoint's own."""
     quantization: str | None = None
     """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
-    attention: str | None = None
+    attn_implementation: str | None = None
     """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint brings along; read it first."""
@@ -121,20 +121,20 @@ class TrainOptions:
     rewards: Path | None = None
     """Reward store of these pairs; scored into the run first if left out."""
     objective: str = "catpo"
-    """Loss with its options, e.g. dpo or catpo(preset='paper', shared='neutral')."""
+    """Loss with its options, e.g. dpo or catpo(preset='paper', shared_prefix='neutral')."""
     reference: Literal["cached", "online"] = "cached"
     """Reference read from the store, or run beside the policy."""
     learning_rate: float = 1.4e-6
     """Peak learning rate."""
-    epochs: float = 6
+    num_train_epochs: float = 6
     """Passes over the pairs."""
-    batch_size: int = 1
+    per_device_train_batch_size: int = 1
     """Pairs per step and device."""
-    accumulation: int = 32
+    gradient_accumulation_steps: int = 32
     """Steps whose gradients are added up before the optimiser moves."""
     warmup_steps: int = 0
     """Optimiser steps in which the learning rate rises."""
-    scheduler: str = "cosine"
+    lr_scheduler_type: str = "cosine"
     """Course of the learning rate, by its name in transformers."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
@@ -146,7 +146,7 @@ class TrainOptions:
     """Longest prompt and response in tokens; a longer pair is refused."""
     max_steps: int = -1
     """Stop after so many optimiser steps; -1: by epochs."""
-    dev_share: float = 0.1
+    eval_fraction: float = 0.1
     """Share of pairs kept out of training, for the log."""
     seed: int = 42
     """Seed of initialisation and order."""
@@ -156,11 +156,11 @@ class TrainOptions:
     """Optimiser steps between checkpoints; 0: one per epoch."""
     logging_steps: int = 10
     """Optimiser steps between lines of metrics.jsonl."""
-    adaptive: int = 0
+    rescore_every: int = 0
     """Score the pairs again with the policy every so many optimiser steps, so that weights follow it; 0: scored once."""
     group_by_length: bool = False
     """Batches of pairs of like length, so that little is padded."""
-    workers: int = 0
+    dataloader_num_workers: int = 0
     """Processes that prepare batches."""
     limit: int | None = None
     """Use the first so many pairs only."""
@@ -170,7 +170,7 @@ class TrainOptions:
     """Precision of the model; `auto` is the checkpoint's own."""
     quantization: str | None = None
     """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
-    attention: str | None = None
+    attn_implementation: str | None = None
     """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
     bf16: bool = False
     """Compute in bfloat16 where it is safe."""
@@ -269,7 +269,7 @@ class RoundsOptions:
     score: str = ""
     """Further options of `catpo score`, e.g. "batch_size=16"."""
     train: str = ""
-    """Further options of `catpo train`, e.g. "epochs=1, learning_rate=5e-5, lora=None"."""
+    """Further options of `catpo train`, e.g. "num_train_epochs=1, learning_rate=5e-5, lora=None"."""
     limit: int | None = None
     """Pictures in a round."""
     seed: int = 0

@@ -17,7 +17,13 @@ from catpo.core.errors import UserError, did_you_mean
 
 OWN_KEYS = frozenset({"output", "limit"})
 """Options that mean another thing in each section, so that a recipe cannot set them for all."""
-FOR_BUILTIN = {"lora": "null", "learning_rate": "5e-5", "epochs": 1, "batch_size": 8, "accumulation": 1}
+FOR_BUILTIN = {
+    "lora": "null",
+    "learning_rate": "5e-5",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
 """How the built-in model is trained, as in the demo."""
 ADVICE = "`catpo init` writes a recipe to start from."
 

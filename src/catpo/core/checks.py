@@ -14,7 +14,7 @@ def check_word(owner: str, option: str, word: object, known: Sequence[str]) -> N
 
     >>> check_word("csr", "form", "codes", ("code", "paper"))
     Traceback (most recent call last):
-    catpo.errors.UserError: csr has no form='codes'. Did you mean 'code'?
+    catpo.core.errors.UserError: csr has no form='codes'. Did you mean 'code'?
     """
     if word not in known:
         raise UserError(f"{owner} has no {option}='{word}'. {did_you_mean(str(word), known)}")
@@ -33,7 +33,7 @@ def check_kind(what: str, value: Any, default: Any) -> None:
 
     >>> check_kind("dpo(beta='high')", "high", 0.1)
     Traceback (most recent call last):
-    catpo.errors.UserError: dpo(beta='high'): it must be a number, such as 0.1.
+    catpo.core.errors.UserError: dpo(beta='high'): it must be a number, such as 0.1.
     """
     kinds: tuple[tuple[type, tuple[type, ...], str], ...] = (
         (bool, (bool,), "True or False"),
@@ -51,7 +51,7 @@ def check_positive(**counts: int | None) -> None:
 
     >>> check_positive(limit=0)
     Traceback (most recent call last):
-    catpo.errors.UserError: limit=0 must be 1 or more.
+    catpo.core.errors.UserError: limit=0 must be 1 or more.
     """
     _check_range("must be 1 or more", lambda value: value >= 1, counts)
     _check_range(f"is too large. Give at most {MOST}", lambda value: value <= MOST, counts)
@@ -68,7 +68,7 @@ def check_seed(seed: int) -> None:
 
     >>> check_seed(2**32)
     Traceback (most recent call last):
-    catpo.errors.UserError: seed=4294967296 must be from 0 to 4294967295.
+    catpo.core.errors.UserError: seed=4294967296 must be from 0 to 4294967295.
     """
     _check_range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32, {"seed": seed})
 

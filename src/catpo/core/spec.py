@@ -32,8 +32,8 @@ class Spec:
 def parse(text: str | Spec) -> Spec:
     """Read `name` or `name(option=value, …)`; values are Python literals.
 
-    >>> parse("catpo(kl_weight=0.03, shared='neutral')")
-    Spec(name='catpo', options={'kl_weight': 0.03, 'shared': 'neutral'})
+    >>> parse("catpo(kl_weight=0.03, shared_prefix='neutral')")
+    Spec(name='catpo', options={'kl_weight': 0.03, 'shared_prefix': 'neutral'})
     >>> str(parse("dpo"))
     'dpo'
 

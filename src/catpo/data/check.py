@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Sample
@@ -69,6 +69,7 @@ class DataReport:
         return asdict(self)
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A model's family, as far as counting tokens needs it."""
 

@@ -21,7 +21,7 @@ from catpo.core.spec import Spec, check_options, keyword_options, parse
 from catpo.core.types import SIDES, PreferencePair, Sample, check_pair
 from catpo.data.datasets import Dataset, Scanned
 from catpo.data.spool import SpooledPairs, ids_of, select
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 
 DEV_SHARE, DEV_SEED = 0.1, 42
 
@@ -56,7 +56,7 @@ def scan(text: str | Path) -> Iterator[Scanned]:
     return islice((row for row in rows if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit)
 
 
-def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> SpooledPairs:
+def read_pairs(data: str | Path, skipped: SkipLog, limit: int | None = None) -> SpooledPairs:
     """The first so many pairs, checked, on disk; bad rows are left out if `skipped` goes on.
 
     Raises:
@@ -69,7 +69,7 @@ def read_pairs(data: str | Path, skipped: Skipped, limit: int | None = None) -> 
     return SpooledPairs.of(_of_part(SpooledPairs.of(pair for _, pair in usable), request.part))[:limit]
 
 
-def _different_pairs(request: _Request, skipped: Skipped) -> Iterator[tuple[str, PreferencePair]]:
+def _different_pairs(request: _Request, skipped: SkipLog) -> Iterator[tuple[str, PreferencePair]]:
     """Pairs with their places; what is none, or was there before, is noted."""
     seen = set()
     for where, row in request.make.scan(*request.arguments, **request.options):
@@ -84,7 +84,7 @@ def _different_pairs(request: _Request, skipped: Skipped) -> Iterator[tuple[str,
 
 
 def read_samples(
-    data: str | Path | Dataset, skipped: Skipped, limit: int | None = None
+    data: str | Path | Dataset, skipped: SkipLog, limit: int | None = None
 ) -> tuple[list[Sample], Mapping[str, str] | None]:
     """The first so many samples, and the data set's object words; bad rows are left out if `skipped` goes on.
 
@@ -113,7 +113,7 @@ def dev_split(
         UserError: nothing is left to train on.
     """
     if not 0 <= share < 1:
-        raise UserError(f"dev_share={share} must lie in [0, 1).")
+        raise UserError(f"eval_fraction={share} must lie in [0, 1).")
     ids = ids_of(pairs)
     order = sorted(range(len(ids)), key=lambda place: hashlib.blake2b(f"{seed}/{ids[place]}".encode()).digest())
     held_out = set(order[: int(len(order) * share)])
@@ -135,7 +135,7 @@ class Part:
     """The longest response, in words."""
     part: str = "all"
     """`train`, `dev`, or `all`."""
-    dev_share: float = DEV_SHARE
+    eval_fraction: float = DEV_SHARE
     dev_seed: int = DEV_SEED
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ class _PartOf(Dataset):
 def _of_part(pairs: Iterable[PreferencePair], part: Part) -> Iterator[PreferencePair]:
     if part.part != "all":
         whole = pairs if isinstance(pairs, SpooledPairs) else SpooledPairs.of(pairs)
-        train, dev = dev_split(whole, part.dev_share, part.dev_seed)
+        train, dev = dev_split(whole, part.eval_fraction, part.dev_seed)
         pairs = train if part.part == "train" else dev
     return islice(pairs, part.limit)
 

@@ -30,8 +30,8 @@ from catpo.models.remote import PREFIX, ServedModel
 from catpo.runtime.blocks import Blocks, Rows
 from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
-from catpo.runtime.skip_log import Skipped
-from catpo.runtime.work_group import Team
+from catpo.runtime.skip_log import SkipLog
+from catpo.runtime.work_group import WorkGroup
 
 SERVER = {"server": {"answered_by": list[str]}}
 """What evaluation.json keeps of a server."""
@@ -102,7 +102,7 @@ def evaluate(
     if model is None:
         raise UserError("nothing to evaluate: name a model with --model, or answers made elsewhere with --answers.")
     numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    skipped = Skipped(on_error)
+    skipped = SkipLog(on_error)
     tasks = open_tasks(
         benchmarks, data=data, limit=limit, is_shuffled=shuffled, is_answered_here=True, skipped=skipped, **numbers
     )
@@ -113,30 +113,30 @@ def evaluate(
         _check_pictures(tasks)
     if judge is not None:
         open_judges(tasks, judge)  # a mistake in it is told before hours of answering, not after
-    team = Team()
-    if served and team.count > 1:
+    group = WorkGroup()
+    if served and group.count > 1:
         raise UserError(f"{model} is asked by one process: its server takes many questions at once. Start catpo by itself.")
-    with team.lock(output) as folder:
-        if team.is_first:
+    with group.lock(output) as folder:
+        if group.is_main:
             check_begun(folder, begun)
         family = served or (
             loading.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if isinstance(model, str | Path)
             else model
         )
-        if team.is_first:
+        if group.is_main:
             begun |= {"model": family.model_id, "model_hash": family.model_hash, "adapter": str(adapter) if adapter else None}
             check_begun(folder, begun)
             if not (folder / ABOUT).exists():
                 unusable = _unusable(tasks, skipped) if skipped.goes_on else {}
                 skipped.write(folder)
                 write_json(folder / ABOUT, {**begun, "versions": versions(), **unusable})
-        team.wait("begun")
-        _answer(folder, without_skipped(tasks, folder), family, batch_size, max_new_tokens, progress and team.is_first, team)
+        group.barrier("begun")
+        _answer(folder, without_skipped(tasks, folder), family, batch_size, max_new_tokens, progress and group.is_main, group)
         if served:
             _note_server(folder, served)
-        scores = team.agree("scores", lambda: write_scores(folder, tasks, judge, progress))
-    team.leave()
+        scores = group.broadcast("scores", lambda: write_scores(folder, tasks, judge, progress))
+    group.leave()
     return scores
 
 
@@ -160,7 +160,7 @@ def _note_server(folder: Path, served: ServedModel) -> None:
     write_json(folder / ABOUT, {**noted, "server": {"url": served.server.url, "answered_by": sorted(names)}})
 
 
-def _unusable(tasks: Sequence[Task], skipped: Skipped) -> dict[str, Any]:
+def _unusable(tasks: Sequence[Task], skipped: SkipLog) -> dict[str, Any]:
     """Which items' pictures cannot be opened, as `evaluation.json` keeps it."""
     opened: dict[int, UserError | None] = {}  # many questions are about one picture
 
@@ -205,7 +205,7 @@ def _answer(
     batch_size: int,
     max_new_tokens: int | None,
     progress: bool,
-    team: Team,
+    group: WorkGroup,
 ) -> None:
     """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers."""
     batches = _batches(tasks, batch_size, max_new_tokens)
@@ -214,7 +214,7 @@ def _answer(
         asked = [(task.name, item.id) for task, item in batches[number][1]]
         return all(fits(row, ANSWER) for row in rows) and [(row["benchmark"], row["id"]) for row in rows] == asked
 
-    blocks = Blocks(team, folder, PART, lambda: _resume(folder / ANSWERS, batches), len(batches), belongs)
+    blocks = Blocks(group, folder, PART, lambda: _resume(folder / ANSWERS, batches), len(batches), belongs)
     total, left = (sum(len(batches[number][1]) for number in numbers) for numbers in (range(len(batches)), blocks.todo))
     with track(total, "Answering", "answers", done=total - left, enabled=progress) as bar, on_sigterm() as stop:
 
@@ -222,7 +222,7 @@ def _answer(
             stop.leave_if_asked(f"{bar.count} of {total} answers are in {folder}.")
             tokens, batch = batches[number]
             answers = _asked(family, [item for _, item in batch], tokens)
-            bar.advance(total - left + team.add("answered", len(batch)) - bar.count)
+            bar.advance(total - left + group.add("answered", len(batch)) - bar.count)
             return [answer_row(*each, answer) for each, answer in zip(batch, answers, strict=True)]
 
         blocks.run(answered, lambda _, rows: append_rows(folder / ANSWERS, rows))

@@ -40,7 +40,7 @@ from catpo.files.lock import lock
 from catpo.files.provenance import versions
 from catpo.judges import Judge, open_judge
 from catpo.runtime.progress import track
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 
 RESAMPLES = 1000
 
@@ -68,7 +68,7 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
         limit=about["limit"],
         is_shuffled=about["shuffled"],
         is_answered_here="temperature" in about["decoding"],
-        skipped=Skipped("skip" if "skipped" in about else "stop"),
+        skipped=SkipLog("skip" if "skipped" in about else "stop"),
     )
     with lock(output) as folder:
         rows = read_rows(folder / ANSWERS, ANSWER)

@@ -32,7 +32,7 @@ class FileFound:
 
 
 @dataclass(frozen=True)
-class Brought:
+class FileReport:
     """What `--data` has of a benchmark."""
 
     benchmark: str
@@ -61,7 +61,7 @@ class Brought:
         return self.is_gradable and bool(self.asked_count) and not self.missing
 
 
-def look(benchmark: str, data: Path | None) -> Brought:
+def look(benchmark: str, data: Path | None) -> FileReport:
     """What a folder has of a benchmark; without a folder, what it should have.
 
     Args:
@@ -77,7 +77,7 @@ def look(benchmark: str, data: Path | None) -> Brought:
         raise UserError(f"'{spec.name}' is made of a data set, not of official files. `catpo data check` looks at data sets.")
     made = make(**check_options(make, spec))
     if data is None:
-        return Brought(spec.name, [FileFound(source, None, "") for source in made.sources], made.pictures)
+        return FileReport(spec.name, [FileFound(source, None, "") for source in made.sources], made.pictures)
     if not data.is_dir():
         raise UserError(f"{data} is no folder. Make it, or leave --data out to see what it must hold.")
     folder = Folder(data, spec.name, made.sources, made.pictures)
@@ -85,20 +85,20 @@ def look(benchmark: str, data: Path | None) -> Brought:
     try:
         items = made.opened(folder)
     except UserError as error:
-        return Brought(spec.name, files, made.pictures, problem=str(error))
+        return FileReport(spec.name, files, made.pictures, problem=str(error))
     if made.is_open:  # only a model has to see which pictures
         made.is_answered_here = True
         try:
             items = made.opened(folder)
         except UserError as error:
-            return Brought(spec.name, files, made.pictures, problem_of_pictures=str(error))
+            return FileReport(spec.name, files, made.pictures, problem_of_pictures=str(error))
     asked = list(dict.fromkeys(picture.path for item in items for picture in item.sample.images if picture.path))
     missing = [path for path in asked if not path.is_file()]
     digest = _hash(asked) if asked and not missing else ""
-    return Brought(spec.name, files, made.pictures, len(asked) - len(missing), len(asked), missing, digest)
+    return FileReport(spec.name, files, made.pictures, len(asked) - len(missing), len(asked), missing, digest)
 
 
-def describe(brought: Brought, data: Path | None, *, is_complete: bool = False) -> list[str]:
+def describe(brought: FileReport, data: Path | None, *, is_complete: bool = False) -> list[str]:
     """What was found, in lines for the terminal.
 
     Args:
@@ -121,7 +121,7 @@ def describe(brought: Brought, data: Path | None, *, is_complete: bool = False) 
     return lines if data is None else [*lines, brought.problem or _conclusion(brought)]
 
 
-def _pictures_line(brought: Brought, data: Path | None) -> str:
+def _pictures_line(brought: FileReport, data: Path | None) -> str:
     assert brought.pictures is not None
     source = brought.pictures
     about = f"{source.count:,} pictures{f' ({source.note})' if source.note else ''} from {source.url}"
@@ -133,7 +133,7 @@ def _pictures_line(brought: Brought, data: Path | None) -> str:
     return f"{found}; SHA-256 over all of them in order: {brought.pictures_hash}."
 
 
-def _conclusion(brought: Brought) -> str:
+def _conclusion(brought: FileReport) -> str:
     changed = [each.source.name for each in brought.files if each.verdict == "another version"]
     warning = f" Not the versions that official figures were checked with: {', '.join(changed)}." if changed else ""
     if brought.is_answerable:

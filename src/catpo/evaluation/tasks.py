@@ -15,7 +15,7 @@ from catpo.core.spec import Spec, check_options, parse
 from catpo.data.read import read_samples
 from catpo.evaluation.benchmarks import Benchmark, FolderBenchmark, Item
 from catpo.evaluation.benchmarks._files import Folder
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 
 # ---- what is asked --------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def open_tasks(
     limit: int | None = None,
     is_shuffled: bool = False,
     is_answered_here: bool = False,
-    skipped: Skipped | None = None,
+    skipped: SkipLog | None = None,
     **counts: int | None,
 ) -> list[Task]:
     """Every benchmark with what it asks.
@@ -67,11 +67,11 @@ def open_tasks(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"benchmark '{name}' is given twice. Evaluate its second options into another --output.")
-    return [_open(spec, data, limit, is_shuffled, is_answered_here, skipped or Skipped()) for spec in specs]
+    return [_open(spec, data, limit, is_shuffled, is_answered_here, skipped or SkipLog()) for spec in specs]
 
 
 def _open(
-    spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool, skipped: Skipped
+    spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool, skipped: SkipLog
 ) -> Task:
     make = registry.load("benchmarks", spec.name)
     benchmark: Benchmark = make(**check_options(make, spec))
@@ -104,7 +104,7 @@ def _first_pictures(items: list[Item], limit: int | None) -> list[Item]:
     return [item for item in items if item.picture in pictures]
 
 
-def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: Skipped) -> tuple[list[Item], dict[str, str]]:
+def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: SkipLog) -> tuple[list[Item], dict[str, str]]:
     """Items, and the hashes of the files they are made of."""
     if not isinstance(benchmark, FolderBenchmark):
         return benchmark.items(*read_samples(benchmark.data, skipped)), {}

@@ -92,7 +92,7 @@ def rounds(
         objective: the loss, e.g. `dpo`.
         pair: further options of `catpo pair`, e.g. `temperature=0.7, block_size=16`.
         score: further options of `catpo score`.
-        train: further options of `catpo train`, e.g. `epochs=1, learning_rate=5e-5, lora=None`.
+        train: further options of `catpo train`, e.g. `num_train_epochs=1, learning_rate=5e-5, lora=None`.
         limit: samples in a round.
         seed: of the first round's sampling and training; the next has the next number.
         steps: command -> options, as a recipe's sections give them; what is said otherwise wins.

@@ -35,7 +35,7 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | P
 
     >>> check_same({"seed": 0}, {"seed": 1}, where="pairs")
     Traceback (most recent call last):
-    catpo.errors.UserError: pairs was begun with seed=0, now it is 1. Give the old value, or choose another --output.
+    catpo.core.errors.UserError: pairs was begun with seed=0, now it is 1. Give the old value, or choose another --output.
 
     Raises:
         UserError: a field differs; names the first.

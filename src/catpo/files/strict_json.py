@@ -47,7 +47,7 @@ def check_fields(row: Mapping[str, Any], fields: Fields, *, place: str, remedy: 
 
     >>> check_fields({"rows": []}, {"block": int}, place="part.jsonl:1", remedy="Remove part.jsonl.")
     Traceback (most recent call last):
-    catpo.errors.UserError: part.jsonl:1 lacks 'block'. Remove part.jsonl.
+    catpo.core.errors.UserError: part.jsonl:1 lacks 'block'. Remove part.jsonl.
 
     Raises:
         UserError: naming place, field and remedy.

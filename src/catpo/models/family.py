@@ -23,7 +23,7 @@ from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
 from catpo.models.attention.packed import as_numbers
 from catpo.models.attention.recorder import recordable
 from catpo.models.generation import Generation
-from catpo.models.output_head import Head
+from catpo.models.output_head import OutputHead
 from catpo.models.tensors import fingerprint, text_hash
 
 TOKEN_INPUTS = ("mm_token_type_ids", "token_type_ids")
@@ -121,8 +121,8 @@ class Family(Generation):
         )
 
     @property
-    def head(self) -> Head:
-        return Head.of(self.unwrapped)
+    def head(self) -> OutputHead:
+        return OutputHead.of(self.unwrapped)
 
     @property
     def depth(self) -> int:

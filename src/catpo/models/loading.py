@@ -43,14 +43,14 @@ def load(
     device: str | torch.device | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Family:
     """A model by hub id, folder or `builtin`, with its processor, as its family.
 
     A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
-    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attention` is the decoder's implementation, one of
-    transformers', e.g. `sdpa`, `flex_attention` or `eager`.
+    `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attn_implementation` is one of transformers' names,
+    e.g. `sdpa`, `flex_attention` or `eager`, and concerns the decoder only.
 
     Raises:
         UserError: there is no such model, or it is not a vision-language model that catpo can run.
@@ -86,8 +86,8 @@ def load(
     loaded.to(device or best_device()).eval()
     _compute_alike(loaded)
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
-    if attention is not None:
-        family.use_packed_attention(attention)
+    if attn_implementation is not None:
+        family.use_packed_attention(attn_implementation)
     return family
 
 

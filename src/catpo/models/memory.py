@@ -19,8 +19,8 @@ SETTINGS = {
     "weights": "load them in half precision (dtype='bfloat16') or in 4 bits (quantization='4bit')",
     "gradients": "train an adapter (lora='lora') instead of all weights",
     "optimiser": "train an adapter (lora='lora') instead of all weights",
-    "activations": "lower batch_size (in training raise accumulation by as much), then give gradient_checkpointing=True or a "
-    "max_length",
+    "activations": "lower the batch size (in training, raise gradient_accumulation_steps by as much), then give "
+    "gradient_checkpointing=True or a max_length",
 }
 """Part -> the setting to lower."""
 

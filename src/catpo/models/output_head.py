@@ -27,7 +27,7 @@ LEAST_WORDS = 256
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """What turns hidden states into logits: weight, bias, and what some models do afterwards."""
 
     weight: Float[Tensor, "vocabulary width"]
@@ -38,7 +38,7 @@ class Head:
     """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
 
     @classmethod
-    def of(cls, model: Any) -> Head:
+    def of(cls, model: Any) -> OutputHead:
         """The output head of a transformers model."""
         layer = model.get_output_embeddings()
         text = model.config.get_text_config()
@@ -46,12 +46,12 @@ class Head:
         scale = given.get("logit_scale") or 1.0 / (given.get("logits_scaling") or 1.0)
         return cls(layer.weight, getattr(layer, "bias", None), scale, given.get("final_logit_softcapping"))
 
-    def frozen_copy(self) -> Head:
+    def frozen_copy(self) -> OutputHead:
         """The head as it is now, for a reference that must not follow the training."""
         bias = None if self.bias is None else self.bias.detach().clone()
-        return Head(self.weight.detach().clone(), bias, self.scale, self.softcap)
+        return OutputHead(self.weight.detach().clone(), bias, self.scale, self.softcap)
 
-    def to(self, device: torch.device) -> Head:
+    def to(self, device: torch.device) -> OutputHead:
         """The same head on a device."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
@@ -87,8 +87,8 @@ def at_head(model: Any, hidden: Tensor, read: Callable[..., Any], *args: Any, **
     """
     layer = model.get_output_embeddings()
     if not getattr(layer, "_runs_functions", False):
-        return read(hidden, Head.of(model), *args, **options)
-    return layer(hidden, run=lambda states: read(states, Head.of(model), *args, **options))
+        return read(hidden, OutputHead.of(model), *args, **options)
+    return layer(hidden, run=lambda states: read(states, OutputHead.of(model), *args, **options))
 
 
 @functools.cache
@@ -111,11 +111,11 @@ class TokenStats(NamedTuple):
 
 def token_stats(
     hidden: Float[Tensor, "tokens width"],
-    head: Head,
+    head: OutputHead,
     tokens: Int[Tensor, " tokens"],
     *,
     reference_hidden: Float[Tensor, "tokens width"] | None = None,
-    reference_head: Head | None = None,
+    reference_head: OutputHead | None = None,
     direction: Direction = "policy||reference",
     words: int | None = None,
 ) -> TokenStats:
@@ -126,7 +126,9 @@ def token_stats(
     in the forward pass; where it trains, the parts are projected again in the backward pass.
     """
     if reference_head is None:
-        reference_head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+        reference_head = OutputHead(
+            head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap
+        )
     words = words or max(LEAST_WORDS, TILE.get(hidden.device.type, TILE["cuda"]) // max(1, len(tokens)))
     logps, kl = _TokenStats.apply(
         hidden, head.weight, head.bias, tokens, reference_hidden, head, reference_head, direction, words
@@ -142,7 +144,7 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, reference_hidden: Tensor | None,
-        head: Head, reference_head: Head, direction: Direction, words: int,
+        head: OutputHead, reference_head: OutputHead, direction: Direction, words: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         is_frozen = not any(ctx.needs_input_grad[1:3])
         keep_jacobians = is_frozen and ctx.needs_input_grad[0]
@@ -194,7 +196,7 @@ class _Sweep:
     """One pass over the vocabulary, part by part. Sums of exp(z - highest z so far) are scaled down when a higher one comes."""
 
     def __init__(
-        self, hidden: Tensor, head: Head, tokens: Tensor, reference_hidden: Tensor | None, reference_head: Head,
+        self, hidden: Tensor, head: OutputHead, tokens: Tensor, reference_hidden: Tensor | None, reference_head: OutputHead,
         direction: Direction, keep_jacobians: bool,
     ) -> None:  # fmt: skip
         self.hidden, self.head, self.tokens = hidden, head, tokens
@@ -299,7 +301,9 @@ def _add_at_tokens(gradient: Tensor, tokens: Tensor, part: slice, values: Tensor
     gradient.scatter_add_(1, place, torch.where(is_here, values, 0.0)[:, None].to(gradient.dtype))
 
 
-def token_logits(hidden: Float[Tensor, "tokens width"], head: Head, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+def token_logits(
+    hidden: Float[Tensor, "tokens width"], head: OutputHead, tokens: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
     """The raw logit of each token, before the softmax: one row of the head each, with gradient."""
     dtype = arithmetic_dtype(hidden.dtype)
     logits = (hidden.to(dtype) * head.weight[tokens].to(dtype)).sum(-1)
@@ -309,7 +313,7 @@ def token_logits(hidden: Float[Tensor, "tokens width"], head: Head, tokens: Int[
 
 
 @torch.no_grad()
-def likeliest_tokens(hidden: Float[Tensor, "tokens width"], head: Head, *, chunk: int = 64) -> Int[Tensor, " tokens"]:
+def likeliest_tokens(hidden: Float[Tensor, "tokens width"], head: OutputHead, *, chunk: int = 64) -> Int[Tensor, " tokens"]:
     """The token of the largest logit at each position."""
     parts = [head.logits(hidden[part]).argmax(-1) for part in _parts(len(hidden), chunk)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=hidden.device)
@@ -317,7 +321,7 @@ def likeliest_tokens(hidden: Float[Tensor, "tokens width"], head: Head, *, chunk
 
 @torch.no_grad()
 def token_probabilities(
-    hidden: Float[Tensor, "positions width"], head: Head, tokens: Int[Tensor, " tokens"], *, chunk: int = 64
+    hidden: Float[Tensor, "positions width"], head: OutputHead, tokens: Int[Tensor, " tokens"], *, chunk: int = 64
 ) -> Float[Tensor, "positions tokens"]:
     """p(token | hidden state) for every position and every token asked for: the head read at a few words only."""
     parts = [head.logits(hidden[part]).softmax(-1)[:, tokens] for part in _parts(len(hidden), chunk)]

@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from catpo.models.output_head import Direction, Head, token_logits
+from catpo.models.output_head import Direction, OutputHead, token_logits
 
 CHUNK = 64
 """Tokens whose rows of the head, [tokens, k, width], are there at once."""
 
 
-class TopWords(NamedTuple):
+class TopTokens(NamedTuple):
     """What is kept of a next-token distribution."""
 
     ids: Int[Tensor, "tokens k"]
@@ -29,7 +29,7 @@ class TopWords(NamedTuple):
 
 
 @torch.no_grad()
-def top_words(hidden: Float[Tensor, "tokens width"], head: Head, k: int) -> TopWords:
+def top_tokens(hidden: Float[Tensor, "tokens width"], head: OutputHead, k: int) -> TopTokens:
     """The k likeliest next words at each position."""
     parts = []
     for states in hidden.split(CHUNK):
@@ -38,15 +38,15 @@ def top_words(hidden: Float[Tensor, "tokens width"], head: Head, k: int) -> TopW
         rest = logps.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
         parts.append((top.indices.int(), torch.cat([top.values, rest], dim=1).float()))
     ids, logps = (torch.cat(each) for each in zip(*parts, strict=True))
-    return TopWords(ids, logps)
+    return TopTokens(ids, logps)
 
 
 def top_kl(
     hidden: Float[Tensor, "tokens width"],
-    head: Head,
+    head: OutputHead,
     tokens: Int[Tensor, " tokens"],
     logps: Float[Tensor, " tokens"],
-    reference: TopWords,
+    reference: TopTokens,
     direction: Direction,
 ) -> Float[Tensor, " tokens"]:
     """KL between policy and reference over k words and the rest (Eq. 9), with gradient to the policy.
@@ -59,7 +59,7 @@ def top_kl(
     return torch.cat(found) if found else norm
 
 
-def _kl(hidden: Tensor, norm: Tensor, ids: Tensor, reference: Tensor, head: Head, direction: Direction) -> Tensor:
+def _kl(hidden: Tensor, norm: Tensor, ids: Tensor, reference: Tensor, head: OutputHead, direction: Direction) -> Tensor:
     rows, k = ids.shape
     every_word = token_logits(hidden.repeat_interleave(k, dim=0), head, ids.reshape(-1).long())
     top = every_word.view(rows, k) - norm[:, None]

@@ -36,8 +36,8 @@ from catpo.pairing.methods import Decoding, Dropped
 from catpo.runtime.blocks import Blocks, Rows
 from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
-from catpo.runtime.skip_log import Skipped
-from catpo.runtime.work_group import Team
+from catpo.runtime.skip_log import SkipLog
+from catpo.runtime.work_group import WorkGroup
 
 BLOCKS = "blocks.jsonl"
 """One row per finished block, while the work goes on."""
@@ -119,7 +119,7 @@ def pair(
     _check_temperature(temperature)
     if not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} must lie in (0, 1].")
-    skipped = Skipped(on_error)
+    skipped = SkipLog(on_error)
     samples, vocabulary = read_samples(data, skipped, limit)
     if not samples:
         raise UserError(f"{data} holds no samples to answer. Give it pictures.")
@@ -138,28 +138,28 @@ def pair(
         "decoding": {**{name: value for name, value in vars(decoding).items() if name != "seed"}, "block_size": block_size},
         **({} if grader is None else {"judge": str(judge)}),
     }
-    team = Team()
-    with team.lock(output) as folder:
-        if team.is_first:
+    group = WorkGroup()
+    with group.lock(output) as folder:
+        if group.is_main:
             _check_begun(folder, begun)
         family = (
             loading.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if isinstance(model, str | Path)
             else model
         )
-        if team.is_first:
+        if group.is_main:
             begun |= {"model": family.model_id, "model_hash": family.model_hash}
             _check_begun(folder, begun)
             if not (folder / ABOUT).exists():
                 write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
-        team.wait("begun")
+        group.barrier("begun")
         work = _Work(folder, samples, block_size)
-        if not team.agree("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
-            work.run(team, maker.answering(family), maker, progress and team.is_first)
-        if skipped.goes_on and team.is_first:
+        if not group.broadcast("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
+            work.run(group, maker.answering(family), maker, progress and group.is_main)
+        if skipped.goes_on and group.is_main:
             skipped.write(folder)
-        counts = team.agree("counts", lambda: work.finish(skipped))
-    team.leave()
+        counts = group.broadcast("counts", lambda: work.finish(skipped))
+    group.leave()
     return PairingResult(folder, **counts)
 
 
@@ -220,9 +220,9 @@ class _Work:
         self.folder, self.samples = folder, samples
         self.blocks = [samples[start : start + block_size] for start in range(0, len(samples), block_size)]
 
-    def run(self, team: Team, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
+    def run(self, group: WorkGroup, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
         """Do the blocks that are not done."""
-        blocks = Blocks(team, self.folder, PART, self._resume, len(self.blocks), self._belongs)
+        blocks = Blocks(group, self.folder, PART, self._resume, len(self.blocks), self._belongs)
         seen = {row["id"] for row in read_rows(self.folder / ROWS, PAIR)}
         left = sum(len(self.blocks[number]) for number in blocks.todo)
         total = len(self.samples)
@@ -232,7 +232,7 @@ class _Work:
                 stop.leave_if_asked(f"{bar.count} of {total} answers are in {self.folder}.")
                 block = [_held(sample) for sample in self.blocks[number]]
                 made = _made_of(block, answering, maker, self.folder)
-                bar.advance(total - left + team.add("asked", len(block)) - bar.count, note=f"{len(seen)} pairs")
+                bar.advance(total - left + group.add("asked", len(block)) - bar.count, note=f"{len(seen)} pairs")
                 return made
 
             blocks.run(make, lambda number, made: self._write(number, made, seen))
@@ -271,7 +271,7 @@ class _Work:
             cut_back(path, size)
         return len(rows)
 
-    def finish(self, skipped: Skipped) -> dict[str, Any]:
+    def finish(self, skipped: SkipLog) -> dict[str, Any]:
         """Sum up, say that all is there, and remove the notes on blocks; gives the counts."""
         about = read_json(self.folder / ABOUT, made_by="catpo pair")
         if not about["complete"]:

@@ -31,11 +31,11 @@ from catpo.planning.costs import Operations, Work, check_engine, per_process, se
 from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import check_place
 from catpo.runtime.launcher import process_count
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.scoring.settings import settings_of
 from catpo.training import objectives
-from catpo.training.config import check_adaptive, check_store, check_values, lora_config, needs_store
+from catpo.training.config import check_rescoring, check_store, check_values, lora_config, needs_store
 from catpo.training.objectives import Objective
 from catpo.training.pair_stats import kl_direction, requirements, view_needs
 from catpo.training.train import free_output
@@ -121,9 +121,9 @@ def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", proce
         quantization=options["quantization"],
         trust_remote_code=options["trust_remote_code"],
     )
-    if options["attention"] is not None:
-        family.use_packed_attention(options["attention"])
-    skipped = Skipped(options["on_error"])
+    if options["attn_implementation"] is not None:
+        family.use_packed_attention(options["attn_implementation"])
+    skipped = SkipLog(options["on_error"])
     everything = read_pairs(options["pairs"], skipped, options["limit"])
     if not everything:
         raise UserError(f"{options['pairs']} holds no preference pairs.")
@@ -149,7 +149,7 @@ def check_options(command: str, options: Mapping[str, Any]) -> None:
         free_output(Path(options["output"]), options["resume"])
 
 
-def _encoded(family: Family, pairs: Sequence[PreferencePair], skipped: Skipped, max_length: int | None) -> list[Encoded]:
+def _encoded(family: Family, pairs: Sequence[PreferencePair], skipped: SkipLog, max_length: int | None) -> list[Encoded]:
     """The sample, without what the command would leave out."""
     encode = lambda pair: family.encode(pair, max_length=max_length)
     usable = skipped.sieve(spread(pairs, SAMPLE), encode, lambda pair: f"pair {pair.id}")
@@ -184,7 +184,7 @@ def _score(
         steps=math.ceil(len(pairs) / together),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=memory,
-        store=store_bytes(family, encoded, len(pairs), len(settings.signals), kept, options["maps"]),
+        store=store_bytes(family, encoded, len(pairs), len(settings.signals), kept, options["attention_maps"]),
         processes=processes,
         work=Work(len(pairs) * operations(family, encoded, row).forward, 0.0),
     )
@@ -198,17 +198,17 @@ def _train(
     engine: str,
     processes: int,
 ) -> Plan:
-    kept, dev = dev_split(pairs, options["dev_share"], options["seed"])
+    kept, dev = dev_split(pairs, options["eval_fraction"], options["seed"])
     row = _row_length(family, encoded)
     weights = weight_bytes(family, options["quantization"])
     head = family.head.weight.numel() * family.head.weight.element_size()
     trained, trained_bytes = _trained(family, options["lora"])
-    tokens = max(row) * options["batch_size"]
+    tokens = max(row) * options["per_device_train_batch_size"]
     decoder = DecoderMemory(family)
     adapter = trained_bytes if options["lora"] else 0
     gathered = 2 * (weights + adapter) - _outside_decoder(family)  # the backward pass fetches neither tower nor head again
     objective = objectives.build(parse(options["objective"]))
-    check_adaptive(options["adaptive"], objective, options["workers"], processes)
+    check_rescoring(options["rescore_every"], objective, options["dataloader_num_workers"], processes)
     rewards = options["rewards"]
     is_awaited = rewards is not None and not Path(rewards).exists()
     if rewards is not None and not is_awaited and needs_store(objective, options["reference"]):
@@ -227,12 +227,12 @@ def _train(
         "gradients": trained_bytes,
         "optimiser": ADAMW_MOMENTS * trained_bytes,
         "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
-        "attention mask": options["batch_size"] * max(row) ** 2,
-        "head tile": _tile_bytes(_responses(encoded) * options["batch_size"]),
+        "attention mask": options["per_device_train_batch_size"] * max(row) ** 2,
+        "head tile": _tile_bytes(_responses(encoded) * options["per_device_train_batch_size"]),
     }
-    batches = math.ceil(len(kept) / (options["batch_size"] * processes))  # of one epoch
-    updates = math.ceil(batches / options["accumulation"])  # of one epoch
-    steps, seen = math.ceil(options["epochs"] * updates), options["epochs"] * len(kept)
+    batches = math.ceil(len(kept) / (options["per_device_train_batch_size"] * processes))  # of one epoch
+    updates = math.ceil(batches / options["gradient_accumulation_steps"])  # of one epoch
+    steps, seen = math.ceil(options["num_train_epochs"] * updates), options["num_train_epochs"] * len(kept)
     if options["max_steps"] > 0:
         steps, seen = options["max_steps"], len(kept) * options["max_steps"] / updates
     passes = seen * sum(row) / len(row)
@@ -260,7 +260,9 @@ def _train(
         engine=engine,
         work=Work(
             seen * (rows[0] * training + rows[1] * of_pair.forward),
-            sent_bytes(engine, processes, gathered=gathered, gradients=trained_bytes, batches=options["accumulation"]),
+            sent_bytes(
+                engine, processes, gathered=gathered, gradients=trained_bytes, batches=options["gradient_accumulation_steps"]
+            ),
         ),
         awaited=str(rewards) if is_awaited else "",
         checkpoint=(trained_bytes if options["lora"] else weights) + ADAMW_MOMENTS * trained_bytes,

@@ -129,7 +129,7 @@ def _add_pairs(content: _Content, rewards: str | Path | None, pairs: str | Path 
     if not can_fuse:
         content.notes.append(f"No weights: {', '.join(fusion.needs)} are needed, the store holds {', '.join(store.signals)}.")
     if not store.has_maps:
-        content.notes.append("No attention maps: the store was made without them (catpo score --maps).")
+        content.notes.append("No attention maps: the store was made without them (catpo score --attention-maps).")
 
 
 def _add_pair_provenance(content: _Content, pairs: str | Path) -> None:

@@ -61,7 +61,7 @@ def _source(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    folder = resources.files("catpo.report").joinpath("templates")
+    folder = resources.files("catpo.reporting").joinpath("templates")
     texts = {each.name: each.read_text(encoding="utf-8") for each in folder.iterdir() if each.name.endswith(".html.j2")}
     environment = Environment(
         loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -73,5 +73,5 @@ def _environment() -> Environment:
 @lru_cache(maxsize=2)
 def _text(names: tuple[str, ...]) -> str:
     """Static files as they are: they are no templates of anything, only inlined."""
-    folder = resources.files("catpo.report").joinpath("templates")
+    folder = resources.files("catpo.reporting").joinpath("templates")
     return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)

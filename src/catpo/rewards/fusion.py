@@ -34,7 +34,7 @@ class Fusion:
     0.5
     >>> Fusion(scope="pairs")
     Traceback (most recent call last):
-    catpo.errors.UserError: fusion: scope='pairs' is not one of response, pair. Did you mean 'pair'?
+    catpo.core.errors.UserError: fusion: scope='pairs' is not one of response, pair. Did you mean 'pair'?
     """
 
     normalise: str = "minmax"
@@ -53,13 +53,13 @@ class Fusion:
     """T = activation(s / temperature)."""
     eos: str = "neutral"
     """EOS and other special tokens weigh 1 (`neutral`), 0 (`zero`), or are treated as any token (`scored`)."""
-    keep: float = 1.0
+    token_fraction: float = 1.0
     """Share of the chosen response's tokens that are weighed; the rejected response is not touched."""
-    keep_from: str = "top"
-    """Which tokens `keep` takes: those of largest T (`top`) or of smallest (`bottom`)."""
+    select: str = "top"
+    """Which tokens `token_fraction` takes: those of largest T (`top`) or of smallest (`bottom`)."""
     unselected: float | str = 1.0
-    """Weight of the tokens that `keep` leaves out: 1 is plain DPO, 0 drops them, `base` is the base weight."""
-    shared: str = "own"
+    """Weight of the tokens that `token_fraction` leaves out: 1 is plain DPO, 0 drops them, `base` is the base weight."""
+    shared_prefix: str = "own"
     """`neutral`: tokens before the first difference of the responses get the mean of both sides' weights, and so cancel as in
     DPO."""
     signals: Mapping[str, float] | None = None
@@ -79,9 +79,9 @@ class Fusion:
         _one_of("scope", self.scope, ("response", "pair"))
         _one_of("activation", self.activation, ("tanh", "sigmoid"))
         _one_of("eos", self.eos, ("neutral", "zero", "scored"))
-        _one_of("keep_from", self.keep_from, ("top", "bottom"))
-        _one_of("shared", self.shared, ("own", "neutral"))
-        for option, high in (("alpha", 1.0), ("keep", 1.0), ("base_weight", math.inf), ("temperature", math.inf)):
+        _one_of("select", self.select, ("top", "bottom"))
+        _one_of("shared_prefix", self.shared_prefix, ("own", "neutral"))
+        for option, high in (("alpha", 1.0), ("token_fraction", 1.0), ("base_weight", math.inf), ("temperature", math.inf)):
             object.__setattr__(self, option, _number(option, getattr(self, option), low=0.0, high=high))
         if self.temperature == 0:
             raise UserError("fusion: temperature=0 would divide by zero. Give a small positive number, such as 0.1.")
@@ -118,7 +118,7 @@ class Fusion:
     def _check_learned(self) -> None:
         """Eq. 11 with coefficients that move: what else would choose or replace them is refused."""
         object.__setattr__(self, "learned_rate", _number("learned_rate", self.learned_rate, low=0.0))
-        for option, plain in (("signals", None), ("keep", 1.0), ("alpha", 0.5)):
+        for option, plain in (("signals", None), ("token_fraction", 1.0), ("alpha", 0.5)):
             if getattr(self, option) != plain:
                 raise UserError(
                     f"fusion: learned=True goes with Eq. 11 over all tokens; {option} has no place there. Leave it out."
@@ -208,7 +208,7 @@ def fuse(
     chosen_weights = _weights(relevances[0], "chosen", is_scored[0], fusion)
     rejected_weights = _weights(relevances[1], "rejected", is_scored[1], fusion)
     shared = shared_prefix(chosen.token_ids, rejected.token_ids)
-    if fusion.shared == "neutral":
+    if fusion.shared_prefix == "neutral":
         chosen_weights[:shared] = rejected_weights[:shared] = (chosen_weights[:shared] + rejected_weights[:shared]) / 2
     net = float((chosen_weights[:shared] - rejected_weights[:shared]).mean()) if shared else math.nan
     return PairWeights(
@@ -345,16 +345,16 @@ def weigh(squashed: ArrayLike, side: Side, base_weight: float = 0.5) -> Floats:
     return base_weight + (1 - squashed)  # Eq. 7, y-
 
 
-def keep_share(squashed: Floats, share: float, keep_from: str = "top") -> Bools:
+def select_tokens(squashed: Floats, share: float, select: str = "top") -> Bools:
     """Which tokens are weighed when only a share of them is (Fig. 1b, 4a, 4d): ⌈share · tokens⌉, ties by position.
 
-    >>> keep_share(np.array([0.1, 0.7, 0.7, 0.3]), 0.5)
+    >>> select_tokens(np.array([0.1, 0.7, 0.7, 0.3]), 0.5)
     array([False,  True,  True, False])
-    >>> keep_share(np.array([0.1, 0.7, 0.7, 0.3]), 0.25, "bottom")
+    >>> select_tokens(np.array([0.1, 0.7, 0.7, 0.3]), 0.25, "bottom")
     array([ True, False, False, False])
     """
     count = math.ceil(round(share * len(squashed), 9))  # 0.07 · 100 is 7.000000000000001
-    ranked = np.argsort(-squashed if keep_from == "top" else squashed, kind="stable")
+    ranked = np.argsort(-squashed if select == "top" else squashed, kind="stable")
     is_kept = np.zeros(len(squashed), dtype=bool)
     is_kept[ranked[:count]] = True
     return is_kept
@@ -419,9 +419,9 @@ def _sum(parts: Mapping[str, Floats], fusion: Fusion) -> Floats:
 def _weights(squashed: Floats, side: Side, is_scored: Bools, fusion: Fusion) -> Floats:
     """Weights of all tokens of one response, from T of its scored ones."""
     weights = weigh(squashed, side, fusion.base_weight)
-    if side == "chosen" and fusion.keep < 1:
+    if side == "chosen" and fusion.token_fraction < 1:
         unselected = fusion.base_weight if fusion.unselected == "base" else fusion.unselected
-        weights = np.where(keep_share(squashed, fusion.keep, fusion.keep_from), weights, unselected)
+        weights = np.where(select_tokens(squashed, fusion.token_fraction, fusion.select), weights, unselected)
     return _spread(weights, is_scored, elsewhere=1.0 if fusion.eos == "neutral" else 0.0)
 
 

@@ -249,7 +249,7 @@ class RewardStore:
             UserError: the store holds none, or the shard is damaged.
         """
         if not self.has_maps:
-            raise UserError(f"{self.path} holds no attention maps. Score again with them (`catpo score --maps`).")
+            raise UserError(f"{self.path} holds no attention maps. Score again with them (`catpo score --attention-maps`).")
         shard, first, last = self._place(pair_id, side)
         return shard.read_array("maps", slice(first, last), self._patch_count(pair_id, side))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files.json_files import append_rows, repair_rows
-from catpo.runtime.work_group import Team
+from catpo.runtime.work_group import WorkGroup
 
 Rows = list[dict[str, Any]]
 MADE = {"block": int, "rows": list[dict]}
@@ -36,26 +36,26 @@ class Blocks:
 
     def __init__(
         self,
-        team: Team,
+        group: WorkGroup,
         folder: Path,
         part: str,
         written: Callable[[], int],
         count: int,
         belongs: Callable[[int, Rows], bool],
     ) -> None:
-        self.team, self.folder, self.part, self.count, self.belongs = team, folder, part, count, belongs
-        self.done = team.agree("done", written)
-        beside = team.agree("beside", lambda: [*self._made()])
+        self.group, self.folder, self.part, self.count, self.belongs = group, folder, part, count, belongs
+        self.done = group.broadcast("done", written)
+        beside = group.broadcast("beside", lambda: [*self._made()])
         self.todo = [number for number in range(self.done, count) if number not in beside]
         """Blocks that nobody has made yet."""
 
     def run(self, make: Callable[[int], Rows], write: Callable[[int, Rows], object]) -> None:
         """Make what is left, by `make` in any process and any order, and write it in order, in the first."""
-        if self.team.count > 1:
-            for number in self.team.claim("todo", self.todo):
-                append_rows(self.folder / self.part.format(self.team.number), [{"block": number, "rows": make(number)}])
-            self.team.wait("made")
-        if self.team.is_first:
+        if self.group.count > 1:
+            for number in self.group.claim("todo", self.todo):
+                append_rows(self.folder / self.part.format(self.group.number), [{"block": number, "rows": make(number)}])
+            self.group.barrier("made")
+        if self.group.is_main:
             made = self._made()
             for number in range(self.done, self.count):
                 write(number, made[number] if number in made else make(number))

@@ -19,10 +19,10 @@ LISTED = 100
 """Rows that stand in the result itself; all of them stand in `skipped.jsonl` beside it."""
 
 
-class Skipped:
+class SkipLog:
     """The rows that one command leaves out; with `on_error='stop'` the first error goes on its way instead.
 
-    >>> skipped = Skipped("skip")
+    >>> skipped = SkipLog("skip")
     >>> skipped.usable(["1", "x"], lambda text: _number(text), str)
     ['1']
     >>> skipped.summary()

@@ -29,7 +29,7 @@ PATIENCE = timedelta(days=30)
 _works = itertools.count()
 
 
-class Team:
+class WorkGroup:
     """The processes that share one piece of work; alone, a process is a team of one.
 
     Every process makes its teams in the same order and calls the same methods with the same names.
@@ -44,13 +44,13 @@ class Team:
     def __init__(self) -> None:
         self.count = process_count()
         self.number = process_number()
-        self.is_first = self.number == 0
+        self.is_main = self.number == 0
         self._store = distributed.PrefixStore(f"catpo/{next(_works)}", _common_store(self.count))
 
     @contextmanager
     def lock(self, folder: str | Path) -> Iterator[Path]:
         """`runs.lock`, taken by the first process for all. The others go on when it has it."""
-        if not self.is_first:
+        if not self.is_main:
             self._store.get("locked")
             yield Path(folder)
             return
@@ -58,9 +58,9 @@ class Team:
             self._store.set("locked", "1")
             yield made
 
-    def agree(self, name: str, make: Callable[[], Made]) -> Made:
+    def broadcast(self, name: str, make: Callable[[], Made]) -> Made:
         """What the first process makes, given to all; JSON."""
-        if self.is_first:
+        if self.is_main:
             made = make()
             self._store.set(name, json.dumps(made))
             return made
@@ -79,7 +79,7 @@ class Team:
         """Counts what all have done; returns the sum so far."""
         return self._store.add(name, amount)
 
-    def wait(self, name: str) -> None:
+    def barrier(self, name: str) -> None:
         """Goes on when every process has come here."""
         if self._store.add(f"{name} came", 1) == self.count:
             self._store.set(f"{name} all", "1")
@@ -89,7 +89,7 @@ class Team:
         """The last call of a team: the first process, which may hold the store, stays until the others are gone."""
         if self._store.add("left", 1) == self.count:
             self._store.set("all left", "1")
-        if self.is_first:
+        if self.is_main:
             self._store.get("all left")
 
 

@@ -20,7 +20,7 @@ from catpo.models.attention.recorder import AttentionRecorder, choose_heads, cho
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import token_stats
 from catpo.models.packing import Batch, pack, response_hidden, run_backbone, to_device, unflatten
-from catpo.models.top_k import TopWords, top_words
+from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
@@ -39,7 +39,7 @@ class ScoredResponse:
     """[tokens, width], float32, or bfloat16 seen as int16."""
     map: np.ndarray
     """[tokens, patches] attention, float16."""
-    top: TopWords | None = None
+    top: TopTokens | None = None
     """The reference's likeliest words, if they are kept."""
 
 
@@ -88,7 +88,7 @@ class PairScorer:
             grids=encoded.grids,
         )
         attention = evidence.attention.half().cpu().numpy()
-        top = run.top_words(number, side_number, self.top) if self.top else None
+        top = run.top_tokens(number, side_number, self.top) if self.top else None
         return ScoredResponse(row, run.hidden_states(number, side_number), attention, top)
 
 
@@ -142,10 +142,10 @@ class TeacherForced:
         states = self._predicting(number, side).cpu()
         return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
 
-    def top_words(self, number: int, side: int, k: int) -> TopWords:
+    def top_tokens(self, number: int, side: int, k: int) -> TopTokens:
         """The k likeliest words at each of the response's tokens."""
-        ids, logps = top_words(self._predicting(number, side), self.head, k)
-        return TopWords(ids.cpu(), logps.cpu())
+        ids, logps = top_tokens(self._predicting(number, side), self.head, k)
+        return TopTokens(ids.cpu(), logps.cpu())
 
     def _predicting(self, number: int, side: int) -> Tensor:
         mask = self.batch["mask"][number, side]

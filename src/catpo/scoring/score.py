@@ -26,8 +26,8 @@ from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import RewardWriter, check_place
 from catpo.runtime.progress import Track, track
 from catpo.runtime.sigterm import on_sigterm
-from catpo.runtime.skip_log import Skipped
-from catpo.runtime.work_group import Team
+from catpo.runtime.skip_log import SkipLog
+from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.forward import PairScorer, batches_by_length, join_maps, join_top
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, hash_labels, provenance, settings_of
@@ -47,7 +47,7 @@ def score(
     query: str = "token",
     patches: str | int = "all",
     cache: str = "hidden",
-    maps: bool = True,
+    attention_maps: bool = True,
     batch_size: int = 32,
     batch_tokens: int | None = None,
     shard_size: int = 64,
@@ -56,7 +56,7 @@ def score(
     adapter: str | Path | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     on_error: str = "stop",
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -90,7 +90,7 @@ def score(
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
     settings = settings_of(locals())
-    skipped = Skipped(on_error)
+    skipped = SkipLog(on_error)
     chosen_pairs = read_pairs(pairs, skipped, limit)
     if not chosen_pairs:
         raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
@@ -98,20 +98,34 @@ def score(
         model
         if isinstance(model, Family)
         else loading.load(
-            model, adapter=adapter, device=device, dtype=dtype, quantization=quantization, attention=attention,
+            model,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    )  # fmt: skip
+    )
     settings.check(family.depth)
     if skipped.goes_on:
         every = chosen_pairs
         fits = lambda place: family.encode(every[place], max_length=max_length)
         chosen_pairs = every.select(skipped.usable(range(len(every)), fits, lambda place: f"pair {every[place].id}"))
     return score_pairs(
-        chosen_pairs, family, output, settings, cache=cache, maps=maps, batch_size=batch_size, batch_tokens=batch_tokens,
+        chosen_pairs,
+        family,
+        output,
+        settings,
+        cache=cache,
+        attention_maps=attention_maps,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         shard_size=shard_size,
-        max_length=max_length, skipped=skipped, progress=progress,
-    )  # fmt: skip
+        max_length=max_length,
+        skipped=skipped,
+        progress=progress,
+    )
 
 
 def score_pairs(
@@ -121,12 +135,12 @@ def score_pairs(
     settings: ScoreSettings | None = None,
     *,
     cache: str = "hidden",
-    maps: bool = True,
+    attention_maps: bool = True,
     batch_size: int = 32,
     batch_tokens: int | None = None,
     shard_size: int = 64,
     max_length: int | None = None,
-    skipped: Skipped | None = None,
+    skipped: SkipLog | None = None,
     progress: bool = True,
 ) -> RewardStore:
     """`score` on pairs at hand."""
@@ -137,44 +151,48 @@ def score_pairs(
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
-    team = Team()
-    tells = progress and team.is_first
-    size = f"catpo: {output} will take about {_foretold_size(family, settings, pairs, kept, maps, max_length)}" if tells else ""
+    group = WorkGroup()
+    tells = progress and group.is_main
+    size = (
+        f"catpo: {output} will take about {_foretold_size(family, settings, pairs, kept, attention_maps, max_length)}"
+        if tells
+        else ""
+    )
     others = OtherPictures(pairs)
-    with team.lock(output):
+    with group.lock(output):
         is_begun = (Path(output) / "store.json").exists()
         if tells and not is_begun:  # before anything is written
             check_place(Path(output))
             print(size, file=sys.stderr)
-        writer = _writer(team, output, family, settings, pairs, shard_size, kept, maps)
-        missing = team.agree("missing", writer.missing_shards)
+        writer = _writer(group, output, family, settings, pairs, shard_size, kept, attention_maps)
+        missing = group.broadcast("missing", writer.missing_shards)
         if tells and is_begun and missing:
             print(size, file=sys.stderr)
         done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
         bar: Track[PreferencePair]
         with track(len(pairs), "Scoring", "pairs", done=done, enabled=tells) as bar, on_sigterm() as stop:
-            for shard in team.claim("missing", missing):
+            for shard in group.claim("missing", missing):
                 stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
                 here = writer.pairs_of(shard)
                 scored = {}
                 for batch in batches_by_length(scorer, pairs[here], batch_size, bound):
                     for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
                         scored[response.row.pair_id, response.row.side] = response
-                    bar.advance(done + team.add("scored", len(batch)) - bar.count)
+                    bar.advance(done + group.add("scored", len(batch)) - bar.count)
                 responses = [scored[pair.id, side] for pair in pairs[here] for side in SIDES]
                 writer.write_shard(
                     shard,
                     [response.row for response in responses],
                     hidden=np.concatenate([response.hidden for response in responses]) if kept.hidden else None,
                     top=join_top(responses) if kept.k else None,
-                    maps=join_maps([response.map for response in responses]) if maps else None,
+                    maps=join_maps([response.map for response in responses]) if attention_maps else None,
                 )
-            team.wait("scored")
+            group.barrier("scored")
         left_out = None if skipped is None or not skipped.goes_on else skipped
-        if left_out and team.is_first:
+        if left_out and group.is_main:
             left_out.write(Path(output))
-        team.agree("finished", lambda: writer.finish(elsewhere=missing, skipped=left_out.summary() if left_out else None))
-    team.leave()
+        group.broadcast("finished", lambda: writer.finish(elsewhere=missing, skipped=left_out.summary() if left_out else None))
+    group.leave()
     return RewardStore.open(output)
 
 
@@ -183,30 +201,30 @@ def _foretold_size(
     settings: ScoreSettings,
     pairs: Sequence[PreferencePair],
     kept: Cache,
-    maps: bool,
+    attention_maps: bool,
     max_length: int | None,
 ) -> str:
     """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""
     encoded = [family.encode(pair, max_length=max_length) for pair in spread(pairs, SIZED_PAIRS)]
-    parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, maps) if encoded else {}
+    parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, attention_maps) if encoded else {}
     sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
     return f"{memory.readable(sum(parts.values()))} ({sizes})"
 
 
 def _writer(
-    team: Team,
+    group: WorkGroup,
     output: str | Path,
     family: Family,
     settings: ScoreSettings,
     pairs: Sequence[PreferencePair],
     shard_size: int,
     kept: Cache,
-    maps: bool,
+    attention_maps: bool,
 ) -> RewardWriter:
     """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
     ids = ids_of(pairs)
-    if team.is_first:
-        made_of = provenance(family, settings, kept, maps=maps) | {"labels_hash": hash_labels(pairs)}
+    if group.is_main:
+        made_of = provenance(family, settings, kept, maps=attention_maps) | {"labels_hash": hash_labels(pairs)}
         writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)
-    team.wait("begun")
-    return writer if team.is_first else RewardWriter.join(output, ids)
+    group.barrier("begun")
+    return writer if group.is_main else RewardWriter.join(output, ids)

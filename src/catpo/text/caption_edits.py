@@ -295,8 +295,8 @@ def _cuts(sentence: str, bad: NounPhrase, phrases: Sequence[NounPhrase]) -> Iter
         re.I,
     )
     if phrase_before:
-        is_first = not before[: phrase_before.start()].strip()
-        yield PHRASE, before[: phrase_before.start()] + (re.sub(r"^,?\s+", "", after) if is_first else after)
+        is_main = not before[: phrase_before.start()].strip()
+        yield PHRASE, before[: phrase_before.start()] + (re.sub(r"^,?\s+", "", after) if is_main else after)
     phrase_after = re.match(rf",?\s+(?:(?:is|are|sits?|stands?|\w+ing)\s+)?{_PREPOSITION}\s+", after, re.I)
     if phrase_after and any(other.start == bad.end + phrase_after.end() and not other.is_definite for other in phrases):
         yield CLAUSE, before + after[phrase_after.end() :]  # "a CAT next to a dog" -> "a dog"

@@ -20,7 +20,7 @@ CLOSING = "train_runtime"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class NewDraws(TrainerCallback):
+class ResampleViews(TrainerCallback):
     """Random views of the pictures are drawn anew in every epoch, by its number, so that a resumed run draws the same."""
 
     def __init__(self, readings: Any) -> None:

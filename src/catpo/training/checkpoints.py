@@ -76,7 +76,7 @@ class AllTrained(Exception):
     """The checkpoint that a run goes on from is that of its last step; its weights are loaded."""
 
 
-class WholeCheckpoints(TrainerCallback):
+class AtomicCheckpoints(TrainerCallback):
     """Marks checkpoints, removes older ones, and sees to it that a run that goes on from one repeats and leaves out nothing.
 
     To be the last callback, since what others write belongs to the checkpoint.

@@ -39,7 +39,7 @@ class CatPOConfig(TrainingArguments):
         default=None, metadata={"help": "longest prompt + response in tokens; longer pairs are refused"}
     )
     prefix: str = field(default="shared", metadata={"help": "'shared': one row per pair; 'separate': a row per response"})
-    adaptive: int = field(
+    rescore_every: int = field(
         default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
     )
     train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
@@ -79,12 +79,14 @@ def check_store(store: RewardStore, objective: Objective, reference: str) -> Non
         )
 
 
-def check_adaptive(adaptive: int, objective: Objective, workers: int, processes: int) -> None:
+def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int, processes: int) -> None:
     """Raises UserError if rewards cannot follow the policy."""
-    if adaptive and "weights" not in requirements(objective.loss, objective.options):
-        raise UserError(f"adaptive={adaptive}: {objective.spec} reads no token weights. Leave adaptive out.")
-    if adaptive and (workers or processes > 1):
-        raise UserError("adaptive rewards reach batches of this process only: leave out workers and further processes.")
+    if rescore_every and "weights" not in requirements(objective.loss, objective.options):
+        raise UserError(f"rescore_every={rescore_every}: {objective.spec} reads no token weights. Leave rescore_every out.")
+    if rescore_every and (dataloader_num_workers or processes > 1):
+        raise UserError(
+            "rescore_every reaches batches of this process only: leave out dataloader_num_workers and further processes."
+        )
 
 
 def check_values(options: Mapping[str, Any]) -> None:
@@ -93,17 +95,24 @@ def check_values(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: a number is out of its range, a word is not known, or two of them do not go together.
     """
-    counts = ("batch_size", "accumulation", "limit", "max_length", "logging_steps")
+    counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "limit", "max_length", "logging_steps")
     check_positive(**{name: options[name] for name in counts})
     numbers = (
-        "learning_rate", "epochs", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "adaptive", "workers",
-    )  # fmt: skip
+        "learning_rate",
+        "num_train_epochs",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "save_steps",
+        "rescore_every",
+        "dataloader_num_workers",
+    )
     check_not_negative(**{name: options[name] for name in numbers})
     check_seed(options["seed"])
     _check_tracker(options["report_to"])
-    scheduler, known = options["scheduler"], [each.value for each in SchedulerType]
-    if scheduler not in known:
-        raise UserError(f"scheduler='{scheduler}' is not known. {did_you_mean(scheduler, known)}")
+    lr_scheduler_type, known = options["lr_scheduler_type"], [each.value for each in SchedulerType]
+    if lr_scheduler_type not in known:
+        raise UserError(f"lr_scheduler_type='{lr_scheduler_type}' is not known. {did_you_mean(lr_scheduler_type, known)}")
     if options["quantization"] is not None and options["lora"] is None:
         raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
 

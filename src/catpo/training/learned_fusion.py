@@ -37,7 +37,7 @@ class LearnedFusion(nn.Module):
         squashed = self._squashed(relevance)  # T
         weights = torch.stack([fusion.base_weight + squashed[:, 0], fusion.base_weight + 1 - squashed[:, 1]], dim=1)  # Eq. 7
         weights = torch.where(is_scored, weights, 1.0 if fusion.eos == "neutral" else 0.0)
-        if fusion.shared == "neutral":
+        if fusion.shared_prefix == "neutral":
             mean = weights.mean(1, keepdim=True).expand_as(weights)
             weights = torch.where(_shared_prefix(batch)[:, None], mean, weights)
         return weights * batch["mask"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from catpo.models.output_head import Direction, Head, TokenStats, add_head_reading, at_head, token_stats
+from catpo.models.output_head import Direction, OutputHead, TokenStats, add_head_reading, at_head, token_stats
 from catpo.models.packing import Batch, response_hidden, run_backbone
-from catpo.models.top_k import TopWords, top_kl
+from catpo.models.top_k import TopTokens, top_kl
 
 
 def add_pair_forward(model: Any) -> None:
@@ -35,8 +35,8 @@ def _pair_forward(
     *,
     direction: Direction | None = None,
     reference_hidden: Tensor | None = None,
-    reference_head: Head | None = None,
-    reference_top: TopWords | None = None,
+    reference_head: OutputHead | None = None,
+    reference_top: TopTokens | None = None,
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> Any:
@@ -61,7 +61,7 @@ def _pair_forward(
 
 
 def _stats(
-    hidden: Tensor, head: Head, tokens: Tensor, *, reference_top: TopWords | None, direction: Direction, **reference: Any
+    hidden: Tensor, head: OutputHead, tokens: Tensor, *, reference_top: TopTokens | None, direction: Direction, **reference: Any
 ) -> TokenStats:
     """Log-probs and the KL to what is known of the reference: its hidden states, or its likeliest words."""
     if reference_top is None:

@@ -8,15 +8,15 @@ from catpo.core.types import PreferencePair, check_pair
 from catpo.data.spool import select
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
-from catpo.runtime.skip_log import Skipped
+from catpo.runtime.skip_log import SkipLog
 
 
-def checked(pairs: Sequence[PreferencePair], skipped: Skipped, limit: int | None) -> list[PreferencePair]:
+def checked(pairs: Sequence[PreferencePair], skipped: SkipLog, limit: int | None) -> list[PreferencePair]:
     return skipped.usable(pairs, check_pair, lambda pair: f"pair {pair.id}")[:limit]
 
 
 def usable(
-    pairs: Sequence[PreferencePair], family: Family, skipped: Skipped, max_length: int | None, store: RewardStore | None
+    pairs: Sequence[PreferencePair], family: Family, skipped: SkipLog, max_length: int | None, store: RewardStore | None
 ) -> Sequence[PreferencePair]:
     """The pairs that the model can read and that were scored."""
 

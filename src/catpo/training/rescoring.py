@@ -19,7 +19,7 @@ from catpo.scoring.settings import ScoreSettings
 from catpo.training.collator import PairCollator
 
 
-class AdaptiveRewards(TrainerCallback):
+class Rescoring(TrainerCallback):
     """Gives the collator the weights of a fresh store after every `every` optimiser steps.
 
     The stores, without hidden states and maps, stay in `folder` as `rewards-step-N`, so that a resumed run finds the last. A
@@ -45,7 +45,7 @@ class AdaptiveRewards(TrainerCallback):
         family.model.eval()
         family.forget_hash()
         self.collator.weights_from = score_pairs(
-            self.pairs, family, self._path(step), self.settings, cache="logps", maps=False, progress=False
+            self.pairs, family, self._path(step), self.settings, cache="logps", attention_maps=False, progress=False
         )
         family.model.train(was_training)
 

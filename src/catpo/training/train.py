@@ -25,10 +25,10 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors
 from catpo.runtime.launcher import process_count
 from catpo.runtime.sigterm import Stop, on_sigterm
-from catpo.runtime.skip_log import Skipped
-from catpo.runtime.work_group import Team
+from catpo.runtime.skip_log import SkipLog
+from catpo.runtime.work_group import WorkGroup
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
-from catpo.training.checkpoints import AllTrained, WholeCheckpoints, damage, last_whole
+from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage, last_whole
 from catpo.training.config import CatPOConfig, check_values, lora_config
 from catpo.training.pairs import checked, usable
 from catpo.training.trainer import CatPOTrainer
@@ -52,28 +52,28 @@ def train(
     objective: str = "catpo",
     reference: str = "cached",
     learning_rate: float = 1.4e-6,
-    epochs: float = 6,
-    batch_size: int = 1,
-    accumulation: int = 32,
+    num_train_epochs: float = 6,
+    per_device_train_batch_size: int = 1,
+    gradient_accumulation_steps: int = 32,
     warmup_steps: int = 0,
-    scheduler: str = "cosine",
+    lr_scheduler_type: str = "cosine",
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     lora: str | None = "lora",
     max_length: int | None = None,
     max_steps: int = -1,
-    dev_share: float = 0.1,
+    eval_fraction: float = 0.1,
     seed: int = 42,
     resume: bool = False,
     save_steps: int = 0,
     logging_steps: int = 10,
-    adaptive: int = 0,
+    rescore_every: int = 0,
     group_by_length: bool = False,
-    workers: int = 0,
+    dataloader_num_workers: int = 0,
     limit: int | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     report_to: str = "none",
@@ -86,7 +86,7 @@ def train(
 
     Args:
         rewards: the reward store; without one, what the objective needs is scored into `output/checkpoints/rewards` first.
-        objective: `dpo`, `catpo`, with options, e.g. `catpo(preset='paper', shared='neutral')`.
+        objective: `dpo`, `catpo`, with options, e.g. `catpo(preset='paper', shared_prefix='neutral')`.
         reference: `cached` in the store, or `online` beside the policy.
         lora: `lora(r=128, alpha=256, dropout=0.0)`, or None for full training of the decoder.
         dev_share: share of the pairs kept out of training and logged as `eval_…`.
@@ -103,47 +103,47 @@ def train(
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in options.items() if name not in _NOT_SETTINGS
     }
-    team = Team()
-    with team.lock(output):
+    group = WorkGroup()
+    with group.lock(output):
         checkpoint = free_output(output, resume)
         if checkpoint and (output / "catpo.json").exists():
             begun = _begun(output)
             check_same(begun["settings"], settings, where=str(output))
             if begun["complete"] and (output / "model").is_dir():
-                team.leave()
+                group.leave()
                 return TrainingResult(output, output / "model", _last_metrics(output))
-        if checkpoint and (problem := team.agree("damage", lambda: damage(checkpoint))):
-            team.leave()
+        if checkpoint and (problem := group.broadcast("damage", lambda: damage(checkpoint))):
+            group.leave()
             raise UserError(problem)
         check_values(options)
-        skipped = Skipped(on_error)
+        skipped = SkipLog(on_error)
         everything = read_pairs(pairs, skipped, limit) if isinstance(pairs, str | Path) else checked(pairs, skipped, limit)
-        train_pairs, dev_pairs = dev_split(everything, dev_share, seed)
+        train_pairs, dev_pairs = dev_split(everything, eval_fraction, seed)
         place = "cpu" if rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true" else device
         family = loading.load(
-            model, device=place, dtype=dtype, quantization=quantization, attention=attention,
+            model, device=place, dtype=dtype, quantization=quantization, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if skipped.goes_on:
             readable = usable(everything, family, skipped, max_length, None if rewards is None else RewardStore.open(rewards))
-            train_pairs, dev_pairs = dev_split(readable, dev_share, seed)
-            if team.is_first:
+            train_pairs, dev_pairs = dev_split(readable, eval_fraction, seed)
+            if group.is_main:
                 skipped.write(output)
         config = CatPOConfig(
             output_dir=str(output / "checkpoints"),
             objective=objective,
-            adaptive=adaptive,
+            rescore_every=rescore_every,
             rewards=None if rewards is None else str(rewards),
             reference=reference,
             max_length=max_length,
             learning_rate=learning_rate,
-            num_train_epochs=epochs,
+            num_train_epochs=num_train_epochs,
             max_steps=max_steps,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=per_device_train_batch_size,
+            per_device_eval_batch_size=per_device_train_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
             warmup_steps=warmup_steps,
-            lr_scheduler_type=scheduler,
+            lr_scheduler_type=lr_scheduler_type,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             seed=seed,
@@ -151,7 +151,7 @@ def train(
             save_strategy="steps" if save_steps else "epoch",
             save_steps=save_steps or 500,
             eval_strategy="epoch" if dev_pairs else "no",
-            dataloader_num_workers=workers,
+            dataloader_num_workers=dataloader_num_workers,
             train_sampling_strategy="group_by_length" if group_by_length else "random",
             bf16=bf16,
             report_to=report_to,
@@ -166,16 +166,16 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         about = lambda: _provenance(trainer, settings, len(train_pairs), len(dev_pairs), skipped)
-        if team.is_first:
+        if group.is_main:
             write_json(output / "catpo.json", {**about(), "complete": False})
         with loading.quiet(), on_sigterm() as stop, disk_errors.explained(lambda: _whole_so_far(output)):
             _run(trainer, checkpoint, stop)
             weights = trainer.whole_weights()
-            if team.is_first:
+            if group.is_main:
                 _save_model(trainer, output / "model", weights)
                 write_json(output / "catpo.json", {**about(), "complete": True})  # with coefficients as they were learned
-        team.wait("saved")
-    team.leave()
+        group.barrier("saved")
+    group.leave()
     return TrainingResult(output, output / "model", _last_metrics(output))
 
 
@@ -185,7 +185,7 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
     any_process = lambda is_so: bool(accelerator.reduce(torch.tensor(float(is_so), device=accelerator.device)) > 0)
     here_only = lambda is_so: is_so
     trainer.add_callback(
-        WholeCheckpoints(stop, any_process if process_count() > 1 else here_only, accelerator.wait_for_everyone)
+        AtomicCheckpoints(stop, any_process if process_count() > 1 else here_only, accelerator.wait_for_everyone)
     )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -201,7 +201,7 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
 
 
 _NOT_SETTINGS = (
-    "output", "resume", "pairs", "workers", "report_to", "progress", "device", "on_error", "trust_remote_code",
+    "output", "resume", "pairs", "dataloader_num_workers", "report_to", "progress", "device", "on_error", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] 
 
 
 def _provenance(
-    trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int, skipped: Skipped
+    trainer: CatPOTrainer, settings: Mapping[str, Any], train_count: int, dev_count: int, skipped: SkipLog
 ) -> dict[str, Any]:
     objective = trainer.objective
     return {

@@ -31,25 +31,25 @@ from catpo.models import loading, memory
 from catpo.models.attention import last_layer
 from catpo.models.family import Family
 from catpo.models.family_check import check_family
-from catpo.models.output_head import Head, TokenStats
+from catpo.models.output_head import OutputHead, TokenStats
 from catpo.models.packing import Batch, Prefix, hidden_and_logps, unflatten
 from catpo.models.tensors import masked_sum
-from catpo.models.top_k import TopWords
+from catpo.models.top_k import TopTokens
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.scoring.score import score_pairs
 from catpo.training import objectives
-from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, NewDraws
+from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
-from catpo.training.config import CatPOConfig, check_adaptive, check_store, needs_store
+from catpo.training.config import CatPOConfig, check_rescoring, check_store, needs_store
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths
 from catpo.training.loss_checks import CAUSES, check_first_gradient, check_gradient, check_losses
 from catpo.training.objectives import LossOutput, Objective
 from catpo.training.pair_forward import add_pair_forward
 from catpo.training.pair_stats import PairStats, kl_direction, requirements
-from catpo.training.rescoring import AdaptiveRewards
-from catpo.training.view_passes import Readings
+from catpo.training.rescoring import Rescoring
+from catpo.training.view_passes import ViewPasses
 
 STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 """How far the first loss may lie from log 2, and the first KL from 0, by precision; 0.05 in half precision."""
@@ -71,7 +71,7 @@ class CatPOTrainer(Trainer):
         UserError: something of the above does not fit together; says what.
     """
 
-    reference_head: Head | None
+    reference_head: OutputHead | None
     """Output head of the reference; None where it is the policy's own."""
 
     def __init__(
@@ -92,13 +92,13 @@ class CatPOTrainer(Trainer):
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
-        check_adaptive(args.adaptive, self.objective, args.dataloader_num_workers, process_count())
+        check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
         train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
         if train_pairs:
             check_family(self.family, train_pairs[0])
         everything = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
         prefix = cast(Prefix, args.prefix)
-        self.readings = Readings(self.family, self.needs, everything, args.seed, prefix, max_length=args.max_length)
+        self.readings = ViewPasses(self.family, self.needs, everything, args.seed, prefix, max_length=args.max_length)
         self.rewards = self._open_rewards(args, everything)
         self._prepare_model(args, peft_config, ref_model)
         collator = PairCollator(self.family, self.rewards, self.objective.fusion, self.needs, args.max_length, prefix)
@@ -116,7 +116,7 @@ class CatPOTrainer(Trainer):
             processing_class=self.family.processor,
             callbacks=[
                 *(callbacks or []),
-                NewDraws(self.readings),
+                ResampleViews(self.readings),
                 KeepSpecialTokens(self.family.unwrapped),
                 *self._adaptive_rewards(args, everything, collator),
             ],
@@ -156,9 +156,9 @@ class CatPOTrainer(Trainer):
     def _adaptive_rewards(
         self, args: CatPOConfig, pairs: Sequence[PreferencePair], collator: PairCollator
     ) -> list[TrainerCallback]:
-        if not args.adaptive:
+        if not args.rescore_every:
             return []
-        return [AdaptiveRewards(args.adaptive, pairs, collator, Path(args.output_dir or "."))]
+        return [Rescoring(args.rescore_every, pairs, collator, Path(args.output_dir or "."))]
 
     def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
         add_pair_forward(self.family.unwrapped)
@@ -265,7 +265,7 @@ class CatPOTrainer(Trainer):
         is_top = reference_hidden is None and "reference_top_ids" in batch
         options = {
             "pair_batch": batch,
-            "reference_top": TopWords(batch["reference_top_ids"], batch["reference_top_logps"]) if is_top else None,
+            "reference_top": TopTokens(batch["reference_top_ids"], batch["reference_top_logps"]) if is_top else None,
             "direction": self.direction,
             "reference_hidden": reference_hidden,
             "reference_head": self.reference_head,

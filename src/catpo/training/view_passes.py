@@ -30,7 +30,7 @@ Quantities = dict[str, Tensor]
 
 
 @dataclass
-class Readings:
+class ViewPasses:
     """The further rows of a batch, and the figures read from policy and reference for them.
 
     Args:

@@ -33,21 +33,21 @@ dataset_kwargs:
     test: {questions}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function catpo.lmms.tasks.pictures
-doc_to_text: !function catpo.lmms.tasks.prompt
+doc_to_visual: !function catpo.evaluation.lmms_eval.tasks.pictures
+doc_to_text: !function catpo.evaluation.lmms_eval.tasks.prompt
 doc_to_target: ""
 generation_kwargs:
   max_new_tokens: {max_new_tokens}
   temperature: 0
   do_sample: false
   until: []   # lmms-eval's default cuts an answer at its first empty line
-process_results: !function catpo.lmms.tasks.grade
+process_results: !function catpo.evaluation.lmms_eval.tasks.grade
 metric_list:
 {metrics}
 """
 METRIC = """\
 - metric: {name}
-  aggregation: !function catpo.lmms.tasks.sum_up
+  aggregation: !function catpo.evaluation.lmms_eval.tasks.sum_up
   higher_is_better: null
 """
 

@@ -122,7 +122,10 @@ class Study:
         return {**usual, **self.train, **row.train}
 
 
-BUILTIN_TRAINING: dict[str, Any] = {"lora": None, **{n: FOR_BUILTIN[n] for n in ("epochs", "batch_size", "accumulation")}}
+BUILTIN_TRAINING: dict[str, Any] = {
+    "lora": None,
+    **{n: FOR_BUILTIN[n] for n in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")},
+}
 """How the built-in model is trained where a study does not say else, as in the demo."""
 
 

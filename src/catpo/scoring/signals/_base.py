@@ -9,7 +9,7 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from catpo.models.output_head import Head
+from catpo.models.output_head import OutputHead
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Evidence:
     """One response of one pair, teacher-forced through the reference model. All tensors are float32 and carry no gradient."""
 
     token_ids: Int[Tensor, " tokens"]
-    head: Head
+    head: OutputHead
     read_attention: Callable[[], Tensor]
     read_token_embeddings: Callable[[], Tensor]
     read_patch_features: Callable[[], Tensor]

@@ -71,7 +71,7 @@ class Objective:
 
 
 def build(text: str | Spec) -> Objective:
-    """The objective that `name(option=value, …)` stands for, e.g. `catpo(preset='paper', shared='neutral')`.
+    """The objective that `name(option=value, …)` stands for, e.g. `catpo(preset='paper', shared_prefix='neutral')`.
 
     Options that the loss does not know are options of the token weights (`Fusion`). A `preset` is a named set of options in the
     objective's module; options given beside it win. Objectives that weigh no tokens by themselves do with
