@@ -91,8 +91,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def planned(command: str, *, engine: str = "ddp", processes: int = 1, **given: Any) -> Plan:
     """What `catpo COMMAND --dry-run` computes with these options."""
-    options = config.keywords(config.COMMANDS[command](output=Path("nowhere"), **given))
-    return plan(command, options, engine=engine, processes=processes)
+    options = config.COMMANDS[command](output=Path("nowhere"), **given)
+    return plan(options, engine=engine, processes=processes)
 
 
 # ---- operations and time --------------------------------------------------------------------------------------------------

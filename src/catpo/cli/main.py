@@ -118,14 +118,14 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
     """Make preference pairs: the model answers, wrong words are corrected."""
     from catpo.pairing.pair import pair
 
-    print(pair(**config.keywords(options)))
+    print(pair(**vars(options)))
 
 
-def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
+def _show_plan(options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
     from catpo.planning.dry_run import plan
     from catpo.planning.tables import plan_tables
 
-    Console().print(*plan_tables(plan(command, config.keywords(options), **launched)), sep="\n")
+    Console().print(*plan_tables(plan(options, **launched)), sep="\n")
 
 
 @app.command(group=STEPS, sort_key=2)
@@ -138,13 +138,13 @@ def score(
 ) -> None:
     """Score every response token with the reference model, into a reward store."""
     if dry_run:
-        _show_plan("score", options, processes=processes)
+        _show_plan(options, processes=processes)
         return
     from catpo.cli.tables import quality_table
     from catpo.rewards.quality import signal_quality
     from catpo.scoring.score import score
 
-    store = score(**config.keywords(options))
+    store = score(**vars(options))
     print(f"Reward store: {options.output} ({len(store)} pairs)")
     quality = signal_quality(store)
     if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
@@ -162,11 +162,11 @@ def train(
 ) -> None:
     """Train a model on preference pairs with token weights."""
     if dry_run:
-        _show_plan("train", options, engine=engine, processes=processes)
+        _show_plan(options, engine=engine, processes=processes)
         return
     from catpo.training.train import train
 
-    result = train(**config.keywords(options))
+    result = train(**vars(options))
     print(f"Trained model: {result.model}")
 
 
@@ -175,7 +175,7 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
     """Ask a model the questions of benchmarks and grade its answers."""
     from catpo.cli.tables import official_lines, scores_table, scores_warnings
 
-    given = config.keywords(options)
+    given = vars(options)
     if options.answers:  # without torch
         from catpo.evaluation.grade import grade_answers
 
@@ -196,7 +196,7 @@ def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe 
     """Write one HTML page about pairs, rewards, runs and evaluations."""
     from catpo.reporting.build import report
 
-    print(f"Report: {report(**config.keywords(options))}")
+    print(f"Report: {report(**vars(options))}")
 
 
 @app.command(group=STEPS, sort_key=6)
@@ -205,7 +205,7 @@ def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe 
     from catpo.config import recipes
     from catpo.experiments.rounds import rounds
 
-    rounds(**config.keywords(options), steps=None if recipe is None else recipes.read(recipe))
+    rounds(**vars(options), steps=None if recipe is None else recipes.read(recipe))
 
 
 @app.command(group=LOOK, sort_key=1)

@@ -10,8 +10,6 @@ from catpo.models.memory import readable
 from catpo.planning.costs import SPEEDS, UTILISATION
 from catpo.planning.dry_run import Plan
 
-# ---- the terminal ---------------------------------------------------------------------------------------------------------
-
 
 def plan_tables(made: Plan) -> list[Table | str]:
     """A plan as the terminal shows it."""
@@ -20,7 +18,7 @@ def plan_tables(made: Plan) -> list[Table | str]:
         lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most))
     head = (
         f"{made.command} with {made.model}: {made.parameters:,} parameters, {made.trained_parameters:,} of them trained; "
-        f"{made.pairs:,} pairs" + (f" and {made.dev_pairs:,} to watch" if made.dev_pairs else "")
+        f"{made.pairs:,} pairs" + (f" and {made.eval_pairs:,} for validation" if made.eval_pairs else "")
     )
     work = (
         f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes, "

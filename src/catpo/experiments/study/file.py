@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from catpo.config import strict_yaml
-from catpo.config.options import COMMANDS, TrainOptions, hints
+from catpo.config.command import hints
+from catpo.config.options import COMMANDS, TrainOptions
 from catpo.config.recipes import FOR_BUILTIN
+from catpo.config.validation import validated
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import parse, parse_list
 
@@ -195,7 +197,7 @@ def _section(place: _Place, command: str) -> dict[str, Any]:
         if key in SECTIONS[command]:
             raise UserError(f"{place.of(key)} is set by the study itself. Leave it out.")
     place.check(known)
-    return {key: strict_yaml.fitted(value, known[key], place.of(key)) for key, value in place.values.items()}
+    return {key: validated(value, known[key], place.of(key)) for key, value in place.values.items()}
 
 
 def _made(kind: type[Made], place: _Place, **ready: Any) -> Made:
@@ -214,8 +216,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     """A number, a text, lines of `name: text`, or a list of specs."""
     if typing.get_origin(hint) is not None and issubclass(typing.get_origin(hint), Mapping):
         lines = strict_yaml.mapping(value, where)
-        return {str(key): strict_yaml.fitted(each, str, f"{where}, '{key}'") for key, each in lines.items()}
-    fitted = strict_yaml.fitted(value, hint, where)
+        return {str(key): validated(each, str, f"{where}, '{key}'") for key, each in lines.items()}
+    fitted = validated(value, hint, where)
     if isinstance(fitted, tuple):  # [a(b=1, c=2)] is split by YAML at its comma
         return tuple(str(spec) for spec in parse_list(", ".join(fitted)))
     return fitted
