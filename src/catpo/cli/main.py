@@ -205,7 +205,7 @@ def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe 
     from catpo.config import recipes
     from catpo.experiments.rounds import rounds
 
-    rounds(**vars(options), steps=None if recipe is None else recipes.read(recipe))
+    rounds(**{**vars(options), "steps": None if recipe is None else recipes.read(recipe)})
 
 
 @app.command(group=LOOK, sort_key=1)

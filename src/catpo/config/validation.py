@@ -72,8 +72,9 @@ def _problem(error: ValidationError, hint: Any) -> str:
         return f"must be less than {context['lt']:g}, not {value}."
     if kind == "less_than_equal":
         return f"must be at most {context['le']:,}, not {value}."
+    item = "a list, each " if first["loc"] and type(first["loc"][-1]) is int else ""
     or_null = " or null" if type(None) in get_args(hint) else ""
-    return f"must be {EXPECTED.get(kind, kind)}{or_null}, not {value}."
+    return f"must be {item}{EXPECTED.get(kind, kind)}{or_null}, not {value}."
 
 
 def shown(value: Any) -> str:
@@ -115,7 +116,8 @@ def _specs(value: Any) -> tuple[str, ...]:
     items = _several(value)
     if not isinstance(items, tuple) or not all(isinstance(item, str | Spec) for item in items):
         raise ValueError(f"must be a list, each text, not {shown(value)}.")
-    return tuple(str(spec) for item in items for spec in parse_list(str(item)))
+    # YAML and the command line split [a(b=1, c=2)] at its comma
+    return tuple(str(spec) for spec in parse_list(", ".join(str(item) for item in items)))
 
 
 def _layers(value: Any) -> str | int | list[int]:

@@ -107,6 +107,8 @@ def _load(options: TrainOptions) -> Family:
 def train(options: TrainOptions) -> TrainingResult:
     """Train a model on preference pairs; writes `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/` into `output`.
 
+    Without `rewards`, what the objective needs is scored into `output/checkpoints/rewards` first.
+
     Raises:
         UserError: see `CatPOTrainer`; or `output` holds another run.
     """
