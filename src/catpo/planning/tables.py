@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from catpo.models.memory import readable
-from catpo.planning.costs import SPEEDS, UTILISATION
 from catpo.planning.dry_run import Plan
 
 
@@ -22,7 +21,7 @@ def plan_tables(made: Plan) -> list[Table | str]:
     )
     work = (
         f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes, "
-        f"{made.work.flops / 1e15:,.3g} PFLOP; {_hours(made)} (at {UTILISATION:.0%} of their speed, not measured)"
+        f"{made.work.flops / 1e15:,.3g} PFLOP"
     )
     where = "memory on the device" if made.processes == 1 else f"memory on each of {made.processes} devices, {made.engine}"
     shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
@@ -31,12 +30,6 @@ def plan_tables(made: Plan) -> list[Table | str]:
     if made.awaited:
         shown.append(f"{made.awaited} does not exist yet: `catpo score` has to write it before this can run")
     return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
-
-
-def _hours(made: Plan) -> str:
-    steps = made.steps if made.command == "train" else 0
-    times = (f"{made.work.hours(gpu, made.processes, steps):.2g} h on {made.processes} {gpu}" for gpu in SPEEDS)
-    return ", ".join(times)
 
 
 def _sizes(title: str, parts: Mapping[str, int]) -> Table:
