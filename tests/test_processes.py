@@ -213,7 +213,7 @@ def test_answers_of_a_process_that_are_not_as_written_are_refused(answered, tmp_
 
 
 def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "Team", lambda: type("Two", (), {"count": 2}))
+    monkeypatch.setattr(evaluation, "WorkGroup", lambda: type("Two", (), {"count": 2}))
     with pytest.raises(UserError, match="asked by one process"):
         evaluate(model="openai:some", benchmarks=["scenes(count=2)"], output=tmp_path / "out", base_url="http://127.0.0.1:9/v1")
 

@@ -175,15 +175,14 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
     """Answer benchmarks with a model and grade the answers."""
     from catpo.cli.tables import official_lines, scores_table, scores_warnings
 
-    given = vars(options)
     if options.answers:  # without torch
         from catpo.evaluation.grade import grade_answers
 
-        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+        scores = grade_answers(**vars(options))
     else:
         from catpo.evaluation.evaluate import evaluate
 
-        scores = evaluate(**given)
+        scores = evaluate(**vars(options))
     Console().print(scores_table(scores))
     print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
     for warning in scores_warnings(scores):

@@ -293,8 +293,6 @@ COMMANDS: dict[str, Any] = {
     "report": ReportOptions,
 }
 """Command (and section of a recipe) -> its options."""
-GRADING = ("answers", "benchmarks", "output", "model", "data", "judge", "limit", "progress")
-"""Options of `catpo evaluate` that count when answers made elsewhere are graded."""
 
 
 def is_python_only(hint: Any) -> bool:
