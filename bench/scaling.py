@@ -1,8 +1,8 @@
-"""The table of docs/scaling.md: time, memory and disk of published model sizes, by the formulas that `--dry-run` uses.
+"""Tables of docs/scaling.md: time, memory and disk for published model sizes, by the formulas of `--dry-run`.
 
     python -m bench.scaling
 
-Sizes are those of the models' published configurations. Nothing is loaded or measured here.
+Sizes come from the models' published configurations. Nothing is loaded or measured.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from catpo.planning.costs import Operations, Work, per_process, sent_bytes
 from catpo.scoring.reference_cache import token_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
-"""Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""
+"""Tokens of a pair: an image of about 980 x 980 pixels, the prompt, both responses."""
 MERGED = 4
-"""Patches of the tower that become one token of a picture."""
+"""Tower patches merged into one image token."""
 ROW = IMAGE + PROMPT + RESPONSES
 EPOCHS, BATCH = 3, 32
-"""Passes over the pairs, and pairs per optimiser step, all GPUs together (more GPUs than that: one pair each)."""
+"""Epochs, and pairs per optimiser step over all GPUs (one pair each if there are more GPUs)."""
 BF16, GPU = 2, "H100"
 LORA_RANK = 128
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a decoder of Llama's build, and the weights beside it."""
+    """Dimensions of a Llama-style decoder, and the weights outside it."""
 
     width: int
     layers: int
@@ -36,7 +36,7 @@ class Size:
     vocabulary: int
     is_tied: bool
     vision: float
-    """Weights of tower and projector."""
+    """Parameters of tower and projector."""
 
     @property
     def keys(self) -> int:
@@ -60,13 +60,13 @@ class Size:
 
     @property
     def adapter(self) -> int:
-        """Two factors of each of the seven linear layers."""
+        """LoRA factors of the seven linear layers, over all decoder layers."""
         sides = 2 * self.width + 2 * (self.width + self.keys) + 3 * (self.width + self.inner)
         return self.layers * LORA_RANK * sides
 
     @property
     def operations(self) -> Operations:
-        """Of one pair's row."""
+        """Forward operations of one packed pair."""
         return Operations(
             linear=2 * self.linear * ROW,
             attention=2 * self.layers * self.width * ROW**2,
@@ -75,13 +75,13 @@ class Size:
         )
 
     def training(self, lora: bool) -> float:
-        """Operations of one pair, with checkpointing and KL."""
+        """Training operations of one pair, with checkpointing and KL."""
         adapter = 2.0 * self.adapter * ROW if lora else None
         return self.operations.training(adapter=adapter, is_checkpointed=True, keeps_kl=True)
 
     @property
     def checkpointed(self) -> int:
-        """Activations of one row: the input of each layer, and one layer whole (`plan._Decoder`)."""
+        """Activations of one row: the input of each layer, plus one full layer (`catpo.models.memory.DecoderMemory`)."""
         norms = 2 * (2 * self.width + 2 * self.width)
         layer = norms + 3 * self.width + 4 * self.keys + 4 * self.inner
         return ROW * BF16 * (self.layers * self.width + layer)
@@ -130,7 +130,7 @@ def main() -> None:
         cells = [pairs * RESPONSES * (token_bytes(3) + kind(size)) / 1e9 for size in QWEN.values() for kind in kinds.values()]
         print(row(f"{pairs:,}", *(f"{cell:,.1f}" for cell in cells)))
     maps = 1_000_000 * RESPONSES * IMAGE * 2 / 1e9
-    print(f"\nAttention maps (--maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
+    print(f"\nAttention maps (--attention-maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
 
 
 def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
@@ -149,7 +149,7 @@ def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
 
 def hours(flops: float, engine: str, size: Size, gpus: int, steps: float, trained: int) -> str:
     batches = max(1, BATCH // gpus)
-    gathered = BF16 * (size.weights + size.linear + size.head)  # backward the decoder with its embeddings, once more
+    gathered = BF16 * (size.weights + size.linear + size.head)  # the backward pass gathers the decoder and its embeddings again
     sent = sent_bytes(engine, gpus, gathered=gathered, gradients=trained, batches=batches) if steps else 0.0
     found = Work(flops, sent).hours(GPU, gpus, int(steps))
     return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
