@@ -1,4 +1,4 @@
-"""Tables of docs/scaling.md: time, memory and disk for published model sizes, by the formulas of `--dry-run`.
+"""Tables of docs/scaling.md: memory and disk for published model sizes, by the formulas of `--dry-run`.
 
     python -m bench.scaling
 
@@ -10,17 +10,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from catpo.planning.costs import Operations, Work, per_process, sent_bytes
+from catpo.planning.costs import per_process
 from catpo.scoring.reference_cache import token_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
 """Tokens of a pair: an image of about 980 x 980 pixels, the prompt, both responses."""
-MERGED = 4
-"""Tower patches merged into one image token."""
 ROW = IMAGE + PROMPT + RESPONSES
-EPOCHS, BATCH = 3, 32
-"""Epochs, and pairs per optimiser step over all GPUs (one pair each if there are more GPUs)."""
-BF16, GPU = 2, "H100"
+BF16 = 2
 LORA_RANK = 128
 
 
@@ -65,21 +61,6 @@ class Size:
         return self.layers * LORA_RANK * sides
 
     @property
-    def operations(self) -> Operations:
-        """Forward operations of one packed pair."""
-        return Operations(
-            linear=2 * self.linear * ROW,
-            attention=2 * self.layers * self.width * ROW**2,
-            head=2 * self.head * RESPONSES,
-            tower=2 * self.vision * MERGED * IMAGE,
-        )
-
-    def training(self, lora: bool) -> float:
-        """Training operations of one pair, with checkpointing and KL."""
-        adapter = 2.0 * self.adapter * ROW if lora else None
-        return self.operations.training(adapter=adapter, is_checkpointed=True, keeps_kl=True)
-
-    @property
     def checkpointed(self) -> int:
         """Activations of one row: the input of each layer, plus one full layer (`catpo.models.memory.DecoderMemory`)."""
         norms = 2 * (2 * self.width + 2 * self.width)
@@ -105,23 +86,6 @@ def main() -> None:
     print(row("---", *["---:"] * len(heads)))
     for name, size in QWEN.items():
         print(row(name, *(f"{sum(memory(size, *each).values()) / 1e9:,.0f}" for each in engines)))
-    print(f"\nHours on {GPU}s ({EPOCHS} epochs of training; scoring once)\n")
-    places = [(pairs, gpus) for pairs in (5_000, 100_000, 1_000_000) for gpus in (1, 8, 64)]
-    print(row("", *(f"{pairs:,} pairs x {gpus}" for pairs, gpus in places)))
-    print(row("---", *["---:"] * len(places)))
-    for name, size in QWEN.items():
-        print(
-            row(f"{name} score", *(hours(size.operations.forward * pairs, "ddp", size, gpus, 0, 0) for pairs, gpus in places))
-        )
-        for lora in (True, False):
-            engine = "ddp" if lora and name in ("3B", "7B") else "fsdp2"
-            cells = []
-            for pairs, gpus in places:
-                steps = EPOCHS * pairs / max(BATCH, gpus)
-                flops = EPOCHS * pairs * size.training(lora)
-                trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)
-                cells.append(hours(flops, engine, size, gpus, steps, trained))
-            print(row(f"{name} {'LoRA' if lora else 'full'}, {engine}", *cells))
     print("\nReward store, GB\n")
     kinds = {"hidden": lambda size: size.width * BF16, "topk(k=64)": lambda size: 8 * 64 + 4, "logps": lambda size: 0}
     print(row("pairs", *(f"{name} {kind}" for name in QWEN for kind in kinds)))
@@ -145,14 +109,6 @@ def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
         "head tile": 4 * 4 * (1 << 24),
     }
     return per_process(parts, engine, gpus, layer=BF16 * size.layer, head=BF16 * size.head)
-
-
-def hours(flops: float, engine: str, size: Size, gpus: int, steps: float, trained: int) -> str:
-    batches = max(1, BATCH // gpus)
-    gathered = BF16 * (size.weights + size.linear + size.head)  # the backward pass gathers the decoder and its embeddings again
-    sent = sent_bytes(engine, gpus, gathered=gathered, gradients=trained, batches=batches) if steps else 0.0
-    found = Work(flops, sent).hours(GPU, gpus, int(steps))
-    return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 
 
 def row(*cells: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from catpo.config.options import ScoreOptions, TrainOptions
+from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair
 from catpo.data.read import dev_split
@@ -23,7 +24,7 @@ from catpo.models import loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.planning import sizes
-from catpo.planning.costs import Work, check_engine, per_process, sent_bytes
+from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
@@ -97,7 +98,7 @@ def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes
     Raises:
         UserError: what the command itself would refuse: model, data, objective, or options that do not fit.
     """
-    check_engine(engine)
+    check_word("dry run", "engine", engine, tuple(SHARDED))
     count = process_count() if processes is None else processes
     if count < 1:
         raise UserError(f"processes={count} must be 1 or more.")
