@@ -175,7 +175,7 @@ def test_an_interruption_is_exit_code_130(
 
     monkeypatch.setattr(sys.modules["catpo.scoring.score"], "score", engine)
     assert run("score", *REQUIRED["score"]) == 130
-    assert "go on" in capsys.readouterr().err
+    assert "to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
