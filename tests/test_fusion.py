@@ -365,10 +365,10 @@ def test_shared_prefix_ends_with_the_shorter_response():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"normalise": "min_max"}, "normalise='min_max' is not one of none, minmax, .* Did you mean 'minmax'"),
-        ({"scope": "token"}, "scope='token' is not one of response, pair"),
+        ({"normalise": "min_max"}, "fusion has no normalise='min_max'. Did you mean 'minmax'"),
+        ({"scope": "token"}, "scope='token'. Known: pair, response"),
         ({"activation": "relu"}, "activation='relu'"),
-        ({"eos": 0}, "eos=0 is not one of neutral, zero, scored"),
+        ({"eos": 0}, "eos='0'. Known: neutral, scored, zero"),
         ({"select": "tops"}, "Did you mean 'top'"),
         ({"shared_prefix": "neutrl"}, "Did you mean 'neutral'"),
         ({"alpha": 1.2}, "alpha=1.2 is not a number from 0 to 1"),
@@ -411,7 +411,7 @@ def test_a_signal_that_was_not_scored_is_named():
 
 
 def test_quantiles_without_a_store_are_refused():
-    with pytest.raises(UserError, match="ranks among all tokens of a reward store"):
+    with pytest.raises(UserError, match="ranks tokens among all of a reward store"):
         fuse(response([5, EOS]), response([7, EOS]), Fusion(normalise="quantile"))
 
 

@@ -295,7 +295,7 @@ def table(chair, cover, cut):
 
     def cells(metric, start, change):
         difference = Difference("b", metric, start, start + change[0], Estimate(*change), 100)
-        return [Cell(Estimate(start, 0, 0), None, ""), Cell(Estimate(start + change[0], 0, 0), difference, "")]
+        return [Cell(Estimate(start, 0, 0), None), Cell(Estimate(start + change[0], 0, 0), difference)]
 
     coverage = [
         Coverage("base", "b", 60.0, 3.0, Estimate(20.0, 18, 22), True, None),

@@ -285,7 +285,7 @@ import os, signal, sys
 sys.path[:0] = {[os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "src")]!r}
 from pathlib import Path
 import test_rewards as t
-from catpo.files.json_files import lock
+from catpo.files.lock import lock
 rename = os.replace
 def replace(source, target):
     if not {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
@@ -318,7 +318,7 @@ def test_a_run_killed_at_any_file_resumes_to_the_same_store(tmp_path, file, afte
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     with lock(tmp_path / "store"):
-        script = f"from catpo.files.json_files import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
+        script = f"from catpo.files.lock import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
         second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "is being written by another catpo process" in second.stderr
 
@@ -493,7 +493,7 @@ def test_what_is_no_store_is_named(tmp_path):
     with pytest.raises(UserError, match="has format 1, this catpo reads 2. Score again"):
         RewardStore.open(tmp_path)
     (tmp_path / "store.json").write_text('{"format": 2, "signals": []}')
-    with pytest.raises(UserError, match="does not say pair_count, pairs_hash, shard_size"):
+    with pytest.raises(UserError, match="lacks 'pair_count'"):
         RewardStore.open(tmp_path)
 
 
