@@ -76,7 +76,7 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("gigabytes", "verdict"), [(1e-5, "missing"), (1e-3, "note"), (1, "ok")])
 def test_size_is_held_against_memory(gigabytes: float, verdict: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_largest_memory", lambda: int(gigabytes * 1e9))
+    monkeypatch.setattr(doctor, "largest_memory", lambda: int(gigabytes * 1e9))
     assert by_part(doctor.examine(str(model)))["size"].verdict == verdict
 
 
