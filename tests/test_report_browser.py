@@ -30,6 +30,7 @@ FLAGS = (
 )  # fmt: skip
 MARKUP = [
     *TEXTS.values(),
+    HOSTILE,
     "<script>window.hacked=10</script>",
     "</textarea></title></style><script>window.hacked=11</script>",
     "--><script>window.hacked=12</script><!--",
@@ -143,8 +144,8 @@ def expected_values(store, pair_id, side, fusion, how="mean", part="weight"):
     row, weights = store.get(pair_id, side), store.weights(pair_id, fusion)
     merged = words(row.pieces, row.is_special)
     values = getattr(weights, side if part == "weight" else f"{side}_relevance")
-    found = dict(enumerate(merge(values, merged, how)))
-    return {number: value for number, value in found.items() if merged[number].text or merged[number].is_special}
+    pairs = zip(merged, merge(values, merged, how), strict=True)
+    return {number: value for number, (word, value) in enumerate(pairs) if word.text or word.is_special}
 
 
 def overlay(page):
@@ -327,20 +328,6 @@ def test_changed_answers_are_filtered(page):
 # ---- safety and looks ------------------------------------------------------------------------------------------------
 
 
-def test_hostile_texts_show_literally_and_do_nothing(page, store):
-    assert page.execute_script("return window.hacked") is None
-    assert page.title == HOSTILE_NAME
-    for part in ("prompt", "chosen"):
-        shown = page.execute_script(f"return document.getElementById('{part}').textContent")
-        assert HOSTILE in shown.replace("⏎", "")
-    assert find(page, "h1")[0].text == HOSTILE_NAME
-    assert page.execute_script("return document.querySelectorAll('main script, main [onerror]').length") == 0
-    assert (
-        page.execute_script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
-        == 0
-    )
-
-
 @pytest.fixture(scope="module")
 def full_of_markup(tmp_path_factory):
     """A report in which every text that anybody can give tries to be markup; a pair per text."""
@@ -367,11 +354,14 @@ def full_of_markup(tmp_path_factory):
 def test_no_text_of_any_pair_answer_or_file_is_run(browser, full_of_markup):
     browser.get_log("browser")
     browser.get((full_of_markup / "report.html").as_uri())
-    seen = set()
+    seen = {part: set() for part in ("prompt", "chosen")}
     for _ in MARKUP:
-        seen.add(_visible(browser.execute_script("return document.getElementById('prompt').textContent")))
+        for part, texts in seen.items():
+            texts.add(_visible(browser.execute_script(f"return document.getElementById('{part}').textContent")))
         browser.execute_script("document.getElementById('next').click()")
-    assert {_visible(text) for text in MARKUP} <= seen
+    assert {_visible(text) for text in MARKUP} <= seen["prompt"]
+    assert {_visible(f"{text} Yes.") for text in MARKUP} <= seen["chosen"]
+    assert _visible(find(browser, "h1")[0].text) == _visible(MARKUP[4])
     browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert browser.execute_script("return window.hacked") is None
     active = """
@@ -381,6 +371,8 @@ def test_no_text_of_any_pair_answer_or_file_is_run(browser, full_of_markup):
         return all.filter(acts).map(each => each.outerHTML);
     """
     assert browser.execute_script(active) == []
+    loaded = "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+    assert browser.execute_script(loaded) == 0
     assert "49" not in browser.title
     assert browser.get_log("browser") == []
 
