@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_is_missing_where_the_tests_run() -> None:
-    found = by_part(doctor.examine())
-    assert [finding for finding in found.values() if finding.verdict == "missing"] == []
-    assert {"python", "torch", "transformers", "memory", "disk", "built-in model", "cpu"} <= set(found)
+    findings = by_part(doctor.examine())
+    assert [finding for finding in findings.values() if finding.verdict == "missing"] == []
+    assert {"python", "torch", "transformers", "memory", "disk", "built-in model", "cpu"} <= set(findings)
 
 
 def test_a_version_outside_the_range_is_named_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,16 +47,16 @@ def test_what_only_an_extra_needs_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
         return version(name)
 
     monkeypatch.setattr(doctor, "version", none)
-    found = by_part(doctor.examine())
-    assert found["torchvision"].verdict == "note"
-    assert "pip install 'catpo[vlm]'" in found["torchvision"].text
-    assert found["peft"].verdict == "missing"
+    findings = by_part(doctor.examine())
+    assert findings["torchvision"].verdict == "note"
+    assert "pip install 'catpo[vlm]'" in findings["torchvision"].text
+    assert findings["peft"].verdict == "missing"
 
 
 def test_a_model_that_can_be_used_is_said_to_be_so(model: Path) -> None:
-    found = by_part(doctor.examine(str(model)))
-    assert [found[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
-    assert "LlavaForConditionalGeneration" in found["model"].text
+    findings = by_part(doctor.examine(str(model)))
+    assert [findings[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
+    assert "LlavaForConditionalGeneration" in findings["model"].text
 
 
 def test_a_model_without_a_family_or_a_processor_is_said_to_be_so(model: Path, tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ def test_each_signal_has_the_auroc_of_its_labelled_tokens(tmp_path):
             chosen_rows = [row for row in rows if row.side in sides]
             labels = np.concatenate([row.labels for row in chosen_rows])
             scores = np.concatenate([row.signals[name] for row in chosen_rows])
-            found = getattr(table[name], part)
-            assert found.value == pytest.approx(auroc(scores[labels >= 0], labels[labels >= 0]))
-            assert found.grounded_count == (labels == 1).sum()
-            assert found.hallucinated_count == (labels == 0).sum()
-            assert found.low <= found.value <= found.high
+            separation = getattr(table[name], part)
+            assert separation.value == pytest.approx(auroc(scores[labels >= 0], labels[labels >= 0]))
+            assert separation.grounded_count == (labels == 1).sum()
+            assert separation.hallucinated_count == (labels == 0).sum()
+            assert separation.low <= separation.value <= separation.high
     assert table["good"].overall.value == 1.0
     assert abs(table["noise"].overall.value - 0.5) < 0.1
 
@@ -67,8 +67,8 @@ def test_a_large_store_is_measured_on_some_of_its_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("catpo.rewards.quality.MEASURED_PAIRS", 4)
     some = {"p0", "p13", "p26", "p39"}
     labels = np.concatenate([row.labels for row in rows if row.pair_id in some])
-    found = signal_quality(store, resamples=5)[0].overall
-    assert (found.grounded_count, found.hallucinated_count) == ((labels == 1).sum(), (labels == 0).sum())
+    separation = signal_quality(store, resamples=5)[0].overall
+    assert (separation.grounded_count, separation.hallucinated_count) == ((labels == 1).sum(), (labels == 0).sum())
 
 
 def test_the_last_row_is_t_of_the_fusion(tmp_path):

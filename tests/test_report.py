@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     """Everything a report can be made of, hostile texts among it."""
     folder = tmp_path_factory.mktemp("report")
     pairs = make_pairs(folder / "pairs", 4, hostile=True)
@@ -81,13 +81,13 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def path(made):
+def path(folder):
     return report(
-        output=made,
-        rewards=made / "rewards",
-        pairs=made / "pairs",
-        runs=[made / "runs" / "dpo", made / "runs" / HOSTILE_NAME],
-        evaluations=[made / "evaluations" / name for name in ("base", "dpo", HOSTILE_NAME)],
+        output=folder,
+        rewards=folder / "rewards",
+        pairs=folder / "pairs",
+        runs=[folder / "runs" / "dpo", folder / "runs" / HOSTILE_NAME],
+        evaluations=[folder / "evaluations" / name for name in ("base", "dpo", HOSTILE_NAME)],
         title=f"Report {HOSTILE_NAME}",
     )
 
@@ -135,8 +135,8 @@ def test_embedded_json_cannot_end_its_element():
     assert json.loads(text) == {"</script>": ["<!--", "\u2028\u2029&", None, 2.5, "?"]}
 
 
-def test_the_same_input_gives_the_same_page(made, path, tmp_path):
-    options = {"rewards": made / "rewards", "pairs": made / "pairs", "evaluations": [made / "evaluations" / "base"]}
+def test_the_same_input_gives_the_same_page(folder, path, tmp_path):
+    options = {"rewards": folder / "rewards", "pairs": folder / "pairs", "evaluations": [folder / "evaluations" / "base"]}
     pages = [report(output=tmp_path / name, **options).read_bytes() for name in ("a.html", "b.html")]
     assert pages[0] == pages[1]
 
@@ -158,8 +158,8 @@ def test_sixty_pairs_stay_small(tmp_path):
 # ---- what it shows ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_holds_what_the_store_holds(made, page):
-    store = RewardStore.open(made / "rewards")
+def test_the_page_holds_what_the_store_holds(folder, page):
+    store = RewardStore.open(folder / "rewards")
     data = page.data
     assert [pair["id"] for pair in data["pairs"]] == store.pair_ids
     assert data["signals"] == SIGNALS and data["can_fuse"]
@@ -175,25 +175,25 @@ def test_the_page_holds_what_the_store_holds(made, page):
         assert len(pair["images"]) == 1 and data["images"][pair["images"][0]].startswith("data:image/webp;base64,")
 
 
-def test_auroc_and_net_coefficient_are_those_of_the_engines(made, page):
-    store = RewardStore.open(made / "rewards")
+def test_auroc_and_net_coefficient_are_those_of_the_engines(folder, page):
+    store = RewardStore.open(folder / "rewards")
     for row in signal_quality(store, Fusion()):
         assert f"{row.signal} {row.overall.value:.3f}" in page.flat
     net = np.mean([store.weights(pair_id).net_shared_coefficient for pair_id in store])
     assert f"net coefficient of shared-prefix tokens is {net:+.2f}" in page.flat.replace("−", "-")
 
 
-def test_the_tables_hold_the_scores_and_their_differences(made, page):
-    scores = json.loads((made / "evaluations" / "base" / "scores.json").read_text())
+def test_the_tables_hold_the_scores_and_their_differences(folder, page):
+    scores = json.loads((folder / "evaluations" / "base" / "scores.json").read_text())
     for metric in ("chair_i", "cover"):
         value = scores["benchmarks"]["scenes"]["metrics"][metric]
         assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in page.flat
     assert "CHAIRi at equal coverage" in page.flat and "better" in page.flat
 
 
-def test_changed_answers_are_shown_both_ways_with_their_pictures(made, page):
+def test_changed_answers_are_shown_both_ways_with_their_pictures(folder, page):
     rows = {
-        name: {row["id"]: row for row in read_rows(made / "evaluations" / name / "grades.jsonl") if "mentions" in row}
+        name: {row["id"]: row for row in read_rows(folder / "evaluations" / name / "grades.jsonl") if "mentions" in row}
         for name in ("base", "dpo")
     }
     is_wrong = {name: {key: row["counts"]["hallucinated"] > 0 for key, row in some.items()} for name, some in rows.items()}
@@ -224,12 +224,12 @@ def test_nothing_given_is_a_page_of_notes(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["pairs", "rewards", "runs", "evaluations"])
-def test_each_part_alone_makes_a_page(made, tmp_path, part):
+def test_each_part_alone_makes_a_page(folder, tmp_path, part):
     options = {
-        "pairs": made / "pairs",
-        "rewards": made / "rewards",
-        "runs": [made / "runs" / "dpo"],
-        "evaluations": [made / "evaluations" / "base"],
+        "pairs": folder / "pairs",
+        "rewards": folder / "rewards",
+        "runs": [folder / "runs" / "dpo"],
+        "evaluations": [folder / "evaluations" / "base"],
     }
     page = Page(report(output=tmp_path / "one.html", **{part: options[part]}))
     sections = {a["id"] for tag, a in page.tags if tag == "section"}
@@ -256,20 +256,20 @@ def test_absent_pairs_and_broken_pictures_are_noted(tmp_path):
     assert picture.name in Page(report(output=tmp_path, rewards=store, pairs=tmp_path / "pairs")).flat
 
 
-def test_evaluations_on_other_items_are_shown_without_differences(made, tmp_path):
+def test_evaluations_on_other_items_are_shown_without_differences(folder, tmp_path):
     other = make_evaluation(tmp_path / "other", options="scenes(count=41)")
-    page = Page(report(output=tmp_path, evaluations=[made / "evaluations" / "base", other]))
+    page = Page(report(output=tmp_path, evaluations=[folder / "evaluations" / "base", other]))
     assert "equal coverage" not in page.flat
 
 
-def test_max_pairs_takes_them_from_the_whole_store(made, tmp_path):
-    page = Page(report(output=tmp_path, rewards=made / "rewards", max_pairs=2))
-    ids = RewardStore.open(made / "rewards").pair_ids
+def test_max_pairs_takes_them_from_the_whole_store(folder, tmp_path):
+    page = Page(report(output=tmp_path, rewards=folder / "rewards", max_pairs=2))
+    ids = RewardStore.open(folder / "rewards").pair_ids
     assert [pair["id"] for pair in page.data["pairs"]] == [ids[0], ids[-1]]
 
 
-def test_the_base_comes_first_by_folder_or_by_name(made, tmp_path):
-    folders = [made / "evaluations" / name for name in ("base", "dpo")]
+def test_the_base_comes_first_by_folder_or_by_name(folder, tmp_path):
+    folders = [folder / "evaluations" / name for name in ("base", "dpo")]
     for base in (folders[1], "dpo"):
         page = Page(report(output=tmp_path, evaluations=folders, base=base))
         assert "the difference to dpo" in page.flat
@@ -335,8 +335,8 @@ def test_the_lowest_model_at_equal_coverage_is_named_with_its_lead():
         assert sentence.endswith(ending)
 
 
-def test_the_lead_of_the_best_is_its_difference_to_the_next(made, page):
-    loaded = [load_evaluation(made / "evaluations" / name) for name in ("base", "dpo", HOSTILE_NAME)]
+def test_the_lead_of_the_best_is_its_difference_to_the_next(folder, page):
+    loaded = [load_evaluation(folder / "evaluations" / name) for name in ("base", "dpo", HOSTILE_NAME)]
     values = {row.model: row.chair_i.value for row in at_equal_coverage(loaded)}
     best, following = sorted(values, key=values.__getitem__)[:2]
     assert f"{best} has the lowest CHAIRi of 3 models, {values[best]:.1f}; {following} comes next" in page.flat

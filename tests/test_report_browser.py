@@ -80,7 +80,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     pairs = make_pairs(folder / "pairs", 3, hostile=True)
     make_store(folder / "rewards", pairs)
@@ -99,15 +99,15 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(made):
-    return RewardStore.open(made / "rewards")
+def store(folder):
+    return RewardStore.open(folder / "rewards")
 
 
 @pytest.fixture
-def page(browser, made):
+def page(browser, folder):
     """The report, freshly opened; fails afterwards if the browser's console has said anything."""
     browser.get_log("browser")
-    browser.get((made / "report.html").as_uri())
+    browser.get((folder / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
 
@@ -174,17 +174,17 @@ def test_every_fusion_gives_the_weights_of_fusion(page, store):
         fusion = Fusion(**options)
         given = {**{name: getattr(fusion, name) for name in vars(fusion)}, "signals": fusion.signals and dict(fusion.signals)}
         for number, pair_id in enumerate(store.pair_ids):
-            found = page.execute_script("return fuse(data.pairs[arguments[0]], arguments[1])", number, given)
+            fused = page.execute_script("return fuse(data.pairs[arguments[0]], arguments[1])", number, given)
             weights = store.weights(pair_id, fusion)
             for side in SIDES:
-                np.testing.assert_allclose(found[side]["weights"], getattr(weights, side), atol=3e-6, err_msg=str(options))
-                np.testing.assert_allclose(found[side]["T"], getattr(weights, f"{side}_relevance"), atol=3e-6)
-            assert found["net"] == pytest.approx(weights.net_shared_coefficient, abs=3e-6)
+                np.testing.assert_allclose(fused[side]["weights"], getattr(weights, side), atol=3e-6, err_msg=str(options))
+                np.testing.assert_allclose(fused[side]["T"], getattr(weights, f"{side}_relevance"), atol=3e-6)
+            assert fused["net"] == pytest.approx(weights.net_shared_coefficient, abs=3e-6)
 
 
-def test_a_fusion_by_quantiles_gives_the_weights_of_fusion(browser, made, store):
+def test_a_fusion_by_quantiles_gives_the_weights_of_fusion(browser, folder, store):
     fusion = Fusion(normalise="quantile", alpha=0.3)
-    browser.get(report(output=made / "quantile.html", rewards=made / "rewards", fusion=fusion).as_uri())
+    browser.get(report(output=folder / "quantile.html", rewards=folder / "rewards", fusion=fusion).as_uri())
     for side in SIDES:
         assert word_values(browser, side) == pytest.approx(expected_values(store, store.pair_ids[0], side, fusion), abs=2e-6)
 
@@ -225,7 +225,7 @@ def test_figures_over_all_pairs_follow_the_sliders(page, store):
     scores = np.concatenate([T for _, T in rows])
     expected = auroc(scores[labels >= 0], labels[labels >= 0])
     wait_for(page, lambda: find(page, "#all-auroc")[0].text == f"{expected:.3f}")
-    net = np.mean([each.net_shared_coefficient for each in weights.values()])
+    net = np.mean([of_pair.net_shared_coefficient for of_pair in weights.values()])
     assert float(find(page, "#all-net")[0].text.replace("−", "-")) == pytest.approx(net, abs=6e-4)
 
 
@@ -240,9 +240,9 @@ def test_pointing_at_a_word_shows_where_it_looks(page, store):
         ActionChains(page).move_to_element(word).perform()
         seen.append(overlay(page))
         assert word.text in find(page, "#readout .word-title")[0].text
-    assert [each[0] for each in seen] == ["rejected 0", "rejected 1", "rejected 2"]
-    assert len({each[3] for each in seen}) == 3
-    assert all(each[1:3] == [6, 6] for each in seen)
+    names, widths, heights, pixels = zip(*seen, strict=True)
+    assert names == ("rejected 0", "rejected 1", "rejected 2")
+    assert set(widths) == set(heights) == {6} and len(set(pixels)) == 3
 
 
 def test_the_brightest_patch_is_that_of_the_stored_map(page, store):
@@ -287,7 +287,7 @@ def test_values_of_a_word_are_those_of_the_store(page, store):
     tokens = slice(merged[number].first, merged[number].end)
     columns = {**row.signals, "weight": weights.rejected, "T": weights.rejected_relevance, "log p": row.logps}
     for name, values in columns.items():
-        assert [float(exact) for each, exact in cells if each == name] == pytest.approx(values[tokens].tolist(), abs=2e-6)
+        assert [float(exact) for cell, exact in cells if cell == name] == pytest.approx(values[tokens].tolist(), abs=2e-6)
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def full_of_markup(tmp_path_factory):
     for number, name in enumerate(("base", "other")):
         make_evaluation(folder / name, wrong=0.2, seed=number)
         rows = read_rows(folder / name / "answers.jsonl")
-        changed = [{**row, "answer": f"{row['answer']} {MARKUP[place % len(MARKUP)]}"} for place, row in enumerate(rows)]
+        changed = [{**row, "answer": f"{row['answer']} {MARKUP[number % len(MARKUP)]}"} for number, row in enumerate(rows)]
         (folder / name / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     evaluations = [folder / name for name in ("base", "other")]
     report(output=folder, rewards=folder / "rewards", pairs=folder / "pairs", runs=[folder / "run"], evaluations=evaluations,
@@ -381,9 +381,9 @@ def _visible(text):
     return "".join(sign for sign in text if sign.isprintable() and sign not in " ⏎")
 
 
-def test_a_script_put_into_the_page_does_not_run(browser, made):
+def test_a_script_put_into_the_page_does_not_run(browser, folder):
     """The content policy, not only the escaping, keeps foreign scripts out."""
-    browser.get((made / "report.html").as_uri())
+    browser.get((folder / "report.html").as_uri())
     browser.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.hacked = 4'; document.body.append(s);"
         "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=5\">');"

@@ -105,10 +105,10 @@ def test_every_response_is_read_back_as_it_was_written(tmp_path):
     assert len(store) == 7
     assert list(store) == store.pair_ids == PAIRS
     for expected in rows_of(PAIRS):
-        found = store.get(expected.pair_id, expected.side)
-        assert list(found.signals) == SIGNALS
+        stored = store.get(expected.pair_id, expected.side)
+        assert list(stored.signals) == SIGNALS
         for name, value in vars(expected).items():
-            np.testing.assert_equal(getattr(found, name), value)
+            np.testing.assert_equal(getattr(stored, name), value)
         hidden, maps = (read(expected.pair_id, expected.side) for read in (store.hidden, store.maps))
         assert hidden.dtype == np.int16 and hidden.shape == (len(expected.token_ids), WIDTH)
         patches = 3 if expected.pair_id == "pair3" else 6  # without the padding
@@ -162,16 +162,16 @@ def test_weights_are_the_fusion_of_the_stored_signals(tmp_path):
     store = whole_store(tmp_path / "store")
     for fusion in (Fusion(), Fusion(normalise="none", shared_prefix="neutral"), Fusion(normalise="quantile", eos="scored")):
         expected = fuse(row("pair1", "chosen"), row("pair1", "rejected"), fusion, store.quantiles(with_special=True))
-        found = store.weights("pair1", fusion)
-        np.testing.assert_array_equal(found.chosen, expected.chosen)
-        np.testing.assert_array_equal(found.rejected, expected.rejected)
+        weights = store.weights("pair1", fusion)
+        np.testing.assert_array_equal(weights.chosen, expected.chosen)
+        np.testing.assert_array_equal(weights.rejected, expected.rejected)
 
 
 def test_quantiles_are_all_values_sorted_and_without_special_tokens(tmp_path):
     store = whole_store(tmp_path / "store")
     for name in SIGNALS:
-        text = np.concatenate([each.signals[name][:-1] for each in rows_of(PAIRS)])
-        everything = np.concatenate([each.signals[name] for each in rows_of(PAIRS)])
+        text = np.concatenate([row.signals[name][:-1] for row in rows_of(PAIRS)])
+        everything = np.concatenate([row.signals[name] for row in rows_of(PAIRS)])
         np.testing.assert_array_equal(store.quantiles()[name], np.sort(text))
         np.testing.assert_array_equal(store.quantiles(with_special=True)[name], np.sort(everything))
 
@@ -195,7 +195,9 @@ def test_a_store_travels_to_a_worker_process(tmp_path):
 def test_other_tools_can_read_the_shards(tmp_path):
     whole_store(tmp_path / "store")
     table = pq.read_table(tmp_path / "store" / "shards" / "00001.parquet").to_pylist()
-    assert [(each["pair_id"], each["side"]) for each in table] == [(p, s) for p in ("pair2", "pair3") for s in SIDES]
+    assert [(response["pair_id"], response["side"]) for response in table] == [
+        (p, s) for p in ("pair2", "pair3") for s in SIDES
+    ]
     assert "".join(table[0]["pieces"]) == "".join(row("pair2", "chosen").pieces)
 
 

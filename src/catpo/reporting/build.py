@@ -161,8 +161,8 @@ def _add_evaluations(content: _Content, folders: Sequence[str | Path], base: str
     else:
         content.notes.append("One evaluation only: with a second one the page shows differences and changed answers.")
     for evaluation in evaluations:
-        about = {key: value for key, value in evaluation.scores.items() if key != "benchmarks"}
-        content.add_provenance(f"Evaluation: {evaluation.name}", {"folder": str(evaluation.path), **about})
+        general = {key: value for key, value in evaluation.scores.items() if key != "benchmarks"}
+        content.add_provenance(f"Evaluation: {evaluation.name}", {"folder": str(evaluation.path), **general})
 
 
 def _base_first(folders: Sequence[str | Path], base: str | Path | None) -> list[Evaluation]:

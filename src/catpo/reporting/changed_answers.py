@@ -75,7 +75,7 @@ def changed_answers(evaluations: Sequence[Evaluation], album: Album) -> Changes:
             for (category, way), items in ways.items():
                 for item in items[:MAX_CHANGED]:
                     prompt = str(base.answers.get((benchmark, item), {}).get("prompt", ""))
-                    before, after = (list(_labelled(each, benchmark, item, dataset)) for each in (base, other))
+                    before, after = (list(_labelled(model, benchmark, item, dataset)) for model in (base, other))
                     image = album.add(pictures[item], side=288) if item in pictures else None
                     answers.append(ChangedAnswer(other.name, benchmark, category, item, way, prompt, before, after, image))
     return Changes(counts, answers)

@@ -106,11 +106,12 @@ def _table(
         is_main = "/" not in metric or metric.endswith(MAIN_OF_A_SPLIT)
         (rows if is_main else more_rows).append((metric_label(metric), cells))
     scores = evaluations[0].scores["benchmarks"][benchmark]
-    same = [each for each in evaluations if each.scores["benchmarks"][benchmark].get("options") == scores.get("options")]
+    options = scores.get("options")
+    same = [other for other in evaluations if other.scores["benchmarks"][benchmark].get("options") == options]
     coverage = [row for row in at_equal_coverage(same, resamples=resamples) if row.benchmark == benchmark]
     return BenchmarkTable(
         name=benchmark,
-        options=str(scores.get("options", benchmark)),
+        options=str(options or benchmark),
         item_count=int(scores.get("items", 0)),
         models=models,
         rows=rows,
@@ -145,7 +146,8 @@ def _lead_of_best(evaluations: Sequence[Evaluation], coverage: Sequence[Coverage
 
 
 def _coverage_drawing(evaluations: Sequence[Evaluation], benchmark: str, colours: Mapping[str, int]) -> Markup:
-    found = coverage_curves(evaluations, benchmark)
-    lines = [Series(cover, chair_i, colours[name]) for name, (cover, chair_i) in found.items()]
+    lines = []
+    for name, (cover, chair_i) in coverage_curves(evaluations, benchmark).items():
+        lines.append(Series(cover, chair_i, colours[name]))
     description = "CHAIRi over Cover, one line per model, as captions are cut after one object, two objects and so on"
     return curves(lines, x="Cover, %", y="CHAIRi, %", description=description, markers=True)

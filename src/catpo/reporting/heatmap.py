@@ -36,16 +36,11 @@ class Heatmap:
 def heatmap(maps: NDArray[np.floating], grids: Sequence[PatchGrid], *, pool: int = 1) -> Heatmap:
     """Maps of one response as bytes.
 
+    `maps` is [tokens, patches], not negative, with the patches of all grids one after the other, row by row; `pool` averages
+    blocks of that many rows and columns. Raises ValueError if the number of patches is not that of the grids.
+
     >>> heatmap(np.array([[0.0, 0.1, 0.2, 0.4]]), [PatchGrid(picture=0, rows=2, columns=2)]).peaks
     [0.4]
-
-    Args:
-        maps: [tokens, patches], not negative; patches of all grids one after the other, row by row.
-        grids: how they lie on the pictures.
-        pool: average blocks of this many rows and columns.
-
-    Raises:
-        ValueError: the number of patches is not that of the grids.
     """
     maps = np.nan_to_num(np.asarray(maps, dtype=np.float64), posinf=0.0).clip(min=0)
     sizes = [grid.size for grid in grids]
@@ -99,8 +94,8 @@ def _overlap(places: int, patches: int, start: float, end: float) -> NDArray[np.
     """[places, patches]: the share of each patch, on one axis, that lies in each place; columns sum to 1."""
     edges = np.linspace(start, end, patches + 1) * places
     low, high = edges[:-1], edges[1:]
-    place = np.arange(places)[:, None]
-    overlap = (np.minimum(place + 1, high) - np.maximum(place, low)).clip(min=0)
+    left = np.arange(places)[:, None]
+    overlap = (np.minimum(left + 1, high) - np.maximum(left, low)).clip(min=0)
     return overlap / (high - low)
 
 

@@ -29,14 +29,9 @@ NO_PAIRS: dict[str, Any] = {"pairs": [], "signals": [], "named": {}, "can_fuse":
 def stored_pairs(
     store: RewardStore, source: Mapping[str, PreferencePair], album: Album, *, max_pairs: int, fusion: Fusion
 ) -> dict[str, Any]:
-    """Scored pairs for the page, spread evenly over the store.
+    """At most `max_pairs` scored pairs, spread evenly over the store; pictures are added to the album.
 
-    Args:
-        store: where signals and maps come from.
-        source: id -> pair, for pictures and prompts; may miss some.
-        album: pictures are added to it.
-        max_pairs: how many are shown at most.
-        fusion: options that the page's controls begin with.
+    `source` (id -> pair) has pictures and prompts, and may miss some pairs; the page's controls begin with `fusion`.
     """
     pair_ids = spread(store.pair_ids, max_pairs)
     named = signal_names(store, fusion)

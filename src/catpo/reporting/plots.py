@@ -27,7 +27,7 @@ SERIES_COUNT = 8
 INK, FAINT = "#010203", "#040506"
 """Stand for `currentColor` and `var(--line)` until the drawing is finished."""
 SERIES = tuple(f"#0708{number:02x}" for number in range(SERIES_COUNT))
-PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {each: f"var(--series-{n})" for n, each in enumerate(SERIES)}
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {colour: f"var(--series-{n})" for n, colour in enumerate(SERIES)}
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 STYLE = {
     "svg.fonttype": "none",
@@ -67,10 +67,7 @@ class Series:
 def histogram(groups: Sequence[ArrayLike], *, label: str, description: str) -> Markup:
     """Outlined histograms on the same bins, each in percent of its own group, so that a small group is visible.
 
-    Args:
-        groups: [values] each; drawn in series colours 0, 1, …; an empty one is left out.
-        label: of the horizontal axis.
-        description: what a screen reader says.
+    Groups have series colours 0, 1, …; empty ones are left out. Screen readers say the description.
     """
     values = [np.asarray(group, dtype=np.float64) for group in groups]
     edges = np.histogram_bin_edges(np.concatenate([[], *values]), BINS)
@@ -91,13 +88,7 @@ def histogram(groups: Sequence[ArrayLike], *, label: str, description: str) -> M
 def curves(lines: Sequence[Series], *, x: str, y: str, description: str, markers: bool = False, zero: bool = False) -> Markup:
     """Lines over a common axis; points that are not finite are left out.
 
-    Args:
-        lines: with their colours.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        description: what a screen reader says.
-        markers: mark each point, the last one larger.
-        zero: draw the line y = 0.
+    `markers` marks each point, the last one larger; `zero` draws the line y = 0. Screen readers say the description.
     """
 
     def draw(axes: Any) -> None:

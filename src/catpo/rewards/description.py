@@ -9,14 +9,14 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json
-from catpo.files.strict_json import check_fields
+from catpo.files.strict_json import check_fields, fits
 from catpo.rewards.shards import COLUMNS, checksum
 
 FORMAT = 2
 FIELDS = {"signals": list[str], "pair_count": int, "shard_size": int, "pairs_hash": str}
 """Fields that every `store.json` has."""
 SECTIONS = ("attention", "versions")
-"""Fields that are objects, where they are there."""
+"""Optional fields that are objects."""
 HASHES = {
     "model_hash": "model",
     "processor_hash": "processor",
@@ -66,14 +66,11 @@ def read_description(path: Path) -> dict[str, Any]:
     sections = {name: dict for name in SECTIONS if name in description}
     check_fields(description, {**FIELDS, **sections}, place=str(file), remedy=remedy)
     patches = description.get("attention", {}).get("patches", "all")
-    is_valid = {
-        "pair_count": description["pair_count"] >= 1,
-        "shard_size": description["shard_size"] >= 1,
-        "attention.patches": patches == "all" or (isinstance(patches, int) and patches >= 0),
-    }
-    for name, valid in is_valid.items():
-        if not valid:
-            raise UserError(f"{file} has a '{name}' that catpo does not write. {remedy}")
+    if patches != "all" and not fits(patches, int):
+        raise UserError(f"{file} has 'attention.patches' that catpo does not write. {remedy}")
+    for name in ("pair_count", "shard_size"):
+        if description[name] < 1:
+            raise UserError(f"{file} has a '{name}' of 0. {remedy}")
     return description
 
 

@@ -179,11 +179,9 @@ class PairWeights:
     chosen: Floats
     """w of Eq. 7, [chosen tokens]."""
     rejected: Floats
-    """w of Eq. 7, [rejected tokens]."""
     chosen_relevance: Floats
     """T of Eq. 7, [chosen tokens]; 0.5 on special tokens that are not scored."""
     rejected_relevance: Floats
-    """T of Eq. 7, [rejected tokens]; 0.5 on special tokens that are not scored."""
     shared_count: int
     """Tokens before the first difference of the two responses."""
     net_shared_coefficient: float
@@ -196,11 +194,7 @@ def fuse(
 ) -> PairWeights:
     """Weights of both responses' tokens (Eq. 6-7).
 
-    Args:
-        chosen: signals of the chosen response.
-        rejected: signals of the rejected response.
-        fusion: options; the paper's if None.
-        quantiles: only `normalise='quantile'` reads it.
+    `fusion` is the paper's if None; only `normalise='quantile'` reads the quantiles.
 
     Raises:
         UserError: a signal is missing, has a wrong length, or is not finite.
@@ -241,11 +235,7 @@ def fuse(
 def normalised_signals(
     chosen: ResponseSignals, rejected: ResponseSignals, fusion: Fusion, quantiles: Quantiles | None = None
 ) -> list[tuple[Floats, Bools]]:
-    """Per response, the signals of Eq. 11 before they are summed, [tokens, 3], and which tokens are scored; 0 at the others.
-
-    Raises:
-        UserError: as `fuse`.
-    """
+    """Per response, the signals of Eq. 11 before they are summed, [tokens, 3], and which tokens are scored; 0 at the others."""
     signals, is_scored = _normalised(chosen, rejected, fusion, quantiles)
     sides = []
     for of_side, scored in zip(signals, is_scored, strict=True):

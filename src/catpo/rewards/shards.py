@@ -99,7 +99,10 @@ def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
 
 
 class Shard:
-    """The files of one shard: arrays, token columns, and last their checksums, whose presence says that the shard is whole."""
+    """The files of one shard: arrays, token columns, and last their checksums, whose presence says that the shard is whole.
+
+    Reading raises UserError where a file is not what was written.
+    """
 
     def __init__(self, store: Path, number: int) -> None:
         self.store, self.number = store, number
@@ -129,22 +132,14 @@ class Shard:
         return True
 
     def read_ids(self) -> tuple[list[str], list[str]]:
-        """Pair and side of each row; the whole file is verified.
-
-        Raises:
-            UserError: the file is not what was written.
-        """
+        """Pair and side of each row; the whole file is verified."""
         table = self._read_parquet(columns=["pair_id", "side"])
         if table.schema.names != ["pair_id", "side"] or any(kind != pa.string() for kind in table.schema.types):
             raise self._damage(self.parquet_path.name)
         return table["pair_id"].to_pylist(), table["side"].to_pylist()
 
     def read_columns(self, signals: Sequence[str]) -> ShardColumns:
-        """The token columns.
-
-        Raises:
-            UserError: the file is not what was written, or holds what this library never writes.
-        """
+        """The token columns; refused, too, if they hold what this library never writes."""
         table = self._read_parquet()
         if problem := _problem_of(table, signals):
             raise UserError(
@@ -154,11 +149,7 @@ class Shard:
         return ShardColumns.of(table, signals)
 
     def read_array(self, name: str, rows: slice, width: int | None = None) -> NDArray[Any]:
-        """Rows of one of the arrays, through a memory map; the first `width` values of each, or all.
-
-        Raises:
-            UserError: the file is not what was written, or has no such array or rows.
-        """
+        """Rows of one of the arrays, through a memory map; the first `width` values of each, or all."""
         try:
             stored = self.tensors.get_slice(name)
             values = stored[rows] if width is None else stored[rows, :width]

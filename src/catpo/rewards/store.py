@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid, Side
 from catpo.rewards.description import check_same_store, flat_fields, hash_pairs, json_fields, read_description, shard_count
-from catpo.rewards.fusion import Fusion, PairWeights, Quantiles, ResponseSignals, fuse, normalised_signals
+from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.rewards.shards import ResponseRow, Shard, ShardColumns
 
 KEPT_BYTES = 1 << 30
@@ -41,6 +41,8 @@ class RewardStore:
 
     In memory are the ids of the pairs and the token columns that were read last, up to `KEPT_BYTES`, so that a store of a
     million pairs takes no more than a small one. Hidden states and maps are read when asked for.
+
+    All methods raise UserError for a pair that is not in the store, an array that was not stored, and a damaged shard.
     """
 
     def __init__(self, path: Path, provenance: dict[str, Any], shards: list[Shard]) -> None:
@@ -124,22 +126,14 @@ class RewardStore:
         return digest.hexdigest()
 
     def verify(self, expected: Mapping[str, Any]) -> None:
-        """Check that the store was made with what is in use now; only the fields given are compared.
-
-        Raises:
-            UserError: a field differs; names it with both values.
-        """
+        """Raise UserError if the store was made with other values; only the fields given are compared."""
         stored, now = flat_fields(self.provenance), flat_fields(json_fields(expected))
         model = self.provenance.get("model", "the same model")
         next_step = f"Use {model} as it was then, or score the pairs again with `catpo score`."
         check_same_store({field: stored.get(field) for field in now}, now, f"{self.path} was scored with", next_step)
 
     def get(self, pair_id: str, side: Side) -> ResponseRow:
-        """One response: token ids, signals, reference log-probs, labels, pieces, patch grids.
-
-        Raises:
-            UserError: the pair is not in the store.
-        """
+        """One response: token ids, signals, reference log-probs, labels, pieces, patch grids."""
         number, row = self._find(pair_id, side)
         columns = self._columns_of(number)
         tokens = columns.tokens(row)
@@ -154,27 +148,14 @@ class RewardStore:
         )
 
     def weights(self, pair_id: str, fusion: Fusion | None = None) -> PairWeights:
-        """Weights of a pair's tokens (Eq. 6-7).
-
-        Raises:
-            UserError: the pair is not in the store, or the fusion cannot be made from its signals.
-        """
+        """Weights of a pair's tokens (Eq. 6-7); raises UserError if the fusion reads a signal that was not scored."""
         return self._fused(fuse, pair_id, fusion or Fusion())
 
     def normalised_signals(self, pair_id: str, fusion: Fusion) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """Per response of a pair, the signals that Eq. 11 sums, [tokens, 3], and which tokens are scored.
-
-        Raises:
-            UserError: the pair is not in the store, or a signal is missing.
-        """
+        """Per response of a pair, the signals that Eq. 11 sums, [tokens, 3], and which tokens are scored."""
         return self._fused(normalised_signals, pair_id, fusion)
 
-    def _fused(
-        self,
-        function: Callable[[ResponseSignals, ResponseSignals, Fusion, Quantiles | None], Made],
-        pair_id: str,
-        fusion: Fusion,
-    ) -> Made:
+    def _fused(self, function: Callable[..., Made], pair_id: str, fusion: Fusion) -> Made:
         quantiles = self.quantiles(with_special=fusion.eos == "scored") if fusion.normalise == "quantile" else None
         chosen, rejected = (self._signals_of(pair_id, side) for side in SIDES)
         try:
@@ -194,28 +175,16 @@ class RewardStore:
         return self._quantiles[with_special]
 
     def hidden(self, pair_id: str, side: Side) -> NDArray[np.generic]:
-        """The reference's final hidden states, [tokens, width]; bfloat16 comes as int16 of the same bits.
-
-        Raises:
-            UserError: the store holds none, or the shard is damaged.
-        """
+        """The reference's final hidden states, [tokens, width]; bfloat16 comes as int16 of the same bits."""
         return self._array("hidden", "hidden", pair_id, side)
 
     def top(self, pair_id: str, side: Side) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-        """The reference's k most likely tokens, [tokens, k], and [tokens, k + 1] their log-probs and that of all others.
-
-        Raises:
-            UserError: the store holds none, or the shard is damaged.
-        """
+        """The reference's k most likely tokens, [tokens, k], and [tokens, k + 1] their log-probs and that of all others."""
         ids, logps = (self._array("topk", name, pair_id, side) for name in TOP)
         return ids, logps
 
     def maps(self, pair_id: str, side: Side) -> NDArray[np.floating]:
-        """Attention maps, float16 [tokens, patches of `map_grids`].
-
-        Raises:
-            UserError: the store holds none, or the shard is damaged.
-        """
+        """Attention maps, float16 [tokens, patches of `map_grids`]."""
         return self._array("maps", "maps", pair_id, side, sum(grid.size for grid in self.map_grids(pair_id, side)))
 
     def map_grids(self, pair_id: str, side: Side) -> list[PatchGrid]:
