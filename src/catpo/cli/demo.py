@@ -24,6 +24,7 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.progress import clock
 from catpo.scoring.score import score
 from catpo.scoring.settings import PAPER_SIGNALS
+from catpo.text.tables import markdown_table
 from catpo.training.train import train
 
 OBJECTIVES = {
@@ -76,8 +77,9 @@ def demo(
         folder = output / f"seed-{number}"
         console.print(f"[bold]Seed {number}[/] in {folder}", highlight=False)
         for model, values in run_once(folder, number, settings, console).items():
+            of_model = rows.setdefault(model, {column: [] for column in COLUMNS})
             for column, value in values.items():
-                rows.setdefault(model, {}).setdefault(column, []).append(value)
+                of_model[column].append(value)
     console.print(results_table(rows, settings))
     write_atomic(output / "table.md", as_markdown(rows))
     first = output / f"seed-{seed}"
@@ -153,9 +155,7 @@ def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSetting
 
 def as_markdown(rows: dict[str, dict[str, list[float]]]) -> str:
     """The same table for notes."""
-    lines = [["model", *COLUMNS], *_cells(rows)]
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|---|" + "---:|" * len(COLUMNS), *body]) + "\n"
+    return markdown_table(["model", *COLUMNS], _cells(rows)) + "\n"
 
 
 def _cells(rows: dict[str, dict[str, list[float]]]) -> list[list[str]]:

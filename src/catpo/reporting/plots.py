@@ -30,24 +30,17 @@ SERIES = tuple(f"#0708{number:02x}" for number in range(SERIES_COUNT))
 PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {colour: f"var(--series-{n})" for n, colour in enumerate(SERIES)}
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 STYLE = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.use_mathtext", "text.parse_math"), False),
     "svg.fonttype": "none",
-    "svg.hashsalt": "catpo",
-    "text.parse_math": False,
+    "svg.hashsalt": "catpo",  # ids are the same in every run
     "font.family": "sans-serif",
     "font.size": 9,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "axes.grid": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.use_mathtext": False,
     "axes.formatter.limits": (-4, 5),
     "axes.unicode_minus": True,
     "lines.linewidth": 1.6,

@@ -270,25 +270,23 @@ def normalise(values: Floats, how: str = "minmax", table: NDArray[np.floating] |
     return (table.searchsorted(values, "left") + table.searchsorted(values, "right")) / (2 * len(table))  # mid-rank
 
 
-def relevance(global_attention: ArrayLike, patch_entropy: ArrayLike, semantic: ArrayLike, *, alpha: float = 0.5) -> Floats:
+def relevance(global_attention: Floats, patch_entropy: Floats, semantic: Floats, *, alpha: float = 0.5) -> Floats:
     """Unified visual relevance score s of every token (Eq. 6).
 
-    >>> relevance([0.2], [0.6], [0.1], alpha=0.5)
+    >>> relevance(np.array([0.2]), np.array([0.6]), np.array([0.1]), alpha=0.5)
     array([0.25])
     """
-    global_attention, patch_entropy, semantic = map(np.asarray, (global_attention, patch_entropy, semantic))
     return alpha * (0.5 * global_attention + 0.5 * patch_entropy) + (1 - alpha) * semantic  # Eq. 6
 
 
 def relevance_by_coefficients(
-    global_attention: ArrayLike, patch_entropy: ArrayLike, semantic: ArrayLike, *, gamma: float, delta: float
+    global_attention: Floats, patch_entropy: Floats, semantic: Floats, *, gamma: float, delta: float
 ) -> Floats:
     """Relevance score s with a coefficient per signal (Eq. 11).
 
-    >>> relevance_by_coefficients([0.2], [0.6], [0.1], gamma=0.25, delta=0.25)
+    >>> relevance_by_coefficients(np.array([0.2]), np.array([0.6]), np.array([0.1]), gamma=0.25, delta=0.25)
     array([0.25])
     """
-    global_attention, patch_entropy, semantic = map(np.asarray, (global_attention, patch_entropy, semantic))
     return gamma * global_attention + delta * patch_entropy + (1 - gamma - delta) * semantic  # Eq. 11
 
 

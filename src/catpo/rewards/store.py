@@ -54,13 +54,13 @@ class RewardStore:
         self._shards = shards
         self._kept: OrderedDict[int, ShardColumns] = OrderedDict()
         self._quantiles: dict[bool, dict[str, NDArray[np.floating]]] = {}
-        is_paired = True
+        is_same = True
         for shard in shards:
             ids, sides = shard.read_ids()
-            is_paired &= sides == len(ids[::2]) * list(SIDES) and ids[::2] == ids[1::2]
+            is_same &= sides == len(ids[::2]) * list(SIDES) and ids[::2] == ids[1::2]
             self.pair_ids += ids[::2]
-        is_whole = len(self.pair_ids) == provenance["pair_count"] and hash_pairs(self.pair_ids) == provenance["pairs_hash"]
-        if not is_paired or not is_whole:
+        is_same &= len(self.pair_ids) == provenance["pair_count"] and hash_pairs(self.pair_ids) == provenance["pairs_hash"]
+        if not is_same:
             raise UserError(
                 f"{path}: the shards hold other pairs than store.json says. Score the pairs again into a new folder."
             )
@@ -87,14 +87,12 @@ class RewardStore:
         return RewardStore.open, (self.path,)  # open files cannot be pickled; worker processes open their own
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.pair_ids)
 
     def __contains__(self, pair_id: object) -> bool:
         return pair_id in self._number
 
     def __iter__(self) -> Iterator[str]:
-        """Ids of the pairs."""
         return iter(self.pair_ids)
 
     @property
