@@ -9,7 +9,8 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
-from catpo.rewards.fusion import NORMALISATIONS, Fusion, ResponseSignals, find_signal, fuse, select_tokens, shared_prefix, weigh
+from catpo.rewards.fusion import Fusion, ResponseSignals, find_signal, fuse, select_tokens, shared_prefix, weigh
+from catpo.rewards.fusion_options import NORMALISATIONS
 
 EOS = 2
 NAMES = ("global_attention", "patch_entropy", "semantic")
