@@ -16,6 +16,7 @@ from catpo.data.pair_folder import write_pairs
 from catpo.files.json_files import read_rows
 from catpo.reporting.build import report
 from catpo.rewards.fusion import Fusion
+from catpo.rewards.quality import FINAL, read_scores
 from catpo.rewards.store import RewardStore
 from catpo.text.words import merge, words
 from hostile_cases import TEXTS
@@ -132,12 +133,18 @@ def wait_for(page, is_true):
     WebDriverWait(page, 20).until(lambda _: is_true())
 
 
+def data_of(page, selector, *names):
+    """Values of data attributes, per element that is not hidden."""
+    script = """
+        const shown = [...document.querySelectorAll(arguments[0])].filter(element => !element.hidden);
+        return shown.map(element => arguments[1].map(name => element.dataset[name]));
+    """
+    return page.execute_script(script, selector, names)
+
+
 def word_values(page, side):
     """Number of each word -> the value that colours it."""
-    shown = page.execute_script(
-        f"return [...document.querySelectorAll('#{side} .word')].map(w => [w.dataset.word, w.dataset.value])"
-    )
-    return {int(word): float(value) for word, value in shown}
+    return {int(word): float(value) for word, value in data_of(page, f"#{side} .word", "word", "value")}
 
 
 def expected_values(store, pair_id, side, fusion, how="mean", part="weight"):
@@ -215,17 +222,11 @@ def test_words_can_show_t_a_signal_and_the_largest_token(page, store):
 def test_figures_over_all_pairs_follow_the_sliders(page, store):
     set_control(page, "alpha", 0.1)
     fusion = Fusion(alpha=0.1)
-    weights = {pair_id: store.weights(pair_id, fusion) for pair_id in store}
-    rows = [
-        (store.get(pair_id, side), getattr(weights[pair_id], f"{side}_relevance"))
-        for pair_id in store
-        for side in ("chosen", "rejected")
-    ]
-    labels = np.concatenate([row.labels for row, _ in rows])
-    scores = np.concatenate([T for _, T in rows])
-    expected = auroc(scores[labels >= 0], labels[labels >= 0])
+    tokens = read_scores(store, fusion)
+    is_labelled = tokens.labels >= 0
+    expected = auroc(tokens.scores[FINAL][is_labelled], tokens.labels[is_labelled])
     wait_for(page, lambda: find(page, "#all-auroc")[0].text == f"{expected:.3f}")
-    net = np.mean([of_pair.net_shared_coefficient for of_pair in weights.values()])
+    net = tokens.net_shared.mean()
     assert float(find(page, "#all-net")[0].text.replace("−", "-")) == pytest.approx(net, abs=6e-4)
 
 
@@ -270,9 +271,7 @@ def test_the_keyboard_moves_from_word_to_word(page):
     assert overlay(page)[3] != before[3]
     assert len(find(page, "#chosen .word[tabindex='0']")) == 1
     page.switch_to.active_element.send_keys(Keys.END)
-    assert page.execute_script("return state.word.dataset.word") == page.execute_script(
-        "return [...document.querySelectorAll('#chosen .word')].at(-1).dataset.word"
-    )
+    assert [page.execute_script("return state.word.dataset.word")] == data_of(page, "#chosen .word", "word")[-1]
 
 
 def test_values_of_a_word_are_those_of_the_store(page, store):
@@ -281,9 +280,7 @@ def test_values_of_a_word_are_those_of_the_store(page, store):
     merged = words(row.pieces, row.is_special)
     number = next(number for number, word in enumerate(merged) if word.end - word.first == 2)
     page.execute_script("arguments[0].focus()", find(page, f"#rejected .word[data-word='{number}']")[0])
-    cells = page.execute_script(
-        "return [...document.querySelectorAll('#readout td')].map(cell => [cell.dataset.name, cell.dataset.exact])"
-    )
+    cells = data_of(page, "#readout td", "name", "exact")
     tokens = slice(merged[number].first, merged[number].end)
     columns = {**row.signals, "weight": weights.rejected, "T": weights.rejected_relevance, "log p": row.logps}
     for name, values in columns.items():
@@ -296,22 +293,19 @@ def test_values_of_a_word_are_those_of_the_store(page, store):
 def test_pairs_are_found_stepped_through_and_sorted(page, store):
     assert len(find(page, "#pair-list li")) == 3
     set_control(page, "search", store.pair_ids[2])
-    visible = page.execute_script(
-        "return [...document.querySelectorAll('#pair-list li')].filter(i => !i.hidden).map(i => i.dataset.index)"
-    )
-    assert visible == ["2"] and find(page, "#pair-count")[0].text == "1 of 3"
+    assert data_of(page, "#pair-list li", "index") == [["2"]] and find(page, "#pair-count")[0].text == "1 of 3"
     set_control(page, "search", "")
     page.execute_script("document.getElementById('next').click()")
     assert find(page, "#pair-name")[0].text == f"Pair {store.pair_ids[1]}"
     set_control(page, "sort", "net")
-    order = page.execute_script("return [...document.querySelectorAll('#pair-list li')].map(i => Number(i.dataset.index))")
-    nets = [store.weights(store.pair_ids[index]).net_shared_coefficient for index in order]
+    order = [store.pair_ids[int(index)] for (index,) in data_of(page, "#pair-list li", "index")]
+    nets = [store.weights(pair_id).net_shared_coefficient for pair_id in order]
     assert nets == sorted(nets)
 
 
 def test_changed_answers_are_filtered(page):
     def count(way):
-        return len(page.execute_script(f"return [...document.querySelectorAll('.changed-item{way}')].filter(i => !i.hidden)"))
+        return len(data_of(page, f".changed-item{way}"))
 
     everything, fixed = count(""), count("[data-way=fixed]")
     assert 0 < fixed < everything
