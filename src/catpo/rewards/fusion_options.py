@@ -1,4 +1,4 @@
-"""Options of the fusion of signals into token weights, checked when they are given. Knows no numbers but its own."""
+"""Options of the fusion of signals into token weights (Eq. 6-7, 11), checked when a `Fusion` is made."""
 
 from __future__ import annotations
 
