@@ -135,9 +135,6 @@ WRONG: dict[str, tuple[Any, str]] = {
     "empty": ("", "is empty"),
     "blank": (" \t\n", "is empty"),
     "number": (7, "must be a text"),
-    "truth-value": (True, "must be a text"),
-    "list": (["A dog."], "must be a text"),
-    "object": ({"text": "A dog."}, "must be a text"),
     "half-a-character": ("A \ud800 dog.", "half a character"),
     "huge": (HUGE, f"longer than {TEXT_LIMIT:,} characters"),
 }
@@ -165,22 +162,14 @@ def text_fields() -> None:
 def other_fields() -> None:
     wrong = {
         ("id", "empty"): ("", "is empty"),
-        ("id", "list"): ([1], "must be a text"),
-        ("id", "fraction"): (1.5, "must be a text"),
         ("id", "truth-value"): (True, "must be a text"),
-        ("id", "huge"): (HUGE, "longer than"),
         ("images", "beside-image"): (["a.png"], "not both"),
-        ("labels", "list"): ([], "must be an object"),
         ("labels", "text"): ("dog", "must be an object"),
         ("labels", "not-spans"): ({"chosen": "dog"}, "must be a list"),
-        ("labels", "short-span"): ({"chosen": [[0, 1]]}, "[start, end, label]"),
         ("labels", "outside"): ({"chosen": [[0, 99, "grounded"]]}, "does not lie inside"),
-        ("labels", "backwards"): ({"chosen": [[3, 1, "grounded"]]}, "does not lie inside"),
-        ("labels", "negative"): ({"chosen": [[-2, 1, "grounded"]]}, "does not lie inside"),
         ("labels", "unknown-word"): ({"chosen": [[0, 1, "good"]]}, "'grounded' or 'hallucinated'"),
         ("labels", "fractions"): ({"chosen": [[0.5, 1, "grounded"]]}, "[start, end, label]"),
         ("labels", "other-side"): ({"chosn": []}, "chosn"),
-        ("meta", "list"): ([], "must be an object"),
         ("meta", "text"): ("x", "must be an object"),
         ("choosen", "slip"): ("A dog.", "Did you mean 'chosen'"),
     }
@@ -195,17 +184,9 @@ def other_fields() -> None:
 def sample_fields() -> None:
     wrong = {
         ("references", "text"): ("A dog.", "must be a list"),
-        ("references", "numbers"): ([1], "must be a text"),
-        ("references", "empty-inside"): ([""], "is empty"),
-        ("references", "huge"): ([HUGE], "longer than"),
         ("truth", "list"): (["dog"], "must be an object"),
-        ("truth", "present-text"): ({"present": "dog"}, "must be a list of object names"),
         ("truth", "present-numbers"): ({"present": [1]}, "must be a list of object names"),
-        ("truth", "tempting-object"): ({"tempting": {}}, "must be a list of object names"),
         ("truth", "missing"): (MISSING, "no truth['present']"),
-        ("prompt", "null"): (None, "is missing"),
-        ("prompt", "list"): (["What?"], "must be a text"),
-        ("id", "object"): ({}, "must be a text"),
     }
     for (field, kind), (value, reason) in wrong.items():
         row = changed(SAMPLE, field, value)
@@ -217,22 +198,12 @@ def lines() -> None:
     text = json.dumps(PAIR)
     for name, line, reason in [
         ("not-json", b"{image: a.png}", "not valid JSON"),
-        ("torn", text[:-9].encode(), "not valid JSON"),
-        ("two-objects", (text + text).encode(), "not valid JSON"),
         ("list", b"[1, 2]", "not an object"),
-        ("number", b"7", "not an object"),
-        ("null", b"null", "not an object"),
         ("nan", text[:-1].encode() + b', "meta": {"score": NaN}}', "NaN"),
-        ("infinity", text[:-1].encode() + b', "meta": {"score": -Infinity}}', "Infinity"),
         ("key-twice", text[:-1].encode() + b', "chosen": "A bird."}', "'chosen' stands twice"),
-        ("inner-key-twice", text[:-1].encode() + b', "meta": {"a": 1, "a": 2}}', "'a' stands twice"),
         ("deep", text[:-1].encode() + b', "meta": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "not valid JSON"),
         ("huge-number", text[:-1].encode() + b', "meta": {"a": ' + b"9" * 5000 + b"}}", "not valid JSON"),
-        ("latin-1", '{"image": "a.png", "chosen": "Café."}'.encode("latin-1"), "not UTF-8"),
-        ("utf-16", text.encode("utf-16"), "UTF-8"),
-        ("nul-bytes", b"\0" * 64, "not valid JSON"),
         ("binary", encoded(), "UTF-8"),
-        ("raw-control", b'{"image": "a.png", "chosen": "A\x01dog"}', "not valid JSON"),
         ("long-line", b'{"image": "' + b"a" * 17_000_000 + b'"}', "longer than"),
     ]:  # fmt: skip
         bad(f"line-{name}", lambda place, line=line: convert(place, place.data(line)), "data.jsonl:1", reason)
@@ -246,17 +217,8 @@ def lines() -> None:
     bad("folder-pipe", lambda p: convert(p, _pipe(_made(p.path / "none") / "data.jsonl").parent), "none", "no .jsonl file")
     bad("data-pipe", lambda p: convert(p, _pipe(p.path / "data.jsonl")), "data.jsonl", "neither a folder nor a file")
     bad("folder-unfinished", lambda p: convert(p, _pairs_json(p, '{"format": 1, "complete": false}')), "is not finished")
-    bad("folder-pairs-json-list", lambda p: convert(p, _pairs_json(p, "[]")), "pairs.json", "JSON object")
     bad("folder-pairs-json-torn", lambda p: convert(p, _pairs_json(p, '{"compl')), "pairs.json", "not valid JSON")
-    bad(
-        "vocabulary-folder",
-        lambda p: convert(p, _made(p.data(PAIR) / "vocabulary.json").parent),
-        "vocabulary.json",
-        "not a file",
-    )
-    bad(
-        "vocabulary-pipe", lambda p: convert(p, _pipe(p.data(PAIR) / "vocabulary.json").parent), "vocabulary.json", "not a file"
-    )
+    bad("vocabulary-pipe", lambda p: convert(p, _pipe(p.data(PAIR) / "vocabulary.json").parent), "vocabulary.json")
     bad("vocabulary-list", lambda p: convert(p, _beside(p, "vocabulary.json", "[]")), "vocabulary.json", "JSON object")
     bad("vocabulary-number", lambda p: convert(p, _beside(p, "vocabulary.json", '{"dog": 1}')), "vocabulary.json", "must map")
     bad("vocabulary-twice", lambda p: convert(p, _beside(p, "vocabulary.json", '{"a": "b", "a": "c"}')), "stands twice")
@@ -299,20 +261,13 @@ def _beside(place: Place, name: str, content: str) -> Path:
 def paths() -> None:
     for name, path, reason in [
         ("absolute", "/etc/passwd", "leaves the folder"),
-        ("up", "../secret.png", "leaves the folder"),
         ("up-inside", "sub/../../secret.png", "leaves the folder"),
-        ("windows-drive", "C:\\secret.png", "leaves the folder"),
         ("windows-up", "..\\secret.png", "leaves the folder"),
-        ("windows-share", "\\\\host\\share\\a.png", "leaves the folder"),
-        ("home", "~/a.png", "is not a file"),
         ("url", "https://example.org/a.png", "is not a file"),
-        ("file-url", "file:///etc/passwd", "is not a file"),
-        ("folder", ".", "is not a file"),
         ("nul", "a\0.png", "not a usable path"),
         ("long", "a" * 5000 + ".png", "not a usable path"),
         ("escape-sequence", "\x1b[2Ja.png", "is not a file"),
         ("link-out", "link.png", "leads out of the folder"),
-        ("link-folder-out", "up/secret.png", "leads out of the folder"),
         ("link-loop", "loop.png", "data.jsonl:1"),
         ("fifo", "pipe.png", "is not a file"),
         ("device", "zero.png", "leads out of the folder"),
@@ -388,21 +343,12 @@ def pictures() -> None:
     for name, content in {
         "truncated-png": encoded(size=(300, 200))[:-400],
         "truncated-jpeg": encoded(size=(300, 200), form="JPEG")[:-300],
-        "truncated-webp": encoded(size=(300, 200), form="WEBP", lossless=True)[:-40],
-        "truncated-gif": encoded("P", size=(300, 200), form="GIF")[:-500],
-        "truncated-header": encoded()[:20],
         "flipped-byte": _flipped(encoded(size=(300, 200)), 60),
         "zero-wide": png(0, 16),
-        "zero-high": png(16, 0),
         "no-pixels": png(64, 64),
         "text": b"not a picture",
-        "html": b"<html><script>alert(1)</script></html>",
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-        "pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>",
         "eps-program": EPS,
-        "zip": b"PK\x03\x04" + b"\0" * 60,
-        "json": b'{"image": 1}',
-        "gzip": gzip.compress(encoded()),
     }.items():
         bad(
             f"picture-{name}",
@@ -412,7 +358,6 @@ def pictures() -> None:
     for name, content, reason in [
         ("empty", b"", "is an empty file"),
         ("bomb", png(30_000, 30_000), "pixel"),
-        ("bomb-wide", png(2_000_000_000, 1), "pixel"),
         ("bomb-of-zeros", png(12_000, 12_000, b"\0" * 100), "pixel"),
         ("bomb-in-comment", text_bomb(), "too large"),
         ("larger-than-a-picture", b"", "bytes"),
@@ -445,8 +390,6 @@ def odd_pictures() -> None:
     frames = [Image.new("RGB", (24, 16), colour) for colour in ("green", "yellow")]
     animated = io.BytesIO()
     Image.open(io.BytesIO(encoded())).save(animated, "GIF", save_all=True, append_images=frames)
-    moving = io.BytesIO()
-    Image.open(io.BytesIO(encoded())).save(moving, "PNG", save_all=True, append_images=frames)
     deep = io.BytesIO()
     Image.open(io.BytesIO(encoded("L"))).convert("I").point(lambda value: value * 256).convert("I;16").save(deep, "PNG")
     for name, content, is_grey in [
@@ -454,14 +397,10 @@ def odd_pictures() -> None:
         ("palette", encoded("P"), False),
         ("transparent", encoded("RGBA"), False),
         ("grey", encoded("L"), True),
-        ("grey-transparent", encoded("LA"), True),
         ("sixteen-bits", deep.getvalue(), True),
         ("one-bit", encoded("1"), True),
         ("rotated-exif", stream.getvalue(), False),
         ("animated-gif", animated.getvalue(), False),
-        ("animated-png", moving.getvalue(), False),
-        ("bmp", encoded(form="BMP"), False),
-        ("tiff", encoded(form="TIFF"), False),
         ("webp", encoded(form="WEBP", lossless=True), False),
         ("wrong-extension", encoded(form="JPEG", quality=95, subsampling=0), False),
     ]:
@@ -470,7 +409,7 @@ def odd_pictures() -> None:
             lambda place, content=content: convert(place, place.data(PAIR, picture=content)),
             lambda place, _, is_grey=is_grey: _halves(place.out, is_grey),
         )
-    for name, size in {"one-pixel": (1, 1), "line": (3000, 1), "column": (1, 3000)}.items():
+    for name, size in {"one-pixel": (1, 1), "line": (3000, 1)}.items():
         good(
             f"picture-{name}",
             lambda place, size=size: score(place, place.data(PAIR, picture=encoded(size=size))),
@@ -510,29 +449,21 @@ def llava_style() -> None:
         for kind, value in FORMAT_WRONG.items():
             row = {**SEVA, field: value}
             bad(f"seva-{field}-{kind}", lambda p, row=row: convert(p, _llava(p, [row])), "rows.json, row 0", f"'{field}'")
-    three = [*POVID["conversations"], {"from": "human", "value": "And?"}]
     ranked = {"image": "a.png", "prompt": "What?"}
     for name, content, reason in [
-        ("several-turns", [{**POVID, "conversations": three}], "one question with one answer"),
         ("unknown-role", [{**POVID, "conversations": [{"from": "root", "value": "x"}]}], "one question"),
         ("row-list", [[]], "row 0"),
-        ("row-number", [1], "row 0"),
         ("completions-text", [{**ranked, "completions": "x"}], "'completions'"),
-        ("completions-numbers", [{**ranked, "completions": [1, 2]}], "'completions'"),
         ("completions-ragged", [{**ranked, "completions": {"response": ["a", "b"], "score": [1]}}], "'completions'"),
-        ("completions-object-of-texts", [{**ranked, "completions": {"response": "ab", "score": 1}}], "'completions'"),
         ("annotations-list", [{**ranked, "completions": [{"response": "a", "annotations": [1]}]}], "'completions"),
         ("path-up", [{**SEVA, "image": "../a.png"}], "leaves the folder"),
         ("image-id-up", [{"image_id": "../../a", "chosen": "A.", "rejected": "B."}], "leaves the folder"),
         ("number", 7, "not a list of rows"),
-        ("text", "rows", "not a list of rows"),
         ("no-rows", [], "no preference pairs"),
     ]:
         bad(f"llava-{name}", lambda p, content=content: convert(p, _llava(p, content)), "rows.json", reason)
     for name, content, reason in [
-        ("nan", b'[{"image": "a.png", "question": "Q", "chosen": "A", "reject": "B", "id": NaN}]', "NaN"),
         ("key-twice", b'[{"image": "a.png", "question": "Q", "chosen": "A", "chosen": "C", "reject": "B"}]', "stands twice"),
-        ("torn", b'[{"image": "a.png"', "not valid JSON"),
         ("latin-1", '[{"image": "é.png"}]'.encode("latin-1"), "not UTF-8"),
         ("empty", b"", "not valid JSON"),
         ("deep", b"[" * 200_000, "not valid JSON"),
@@ -552,22 +483,18 @@ def tables() -> None:
             row = {"image": "a.png", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."} | {field: value}
             bad(f"trl-{field}-{kind}", lambda p, row=row: convert(p, _trl(p, row)), "rows.jsonl, row 0", f"'{field}'")
     for name, row, reason in [
-        ("image-null", {"image": None}, "'image'"),
         ("image-number", {"image": 3}, "'image'"),
         ("image-up", {"image": "../a.png"}, "leaves the folder"),
         ("images-empty", {"image": None, "images": []}, "'images'"),
         ("chosen-numbers", {"chosen": [1]}, "'chosen'"),
-        ("chosen-empty-list", {"chosen": []}, "'chosen'"),
         ("content-number", {"chosen": [{"role": "assistant", "content": 3}]}, "'chosen'"),
         ("role-system", {"chosen": [{"role": "system", "content": "x"}]}, "'chosen'"),
     ]:
         whole = {"image": "a.png", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat.", **row}
         bad(f"trl-{name}", lambda p, whole=whole: convert(p, _trl(p, whole)), "rows.jsonl, row 0", reason)
     for name, content in {
-        "not-json": b"rows",
         "nan": b'{"image": "a.png", "prompt": NaN, "chosen": "A", "rejected": "B"}\n',
         "key-twice": b'{"image": "a.png", "prompt": "Q", "chosen": "A", "chosen": "C", "rejected": "B"}\n',
-        "torn": b'{"image": "a.pn',
         "latin-1": '{"image": "a.png", "prompt": "é"}\n'.encode("latin-1"),
         "empty": b"",
     }.items():
@@ -579,20 +506,13 @@ def tables() -> None:
     for name, row, reason in [
         ("text-not-json", {"image": picture, "text": "{question"}, "not valid JSON"),
         ("text-list", {"image": picture, "text": "[1]"}, "must be a JSON object"),
-        ("text-deep", {"image": picture, "text": "[" * 200_000}, "not valid JSON"),
-        ("text-nan", {"image": picture, "text": '{"question": NaN, "chosen": "a", "rejected": "b"}'}, "NaN"),
         ("text-without-question", {"image": picture, "text": '{"chosen": "a", "rejected": "b"}'}, "'question'"),
         ("text-key-twice", {"image": picture, "text": '{"question": "a", "question": "b"}'}, "stands twice"),
         ("no-picture", texts, "'image_path'"),
-        ("picture-number", {"image": 3, **texts}, "'image'"),
         ("picture-text-bytes", {"image": {"bytes": "abc", "path": None}, **texts}, "row 0"),
-        ("picture-empty-bytes", {"image": {"bytes": b"", "path": None}, **texts}, "row 0"),
         ("picture-broken", {"image": {"bytes": encoded()[:-30], "path": None}, **texts}, "row 0"),
         ("picture-path-up", {"image": {"bytes": None, "path": "../../etc/passwd"}, **texts}, "leaves the folder"),
         ("question-number", {"image": picture, **texts, "question": 1}, "'question'"),
-        ("chosen-null", {"image": picture, **texts, "chosen": None}, "'chosen'"),
-        ("same-answers", {"image": picture, **texts, "rejected": "A dog."}, "the same text"),
-        ("chosen-huge", {"image": picture, **texts, "chosen": HUGE}, "longer than"),
     ]:
         bad(
             f"rlhf_v-{name}",
@@ -623,27 +543,11 @@ def options() -> None:
     for name, text in {
         "call": f"corrected({CODE})",
         "value-call": f"corrected(counts={CODE})",
-        "name-call": CODE,
-        "lambda": f"(lambda: {CODE})()",
         "attribute": "corrected.__class__()",
-        "format": "corrected(counts=f'{" + CODE.replace("'", '"') + "}')",
-        "comprehension": f"corrected(counts=[{CODE} for _ in [1]])",
-        "walrus": f"corrected(counts=(x := {CODE}))",
         "spread": "corrected(**{'counts': True})",
-        "statement": f"corrected(); {CODE}",
-        "newline": f"corrected(counts=True)\n{CODE}",
-        "star": f"corrected(*[{CODE}])",
         "deep": "corrected(counts=" + "[" * 5000 + "]" * 5000 + ")",
-        "power": "corrected(counts=9**9**9)",
-        "huge-number": "corrected(counts=" + "9" * 5000 + ")",
-        "infinite": "corrected(counts=1e999)",
-        "nul": "corrected(counts='\0')(",
-        "unclosed": "corrected(counts=",
         "empty": "",
-        "module-path": "os.path",
-        "dunder": "__init__",
         "base-module": "_base",
-        "path": "../corrected",
         "twice": "corrected(counts=True, counts=False)",
         "kind": "corrected(counts='yes')",
         "unknown-option": "corrected(cuonts=True)",
@@ -656,40 +560,28 @@ def options() -> None:
         )
     bad("limit-of-data-huge", lambda p: ask(p, f"scenes(count=2, limit={HUGE_COUNT})"), "limit=1000000", "is too large")
     for name, arguments in {
-        "data": ["pair", "--data", f"scenes(count={CODE})", "--model", "builtin"],
         "signal": ["score", "--pairs", "x", "--model", "builtin", "--signals", f"semantic({CODE})"],
-        "signal-list": ["score", "--pairs", "x", "--model", "builtin", "--signals", f"semantic], [{CODE}"],
         "judge": ["evaluate", "--benchmarks", "scenes(count=1)", "--model", "builtin", "--judge", f"openai(model={CODE})"],
-        "benchmark": ["evaluate", "--benchmarks", f"pope(subset={CODE})", "--model", "builtin"],
     }.items():
         bad(f"code-in-{name}", lambda p, arguments=arguments: [*arguments, "--output", p.out])
     for name, arguments, said in [
-        ("limit", ["--limit", "-1"], "limit"),
         ("batch-size", ["--batch-size", "0"], "batch"),
-        ("tokens", ["--max-new-tokens", "0"], "max_new_tokens"),
         ("temperature", ["--temperature=-1"], "temperature"),
-        ("temperature-nan", ["--temperature", "nan"], "temperature"),
         ("temperature-tiny", ["--temperature", "1e-320"], "Give 0 for greedy answers"),
         ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
         ("top-p", ["--top-p", "7"], "top_p"),
         ("dtype", ["--dtype", "float7"], "float7"),
-        ("dtype-not-a-float", ["--dtype", "int8"], "int8"),
-        ("dtype-function", ["--dtype", "load"], "load"),
         ("device", ["--device", "toaster"], "toaster"),
     ]:
         bad(f"number-{name}", lambda p, arguments=arguments: [*ask(p, p.data(SAMPLE)), *arguments], said)
     for name, arguments, said in [
         ("batch-size", ["--batch-size", "0"], "batch_size"),
-        ("limit", ["--limit", "0"], "limit"),
         ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
-        ("shard-size", ["--shard-size", "0"], "shard_size"),
         ("layers", ["--layers", "99"], "99"),
-        ("layers-code", ["--layers", CODE], "layers"),
         ("heads", ["--heads", "top(k=0)"], "heads"),
         ("patches", ["--patches", "7"], "patches"),
         ("max-length", ["--max-length", "3"], "max_length=3"),
         ("attention", ["--attn-implementation", "flash_attention_9"], "flash_attention_9"),
-        ("batch-tokens", ["--batch-tokens", "0"], "batch_tokens"),
         ("signal", ["--signals", "smeantic"], "Did you mean 'semantic'"),
         ("cache", ["--cache", "topk(k=100000)"], "cache=topk(k=100000)"),
         ("device", ["--device", "toaster"], "toaster"),
@@ -699,33 +591,29 @@ def options() -> None:
 
 def training() -> None:
     for name, arguments, said in [
-        ("batch-size", ["--batch-size", "0"], "batch_size"),
-        ("gradient_accumulation_steps", ["--gradient-accumulation-steps", "-4"], "gradient_accumulation_steps"),
+        ("gradient-accumulation-steps", ["--gradient-accumulation-steps", "-4"], "gradient_accumulation_steps"),
         ("learning-rate", ["--learning-rate", "nan"], "learning_rate"),
-        ("learning-rate-negative", ["--learning-rate=-1"], "learning_rate"),
-        ("num_train_epochs", ["--num-train-num_train_epochs=-1"], "num_train_epochs"),
-        ("epochs-infinite", ["--num-train-epochs", "inf"], "num_train_epochs"),
-        ("seed", ["--seed=-1"], "seed"),
+        ("num-train-epochs", ["--num-train-epochs=-1"], "num_train_epochs"),
         ("seed-huge", ["--seed", str(2**40)], "seed=1099511627776 must be from 0 to 4294967295"),
-        ("batch-size-huge", ["--batch-size", str(10**30)], "batch_size=1000000000000000000000000000000 is too large"),
+        (
+            "batch-size-huge",
+            ["--per-device-train-batch-size", str(10**30)],
+            "batch_size=1000000000000000000000000000000 is too large",
+        ),
         ("warmup-huge", ["--warmup-steps", "9" * 400], "warmup_steps=999"),
         ("tracker-unknown", ["--report-to", "nobody"], "report_to='nobody' is not known"),
-        ("limit", ["--limit", "0"], "limit"),
         ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
         ("scheduler", ["--lr-scheduler-type", "cosin"], "cosin"),
         ("dev-share", ["--eval-fraction", "2"], "eval_fraction"),
         ("objective-unknown", ["--objective", "dpoo"], "dpoo"),
         ("objective-option", ["--objective", "dpo(beta='high')"], "beta"),
-        ("objective-code", ["--objective", f"dpo(beta={CODE})"], "beta"),
-        ("lora-option", ["--lora", "lora(rank=4)"], "rank"),
         ("lora-zero", ["--lora", "lora(r=0)"], "r=0"),
-        ("lora-code", ["--lora", f"lora(r={CODE})"], "'r'"),
         ("quantization", ["--quantization", "1bit"], "1bit"),
         ("quantization-full", ["--quantization", "4bit", "--lora", "none"], "trains an adapter"),
         (
             "adaptive-workers",
             ["--objective", "catpo", "--rescore-every", "1", "--dataloader-num-workers", "1"],
-            "leave out dataloader_num_workers",
+            "dataloader_num_workers",
         ),
         ("adaptive-dpo", ["--objective", "dpo", "--rescore-every", "1"], "no token weights"),
         ("device", ["--device", "toaster"], "toaster"),
@@ -751,27 +639,13 @@ def recipes() -> None:
         ("unknown-key", RECIPE + "pear:\n  data: x\n", "'pear'", "Did you mean 'pair'"),
         ("unknown-inner-key", RECIPE + "  sed: 1\n", "'pair.sed'", "Did you mean 'pair.seed'"),
         ("key-twice", RECIPE + "model: other\n", "line 5", "'model' stands twice"),
-        ("inner-key-twice", RECIPE + "  data: x\n", "line 5", "'data' stands twice"),
         ("number-as-text", RECIPE + "  seed: '1'\n", "'pair.seed'", "a whole number"),
-        ("fraction", RECIPE + "  seed: 1.5\n", "'pair.seed'", "a whole number"),
-        ("truth-value", RECIPE + "  seed: true\n", "'pair.seed'", "a whole number"),
-        ("null", RECIPE + "  seed: null\n", "'pair.seed'", "a whole number"),
-        ("list", RECIPE + "  seed: [1]\n", "'pair.seed'", "a whole number"),
-        ("object", RECIPE + "  method: {corrected: 1}\n", "'pair.method'", "text"),
         ("not-a-number", RECIPE + "  temperature: .nan\n", "temperature"),
-        ("infinity", RECIPE + "  temperature: .inf\n", "temperature"),
-        ("date", RECIPE + "  method: 2020-01-01\n", "'pair.method'", "text"),
         ("section-list", "pair: [1]\n", "'pair'", "option: value"),
-        ("section-text", "pair: all\n", "'pair'", "option: value"),
         ("top-list", "- pair\n", "option: value"),
-        ("top-text", "pair\n", "option: value"),
         ("python-object", RECIPE + "  method: !!python/object/apply:os.system ['touch pwned']\n", "line 5"),
-        ("python-name", RECIPE + "  method: !!python/name:os.system\n", "line 5"),
-        ("own-tag", RECIPE + "  method: !include /etc/passwd\n", "line 5"),
-        ("several-documents", RECIPE + "---\nmodel: x\n", "line 5"),
         ("unclosed", "pair: {data: x\n", "line"),
         ("tab", "pair:\n\tdata: x\n", "line 2"),
-        ("anchor-unknown", "pair: *other\n", "line 1"),
         ("list-as-key", "? [a]\n: b\n", "cannot be a key"),
         ("own-key-on-top", "limit: 3\n" + RECIPE, "'limit'", "sections"),
         ("bomb", _laughs(), "recipe.yaml"),
@@ -782,7 +656,6 @@ def recipes() -> None:
     ]:
         bad(f"recipe-{name}", lambda p, text=text: ["pair", "--config", p.write("recipe.yaml", text), "--output", p.out], *says)
     bad("recipe-absent", lambda p: ["pair", "--config", p.path / "none.yaml"], "none.yaml", "cannot be read")
-    bad("recipe-folder", lambda p: ["pair", "--config", p.path], "cannot be read")
     bad("recipe-pipe", lambda p: ["pair", "--config", _pipe(p.path / "recipe.yaml")], "recipe.yaml", "is not a file")
     bad("recipe-without-end", lambda p: ["pair", "--config", "/dev/zero"], "/dev/zero", "is not a file")
     bad("recipe-huge", lambda p: ["pair", "--config", _huge_file(p, "recipe.yaml")], "recipe.yaml", "bytes")
@@ -810,53 +683,35 @@ GRID = {"picture": 0, "rows": 4, "columns": 4, "left": 0.0, "top": 0.0, "right":
 def stores() -> None:
     for name, changes, *says in [
         ("older-format", {"format": 1}, "format 1", "this catpo reads"),
-        ("newer-format", {"format": 99}, "format 99", "this catpo reads"),
-        ("format-text", {"format": "2"}, "format '2'"),
         ("no-format", {"format": MISSING}, "format None"),
         ("no-signals", {"signals": MISSING}, "signals"),
-        ("signals-text", {"signals": "semantic"}, "signals"),
-        ("signals-numbers", {"signals": [1, 2]}, "signals"),
         ("signal-unknown", {"signals": ["semantic", "other"]}, "other"),
-        ("no-pairs-hash", {"pairs_hash": MISSING}, "pairs_hash"),
         ("other-pairs", {"pairs_hash": "0" * 32}, "other pairs"),
         ("count-negative", {"pair_count": -8}, "pair_count"),
-        ("count-zero", {"pair_count": 0}, "pair_count"),
         ("count-huge", {"pair_count": 10**12}, "is incomplete"),
-        ("count-text", {"pair_count": "8"}, "pair_count"),
-        ("count-other", {"pair_count": 1}, "store"),
         ("shard-size-zero", {"shard_size": 0}, "shard_size"),
-        ("shard-size-fraction", {"shard_size": 0.5}, "shard_size"),
-        ("incomplete", {"complete": False}, "is incomplete"),
         ("maps-that-are-not-there", {"maps": True}, "is damaged"),
-        ("attention-text", {"attention": "paper"}, "attention"),
         ("attention-patches-list", {"attention": {"patches": [1]}}, "patches"),
     ]:
         bad(f"store-{name}", lambda p, changes=changes: _about_store(p, changes), "store", *says)
     for name, content, reason in [
         ("torn", b'{"format": 2, "sig', "not valid JSON"),
         ("list", b"[]", "JSON object"),
-        ("empty", b"", "not valid JSON"),
-        ("nan", b'{"format": NaN}', "NaN"),
-        ("key-twice", b'{"format": 2, "format": 2}', "stands twice"),
         ("binary", b"\xff\xfe\0", "not valid JSON"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)
-    bad("report-nul", lambda p: ["report", "--rewards", p.store, "--output", "a\0.html"], "a\\x00.html", "NUL")
     bad("store-absent", lambda p: show_store(p), "is not a reward store")
     bad("store-is-a-file", lambda p: (p.write("store", "x"), show_store(p))[1], "is not a reward store")
     for name, content in {"cut": None, "garbage": b"PAR1" + b"x" * 100, "empty": b""}.items():
         bad(f"shard-{name}", lambda p, c=content: _file_of_store(p, "shards/00000.parquet", c), "00000", "is damaged")
     for name, content in {
-        "list": b"[]",
         "torn": b"{",
-        "numbers": b'{"00000.parquet": 3}',
         "other-file": b'{"../../secret": "x"}',
     }.items():
         bad(f"checksums-{name}", lambda p, c=content: _file_of_store(p, "shards/00000.json", c), "00000", "is damaged")
     for name, content in {"garbage": b"PAR1" + b"x" * 100, "empty": b"", "another-table": _parquet({"a": [1, 2]})}.items():
-        bad(f"forged-{name}", lambda p, c=content: _forged(p, c), "store", "")
+        bad(f"forged-{name}", lambda p, c=content: _forge(p, "00000.parquet", c), "store", "")
     for name, column, values in [
-        ("signals-not-finite", "semantic", [float("nan")]),
         ("logps-infinite", "logps", [float("inf")]),
         ("token-ids-text", "token_ids", ["x"]),
         ("labels-out-of-range", "labels", [99]),
@@ -866,14 +721,12 @@ def stores() -> None:
         ("no-grids", "grids", MISSING),
         ("grids-negative", "grids", [{**GRID, "picture": -1, "rows": -4}]),
         ("grids-huge", "grids", [{**GRID, "rows": 2**31 - 1, "columns": 2**31 - 1}]),
-        ("grids-empty", "grids", []),
     ]:  # fmt: skip
         bad(
             f"forged-{name}", lambda p, c=column, v=values: _forged_column(p, c, v), "store", column if "id" not in name else ""
         )
-    bad("forged-arrays", lambda p: _forged_arrays(p, b"\x10\0\0\0\0\0\0\0{" + b" " * 15), "store", "00000")
-    bad("forged-arrays-empty", lambda p: _forged_arrays(p, b""), "store", "00000")
-    bad("forged-arrays-header", lambda p: _forged_arrays(p, struct.pack("<Q", 2**60)), "store", "00000")
+    bad("forged-arrays", lambda p: _forge(p, "00000.safetensors", b"\x10\0\0\0\0\0\0\0{" + b" " * 15), "store", "00000")
+    bad("forged-arrays-header", lambda p: _forge(p, "00000.safetensors", struct.pack("<Q", 2**60)), "store", "00000")
     bad("inspect-unknown-pair", lambda p: ["inspect", p.store, "--pair", "zzz"], "zzz")
     bad("inspect-unknown-signal", lambda p: ["inspect", p.store, "--pair", _first_id(p), "--signal", "smeantic"], "semantic")
 
@@ -906,14 +759,6 @@ def _forge(place: Place, name: str, content: bytes) -> list[Any]:
     return show_store(place)
 
 
-def _forged(place: Place, content: bytes) -> list[Any]:
-    return _forge(place, "00000.parquet", content)
-
-
-def _forged_arrays(place: Place, content: bytes) -> list[Any]:
-    return _forge(place, "00000.safetensors", content)
-
-
 def _forged_column(place: Place, column: str, value: Any) -> list[Any]:
     """A column whose cells are another value; of a list per token, each token's."""
     table = pq.read_table(place.store / "shards/00000.parquet")
@@ -928,7 +773,7 @@ def _forged_column(place: Place, column: str, value: Any) -> list[Any]:
     made = {name: pa.array(cells, kinds.get(name)) for name, cells in columns.items()}
     stream = io.BytesIO()
     pq.write_table(pa.table(made), stream)
-    return _forged(place, stream.getvalue())
+    return _forge(place, "00000.parquet", stream.getvalue())
 
 
 def _first_id(place: Place) -> str:
@@ -945,16 +790,11 @@ def answers() -> None:
         ("empty", b"", "no answers"),
         ("not-json", b"answers", "not valid JSON"),
         ("list-of-numbers", b"[1, 2]", "must be a JSON object"),
-        ("number-rows", b"7\n", "must be a JSON object"),
-        ("nan", b'{"benchmark": "scenes", "id": "1", "answer": "a", "score": NaN}\n', "NaN"),
         ("key-twice", b'{"benchmark": "scenes", "id": "1", "id": "2", "answer": "a"}\n', "stands twice"),
         ("latin-1", '{"answer": "é"}\n'.encode("latin-1"), ":1", "not UTF-8"),
         ("deep", b"[" * 200_000, "not valid JSON"),
         ("no-answer", b'{"benchmark": "scenes", "id": "1"}\n', ":1", "'answer'"),
-        ("answer-null", b'{"benchmark": "scenes", "id": "1", "answer": null}\n', ":1", "'answer'"),
         ("answer-list", b'{"benchmark": "scenes", "id": "1", "answer": ["a"]}\n', ":1", "'answer'"),
-        ("id-number", b'{"benchmark": "scenes", "id": 1, "answer": "a"}\n', ":1", "'id'"),
-        ("benchmark-null", b'{"benchmark": null, "id": "1", "answer": "a"}\n', ":1", "'benchmark'"),
         ("other-items", b'{"benchmark": "scenes", "id": "nowhere", "answer": "a"}\n', "no answer to item"),
         ("half-a-character", b'{"benchmark": "scenes", "id": "1", "answer": "\\ud800"}\n', ":1", "half a character"),
         ("not-gzip", b"not packed", "gz"),
@@ -964,7 +804,6 @@ def answers() -> None:
         bad(f"answers-{name}", lambda p, file=file, c=content: grade(p, p.write(file, c)), "answers.jsonl", *says)
     bad("answers-gzip-bomb", lambda p: grade(p, _gzip_bomb(p)), "answers.jsonl.gz", "bytes")
     bad("answers-absent", lambda p: grade(p, p.path / "none.jsonl"), "none.jsonl", "does not exist")
-    bad("answers-folder", lambda p: grade(p, p.path), "does not exist")
     for name, text in {
         "no-coma": "scenes(count=1", "unknown": "scenez", "twice": "scenes,scenes", "none": "", "count": "scenes(count=0)",
         "folder": "pope",
@@ -986,17 +825,9 @@ POPE_ROW = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the i
 def official_files() -> None:
     for name, row in {
         "label": {**POPE_ROW, "label": "perhaps"},
-        "label-missing": changed(POPE_ROW, "label", MISSING),
-        "text-number": {**POPE_ROW, "text": 3},
         "image-list": {**POPE_ROW, "image": []},
         "image-up": {**POPE_ROW, "image": "../../../etc/passwd"},
-        "image-absolute": {**POPE_ROW, "image": "/etc/passwd"},
         "id-object": {**POPE_ROW, "question_id": {}},
-        "not-an-object": [1],
-        "nan": json.dumps(POPE_ROW)[:-1].encode() + b', "x": NaN}',
-        "twice": json.dumps(POPE_ROW)[:-1].encode() + b', "label": "no"}',
-        "torn": b'{"question_id": 1, "ima',
-        "latin-1": '{"text": "é"}'.encode("latin-1"),
     }.items():
         content = row if isinstance(row, bytes) else json.dumps(row).encode()
         bad(f"pope-{name}", lambda p, c=content: _pope(p, c), "coco_pope_random.json", "")
@@ -1036,19 +867,11 @@ def graded(**changes: Any) -> bytes:
 def results() -> None:
     for file, name, content in [
         ("scores.json", "torn", b'{"bench'),
-        ("scores.json", "list", b"[]"),
-        ("scores.json", "benchmarks-list", b'{"benchmarks": [1]}'),
         ("scores.json", "benchmark-number", b'{"benchmarks": {"scenes": 3}}'),
-        ("scores.json", "metric-text", b'{"benchmarks": {"scenes": {"metrics": {"chair_i": "low"}}}}'),
         ("scores.json", "metric-value-text", b'{"benchmarks": {"scenes": {"metrics": {"chair_i": {"value": "low"}}}}}'),
         ("grades.jsonl", "garbage", b"grades\n"),
-        ("grades.jsonl", "row-list", b"[1]\n"),
         ("grades.jsonl", "fields-missing", b'{"benchmark": "scenes", "id": "1"}\n'),
-        ("grades.jsonl", "counts-list", graded(counts=[])),
-        ("grades.jsonl", "counts-text", graded(counts={"a": "b"})),
-        ("grades.jsonl", "group-list", graded(group=[])),
         ("grades.jsonl", "mentions-text", graded(mentions="dog")),
-        ("answers.jsonl", "garbage", b"answers\n"),
         ("answers.jsonl", "fields-missing", b'{"x": 1}\n'),
     ]:  # fmt: skip
         bad(f"result-{file}-{name}", lambda p, file=file, c=content: _compared(p, file, c), file)
@@ -1056,10 +879,8 @@ def results() -> None:
     for file, name, content in [
         ("catpo.json", "torn", b"{"),
         ("catpo.json", "list", b"[]"),
-        ("metrics.jsonl", "garbage", b"x\n"),
         ("metrics.jsonl", "row-list", b"[1]\n"),
         ("metrics.jsonl", "step-text", b'{"step": "one", "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'),
-        ("metrics.jsonl", "step-null", b'{"step": null, "loss": 1.0}\n'),
     ]:
         bad(f"run-{file}-{name}", lambda p, file=file, c=content: _run(p, file, c), file)
 
@@ -1087,25 +908,17 @@ def _run(place: Place, file: str, content: bytes) -> list[Any]:
 
 def models() -> None:
     for name, change, *says in [
-        ("absent", lambda folder: shutil.rmtree(folder), "cannot be loaded"),
         ("empty", lambda folder: [each.unlink() for each in folder.iterdir()], "cannot be loaded"),
         ("config-torn", lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        ("config-list", lambda folder: (folder / "config.json").write_text("[]"), "config"),
-        ("config-binary", lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\0"), "config"),
         ("type-unknown", lambda folder: _config(folder, model_type="nobody"), "nobody"),
-        ("type-text-only", lambda folder: _config(folder, model_type="llama"), "llama"),
-        ("type-list", lambda folder: _config(folder, model_type=["llava"]), "cannot be loaded"),
         ("sizes-text", lambda folder: _config(folder, text_config={"model_type": "llama", "hidden_size": "big"}), "big"),
         ("sizes-other", lambda folder: _config(folder, text_config=SMALL), "cannot be loaded"),
         ("remote-code", lambda folder: remote(folder), "trust_remote_code"),
-        ("remote-processor", lambda folder: _remote_processor(folder), "trust_remote_code"),
         ("pickled-weights", lambda folder: _pickled(folder), "safetensors"),
         ("weights-torn", lambda folder: _cut(folder / "model.safetensors"), "cannot be loaded"),
-        ("weights-garbage", lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 64), "cannot be loaded"),
         ("weights-index", lambda folder: _indexed(folder), "cannot be loaded"),
         ("weights-missing", lambda folder: _fewer(folder), "weights"),
         ("no-processor", lambda folder: [each.unlink() for each in folder.glob("*processor*")], "cannot be loaded"),
-        ("no-tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
         ("tokenizer-torn", lambda folder: _cut(folder / "tokenizer.json"), "cannot be loaded"),
         ("no-template", lambda folder: (folder / "chat_template.jinja").unlink(), "chat template"),
         ("template-torn", lambda folder: (folder / "chat_template.jinja").write_text("{% for"), "chat template"),
@@ -1115,10 +928,7 @@ def models() -> None:
         bad(f"model-{name}", lambda p, change=change: changed_model(p, change), "own-model", *says)
     for name, files, *says in [
         ("config-torn", {"adapter_config.json": "{"}, "adapter_config.json"),
-        ("config-list", {"adapter_config.json": "[]"}, "adapter_config.json"),
         ("no-base", {"adapter_config.json": "{}"}, "does not say which model"),
-        ("base-number", {"adapter_config.json": '{"base_model_name_or_path": 3}'}, "adapter"),
-        ("no-weights", {"adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "MODEL"}'}, "adapter"),
         ("kind-unknown", {"adapter_config.json": '{"peft_type": "NO", "base_model_name_or_path": "MODEL"}'}, "adapter"),
         ("pickled", {"adapter_config.json": LORA,
                      "adapter_model.bin": "x"}, "safetensors"),
@@ -1146,13 +956,6 @@ def _config(folder: Path, **changes: Any) -> None:
 
 def remote(folder: Path) -> None:
     _config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"})
-    (folder / "evil.py").write_text("open('pwned', 'w')\n")
-
-
-def _remote_processor(folder: Path) -> None:
-    about = read_json(folder / "processor_config.json")
-    about |= {"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Processor"}}
-    write_json(folder / "processor_config.json", about)
     (folder / "evil.py").write_text("open('pwned', 'w')\n")
 
 
@@ -1209,7 +1012,7 @@ def texts() -> None:
         row = {**PAIR, "chosen": text + " Yes."}
         good(
             f"text-{name}",
-            lambda p, row=row: score(p, p.data(row), "--no-maps", "--cache", "logps"),
+            lambda p, row=row: score(p, p.data(row), "--no-attention-maps", "--cache", "logps"),
             lambda p, _, text=text: _scored(p, text),
         )
         good(

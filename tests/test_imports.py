@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,21 @@ TORCHLESS = [
     for name in MODULES
     if name.split(".")[1] in {"core", "text", "files", "config", "data", "rewards", "judges", "reporting"}
 ]
+
+
+SOURCE = Path(catpo.__file__).parent
+ROOMS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
+
+
+def test_the_package_folder_fits_on_one_screen() -> None:
+    assert len([path for path in SOURCE.iterdir() if path.name != "__pycache__"]) <= 20
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_room_says_what_it_imports_and_exports(room: Path) -> None:
+    text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    starts = [line.partition(":")[0] for line in text.splitlines()]
+    assert "May import" in starts and "Exports" in starts
 
 
 @pytest.mark.parametrize("module", MODULES)
