@@ -1,8 +1,8 @@
-"""The table of docs/scaling.md: time, memory and disk of published model sizes, by the formulas that `--dry-run` uses.
+"""Tables of docs/scaling.md: memory and disk for published model sizes, by the formulas of `--dry-run`.
 
     python -m bench.scaling
 
-Sizes are those of the models' published configurations. Nothing is loaded or measured here.
+Sizes come from the models' published configurations. Nothing is loaded or measured.
 """
 
 from __future__ import annotations
@@ -10,23 +10,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from catpo.planning.costs import Operations, Work, per_process, sent_bytes
+from catpo.planning.costs import per_process
 from catpo.scoring.reference_cache import token_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
-"""Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""
-MERGED = 4
-"""Patches of the tower that become one token of a picture."""
+"""Tokens of a pair: an image of about 980 x 980 pixels, the prompt, both responses."""
 ROW = IMAGE + PROMPT + RESPONSES
-EPOCHS, BATCH = 3, 32
-"""Passes over the pairs, and pairs per optimiser step, all GPUs together (more GPUs than that: one pair each)."""
-BF16, GPU = 2, "H100"
+BF16 = 2
 LORA_RANK = 128
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a decoder of Llama's build, and the weights beside it."""
+    """Dimensions of a Llama-style decoder, and the weights outside it."""
 
     width: int
     layers: int
@@ -36,7 +32,7 @@ class Size:
     vocabulary: int
     is_tied: bool
     vision: float
-    """Weights of tower and projector."""
+    """Parameters of tower and projector."""
 
     @property
     def keys(self) -> int:
@@ -60,28 +56,13 @@ class Size:
 
     @property
     def adapter(self) -> int:
-        """Two factors of each of the seven linear layers."""
+        """LoRA factors of the seven linear layers, over all decoder layers."""
         sides = 2 * self.width + 2 * (self.width + self.keys) + 3 * (self.width + self.inner)
         return self.layers * LORA_RANK * sides
 
     @property
-    def operations(self) -> Operations:
-        """Of one pair's row."""
-        return Operations(
-            linear=2 * self.linear * ROW,
-            attention=2 * self.layers * self.width * ROW**2,
-            head=2 * self.head * RESPONSES,
-            tower=2 * self.vision * MERGED * IMAGE,
-        )
-
-    def training(self, lora: bool) -> float:
-        """Operations of one pair, with checkpointing and KL."""
-        adapter = 2.0 * self.adapter * ROW if lora else None
-        return self.operations.training(adapter=adapter, is_checkpointed=True, keeps_kl=True)
-
-    @property
     def checkpointed(self) -> int:
-        """Activations of one row: the input of each layer, and one layer whole (`plan._Decoder`)."""
+        """Activations of one row: the input of each layer, plus one full layer (`catpo.models.memory.DecoderMemory`)."""
         norms = 2 * (2 * self.width + 2 * self.width)
         layer = norms + 3 * self.width + 4 * self.keys + 4 * self.inner
         return ROW * BF16 * (self.layers * self.width + layer)
@@ -105,23 +86,6 @@ def main() -> None:
     print(row("---", *["---:"] * len(heads)))
     for name, size in QWEN.items():
         print(row(name, *(f"{sum(memory(size, *each).values()) / 1e9:,.0f}" for each in engines)))
-    print(f"\nHours on {GPU}s ({EPOCHS} epochs of training; scoring once)\n")
-    places = [(pairs, gpus) for pairs in (5_000, 100_000, 1_000_000) for gpus in (1, 8, 64)]
-    print(row("", *(f"{pairs:,} pairs x {gpus}" for pairs, gpus in places)))
-    print(row("---", *["---:"] * len(places)))
-    for name, size in QWEN.items():
-        print(
-            row(f"{name} score", *(hours(size.operations.forward * pairs, "ddp", size, gpus, 0, 0) for pairs, gpus in places))
-        )
-        for lora in (True, False):
-            engine = "ddp" if lora and name in ("3B", "7B") else "fsdp2"
-            cells = []
-            for pairs, gpus in places:
-                steps = EPOCHS * pairs / max(BATCH, gpus)
-                flops = EPOCHS * pairs * size.training(lora)
-                trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)
-                cells.append(hours(flops, engine, size, gpus, steps, trained))
-            print(row(f"{name} {'LoRA' if lora else 'full'}, {engine}", *cells))
     print("\nReward store, GB\n")
     kinds = {"hidden": lambda size: size.width * BF16, "topk(k=64)": lambda size: 8 * 64 + 4, "logps": lambda size: 0}
     print(row("pairs", *(f"{name} {kind}" for name in QWEN for kind in kinds)))
@@ -130,7 +94,7 @@ def main() -> None:
         cells = [pairs * RESPONSES * (token_bytes(3) + kind(size)) / 1e9 for size in QWEN.values() for kind in kinds.values()]
         print(row(f"{pairs:,}", *(f"{cell:,.1f}" for cell in cells)))
     maps = 1_000_000 * RESPONSES * IMAGE * 2 / 1e9
-    print(f"\nAttention maps (--maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
+    print(f"\nAttention maps (--attention-maps) add 2 bytes per response token and patch: {maps:,.0f} GB per million pairs.")
 
 
 def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
@@ -145,14 +109,6 @@ def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
         "head tile": 4 * 4 * (1 << 24),
     }
     return per_process(parts, engine, gpus, layer=BF16 * size.layer, head=BF16 * size.head)
-
-
-def hours(flops: float, engine: str, size: Size, gpus: int, steps: float, trained: int) -> str:
-    batches = max(1, BATCH // gpus)
-    gathered = BF16 * (size.weights + size.linear + size.head)  # backward the decoder with its embeddings, once more
-    sent = sent_bytes(engine, gpus, gathered=gathered, gradients=trained, batches=batches) if steps else 0.0
-    found = Work(flops, sent).hours(GPU, gpus, int(steps))
-    return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 
 
 def row(*cells: str) -> str:

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("catpo", "checking.checked")  # Float[Tensor, "tokens"] is checked here and nowhere else
+# Float[Tensor, "tokens"] is checked here and nowhere else; the options in `config` are validated, and converted, by pydantic
+ROOMS = sorted(path.name for path in (Path(__file__).parent.parent / "src" / "catpo").iterdir() if path.is_dir())
+install_import_hook([f"catpo.{room}" for room in ROOMS if room not in ("config", "__pycache__")], "checking.checked")
 
 settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("nightly", max_examples=3000, deadline=None, print_blob=True)

@@ -203,7 +203,7 @@ def lines() -> None:
         ("key-twice", text[:-1].encode() + b', "chosen": "A bird."}', "'chosen' stands twice"),
         ("deep", text[:-1].encode() + b', "meta": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "not valid JSON"),
         ("huge-number", text[:-1].encode() + b', "meta": {"a": ' + b"9" * 5000 + b"}}", "not valid JSON"),
-        ("binary", encoded(), "UTF-8"),
+        ("latin-1", '{"image": "a.png", "chosen": "Café."}'.encode("latin-1"), "not UTF-8"),
         ("long-line", b'{"image": "' + b"a" * 17_000_000 + b'"}', "longer than"),
     ]:  # fmt: skip
         bad(f"line-{name}", lambda place, line=line: convert(place, place.data(line)), "data.jsonl:1", reason)
@@ -217,9 +217,8 @@ def lines() -> None:
     bad("folder-pipe", lambda p: convert(p, _pipe(_made(p.path / "none") / "data.jsonl").parent), "none", "no .jsonl file")
     bad("data-pipe", lambda p: convert(p, _pipe(p.path / "data.jsonl")), "data.jsonl", "neither a folder nor a file")
     bad("folder-unfinished", lambda p: convert(p, _pairs_json(p, '{"format": 1, "complete": false}')), "is not finished")
-    bad("folder-pairs-json-torn", lambda p: convert(p, _pairs_json(p, '{"compl')), "pairs.json", "not valid JSON")
+    bad("folder-pairs-json-list", lambda p: convert(p, _pairs_json(p, "[]")), "pairs.json", "JSON object")
     bad("vocabulary-pipe", lambda p: convert(p, _pipe(p.data(PAIR) / "vocabulary.json").parent), "vocabulary.json")
-    bad("vocabulary-list", lambda p: convert(p, _beside(p, "vocabulary.json", "[]")), "vocabulary.json", "JSON object")
     bad("vocabulary-number", lambda p: convert(p, _beside(p, "vocabulary.json", '{"dog": 1}')), "vocabulary.json", "must map")
     bad("vocabulary-twice", lambda p: convert(p, _beside(p, "vocabulary.json", '{"a": "b", "a": "c"}')), "stands twice")
 
@@ -282,12 +281,6 @@ def file_names() -> None:
     for name, output in {"nul": "a\0.html", "nul-above": "a\0b/report.html", "long": "a" * 5000 + ".html"}.items():
         bad(f"output-{name}", lambda p, o=output: ["report", "--rewards", p.store, "--output", o], "cannot be")
     bad("output-of-pairs-nul", lambda p: [*ask(p, p.data(SAMPLE))[:-1], "a\0b"], "a\\x00b", "cannot be")
-    bad("vocabulary-folder-for-pairing", lambda p: ask(p, _vocabulary_folder(p)), "vocabulary.json", "is not a file")
-
-
-def _vocabulary_folder(place: Place) -> Path:
-    place.write("data/vocabulary.json/words.json", "{}")
-    return place.data(SAMPLE)
 
 
 def _with_links(place: Place, name: str) -> Path:
@@ -343,11 +336,9 @@ def pictures() -> None:
     for name, content in {
         "truncated-png": encoded(size=(300, 200))[:-400],
         "truncated-jpeg": encoded(size=(300, 200), form="JPEG")[:-300],
-        "flipped-byte": _flipped(encoded(size=(300, 200)), 60),
         "zero-wide": png(0, 16),
         "no-pixels": png(64, 64),
         "text": b"not a picture",
-        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
         "eps-program": EPS,
     }.items():
         bad(
@@ -398,10 +389,9 @@ def odd_pictures() -> None:
         ("transparent", encoded("RGBA"), False),
         ("grey", encoded("L"), True),
         ("sixteen-bits", deep.getvalue(), True),
-        ("one-bit", encoded("1"), True),
         ("rotated-exif", stream.getvalue(), False),
         ("animated-gif", animated.getvalue(), False),
-        ("webp", encoded(form="WEBP", lossless=True), False),
+        ("bmp", encoded(form="BMP"), False),
         ("wrong-extension", encoded(form="JPEG", quality=95, subsampling=0), False),
     ]:
         good(
@@ -449,24 +439,24 @@ def llava_style() -> None:
         for kind, value in FORMAT_WRONG.items():
             row = {**SEVA, field: value}
             bad(f"seva-{field}-{kind}", lambda p, row=row: convert(p, _llava(p, [row])), "rows.json, row 0", f"'{field}'")
+    three = [*POVID["conversations"], {"from": "human", "value": "And?"}]
     ranked = {"image": "a.png", "prompt": "What?"}
     for name, content, reason in [
-        ("unknown-role", [{**POVID, "conversations": [{"from": "root", "value": "x"}]}], "one question"),
+        ("several-turns", [{**POVID, "conversations": three}], "one question with one answer"),
         ("row-list", [[]], "row 0"),
-        ("completions-text", [{**ranked, "completions": "x"}], "'completions'"),
         ("completions-ragged", [{**ranked, "completions": {"response": ["a", "b"], "score": [1]}}], "'completions'"),
         ("annotations-list", [{**ranked, "completions": [{"response": "a", "annotations": [1]}]}], "'completions"),
         ("path-up", [{**SEVA, "image": "../a.png"}], "leaves the folder"),
-        ("image-id-up", [{"image_id": "../../a", "chosen": "A.", "rejected": "B."}], "leaves the folder"),
         ("number", 7, "not a list of rows"),
         ("no-rows", [], "no preference pairs"),
     ]:
         bad(f"llava-{name}", lambda p, content=content: convert(p, _llava(p, content)), "rows.json", reason)
     for name, content, reason in [
+        ("nan", b'[{"image": "a.png", "question": "Q", "chosen": "A", "reject": "B", "id": NaN}]', "NaN"),
         ("key-twice", b'[{"image": "a.png", "question": "Q", "chosen": "A", "chosen": "C", "reject": "B"}]', "stands twice"),
         ("latin-1", '[{"image": "é.png"}]'.encode("latin-1"), "not UTF-8"),
-        ("empty", b"", "not valid JSON"),
         ("deep", b"[" * 200_000, "not valid JSON"),
+        ("empty", b"", "not valid JSON"),
     ]:  # fmt: skip
         bad(f"llava-file-{name}", lambda p, content=content: convert(p, _llava(p, content)), "rows.json", reason)
 
@@ -483,19 +473,16 @@ def tables() -> None:
             row = {"image": "a.png", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."} | {field: value}
             bad(f"trl-{field}-{kind}", lambda p, row=row: convert(p, _trl(p, row)), "rows.jsonl, row 0", f"'{field}'")
     for name, row, reason in [
-        ("image-number", {"image": 3}, "'image'"),
         ("image-up", {"image": "../a.png"}, "leaves the folder"),
         ("images-empty", {"image": None, "images": []}, "'images'"),
-        ("chosen-numbers", {"chosen": [1]}, "'chosen'"),
-        ("content-number", {"chosen": [{"role": "assistant", "content": 3}]}, "'chosen'"),
         ("role-system", {"chosen": [{"role": "system", "content": "x"}]}, "'chosen'"),
     ]:
         whole = {"image": "a.png", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat.", **row}
         bad(f"trl-{name}", lambda p, whole=whole: convert(p, _trl(p, whole)), "rows.jsonl, row 0", reason)
     for name, content in {
         "nan": b'{"image": "a.png", "prompt": NaN, "chosen": "A", "rejected": "B"}\n',
-        "key-twice": b'{"image": "a.png", "prompt": "Q", "chosen": "A", "chosen": "C", "rejected": "B"}\n',
         "latin-1": '{"image": "a.png", "prompt": "é"}\n'.encode("latin-1"),
+        "key-twice": b'{"image": "a.png", "prompt": "Q", "chosen": "A", "chosen": "C", "rejected": "B"}\n',
         "empty": b"",
     }.items():
         bad(f"trl-file-{name}", lambda p, content=content: convert(p, _file(p, "trl", "rows.jsonl", content)), "rows.jsonl")
@@ -505,14 +492,13 @@ def tables() -> None:
     texts = {"question": "What?", "chosen": "A dog.", "rejected": "A cat."}
     for name, row, reason in [
         ("text-not-json", {"image": picture, "text": "{question"}, "not valid JSON"),
-        ("text-list", {"image": picture, "text": "[1]"}, "must be a JSON object"),
+        ("text-deep", {"image": picture, "text": "[" * 200_000}, "not valid JSON"),
+        ("same-answers", {"image": picture, **texts, "rejected": "A dog."}, "the same text"),
         ("text-without-question", {"image": picture, "text": '{"chosen": "a", "rejected": "b"}'}, "'question'"),
         ("text-key-twice", {"image": picture, "text": '{"question": "a", "question": "b"}'}, "stands twice"),
         ("no-picture", texts, "'image_path'"),
-        ("picture-text-bytes", {"image": {"bytes": "abc", "path": None}, **texts}, "row 0"),
         ("picture-broken", {"image": {"bytes": encoded()[:-30], "path": None}, **texts}, "row 0"),
         ("picture-path-up", {"image": {"bytes": None, "path": "../../etc/passwd"}, **texts}, "leaves the folder"),
-        ("question-number", {"image": picture, **texts, "question": 1}, "'question'"),
     ]:
         bad(
             f"rlhf_v-{name}",
@@ -543,7 +529,6 @@ def options() -> None:
     for name, text in {
         "call": f"corrected({CODE})",
         "value-call": f"corrected(counts={CODE})",
-        "attribute": "corrected.__class__()",
         "spread": "corrected(**{'counts': True})",
         "deep": "corrected(counts=" + "[" * 5000 + "]" * 5000 + ")",
         "empty": "",
@@ -568,7 +553,7 @@ def options() -> None:
         ("batch-size", ["--batch-size", "0"], "batch"),
         ("temperature", ["--temperature=-1"], "temperature"),
         ("temperature-tiny", ["--temperature", "1e-320"], "Give 0 for greedy answers"),
-        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
+        ("limit-huge", ["--limit", HUGE_COUNT], "limit must be at most"),
         ("top-p", ["--top-p", "7"], "top_p"),
         ("dtype", ["--dtype", "float7"], "float7"),
         ("device", ["--device", "toaster"], "toaster"),
@@ -576,7 +561,7 @@ def options() -> None:
         bad(f"number-{name}", lambda p, arguments=arguments: [*ask(p, p.data(SAMPLE)), *arguments], said)
     for name, arguments, said in [
         ("batch-size", ["--batch-size", "0"], "batch_size"),
-        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
+        ("limit-huge", ["--limit", HUGE_COUNT], "limit must be at most"),
         ("layers", ["--layers", "99"], "99"),
         ("heads", ["--heads", "top(k=0)"], "heads"),
         ("patches", ["--patches", "7"], "patches"),
@@ -591,22 +576,16 @@ def options() -> None:
 
 def training() -> None:
     for name, arguments, said in [
-        ("gradient-accumulation-steps", ["--gradient-accumulation-steps", "-4"], "gradient_accumulation_steps"),
+        ("accumulation", ["--gradient-accumulation-steps", "-4"], "gradient_accumulation_steps"),
         ("learning-rate", ["--learning-rate", "nan"], "learning_rate"),
-        ("num-train-epochs", ["--num-train-epochs=-1"], "num_train_epochs"),
-        ("seed-huge", ["--seed", str(2**40)], "seed=1099511627776 must be from 0 to 4294967295"),
-        (
-            "batch-size-huge",
-            ["--per-device-train-batch-size", str(10**30)],
-            "batch_size=1000000000000000000000000000000 is too large",
-        ),
-        ("warmup-huge", ["--warmup-steps", "9" * 400], "warmup_steps=999"),
-        ("tracker-unknown", ["--report-to", "nobody"], "report_to='nobody' is not known"),
-        ("limit-huge", ["--limit", HUGE_COUNT], "limit=100000000000000000000 is too large. Give at most"),
+        ("epochs", ["--num-train-epochs=-1"], "num_train_epochs"),
+        ("seed-huge", ["--seed", str(2**40)], "seed must be less than"),
+        ("tracker-unknown", ["--report-to", "nobody"], "report_to='nobody'"),
         ("scheduler", ["--lr-scheduler-type", "cosin"], "cosin"),
         ("dev-share", ["--eval-fraction", "2"], "eval_fraction"),
         ("objective-unknown", ["--objective", "dpoo"], "dpoo"),
         ("objective-option", ["--objective", "dpo(beta='high')"], "beta"),
+        ("lora-option", ["--lora", "lora(rank=4)"], "rank"),
         ("lora-zero", ["--lora", "lora(r=0)"], "r=0"),
         ("quantization", ["--quantization", "1bit"], "1bit"),
         ("quantization-full", ["--quantization", "4bit", "--lora", "none"], "trains an adapter"),
@@ -639,14 +618,13 @@ def recipes() -> None:
         ("unknown-key", RECIPE + "pear:\n  data: x\n", "'pear'", "Did you mean 'pair'"),
         ("unknown-inner-key", RECIPE + "  sed: 1\n", "'pair.sed'", "Did you mean 'pair.seed'"),
         ("key-twice", RECIPE + "model: other\n", "line 5", "'model' stands twice"),
-        ("number-as-text", RECIPE + "  seed: '1'\n", "'pair.seed'", "a whole number"),
+        ("fraction", RECIPE + "  seed: 1.5\n", "'pair.seed'", "a whole number"),
         ("not-a-number", RECIPE + "  temperature: .nan\n", "temperature"),
         ("section-list", "pair: [1]\n", "'pair'", "option: value"),
         ("top-list", "- pair\n", "option: value"),
         ("python-object", RECIPE + "  method: !!python/object/apply:os.system ['touch pwned']\n", "line 5"),
-        ("unclosed", "pair: {data: x\n", "line"),
+        ("several-documents", RECIPE + "---\nmodel: x\n", "line 5"),
         ("tab", "pair:\n\tdata: x\n", "line 2"),
-        ("list-as-key", "? [a]\n: b\n", "cannot be a key"),
         ("own-key-on-top", "limit: 3\n" + RECIPE, "'limit'", "sections"),
         ("bomb", _laughs(), "recipe.yaml"),
         ("deep", "pair: " + "[" * 20_000, "recipe.yaml"),
@@ -683,7 +661,6 @@ GRID = {"picture": 0, "rows": 4, "columns": 4, "left": 0.0, "top": 0.0, "right":
 def stores() -> None:
     for name, changes, *says in [
         ("older-format", {"format": 1}, "format 1", "this catpo reads"),
-        ("no-format", {"format": MISSING}, "format None"),
         ("no-signals", {"signals": MISSING}, "signals"),
         ("signal-unknown", {"signals": ["semantic", "other"]}, "other"),
         ("other-pairs", {"pairs_hash": "0" * 32}, "other pairs"),
@@ -697,6 +674,7 @@ def stores() -> None:
     for name, content, reason in [
         ("torn", b'{"format": 2, "sig', "not valid JSON"),
         ("list", b"[]", "JSON object"),
+        ("key-twice", b'{"format": 2, "format": 2}', "stands twice"),
         ("binary", b"\xff\xfe\0", "not valid JSON"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)
@@ -705,22 +683,17 @@ def stores() -> None:
     for name, content in {"cut": None, "garbage": b"PAR1" + b"x" * 100, "empty": b""}.items():
         bad(f"shard-{name}", lambda p, c=content: _file_of_store(p, "shards/00000.parquet", c), "00000", "is damaged")
     for name, content in {
-        "torn": b"{",
         "other-file": b'{"../../secret": "x"}',
     }.items():
         bad(f"checksums-{name}", lambda p, c=content: _file_of_store(p, "shards/00000.json", c), "00000", "is damaged")
     for name, content in {"garbage": b"PAR1" + b"x" * 100, "empty": b"", "another-table": _parquet({"a": [1, 2]})}.items():
         bad(f"forged-{name}", lambda p, c=content: _forge(p, "00000.parquet", c), "store", "")
     for name, column, values in [
-        ("logps-infinite", "logps", [float("inf")]),
         ("token-ids-text", "token_ids", ["x"]),
-        ("labels-out-of-range", "labels", [99]),
-        ("pieces-numbers", "pieces", [3]),
         ("ids-null", "pair_id", None),
         ("sides-unknown", "side", "middle"),
         ("no-grids", "grids", MISSING),
         ("grids-negative", "grids", [{**GRID, "picture": -1, "rows": -4}]),
-        ("grids-huge", "grids", [{**GRID, "rows": 2**31 - 1, "columns": 2**31 - 1}]),
     ]:  # fmt: skip
         bad(
             f"forged-{name}", lambda p, c=column, v=values: _forged_column(p, c, v), "store", column if "id" not in name else ""
@@ -789,12 +762,10 @@ def answers() -> None:
     for name, content, *says in [
         ("empty", b"", "no answers"),
         ("not-json", b"answers", "not valid JSON"),
-        ("list-of-numbers", b"[1, 2]", "must be a JSON object"),
         ("key-twice", b'{"benchmark": "scenes", "id": "1", "id": "2", "answer": "a"}\n', "stands twice"),
-        ("latin-1", '{"answer": "é"}\n'.encode("latin-1"), ":1", "not UTF-8"),
         ("deep", b"[" * 200_000, "not valid JSON"),
+        ("latin-1", '{"answer": "é"}\n'.encode("latin-1"), ":1", "not UTF-8"),
         ("no-answer", b'{"benchmark": "scenes", "id": "1"}\n', ":1", "'answer'"),
-        ("answer-list", b'{"benchmark": "scenes", "id": "1", "answer": ["a"]}\n', ":1", "'answer'"),
         ("other-items", b'{"benchmark": "scenes", "id": "nowhere", "answer": "a"}\n', "no answer to item"),
         ("half-a-character", b'{"benchmark": "scenes", "id": "1", "answer": "\\ud800"}\n', ":1", "half a character"),
         ("not-gzip", b"not packed", "gz"),
@@ -825,9 +796,7 @@ POPE_ROW = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the i
 def official_files() -> None:
     for name, row in {
         "label": {**POPE_ROW, "label": "perhaps"},
-        "image-list": {**POPE_ROW, "image": []},
         "image-up": {**POPE_ROW, "image": "../../../etc/passwd"},
-        "id-object": {**POPE_ROW, "question_id": {}},
     }.items():
         content = row if isinstance(row, bytes) else json.dumps(row).encode()
         bad(f"pope-{name}", lambda p, c=content: _pope(p, c), "coco_pope_random.json", "")
@@ -912,7 +881,6 @@ def models() -> None:
         ("config-torn", lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         ("type-unknown", lambda folder: _config(folder, model_type="nobody"), "nobody"),
         ("sizes-text", lambda folder: _config(folder, text_config={"model_type": "llama", "hidden_size": "big"}), "big"),
-        ("sizes-other", lambda folder: _config(folder, text_config=SMALL), "cannot be loaded"),
         ("remote-code", lambda folder: remote(folder), "trust_remote_code"),
         ("pickled-weights", lambda folder: _pickled(folder), "safetensors"),
         ("weights-torn", lambda folder: _cut(folder / "model.safetensors"), "cannot be loaded"),
@@ -928,8 +896,8 @@ def models() -> None:
         bad(f"model-{name}", lambda p, change=change: changed_model(p, change), "own-model", *says)
     for name, files, *says in [
         ("config-torn", {"adapter_config.json": "{"}, "adapter_config.json"),
-        ("no-base", {"adapter_config.json": "{}"}, "does not say which model"),
-        ("kind-unknown", {"adapter_config.json": '{"peft_type": "NO", "base_model_name_or_path": "MODEL"}'}, "adapter"),
+        ("base-number", {"adapter_config.json": '{"base_model_name_or_path": 3}'}, "adapter"),
+        ("no-weights", {"adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "MODEL"}'}, "adapter"),
         ("pickled", {"adapter_config.json": LORA,
                      "adapter_model.bin": "x"}, "safetensors"),
         ("garbage", {"adapter_config.json": LORA,

@@ -15,6 +15,7 @@ import pytest
 
 from catpo.cli import main
 from catpo.config import options
+from catpo.config.command import hints
 from catpo.core import registry
 from catpo.core.errors import UserError
 from commands import run
@@ -94,7 +95,7 @@ def test_help_takes_less_than_half_a_second_and_no_torch(command: str) -> None:
 @pytest.mark.parametrize("command", ENGINES)
 def test_an_engine_gets_the_flags_under_their_own_names(command: str, called: dict[str, Any]) -> None:
     assert run(command, *REQUIRED[command]) == 0
-    assert set(called) == set(options.hints(options.COMMANDS[command]))
+    assert set(called) == set(hints(options.COMMANDS[command]))
     assert str(called["output"]) == "out"
 
 
@@ -174,7 +175,7 @@ def test_an_interruption_is_exit_code_130(
 
     monkeypatch.setattr(sys.modules["catpo.scoring.score"], "score", engine)
     assert run("score", *REQUIRED["score"]) == 130
-    assert "go on" in capsys.readouterr().err
+    assert "to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,16 @@ import dataclasses
 import importlib
 import inspect
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import catpo
 from catpo.config import options as config
-from catpo.config import recipes, strict_yaml
+from catpo.config import recipes
+from catpo.config.command import field_docs, hints
 from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
@@ -27,35 +28,45 @@ ENGINES = {
     "evaluate": ("catpo.evaluation.evaluate", "evaluate"),
     "report": ("catpo.reporting.build", "report"),
 }
-NOT_ON_THE_COMMAND_LINE = {"progress", "fusion"}
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("command", ENGINES)
-def test_options_are_the_engines_keyword_arguments_with_the_same_defaults(command: str) -> None:
+def test_an_engine_has_the_signature_and_the_help_of_its_options(command: str) -> None:
     module, name = ENGINES[command]
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
-    engine = {p.name: p.default for p in parameters if p.name not in NOT_ON_THE_COMMAND_LINE}
-    required = inspect.Parameter.empty
-    ours = {
-        f.name: required if f.default is dataclasses.MISSING else f.default
-        for f in dataclasses.fields(config.COMMANDS[command])
-    }
-    assert _comparable(ours) == _comparable(engine)
+    engine = getattr(importlib.import_module(module), name)
+    options = config.COMMANDS[command]
+    empty = inspect.Parameter.empty
+    fields = {f.name: empty if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(options)}
+    assert {p.name: p.default for p in inspect.signature(engine).parameters.values()} == fields
+    for option, text in field_docs(options).items():
+        assert f"    {option}: {text}" in engine.__doc__
 
 
-def _comparable(defaults: dict[str, Any]) -> dict[str, Any]:
-    """A folder may be a text or a path, a list a tuple."""
-    return {
-        name: str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
-        for name, value in defaults.items()
-    }
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "'score' needs 'pairs': Preference pairs"),
+        (
+            {"model": "m", "pairs": "p", "output": "o", "batch_sise": 1},
+            "'score' has no option 'batch_sise'. Did you mean 'batch_size'",
+        ),
+        ({"model": "m", "pairs": "p", "output": "o", "batch_size": 0}, "batch_size must be 1 or more, not 0."),
+        ({"model": "m", "pairs": "p", "output": "o", "limit": 1 << 31}, "limit must be at most 2,147,483,647, not"),
+        ({"model": "m", "pairs": "p", "output": "o", "query": "next"}, "query must be token or predictor, not 'next'."),
+        ({"model": None, "pairs": "p", "output": "o"}, "model must be text, not None."),
+    ],
+)
+def test_python_options_are_checked_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        catpo.score(**given)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("options", config.COMMANDS.values())
 def test_every_option_is_explained_in_one_line(options: type) -> None:
-    documented = config.field_docs(options)
-    for name in config.hints(options):
+    documented = field_docs(options)
+    for name in hints(options):
         assert documented[name].endswith(".") or documented[name].endswith("none."), (options, name)
         assert len(documented[name]) < 120
 
@@ -66,13 +77,13 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert {"score", "train", "evaluate", "report"} <= sections
     for command in sections:
         options = config.COMMANDS[command](**recipes.read(path)[command])  # complete: nothing required is missing
-        for name, value in config.keywords(options).items():
+        for name, value in vars(options).items():
             for spec in _specs(name, value):
                 _check_spec(name, spec)
 
 
 def _specs(name: str, value: Any) -> list[Spec]:
-    if name in config.SPEC_LISTS:
+    if name in ("signals", "benchmarks"):
         return [parse(item) for item in value]
     return [parse(value)] if name in ("objective", "method") else []
 
@@ -140,7 +151,7 @@ def test_values_get_the_type_of_the_option(tmp_path: Path) -> None:
         ("train: {lora: [1]}", "'train.lora' must be text or null, not [1]."),
         (
             "score: {layers: {a: 1}}",
-            "'score.layers' must be text or a whole number or a list, each a whole number, not {'a': 1}.",
+            "'score.layers' must be text, a whole number or a list, each a whole number, not {'a': 1}.",
         ),
         ("score: {signals: [1]}", "'score.signals' must be a list, each text, not [1]."),
         ("score: [1]", "'score' must be lines of the form `option: value`, not [1]."),
@@ -171,10 +182,3 @@ def test_a_missing_recipe_says_how_to_get_one(tmp_path: Path) -> None:
 
 def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
     assert read(tmp_path, "# nothing\n") == {command: {} for command in config.COMMANDS}
-
-
-def test_every_type_of_an_option_has_a_word_for_messages() -> None:
-    for options in config.COMMANDS.values():
-        for name, hint in config.hints(options).items():
-            assert strict_yaml.word(config.arms(hint)[0]), name
-            assert typing.get_origin(hint) is not dict

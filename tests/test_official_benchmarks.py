@@ -387,7 +387,7 @@ def test_evaluations_are_compared_in_three_forms(two, capsys):
     assert r"pope & random/yes\_ratio & 100.00 & 33.33 & $-66.67$ [" in latex
     main(["compare", *map(str, two), "--limit", "1"])
     shown = capsys.readouterr().out
-    assert "accuracy" in shown and "* the interval leaves 0 out" in shown
+    assert "accuracy" in shown and "* the interval excludes 0" in shown
     assert next(row[2][0].item_count for row in compare(two, limit=1).rows) == 2
 
 

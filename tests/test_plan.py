@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from catpo.data.pair_folder import write_pairs
 from catpo.models import loading
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.models.packing import run_backbone
-from catpo.planning.dry_run import plan, weight_bytes
+from catpo.planning.dry_run import plan
+from catpo.planning.sizes import weight_bytes
 from catpo.scoring.score import score
 from catpo.training.collator import PairCollator
 from catpo.training.train import train
@@ -30,8 +32,7 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem
 
 
 def options(command, **given):
-    made = config.COMMANDS[command](**{"output": Path("x"), **given})
-    return config.keywords(made)
+    return config.COMMANDS[command](**{"output": Path("x"), **given})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_blueprint_encodes_as_the_model_does(name, tmp_path):
 
 def test_a_plan_of_scoring_tells_the_store_that_is_written(folder, tmp_path):
     given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), batch_size=8)
-    made = plan("score", options("score", **given))
+    made = plan(options("score", **given))
     store = score(**given, output=tmp_path / "rewards", progress=False)
     written = sum(file.stat().st_size for file in (tmp_path / "rewards" / "shards").glob("*.safetensors"))
     predicted = made.store["hidden states"] + made.store["attention maps"]
@@ -81,11 +82,11 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
         gradient_accumulation_steps=3,
         eval_fraction=0.25,
     )
-    made = plan("train", options("train", **given))
+    made = plan(options("train", **given))
     result = train(**given, output=tmp_path / "run", logging_steps=1, progress=False)
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert made.steps == max(row["step"] for row in log)
-    assert (made.pairs, made.dev_pairs) == (15, 5)
+    assert (made.pairs, made.eval_pairs) == (15, 5)
     tuned = loading.load(result.model)
     if lora:
         parameters = [each for name, each in tuned.unwrapped.named_parameters() if "lora_" in name]
@@ -123,7 +124,6 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(name, tmp_path)
         hidden = run_backbone(family.unwrapped, batch).last_hidden_state
     assert hidden.requires_grad
     made = plan(
-        "train",
         options(
             "train",
             pairs=str(tmp_path / "pairs"),
@@ -143,7 +143,7 @@ def test_a_plan_for_several_gpus_divides_what_the_engine_shards(folder):
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
     )
-    alone, eight = plan("train", given), plan("train", given, engine="fsdp2", processes=8)
+    alone, eight = plan(given), plan(given, engine="fsdp2", processes=8)
     for part in ("weights", "gradients", "optimiser"):
         assert eight.memory[part] == -(-alone.memory[part] // 8)
     assert eight.memory["activations"] == alone.memory["activations"]
@@ -162,11 +162,11 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_plan_refuses_what_the_command_would(folder):
     with pytest.raises(UserError, match="max_length=5"):
-        plan("score", options("score", pairs=str(folder / "pairs"), model=str(folder / "model"), max_length=5))
+        plan(options("score", pairs=str(folder / "pairs"), model=str(folder / "model"), max_length=5))
     with pytest.raises(UserError, match="objective"):
-        plan("train", options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), objective="dpoo"))
+        plan(options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), objective="dpoo"))
     with pytest.raises(UserError, match="model 'nowhere/at-all' cannot be read"):
-        plan("score", options("score", pairs=str(folder / "pairs"), model="nowhere/at-all"))
+        plan(options("score", pairs=str(folder / "pairs"), model="nowhere/at-all"))
 
 
 def test_a_plan_leaves_out_what_the_command_would_skip(folder, tmp_path):
@@ -176,9 +176,9 @@ def test_a_plan_leaves_out_what_the_command_would_skip(folder, tmp_path):
     given = dict(pairs=str(data), model=str(folder / "model"))
     for command in ("score", "train"):
         with pytest.raises(UserError, match="nowhere.png"):
-            plan(command, options(command, **given))
-        made = plan(command, options(command, **given, on_error="skip"))
-        assert made.pairs + made.dev_pairs == 20
+            plan(options(command, **given))
+        made = plan(options(command, **given, on_error="skip"))
+        assert made.pairs + made.eval_pairs == 20
 
 
 def test_a_plan_of_so_many_steps_needs_no_epochs(folder):
@@ -189,18 +189,18 @@ def test_a_plan_of_so_many_steps_needs_no_epochs(folder):
         gradient_accumulation_steps=3,
         eval_fraction=0.1,
     )
-    made = plan("train", options("train", **given, num_train_epochs=0.0, max_steps=3))
-    assert made.steps == 3 and made.work.flops == plan("train", options("train", **given, num_train_epochs=1.0)).work.flops
+    made = plan(options("train", **given, num_train_epochs=0.0, max_steps=3))
+    assert made.steps == 3 and made.work.flops == plan(options("train", **given, num_train_epochs=1.0)).work.flops
 
 
 def test_a_plan_wants_the_scores_that_training_would_read(folder, tmp_path):
     given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"))
     score(**given, output=tmp_path / "rewards", cache="logps", progress=False)
     training = options("train", **given, rewards=tmp_path / "rewards", objective="catpo(kl_weight=0.0)")
-    assert plan("train", training).store == {}
+    assert plan(training).store == {}
     with pytest.raises(UserError, match="holds no hidden states"):
-        plan("train", {**training, "objective": "catpo"})
-    assert plan("train", {**training, "objective": "catpo", "reference": "online"}).store == {}
+        plan(replace(training, objective="catpo"))
+    assert plan(replace(training, objective="catpo", reference="online")).store == {}
 
 
 def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_an_output_that_the_command_refuses_is_refused_by_its_plan(folder, tmp_p
     (tmp_path / "taken" / "model").mkdir(parents=True)
     given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), output=Path(output))
     with pytest.raises(UserError, match=message):
-        plan(command, options(command, **given))
+        plan(options(command, **given))
     with pytest.raises(UserError, match=message):
         {"score": score, "train": train}[command](**given, progress=False)
 

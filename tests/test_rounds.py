@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from catpo.cli import main
 from catpo.config import options as config
+from catpo.config.command import field_docs, hints
 from catpo.core.errors import UserError
 from catpo.experiments import rounds as loop
 from catpo.experiments.rounds import rounds
@@ -142,10 +143,10 @@ def test_a_wrong_option_is_refused_before_any_work(folder, tmp_path, options, me
 
 def test_the_command_has_the_functions_options_and_takes_a_recipes_sections(tmp_path, monkeypatch):
     parameters = inspect.signature(rounds).parameters
-    assert {field.name for field in dataclasses.fields(config.RoundsOptions)} == set(parameters) - {"steps", "progress"}
+    assert {field.name for field in dataclasses.fields(config.RoundsOptions)} == set(parameters)
     for field in dataclasses.fields(config.RoundsOptions):
         assert field.default is dataclasses.MISSING or field.default == parameters[field.name].default
-    assert all(config.field_docs(config.RoundsOptions)[name] for name in config.hints(config.RoundsOptions))
+    assert all(field_docs(config.RoundsOptions)[name] for name in hints(config.RoundsOptions))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: builtin\npair: {data: scenes(count=2), method: seva, output: a}\ntrain: {num_train_epochs: 2, output: b}\n"

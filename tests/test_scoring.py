@@ -163,7 +163,7 @@ def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"layers": [7]}, "decoder of 3 layers"), ({"query": "next"}, "query='next'"), ({"heads": "median"}, "heads="),
+    ({"layers": [7]}, "decoder of 3 layers"), ({"heads": "median"}, "heads="),
     ({"signals": ("semantc",)}, "Did you mean 'semantic'"), ({"signals": ("semantic(layr=1)",)}, "Did you mean 'layer'"),
 ])  # fmt: skip
 def test_unknown_options_are_refused_before_any_work(family, tmp_path, options, message):

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one function call, result out. Engines are imported inside the functions: help is instant."""
+"""The command line: arguments in, one function call, result out. Engines are imported inside functions, so help is instant."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Group, Parameter, Token
+from pydantic import ValidationError
 from rich.console import Console
 
 from catpo import __version__
 from catpo.config import options as config
+from catpo.config.validation import problem
 from catpo.core import registry
 from catpo.core.errors import Stopped, UserError, did_you_mean
 from catpo.runtime.launcher import is_main_process, process_count
 
 Options = Parameter(name="*")
-Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (`catpo init`); flags given here win over it.")]
-DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory by part, store size.")]
+Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (see `catpo init`); flags override it.")]
+DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory and disk.")]
 SHARED = ("pair", "score", "train", "evaluate")
-"""Commands whose work several processes share."""
+"""Commands that several processes can share."""
 LONGEST = 1500
-"""Characters of a message."""
+"""Maximum characters of a message."""
 Engine = Annotated[
-    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: the engine that recipes/accelerate starts.")
+    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: engine, one of recipes/accelerate.")
 ]
-Processes = Annotated[int | None, Parameter(help="For --dry-run: on so many GPUs; those of the launcher if left out.")]
-STEPS = Group("The five steps", sort_key=0)
-LOOK = Group("Look", sort_key=1)
+Processes = Annotated[int | None, Parameter(help="For --dry-run: number of GPUs (default: WORLD_SIZE).")]
+STEPS = Group("Pipeline", sort_key=0)
+LOOK = Group("Inspect", sort_key=1)
 START = Group("Start", sort_key=2)
 
 
@@ -39,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
     try:
         try:
-            with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # of several processes one prints
+            with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # only the main process prints
                 _check_shared(sys.argv[1:] if arguments is None else arguments)
                 app(arguments)
         finally:
-            sys.stdout.flush()  # here, and not when Python ends, where a closed pipe could not be caught
+            sys.stdout.flush()  # now: when Python exits, a closed pipe can no longer be caught
     except UserError as error:
         print(f"catpo: {_shown(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -58,26 +60,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if refusal(error) is None:
             raise
-        print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. What was finished is whole: make room or choose "
-              "another --output, then give the same command again.", file=sys.stderr)  # fmt: skip
+        advice = "What was finished is complete: free some space or choose another --output, then run the same command again."
+        print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("catpo: interrupted. Give the same command again to go on where it stopped.", file=sys.stderr)
+        print("catpo: interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
 
 
 def _check_shared(arguments: Sequence[str]) -> None:
-    """Refuses a command that is one process's work where a launcher has started several."""
+    """Refuse a single-process command when a launcher has started several processes."""
     command = next(iter(arguments), "")
     if process_count() > 1 and not command.startswith("-") and command not in SHARED:
         raise UserError(
-            f"`catpo {command}` runs in one process, and {process_count()} were started. Start it by itself; "
-            f"{', '.join(SHARED)} are what torchrun and accelerate launch are for."
+            f"`catpo {command}` runs in one process, and {process_count()} were started. Run it without a launcher; "
+            f"torchrun and accelerate launch are for {', '.join(SHARED)}."
         )
 
 
 def _shown(message: str) -> str:
-    """A message as a terminal can take it, however long or strange the text that it quotes; it ends with what to do."""
+    """A message safe for the terminal, whatever text it quotes; a long one loses its middle, since it ends with what to do."""
     from catpo.text.words import plain
 
     message = plain(message)
@@ -85,7 +87,7 @@ def _shown(message: str) -> str:
 
 
 def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fills in what `--config` sets and the command line does not."""
+    """Fill in what `--config` sets and the command line does not."""
     given = next((argument.tokens for argument in arguments if argument.name == "--config" and argument.tokens), None)
     if given is None:
         return
@@ -98,6 +100,13 @@ def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
             argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
 
 
+def _explained(error: CycloptsError) -> Any:
+    """A value outside its type in our words (cyclopts would quote pydantic); any other mistake as cyclopts shows it."""
+    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
+        raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
+    return CycloptsPanel(error)
+
+
 app = App(
     name="catpo",
     help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
@@ -106,6 +115,7 @@ app = App(
     config=_from_recipe,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
     error_console=Console(stderr=True),
+    error_formatter=_explained,
     suppress_keyboard_interrupt=False,
     help_format="plaintext",
     result_action="return_value",
@@ -115,17 +125,17 @@ app["--help"].group = app["--version"].group = START
 
 @app.command(group=STEPS, sort_key=1)
 def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = None) -> None:
-    """Make preference pairs: the model answers, wrong words are corrected."""
+    """Make preference pairs from a model's answers."""
     from catpo.pairing.pair import pair
 
-    print(pair(**config.keywords(options)))
+    print(pair(**vars(options)))
 
 
-def _show_plan(command: str, options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
+def _show_plan(options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
     from catpo.planning.dry_run import plan
     from catpo.planning.tables import plan_tables
 
-    Console().print(*plan_tables(plan(command, config.keywords(options), **launched)), sep="\n")
+    Console().print(*plan_tables(plan(options, **launched)), sep="\n")
 
 
 @app.command(group=STEPS, sort_key=2)
@@ -136,15 +146,15 @@ def score(
     dry_run: DryRun = False,
     processes: Processes = None,
 ) -> None:
-    """Score every response token with the reference model, into a reward store."""
+    """Score every response token with the reference model and write a reward store."""
     if dry_run:
-        _show_plan("score", options, processes=processes)
+        _show_plan(options, processes=processes)
         return
     from catpo.cli.tables import quality_table
     from catpo.rewards.quality import signal_quality
     from catpo.scoring.score import score
 
-    store = score(**config.keywords(options))
+    store = score(**vars(options))
     print(f"Reward store: {options.output} ({len(store)} pairs)")
     quality = signal_quality(store)
     if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
@@ -162,28 +172,27 @@ def train(
 ) -> None:
     """Train a model on preference pairs with token weights."""
     if dry_run:
-        _show_plan("train", options, engine=engine, processes=processes)
+        _show_plan(options, engine=engine, processes=processes)
         return
     from catpo.training.train import train
 
-    result = train(**config.keywords(options))
+    result = train(**vars(options))
     print(f"Trained model: {result.model}")
 
 
 @app.command(group=STEPS, sort_key=4)
 def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Recipe = None) -> None:
-    """Ask a model the questions of benchmarks and grade its answers."""
+    """Answer benchmarks with a model and grade the answers."""
     from catpo.cli.tables import official_lines, scores_table, scores_warnings
 
-    given = config.keywords(options)
     if options.answers:  # without torch
         from catpo.evaluation.grade import grade_answers
 
-        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+        scores = grade_answers(**vars(options))
     else:
         from catpo.evaluation.evaluate import evaluate
 
-        scores = evaluate(**given)
+        scores = evaluate(**vars(options))
     Console().print(scores_table(scores))
     print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
     for warning in scores_warnings(scores):
@@ -193,27 +202,27 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
 
 @app.command(group=STEPS, sort_key=5)
 def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe = None) -> None:
-    """Write one HTML page about pairs, rewards, runs and evaluations."""
+    """Write an HTML report about pairs, rewards, runs and evaluations."""
     from catpo.reporting.build import report
 
-    print(f"Report: {report(**config.keywords(options))}")
+    print(f"Report: {report(**vars(options))}")
 
 
 @app.command(group=STEPS, sort_key=6)
 def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe = None) -> None:
-    """Pair, score and train in turn: each round's model answers in the next (on-policy)."""
+    """Pair, score and train in turn, on-policy: each round starts from the model of the round before."""
     from catpo.config import recipes
     from catpo.experiments.rounds import rounds
 
-    rounds(**config.keywords(options), steps=None if recipe is None else recipes.read(recipe))
+    rounds(**{**vars(options), "steps": None if recipe is None else recipes.read(recipe)})
 
 
 @app.command(group=LOOK, sort_key=1)
 def inspect(
     store: Annotated[Path, Parameter(help="Folder of a reward store.")],
     *,
-    pair: Annotated[str, Parameter(help="Id of the pair, or its beginning.")],
-    signal: Annotated[str, Parameter(help="Colour by this signal, by relevance or by weight.")] = "weight",
+    pair: Annotated[str, Parameter(help="Pair id, or the start of one.")],
+    signal: Annotated[str, Parameter(help="Colour by a signal, by relevance or by weight.")] = "weight",
 ) -> None:
     """Show the words of one pair, coloured by signal or weight."""
     from catpo.cli.inspect_pair import inspect_pair
@@ -223,13 +232,13 @@ def inspect(
 
 @app.command(group=LOOK, sort_key=2)
 def compare(
-    evaluations: Annotated[list[Path], Parameter(help="Two or more folders of `catpo evaluate`; the first is the base.")],
+    evaluations: Annotated[list[Path], Parameter(help="Two or more folders of `catpo evaluate`; the first is the baseline.")],
     /,
     *,
-    format: Annotated[Literal["terminal", "markdown", "latex"], Parameter(help="How the table is written.")] = "terminal",
-    limit: Annotated[int | None, Parameter(help="Compare the first so many pictures of each benchmark only.")] = None,
+    format: Annotated[Literal["terminal", "markdown", "latex"], Parameter(help="Output format.")] = "terminal",
+    limit: Annotated[int | None, Parameter(help="Compare only the first N pictures of each benchmark.")] = None,
 ) -> None:
-    """Print paired differences of evaluations, with 95 % intervals."""
+    """Print paired differences between evaluations, with 95 % intervals."""
     from catpo.evaluation.compare import compare, show
 
     print(show(compare(evaluations, limit=limit), format))
@@ -244,12 +253,12 @@ def check(
     source: Annotated[str, Parameter(help="Folder, file, or a data set such as rlhf_v(source='openbmb/RLHF-V-Dataset').")],
     /,
     *,
-    model: Annotated[str | None, Parameter(help="Count in the tokens of this model: hub id or folder.")] = None,
-    max_length: Annotated[int | None, Parameter(help="Name pairs with more tokens in prompt and longer response.")] = None,
-    limit: Annotated[int | None, Parameter(help="Read the first so many rows only.")] = None,
-    json: Annotated[bool, Parameter(help="Print everything as JSON.")] = False,
+    model: Annotated[str | None, Parameter(help="Count tokens of this model: hub id or folder.")] = None,
+    max_length: Annotated[int | None, Parameter(help="Report pairs whose prompt and longer response have more tokens.")] = None,
+    limit: Annotated[int | None, Parameter(help="Read only the first N rows.")] = None,
+    json: Annotated[bool, Parameter(help="Print JSON.")] = False,
 ) -> None:
-    """Count pairs, tokens and pictures, and name every bad row at once; exits 1 if there are any."""
+    """Count pairs, tokens and pictures, and report every bad row; exit with 1 if there are any."""
     from json import dumps
 
     from catpo.cli.tables import data_tables
@@ -276,7 +285,7 @@ def convert(
     *,
     output: Annotated[Path, Parameter(help="Folder for pairs.jsonl and the pictures.")],
 ) -> None:
-    """Write a data set's pairs as a folder of pictures and one .jsonl."""
+    """Write a data set's pairs as a folder: pictures and one .jsonl file."""
     from catpo.data.check import convert_data
 
     print(f"Wrote {convert_data(source, output)} pairs to {output}")
@@ -285,16 +294,16 @@ def convert(
 @data.command(name="lmms-eval")
 def lmms_eval(
     *,
-    benchmarks: Annotated[str, Parameter(help="Benchmarks with their options; `catpo list benchmarks` shows all.")],
+    benchmarks: Annotated[str, Parameter(help="Benchmarks with their options; see `catpo list benchmarks`.")],
     output: Annotated[Path, Parameter(help="Folder for the task files.")],
     data: Annotated[Path | None, Parameter(help="Folder with the benchmarks' official files.")] = None,
-    judge: Annotated[str | None, Parameter(help="Who grades what needs a judge.")] = None,
-    limit: Annotated[int | None, Parameter(help="Only the first so many pictures of each benchmark.")] = None,
+    judge: Annotated[str | None, Parameter(help="Judge, for what needs one.")] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first N pictures of each benchmark.")] = None,
     max_new_tokens: Annotated[
-        int | None, Parameter(help="Longest answer, in tokens; each benchmark's own if left out.")
+        int | None, Parameter(help="Maximum length of an answer, in tokens (default: the benchmark's own).")
     ] = None,
 ) -> None:
-    """Write benchmarks as tasks of lmms-eval that catpo grades."""
+    """Export benchmarks as lmms-eval tasks that catpo grades."""
     from catpo.core.spec import parse_list
     from catpo.evaluation.lmms_eval.tasks import export_tasks
 
@@ -304,13 +313,13 @@ def lmms_eval(
 
 @data.command
 def get(
-    benchmark: Annotated[str, Parameter(help="amber, pope, chair, …; options may ask for other files: pope(labels='head').")],
+    benchmark: Annotated[str, Parameter(help="Benchmark, with options that change its files: amber, pope(labels='head'), …")],
     /,
     *,
     data: Annotated[Path | None, Parameter(help="Check this folder.")] = None,
     all: Annotated[bool, Parameter(help="List every missing picture.", negative=())] = False,
 ) -> None:
-    """Say which official files of a benchmark go where, and check them; exits 1 if it cannot be graded yet."""
+    """Show which official files a benchmark needs, and check them; exit with 1 if it cannot be graded yet."""
     from catpo.evaluation.official_files import describe, look
 
     brought = look(benchmark, data)
@@ -322,11 +331,11 @@ def get(
 @app.command(group=START, sort_key=1)
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="Folder for everything that is made.")] = Path("catpo-demo"),
-    seeds: Annotated[int, Parameter(help="Repeat with so many seeds; the table then shows mean and spread.")] = 1,
+    output: Annotated[Path, Parameter(help="Output folder.")] = Path("catpo-demo"),
+    seeds: Annotated[int, Parameter(help="Number of seeds; with several, the table shows mean ± deviation.")] = 1,
     seed: Annotated[int, Parameter(help="First seed.")] = 0,
 ) -> None:
-    """Run all five steps on built-in pictures with the built-in model, and compare objectives."""
+    """Run the whole pipeline on built-in pictures with the built-in model, and compare objectives."""
     from catpo.cli.demo import demo
 
     demo(output=output, seeds=seeds, seed=seed)
@@ -334,15 +343,15 @@ def demo(
 
 @app.command(group=START, sort_key=2)
 def study(
-    file: Annotated[Path, Parameter(help="The study: a YAML file such as those in recipes/studies.")],
+    file: Annotated[Path, Parameter(help="Study file, YAML; see recipes/studies.")],
     /,
     *,
-    output: Annotated[Path, Parameter(help="Folder for all studies; they share pairs, scores and cells.")] = Path(
+    output: Annotated[Path, Parameter(help="Folder of all studies, which share pairs, scores and cells.")] = Path(
         "runs/studies"
     ),
-    jobs: Annotated[int, Parameter(help="Cells at the same time, each in a process of its own.")] = 1,
+    jobs: Annotated[int, Parameter(help="Cells run in parallel, each in its own process.")] = 1,
 ) -> None:
-    """Run a grid of methods, options and seeds to the end, with tables and figures; exits 1 if a cell failed."""
+    """Run a grid of methods, options and seeds, with tables and figures; exit with 1 if a cell failed."""
     from catpo.experiments.study.run import study
 
     outcome = study(file, output=output, jobs=jobs)

@@ -1,268 +1,275 @@
-"""Options of every command, with their defaults. Knows nothing of what they do, nor of recipes.
+"""Options of every command, stated once: Python signature, command line, recipe and help are made of these dataclasses.
 
-The field names are the keyword arguments of the engines' functions (a test compares them), so that the command line, a recipe
-and the Python API say the same. Nothing here imports an engine: `catpo --help` starts at once.
+Knows nothing of what the options do. Imports no engine: `catpo --help` starts at once.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from catpo.core.spec import parse_list
+from cyclopts import Parameter
+
+from catpo.config.command import Options
+from catpo.config.validation import (
+    Count,
+    File,
+    Files,
+    Fraction,
+    Layers,
+    Measure,
+    PictureNumber,
+    Seed,
+    Source,
+    Specs,
+    Text,
+    Whole,
+)
+
+
+def _help(text: str) -> Parameter:
+    return Parameter(help=text)
+
+
+PYTHON_ONLY = Parameter(parse=False)
+Limit = Annotated[Count | None, _help("Use only the first N items.")]
+MaxLength = Annotated[Count | None, _help("Maximum tokens of prompt and response; longer pairs are refused, never truncated.")]
+Adapter = Annotated[File | None, _help("LoRA adapter to load onto the model.")]
+Judge = Annotated[Text | None, _help("Judge, for what needs one, e.g. openai(model='gpt-4-0314'); see `catpo list judges`.")]
+OnError = Annotated[
+    Literal["stop", "skip"],
+    _help("On unusable rows or pictures: stop at the first, or skip them and list them in skipped.jsonl."),
+]
+Dtype = Annotated[str, _help("Precision of the weights; auto: the checkpoint's own.")]
+Quantization = Annotated[str | None, _help("4bit: NF4 for the decoder's linear layers, as in QLoRA (needs bitsandbytes).")]
+AttnImplementation = Annotated[
+    str | None, _help("Attention implementation: sdpa, flex_attention or eager (default: the model's own).")
+]
+TrustRemoteCode = Annotated[bool, _help("Run Python code that the checkpoint ships; read it first.")]
+Device = Annotated[str | None, _help("Device (default: cuda if available).")]
+Progress = Annotated[bool, _help("Show progress on stderr.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions:
+class PairOptions(Options):
     """`catpo pair`: a data set and a model in, preference pairs out."""
 
-    model: str
+    model: Source
     """Model that answers: hub id, folder, or `builtin`."""
-    data: str
+    data: Source
     """Pictures with prompts: a folder, or a data set such as scenes(count=400)."""
-    output: Path
+    output: File
     """Folder for the pairs."""
-    method: str = "corrected"
-    """How pairs are made; `catpo list pairings` shows all."""
-    limit: int | None = None
-    """Use the first so many samples only."""
-    seed: int = 0
-    """Seed of sampling."""
-    temperature: float = 1.0
-    """Temperature of sampling."""
+    method: Text = "corrected"
+    """How pairs are made; see `catpo list pairings`."""
+    limit: Limit = None
+    seed: Seed = 0
+    """Sampling seed."""
+    temperature: Measure = 1.0
+    """Sampling temperature; 0: greedy."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this probability."""
-    max_new_tokens: int = 96
-    """Longest answer, in tokens."""
-    batch_size: int = 32
-    """Pictures answered at once."""
-    block_size: int = 64
-    """Pictures between two writes; an interrupted run goes on from the last one."""
-    judge: str | None = None
-    """Who is asked by methods that need a judge, with options; `catpo list judges` shows all."""
-    adapter: Path | None = None
-    """LoRA adapter to put on the model."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What happens with rows and pictures that cannot be used: stop at the first, or leave them out and write down which."""
-    dtype: str = "auto"
-    """Precision of the model; `auto` is the checkpoint's own."""
-    trust_remote_code: bool = False
-    """Run Python code that a checkpoint brings along; read it first."""
-    device: str | None = None
-    """cpu, cuda, …; the best there is if left out."""
+    max_new_tokens: Count = 96
+    """Maximum length of an answer, in tokens."""
+    batch_size: Count = 32
+    """Pictures per forward pass."""
+    block_size: Count = 64
+    """Pictures between two writes; an interrupted run resumes after the last one."""
+    judge: Judge = None
+    adapter: Adapter = None
+    on_error: OnError = "stop"
+    dtype: Dtype = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    progress: Progress = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(Options):
     """`catpo score`: pairs and a reference model in, a reward store out."""
 
-    pairs: str
+    pairs: Source
     """Preference pairs: a folder, or a data set that has them."""
-    model: str
-    """The reference model: hub id, folder, or `builtin`."""
-    output: Path
+    model: Source
+    """Reference model: hub id, folder, or `builtin`."""
+    output: File
     """Folder of the reward store."""
-    signals: tuple[str, ...] = ("global_attention", "patch_entropy", "semantic")
-    """Signals to keep; `catpo list signals` shows all."""
-    layers: str | int = "paper"
-    """Decoder layers whose attention counts: paper (60-70 % of the depth), all, last, or numbers."""
+    signals: Specs = ("global_attention", "patch_entropy", "semantic")
+    """Signals to store; see `catpo list signals`."""
+    layers: Layers = "paper"
+    """Decoder layers whose attention is read: paper (60-70 % of the depth), all, last, or numbers."""
     heads: str = "mean"
-    """How heads are joined: mean, max or top(k=4)."""
+    """How attention heads are reduced: mean, max or top(k=4)."""
     query: Literal["token", "predictor"] = "token"
     """Attention row of the token itself, or of the position that predicts it."""
-    patches: str | int = "all"
-    """Patches of all pictures of a pair, or the number of one picture."""
+    patches: PictureNumber = "all"
+    """Patches of all pictures of a pair, or of one picture (its number, from 0)."""
     cache: str = "hidden"
-    """What is kept of the reference for the KL: hidden (states, exact), topk(k=64) (approximate, smaller), or logps (no KL)."""
+    """What the store keeps of the reference for the KL: hidden (exact), topk(k=64) (approximate, smaller) or logps (no KL)."""
     attention_maps: bool = True
-    """Keep each token's attention map for the report."""
-    batch_size: int = 32
-    """Most pairs per forward pass."""
-    batch_tokens: int | None = None
-    """Most tokens per forward pass, padding counted; by the device's memory if left out."""
-    shard_size: int = 64
-    """Pairs per file; an interrupted run goes on from the last whole one."""
-    limit: int | None = None
-    """Score the first so many pairs only."""
-    max_length: int | None = None
-    """Longest prompt and response in tokens; a longer pair is refused."""
-    adapter: Path | None = None
-    """LoRA adapter to put on the model."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What happens with rows and pairs that cannot be used: stop at the first, or leave them out and write down which."""
-    dtype: str = "auto"
-    """Precision of the model; `auto` is the checkpoint's own."""
-    quantization: str | None = None
-    """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
-    attn_implementation: str | None = None
-    """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
-    trust_remote_code: bool = False
-    """Run Python code that a checkpoint brings along; read it first."""
-    device: str | None = None
-    """cpu, cuda, …; the best there is if left out."""
+    """Store each token's attention map for the report."""
+    batch_size: Count = 32
+    """Maximum pairs per forward pass."""
+    batch_tokens: Count | None = None
+    """Maximum tokens per forward pass, padding included (default: 2,048 on a CPU, half the memory on a GPU)."""
+    shard_size: Count = 64
+    """Pairs per file; an interrupted run resumes after the last complete one."""
+    limit: Limit = None
+    max_length: MaxLength = None
+    adapter: Adapter = None
+    on_error: OnError = "stop"
+    dtype: Dtype = "auto"
+    quantization: Quantization = None
+    attn_implementation: AttnImplementation = None
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    progress: Progress = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(Options):
     """`catpo train`: pairs, a reward store and a model in, a run out."""
 
-    pairs: str
+    pairs: Source
     """Preference pairs: a folder, or a data set that has them."""
-    model: str
+    model: Source
     """Model to train: hub id, folder, or `builtin`."""
-    output: Path
+    output: File
     """Folder of the run."""
-    rewards: Path | None = None
-    """Reward store of these pairs; scored into the run first if left out."""
-    objective: str = "catpo"
+    rewards: File | None = None
+    """Reward store of these pairs (default: score them first, into the run)."""
+    objective: Text = "catpo"
     """Loss with its options, e.g. dpo or catpo(preset='paper', shared_prefix='neutral')."""
     reference: Literal["cached", "online"] = "cached"
-    """Reference read from the store, or run beside the policy."""
-    learning_rate: float = 1.4e-6
+    """Read the reference from the store, or run it beside the policy."""
+    learning_rate: Measure = 1.4e-6
     """Peak learning rate."""
-    num_train_epochs: float = 6
-    """Passes over the pairs."""
-    per_device_train_batch_size: int = 1
-    """Pairs per step and device."""
-    gradient_accumulation_steps: int = 32
-    """Steps whose gradients are added up before the optimiser moves."""
-    warmup_steps: int = 0
-    """Optimiser steps in which the learning rate rises."""
+    num_train_epochs: Measure = 6
+    """Training epochs."""
+    per_device_train_batch_size: Count = 1
+    """Pairs per device and forward pass."""
+    gradient_accumulation_steps: Count = 32
+    """Gradient accumulation steps."""
+    warmup_steps: Whole = 0
+    """Optimiser steps of learning-rate warm-up."""
     lr_scheduler_type: str = "cosine"
-    """Course of the learning rate, by its name in transformers."""
-    weight_decay: float = 0.0
+    """Learning-rate scheduler (transformers name)."""
+    weight_decay: Measure = 0.0
     """Weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are cut to this norm."""
-    lora: str | None = "lora"
-    """Adapter with its options, e.g. lora(r=128, alpha=256); none trains the decoder in full."""
-    max_length: int | None = None
-    """Longest prompt and response in tokens; a longer pair is refused."""
+    max_grad_norm: Measure = 1.0
+    """Gradient clipping norm."""
+    lora: Text | None = "lora"
+    """Adapter with its options, e.g. lora(r=128, alpha=256, dropout=0.0); none: train the whole decoder."""
+    max_length: MaxLength = None
     max_steps: int = -1
-    """Stop after so many optimiser steps; -1: by epochs."""
-    eval_fraction: float = 0.1
-    """Share of pairs kept out of training, for the log."""
-    seed: int = 42
+    """Stop after this many optimiser steps; -1: by epochs."""
+    eval_fraction: Fraction = 0.1
+    """Validation fraction: pairs held out and logged as eval_…."""
+    seed: Seed = 42
     """Seed of initialisation and order."""
     resume: bool = False
-    """Go on from the run's last checkpoint."""
-    save_steps: int = 0
+    """Resume from the last checkpoint of the run."""
+    save_steps: Whole = 0
     """Optimiser steps between checkpoints; 0: one per epoch."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     """Optimiser steps between lines of metrics.jsonl."""
-    rescore_every: int = 0
-    """Score the pairs again with the policy every so many optimiser steps, so that weights follow it; 0: scored once."""
+    rescore_every: Whole = 0
+    """Rescore the pairs with the policy every N optimiser steps, so that weights follow it; 0: never."""
     group_by_length: bool = False
-    """Batches of pairs of like length, so that little is padded."""
-    dataloader_num_workers: int = 0
+    """Batch pairs of similar length to reduce padding."""
+    dataloader_num_workers: Whole = 0
     """Processes that prepare batches."""
-    limit: int | None = None
-    """Use the first so many pairs only."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What happens with rows and pairs that cannot be used: stop at the first, or leave them out and write down which."""
-    dtype: str = "auto"
-    """Precision of the model; `auto` is the checkpoint's own."""
-    quantization: str | None = None
-    """`4bit`: the decoder's linear layers in NF4, as QLoRA has them; needs bitsandbytes."""
-    attn_implementation: str | None = None
-    """Attention implementation: sdpa, flex_attention or eager; the model's default if left out."""
+    limit: Limit = None
+    on_error: OnError = "stop"
+    dtype: Dtype = "auto"
+    quantization: Quantization = None
+    attn_implementation: AttnImplementation = None
     bf16: bool = False
     """Compute in bfloat16 where it is safe."""
     gradient_checkpointing: bool = False
-    """Less memory, more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     report_to: str = "none"
-    """Tracker: tensorboard, wandb, … or none."""
-    trust_remote_code: bool = False
-    """Run Python code that a checkpoint brings along; read it first."""
-    device: str | None = None
-    """cpu, cuda, …; the best there is if left out."""
+    """Experiment tracker: tensorboard, wandb, … or none."""
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    progress: Progress = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """`catpo evaluate`: a model and benchmarks in, answers and scores out."""
 
-    benchmarks: tuple[str, ...]
-    """Benchmarks with their options; `catpo list benchmarks` shows all."""
-    output: Path
+    benchmarks: Specs
+    """Benchmarks with their options, e.g. scenes(count=500); see `catpo list benchmarks`."""
+    output: File
     """Folder for answers and scores."""
-    model: str | None = None
-    """Model that answers: hub id, folder, `builtin`, or openai:NAME of a server; beside --answers, what theirs is called."""
-    answers: tuple[Path, ...] = ()
-    """Grade answers made elsewhere: file(s) in the benchmark's customary format; no model is loaded."""
-    data: Path | None = None
-    """Folder with the benchmarks' official files; `catpo data get NAME` shows which."""
-    judge: str | None = None
-    """Who grades what needs a judge, with options; `catpo list judges` shows all."""
+    model: Source | None = None
+    """Model that answers: hub id, folder, `builtin`, or openai:NAME of a server; with --answers, the name of their model."""
+    answers: Files = ()
+    """Grade answers made elsewhere: file(s) in the benchmark's usual format; no model is loaded."""
+    data: File | None = None
+    """Folder with the benchmarks' official files; `catpo data get NAME` lists them."""
+    judge: Judge = None
     base_url: str | None = None
-    """Address of the server of openai:NAME, up to /v1; OPENAI_BASE_URL or OpenAI's own if left out."""
-    adapter: Path | None = None
-    """LoRA adapter to put on the model."""
-    limit: int | None = None
-    """Ask the first so many items of each benchmark only."""
-    batch_size: int = 64
-    """Items answered at once."""
-    max_new_tokens: int | None = None
-    """Longest answer, in tokens; each benchmark's own if left out: 96, or what papers have."""
+    """Address of the server of openai:NAME, up to /v1 (default: OPENAI_BASE_URL, then OpenAI's own)."""
+    adapter: Adapter = None
+    limit: Annotated[Count | None, _help("Ask only the first N pictures of each benchmark.")] = None
+    batch_size: Count = 64
+    """Items answered per forward pass."""
+    max_new_tokens: Count | None = None
+    """Maximum length of an answer, in tokens (default: the benchmark's own)."""
     shuffled: bool = False
-    """Control: answer each item looking at another item's picture."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What happens with rows and pictures that cannot be used: stop at the first, or leave them out and write down which."""
-    dtype: str = "auto"
-    """Precision of the model; `auto` is the checkpoint's own."""
-    trust_remote_code: bool = False
-    """Run Python code that a checkpoint brings along; read it first."""
-    device: str | None = None
-    """cpu, cuda, …; the best there is if left out."""
+    """Control: answer each item with another item's picture; a model that looks must fail."""
+    on_error: OnError = "stop"
+    dtype: Dtype = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    progress: Progress = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(Options):
     """`catpo report`: what the other commands wrote in, one HTML page out."""
 
-    output: Path
-    """Folder or .html file to write."""
-    rewards: Path | None = None
-    """Reward store, for coloured words and signals."""
-    pairs: str | None = None
-    """The pairs that were scored, for pictures and prompts."""
-    runs: tuple[Path, ...] = ()
-    """Training runs, for curves."""
-    evaluations: tuple[Path, ...] = ()
-    """Evaluations, for the table."""
-    base: Path | None = None
-    """The evaluation that the others are compared with."""
-    max_pairs: int = 60
-    """Pairs shown at most, spread evenly over the store."""
+    output: File
+    """Folder (for report.html) or .html file to write."""
+    rewards: File | None = None
+    """Reward store: coloured words, signals, AUROC."""
+    pairs: Source | None = None
+    """The pairs that were scored: pictures and prompts."""
+    runs: Files = ()
+    """Folders of `catpo train`: training curves."""
+    evaluations: Files = ()
+    """Folders of `catpo evaluate`: tables."""
+    base: Text | None = None
+    """Evaluation to compare the others with: its folder or name (default: the first)."""
+    max_pairs: Whole = 60
+    """Maximum pairs shown, spread evenly over the store."""
     title: str = "catpo report"
     """Title of the page."""
+    fusion: Annotated[Any, PYTHON_ONLY] = None
+    """How weights are first computed, a `catpo.rewards.fusion.Fusion`; the page's controls change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions:
+class RoundsOptions(Options):
     """`catpo rounds`: pair, score and train in turn, each round with the model of the round before."""
 
-    output: Path
-    """Folder of the rounds."""
-    model: str | None = None
-    """Model of the first round: hub id, folder, or `builtin`; the recipe's if left out, as what follows."""
-    data: str | None = None
+    output: File
+    """Folder for round-1/, round-2/, …"""
+    model: Source | None = None
+    """Model of the first round: hub id, folder, or `builtin` (default, as for what follows: the recipe's)."""
+    data: Source | None = None
     """Pictures with prompts: a folder, or a data set such as scenes(count=400)."""
-    rounds: int = 3
-    """How many rounds."""
+    rounds: Count = 3
+    """Number of rounds."""
     fresh: bool = False
-    """Give each round an equal part of the data of its own, instead of all of it."""
-    method: str | None = None
-    """How pairs are made; `catpo list pairings` shows all."""
-    judge: str | None = None
-    """Who is asked by methods that need a judge; `catpo list judges` shows all."""
-    objective: str | None = None
+    """Split the data into equal parts, one per round, instead of giving every round all of it."""
+    method: Text | None = None
+    """How pairs are made; see `catpo list pairings`."""
+    judge: Judge = None
+    objective: Text | None = None
     """Loss with its options."""
     pair: str = ""
     """Further options of `catpo pair`, e.g. "temperature=0.7, block_size=16"."""
@@ -270,13 +277,15 @@ class RoundsOptions:
     """Further options of `catpo score`, e.g. "batch_size=16"."""
     train: str = ""
     """Further options of `catpo train`, e.g. "num_train_epochs=1, learning_rate=5e-5, lora=None"."""
-    limit: int | None = None
-    """Pictures in a round."""
-    seed: int = 0
-    """Seed of the first round; the next round has the next."""
+    limit: Annotated[Count | None, _help("Pictures per round.")] = None
+    seed: Seed = 0
+    """Seed of the first round; each next round uses the next number."""
+    steps: Annotated[Mapping[str, Any] | None, PYTHON_ONLY] = None
+    """Command -> options, as a recipe's sections give them; the options above win."""
+    progress: Progress = True
 
 
-COMMANDS: dict[str, type] = {
+COMMANDS: dict[str, Any] = {
     "pair": PairOptions,
     "score": ScoreOptions,
     "train": TrainOptions,
@@ -284,51 +293,8 @@ COMMANDS: dict[str, type] = {
     "report": ReportOptions,
 }
 """Command (and section of a recipe) -> its options."""
-GRADING = ("answers", "benchmarks", "output", "model", "data", "judge", "limit")
-"""Options of `catpo evaluate` that count when answers made elsewhere are graded."""
-SPEC_LISTS = frozenset({"signals", "benchmarks"})
-"""Options that are lists of `name(option=value)`, and may be written in one line with commas."""
 
 
-WIDER: dict[str, Any] = {"layers": str | int | list[int]}
-"""Options that take more from a recipe than the command line's parser can tell apart (cyclopts 4: texts and lists)."""
-
-
-def keywords(options: Any) -> dict[str, Any]:
-    """Options as the engine's keyword arguments, after reading what the command line could only take as text."""
-    given = {name: getattr(options, name) for name in hints(type(options))}
-    return {name: _readable(name, value, hints(type(options))[name]) for name, value in given.items()}
-
-
-def hints(options: type) -> dict[str, Any]:
-    """Name -> type of each option."""
-    return {name: WIDER.get(name, hint) for name, hint in typing.get_type_hints(options).items()}
-
-
-def field_docs(options: type) -> dict[str, str]:
-    """Name -> the docstring below each field, in one line."""
-    body = ast.parse(inspect.getsource(options)).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for field, below in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            docs[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value)).replace("\n", " ")
-    return docs
-
-
-def arms(hint: Any) -> tuple[Any, ...]:
-    """The types that a union allows, or the type itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _readable(name: str, value: Any, hint: Any) -> Any:
-    if name in SPEC_LISTS:
-        return tuple(str(spec) for item in value for spec in parse_list(item))
-    if type(None) in arms(hint) and str(value).lower() == "none":
-        return None
-    if isinstance(value, str) and int in arms(hint):  # `--layers 19,20`: a text or numbers
-        try:
-            number = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-        return list(number) if isinstance(number, tuple) else number
-    return value
+def is_python_only(hint: Any) -> bool:
+    """Whether an option can be given in Python alone."""
+    return PYTHON_ONLY in getattr(hint, "__metadata__", ())

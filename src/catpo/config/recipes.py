@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from catpo.config import strict_yaml
-from catpo.config.options import COMMANDS, field_docs, hints
+from catpo.config.command import field_docs, fit, hints
+from catpo.config.options import COMMANDS, is_python_only
 from catpo.core.errors import UserError, did_you_mean
 
 OWN_KEYS = frozenset({"output", "limit"})
@@ -37,7 +38,7 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
     path = Path(path)
     recipe = strict_yaml.mapping(strict_yaml.load(path, what="recipe", advice=ADVICE), str(path))
     shared = {key: value for key, value in recipe.items() if key not in COMMANDS}
-    known_shared = {name for options in COMMANDS.values() for name in hints(options)} - OWN_KEYS
+    known_shared = {name for command in COMMANDS for name in _known(command)} - OWN_KEYS
     for key in shared:
         if key in OWN_KEYS:
             raise UserError(f"{path}: '{key}' differs from command to command. Put it into the sections, e.g. 'train.{key}'.")
@@ -69,19 +70,19 @@ def starter(folder: str | Path = "runs/first") -> str:
     ]
     for command, options in COMMANDS.items():
         lines += ["", f"{command}:"]
-        documented = field_docs(options)
+        documented, known = field_docs(options), _known(command)
         for field in dataclasses.fields(options):
             if field.name in given[command]:
                 is_tuned = command == "train" and field.name in FOR_BUILTIN
                 note = f" For the built-in model; the default is {_as_yaml(field.default)}." if is_tuned else ""
                 lines += [f"  # {documented[field.name]}{note}", f"  {field.name}: {given[command][field.name]}"]
-            elif field.default is not MISSING:
+            elif field.default is not MISSING and field.name in known:
                 lines += [f"  # {documented[field.name]}", f"  # {field.name}: {_as_yaml(field.default)}"]
     return "\n".join(lines) + "\n"
 
 
 def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
-    known = hints(COMMANDS[command])
+    known = _known(command)
     section = strict_yaml.mapping(given, f"{path}: '{command}'")
     for key in section:
         if key not in known:
@@ -90,7 +91,12 @@ def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) ->
             )
     merged = {**{key: (key, value) for key, value in shared.items() if key in known}}
     merged |= {key: (f"{command}.{key}", value) for key, value in section.items()}
-    return {key: strict_yaml.fitted(value, known[key], f"{path}: '{name}'") for key, (name, value) in merged.items()}
+    return {key: fit(COMMANDS[command], key, value, f"{path}: '{name}'") for key, (name, value) in merged.items()}
+
+
+def _known(command: str) -> list[str]:
+    """The options that a recipe can set."""
+    return [name for name, hint in hints(COMMANDS[command]).items() if not is_python_only(hint)]
 
 
 def _as_yaml(value: Any) -> str:

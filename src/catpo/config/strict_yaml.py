@@ -1,18 +1,15 @@
-"""Strict YAML: keys that stand twice and values of another type are refused, by their place. Knows no option by name."""
+"""Strict YAML: a key given twice is refused with its line. Knows no option by name."""
 
 from __future__ import annotations
 
 import re
-import reprlib
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from catpo.config.options import arms
+from catpo.config.validation import shown
 from catpo.core.errors import UserError
 
 MAX_BYTES = 1_000_000
@@ -98,47 +95,3 @@ def mapping(value: Any, where: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where} must be lines of the form `option: value`, not {shown(value)}.")
     return value
-
-
-def fitted(value: Any, hint: Any, where: str) -> Any:
-    """The value as the type, or UserError; `where` names file and key."""
-    for arm in arms(hint):
-        fitted = _fit(value, arm)
-        if fitted is not MISSING:
-            return fitted
-    raise UserError(f"{where} must be {' or '.join(word(arm) for arm in arms(hint))}, not {shown(value)}.")
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """The value as the type, or MISSING where it is of another."""
-    origin = typing.get_origin(hint)
-    if hint is type(None):
-        return None if value is None else MISSING
-    if origin is Literal:
-        return value if value in typing.get_args(hint) else MISSING
-    if origin in (list, tuple):
-        if isinstance(value, str) and origin is tuple:  # a single item needs no brackets
-            value = [value]
-        items = [_fit(item, typing.get_args(hint)[0]) for item in value] if isinstance(value, list) else [MISSING]
-        return MISSING if MISSING in items else origin(items)
-    if hint is Path:
-        return Path(value) if isinstance(value, str) and value else MISSING
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is hint else MISSING
-
-
-def word(hint: Any) -> str:
-    """A type as messages call it."""
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(str(choice) for choice in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple):
-        return f"a list, each {word(typing.get_args(hint)[0])}"
-    words = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return words[hint]
-
-
-def shown(value: Any) -> str:
-    """A value in a message, not too long."""
-    text = reprlib.repr(value)  # never the whole of it: aliases of YAML make a little text very much
-    return text if len(text) <= 60 else text[:57] + "..."

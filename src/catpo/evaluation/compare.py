@@ -7,11 +7,10 @@ difference: models are resampled with the same pictures.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,9 +20,11 @@ from catpo.core.errors import UserError
 from catpo.evaluation.bootstrap import Estimate
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.evaluation.paired import Difference, incomparable, paired_differences
+from catpo.text.tables import for_markdown, latex_table, markdown_table
 from catpo.text.words import plain
 
 Format = Literal["terminal", "markdown", "latex"]
+CLEAR = "* the interval excludes 0"
 
 
 @dataclass(frozen=True)
@@ -109,27 +110,18 @@ def _terminal(sides: SideBySide) -> str:
     console = Console()
     with console.capture() as captured:
         console.print(table)
-    return captured.get() + "\n".join(["* the interval leaves 0 out", *map(plain, sides.notes)])
+    return captured.get() + "\n".join([CLEAR, *map(plain, sides.notes)])
 
 
 def _markdown(sides: SideBySide) -> str:
     headings, rows = _cells(sides)
-    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)], *rows]
-    table = [
-        "| " + " | ".join(cell if cell.strip("-:") == "" else for_markdown(cell) for cell in line) + " |" for line in lines
-    ]
-    return "\n".join([*table, "", "\\* the interval leaves 0 out", *(f"\n{for_markdown(note)}" for note in sides.notes)])
+    notes = [f"\n{for_markdown(note)}" for note in sides.notes]
+    return "\n".join([markdown_table(headings, rows, left=2), "", f"\\{CLEAR}", *notes])
 
 
 def _latex(sides: SideBySide) -> str:
     headings, rows = _cells(sides)
-    lines = [" & ".join(map(for_latex, line)) + r" \\" for line in (headings, *rows)]
-    body = [lines[0], r"\midrule", *lines[1:]]
-    columns = "ll" + "r" * (len(headings) - 2)
-    notes = [
-        f"% {' '.join(note.split())}" for note in ("needs \\usepackage{booktabs}; * the interval leaves 0 out", *sides.notes)
-    ]
-    return "\n".join([*notes, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
+    return latex_table(headings, rows, left=2, notes=[CLEAR, *sides.notes])
 
 
 def _number(value: float) -> str:
@@ -140,15 +132,3 @@ def _change(change: Estimate, *, is_clear: bool) -> str:
     if math.isnan(change.value):
         return "-"
     return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]{'*' if is_clear else ''}"
-
-
-def for_markdown(text: str) -> str:
-    """A text in which nothing is markup."""
-    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
-
-
-def for_latex(text: str) -> str:
-    """The same for LaTeX; signed numbers as formulas."""
-    special: dict[str, Any] = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    escaped = re.sub(r"[\\~^&%$#_{}]", lambda found: special.get(found[0], f"\\{found[0]}"), text)
-    return re.sub(r"(?<![\w])[+-]\d+(?:\.\d+)?", lambda found: f"${found[0]}$", escaped)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-from catpo.core.errors import UserError, did_you_mean
+from typing import Literal
 
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDED: Mapping[str, frozenset[str]] = {
@@ -21,17 +19,6 @@ SHARDED: Mapping[str, frozenset[str]] = {
 """Parts of the memory of which each process holds its share only."""
 GATHERED_LAYERS = 2
 """Layers whose weights are whole at a time: the one that runs, and the next, which is fetched meanwhile."""
-SPEEDS = {"A100": 312e12, "H100": 989e12}
-"""Operations per second of a GPU in bfloat16 without sparsity, from its data sheet."""
-UTILISATION = 0.4
-"""Share of that speed which a training reaches; assumed, not measured."""
-LINKS = {"A100": 300e9, "H100": 450e9}
-"""Bytes per second and direction between the GPUs of one machine (NVLink), from the data sheets."""
-BETWEEN = 50e9
-"""The same between machines with one 400 Gb/s adapter per GPU."""
-PER_MACHINE = 8
-
-
 ATTENTION_BACKWARD = 2.5
 """Fused attention, of its forward pass: scores again, and gradients of four instead of two products."""
 
@@ -73,17 +60,6 @@ class Work:
     """Operations; see `Operations`."""
     sent_per_step: float
     """Bytes each process sends per optimiser step."""
-
-    def hours(self, gpu: str, processes: int, steps: int) -> float:
-        """Time on so many GPUs, eight in a machine, computing and sending one after the other."""
-        link = LINKS[gpu] if processes <= PER_MACHINE else BETWEEN
-        return (self.flops / (SPEEDS[gpu] * UTILISATION * processes) + steps * self.sent_per_step / link) / 3600
-
-
-def check_engine(engine: str) -> None:
-    """Raises UserError for an engine that does not exist."""
-    if engine not in get_args(Engine):
-        raise UserError(f"engine='{engine}' is not known. {did_you_mean(engine, get_args(Engine))}")
 
 
 def per_process(memory: Mapping[str, int], engine: str, processes: int, *, layer: int, head: int) -> dict[str, int]:

@@ -9,50 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from torch import nn
 
+from catpo.config.options import ScoreOptions, TrainOptions
+from catpo.core.checks import check_word
 from catpo.core.errors import UserError
-from catpo.core.spec import parse
 from catpo.core.types import SIDES, PreferencePair
-from catpo.data.read import dev_split, read_pairs
+from catpo.data.read import dev_split
 from catpo.data.spool import ids_of, spread
-from catpo.files.atomic import check_path
 from catpo.models import loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
-from catpo.models.output_head import LEAST_WORDS, TILE
-from catpo.planning.costs import Operations, Work, check_engine, per_process, sent_bytes
+from catpo.planning import sizes
+from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes
 from catpo.rewards.store import RewardStore
-from catpo.rewards.writer import check_place
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
+from catpo.scoring import score
 from catpo.scoring.reference_cache import Cache, store_bytes
-from catpo.scoring.settings import settings_of
-from catpo.training import objectives
-from catpo.training.config import check_rescoring, check_store, check_values, lora_config, needs_store
-from catpo.training.objectives import Objective
+from catpo.training import train
+from catpo.training.config import check_store, needs_store
 from catpo.training.pair_stats import kl_direction, requirements, view_needs
-from catpo.training.train import free_output
+from catpo.training.run_folder import free_output
 
 SAMPLE = 64
 """Pairs that are encoded to learn how long they are, spread evenly."""
-
-
-NF4_BITS = 4.127
-"""Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
-
-
 ADAMW_MOMENTS = 2
-
-
-TILE_COPIES = 4
-"""Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +63,7 @@ class Plan:
     parameters: int
     trained_parameters: int
     pairs: int
-    dev_pairs: int
+    eval_pairs: int
     tokens: Mapping[str, Lengths]
     """prompt (image tokens included), image, chosen, rejected, row: what one pair takes in a batch."""
     steps: int
@@ -102,196 +87,193 @@ class Plan:
         return asdict(self)
 
 
-def plan(command: str, options: Mapping[str, Any], *, engine: str = "ddp", processes: int | None = None) -> Plan:
-    """The plan of `score` or `train` with the options of that command, as the command line or a recipe gives them.
+def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes: int | None = None) -> Plan:
+    """The plan of `catpo score` or `catpo train` with these options.
 
-    `processes` are those of a launcher, if left out; `engine` is one of recipes/accelerate.
+    Args:
+        options: of the command.
+        engine: one of recipes/accelerate.
+        processes: the launcher's if None.
 
     Raises:
         UserError: what the command itself would refuse: model, data, objective, or options that do not fit.
     """
-    check_engine(engine)
+    check_word("dry run", "engine", engine, tuple(SHARDED))
     count = process_count() if processes is None else processes
     if count < 1:
         raise UserError(f"processes={count} must be 1 or more.")
-    check_options(command, options)
+    if isinstance(options, ScoreOptions):
+        scoring = score.prepare(options, _blueprint)
+        return _plan_scoring(scoring, _sample(scoring.family, scoring.pairs, scoring.skip_log, options.max_length), count)
+    free_output(options.output, options.resume)
+    training = train.prepare(options, _blueprint, processes=count)
+    sample = _sample(training.family, training.pairs, training.skip_log, options.max_length)
+    return _TrainingPlan(training, sample, engine, count).plan()
+
+
+def _blueprint(options: ScoreOptions | TrainOptions) -> Family:
+    """The model's shapes and its real processor; no weights."""
     family = loading.blueprint(
-        options["model"],
-        dtype=options["dtype"],
-        quantization=options["quantization"],
-        trust_remote_code=options["trust_remote_code"],
+        options.model,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        trust_remote_code=options.trust_remote_code,
     )
-    if options["attn_implementation"] is not None:
-        family.use_packed_attention(options["attn_implementation"])
-    skipped = SkipLog(options["on_error"])
-    everything = read_pairs(options["pairs"], skipped, options["limit"])
-    if not everything:
-        raise UserError(f"{options['pairs']} holds no preference pairs.")
-    encoded = _encoded(family, everything, skipped, options["max_length"])
-    if command == "score":
-        return _score(family, everything, encoded, options, count)
-    return _train(family, everything, encoded, options, engine, count)
+    if options.attn_implementation is not None:
+        family.use_packed_attention(options.attn_implementation)
+    return family
 
 
-def check_options(command: str, options: Mapping[str, Any]) -> None:
-    """What the command checks before it reads pairs and model, and whether its output is free.
+def _sample(family: Family, pairs: Sequence[PreferencePair], skip_log: SkipLog, max_length: int | None) -> list[Encoded]:
+    """Some pairs, encoded, without those that the command would skip."""
+    encoded = []
 
-    Raises:
-        UserError: an option that the command refuses.
-    """
-    loading.check_device(options["device"])
-    check_path(Path(options["output"]))
-    if command == "score":
-        settings_of(options)
-        check_place(Path(options["output"]))
-    else:
-        check_values(options)
-        free_output(Path(options["output"]), options["resume"])
+    def encode(pair: PreferencePair) -> None:
+        encoded.append(family.encode(pair, max_length=max_length))
+
+    skip_log.usable(spread(pairs, SAMPLE), encode, lambda pair: f"pair {pair.id}")
+    return encoded
 
 
-def _encoded(family: Family, pairs: Sequence[PreferencePair], skipped: SkipLog, max_length: int | None) -> list[Encoded]:
-    """The sample, without what the command would leave out."""
-    encode = lambda pair: family.encode(pair, max_length=max_length)
-    usable = skipped.sieve(spread(pairs, SAMPLE), encode, lambda pair: f"pair {pair.id}")
-    return [encode(pair) for pair in usable]
-
-
-def _score(
-    family: Family, pairs: Sequence[PreferencePair], encoded: Sequence[Encoded], options: Mapping[str, Any], processes: int
-) -> Plan:
-    settings, kept = settings_of(options), Cache.of(options["cache"])
-    settings.check(family.depth)
-    kept.check(family)
-    for each in encoded:
-        settings.check_patches(each)
-    row = _row_length(family, encoded)
-    bound = options["batch_tokens"] or pass_tokens(family, torch.device(options["device"] or loading.best_device()))
-    together = max(1, min(options["batch_size"], bound // max(row), len(pairs)))
+def _plan_scoring(scoring: score.Scoring, sample: Sequence[Encoded], processes: int) -> Plan:
+    options, family, pairs = scoring.options, scoring.family, scoring.pairs
+    for encoded in sample:
+        scoring.settings.check_patches(encoded)
+    row = sizes.row_lengths(family, sample)
+    token_limit = options.batch_tokens or pass_tokens(family, torch.device(options.device or loading.best_device()))
+    batch = max(1, min(options.batch_size, token_limit // max(row), len(pairs)))
     memory = {
-        "weights": weight_bytes(family, options["quantization"]),
-        "activations": together * max(row) * DecoderMemory(family).largest_layer,
-        "attention mask": together * max(row) ** 2,
-        "head tile": _tile_bytes(_responses(encoded) * together),
+        "weights": sizes.weight_bytes(family, options.quantization),
+        "activations": batch * max(row) * DecoderMemory(family).largest_layer,
+        "attention mask": batch * max(row) ** 2,
+        "head tile": sizes.head_tile_bytes(sample, batch),
     }
+    signal_count = len(scoring.settings.signals)
     return Plan(
         command="score",
-        model=str(options["model"]),
-        parameters=_count(family.unwrapped),
+        model=str(options.model),
+        parameters=sizes.parameter_count(family.unwrapped),
         trained_parameters=0,
         pairs=len(pairs),
-        dev_pairs=0,
-        tokens=_tokens(encoded, row),
-        steps=math.ceil(len(pairs) / together),
+        eval_pairs=0,
+        tokens=_tokens(sample, row),
+        steps=math.ceil(len(pairs) / batch),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=memory,
-        store=store_bytes(family, encoded, len(pairs), len(settings.signals), kept, options["attention_maps"]),
+        store=store_bytes(family, sample, len(pairs), signal_count, scoring.cache, options.attention_maps),
         processes=processes,
-        work=Work(len(pairs) * operations(family, encoded, row).forward, 0.0),
+        work=Work(len(pairs) * sizes.operations(family, sample, row).forward, 0.0),
     )
 
 
-def _train(
-    family: Family,
-    pairs: Sequence[PreferencePair],
-    encoded: Sequence[Encoded],
-    options: Mapping[str, Any],
-    engine: str,
-    processes: int,
-) -> Plan:
-    kept, dev = dev_split(pairs, options["eval_fraction"], options["seed"])
-    row = _row_length(family, encoded)
-    weights = weight_bytes(family, options["quantization"])
-    head = family.head.weight.numel() * family.head.weight.element_size()
-    trained, trained_bytes = _trained(family, options["lora"])
-    tokens = max(row) * options["per_device_train_batch_size"]
-    decoder = DecoderMemory(family)
-    adapter = trained_bytes if options["lora"] else 0
-    gathered = 2 * (weights + adapter) - _outside_decoder(family)  # the backward pass fetches neither tower nor head again
-    objective = objectives.build(parse(options["objective"]))
-    check_rescoring(options["rescore_every"], objective, options["dataloader_num_workers"], processes)
-    rewards = options["rewards"]
-    is_awaited = rewards is not None and not Path(rewards).exists()
-    if rewards is not None and not is_awaited and needs_store(objective, options["reference"]):
-        _check_rewards(RewardStore.open(rewards), family, objective, pairs, options)
-    needs = requirements(objective.loss, objective.options)
-    keeps_kl = bool(kl_direction(needs))
-    is_online = options["reference"] == "online"
-    views = {need.view for need in view_needs(needs)}
-    seen_by_reference = {need.view for need in view_needs(needs) if need.quantity.startswith("reference")}
-    runs_reference = is_online or bool(seen_by_reference)
-    rows = 1 + len(views), int(is_online) + len(seen_by_reference)  # per pair, of policy and reference
-    memory = {
-        "weights": weights,
-        "reference": weights if runs_reference and not options["lora"] else head if not options["lora"] and keeps_kl else 0,
-        "adapter": adapter,
-        "gradients": trained_bytes,
-        "optimiser": ADAMW_MOMENTS * trained_bytes,
-        "activations": tokens * rows[0] * (decoder.checkpointed if options["gradient_checkpointing"] else decoder.kept),
-        "attention mask": options["per_device_train_batch_size"] * max(row) ** 2,
-        "head tile": _tile_bytes(_responses(encoded) * options["per_device_train_batch_size"]),
-    }
-    batches = math.ceil(len(kept) / (options["per_device_train_batch_size"] * processes))  # of one epoch
-    updates = math.ceil(batches / options["gradient_accumulation_steps"])  # of one epoch
-    steps, seen = math.ceil(options["num_train_epochs"] * updates), options["num_train_epochs"] * len(kept)
-    if options["max_steps"] > 0:
-        steps, seen = options["max_steps"], len(kept) * options["max_steps"] / updates
-    passes = seen * sum(row) / len(row)
-    of_pair = operations(family, encoded, row)
-    training = of_pair.training(
-        adapter=2.0 * trained * sum(row) / len(row) if options["lora"] else None,
-        is_checkpointed=options["gradient_checkpointing"],
-        keeps_kl=keeps_kl,
-    )
-    return Plan(
-        command="train",
-        model=str(options["model"]),
-        parameters=_count(family.unwrapped),
-        trained_parameters=trained,
-        pairs=len(kept),
-        dev_pairs=len(dev),
-        tokens=_tokens(encoded, row),
-        steps=steps,
-        token_passes=passes * sum(rows),
-        memory=per_process(
-            {name: size for name, size in memory.items() if size}, engine, processes, layer=_layer_bytes(family), head=head
-        ),
-        store={} if rewards else store_bytes(family, encoded, len(pairs), 3, Cache(hidden=keeps_kl), True),
-        processes=processes,
-        engine=engine,
-        work=Work(
-            seen * (rows[0] * training + rows[1] * of_pair.forward),
-            sent_bytes(
-                engine, processes, gathered=gathered, gradients=trained_bytes, batches=options["gradient_accumulation_steps"]
-            ),
-        ),
-        awaited=str(rewards) if is_awaited else "",
-        checkpoint=(trained_bytes if options["lora"] else weights) + ADAMW_MOMENTS * trained_bytes,
-    )
+class _TrainingPlan:
+    """Memory, steps and operations of a training run, each by its own method."""
 
+    def __init__(self, training: train.Training, sample: Sequence[Encoded], engine: str, processes: int) -> None:
+        self.options, self.family, self.objective = training.options, training.family, training.objective
+        self.pairs, self.sample, self.engine, self.processes = training.pairs, sample, engine, processes
+        self.train_pairs, self.eval_pairs = dev_split(training.pairs, self.options.eval_fraction, self.options.seed)
+        self.row = sizes.row_lengths(self.family, sample)
+        self.mean_row = sum(self.row) / len(self.row)
+        self.weights = sizes.weight_bytes(self.family, self.options.quantization)
+        self.head = self.family.head.weight.numel() * self.family.head.weight.element_size()
+        self.trained, self.trained_bytes = sizes.trained_size(self.family, self.options.lora)
+        needs = requirements(self.objective.loss, self.objective.options)
+        self.has_kl = kl_direction(needs) is not None
+        views = view_needs(needs)
+        reference_views = {need.view for need in views if need.quantity.startswith("reference")}
+        is_online = int(self.options.reference == "online")
+        self.policy_rows = 1 + len({need.view for need in views})
+        self.reference_rows = is_online + len(reference_views)
 
-def _check_rewards(
-    store: RewardStore, family: Family, objective: Objective, pairs: Sequence[PreferencePair], options: Mapping[str, Any]
-) -> None:
-    """What training asks of a store, but for the model's weights, which are not at hand."""
-    store.verify({"processor_hash": family.processor_hash, "template_hash": family.template_hash})
-    check_store(store, objective, options["reference"])
-    scored = set(store.pair_ids)
-    missing = [pair_id for pair_id in ids_of(pairs) if pair_id not in scored]
-    if missing and (options["on_error"] == "stop" or len(missing) == len(pairs)):
-        store.get(missing[0], "chosen")  # says so
+    def plan(self) -> Plan:
+        rewards = self.options.rewards
+        is_awaited = rewards is not None and not rewards.exists()
+        if rewards is not None and not is_awaited and needs_store(self.objective, self.options.reference):
+            self._check_rewards(RewardStore.open(rewards))
+        steps, seen = self._steps()
+        store: Mapping[str, int] = {}
+        if rewards is None:
+            store = store_bytes(self.family, self.sample, len(self.pairs), 3, Cache(hidden=self.has_kl), True)
+        saved_weights = self.trained_bytes if self.options.lora else self.weights
+        return Plan(
+            command="train",
+            model=str(self.options.model),
+            parameters=sizes.parameter_count(self.family.unwrapped),
+            trained_parameters=self.trained,
+            pairs=len(self.train_pairs),
+            eval_pairs=len(self.eval_pairs),
+            tokens=_tokens(self.sample, self.row),
+            steps=steps,
+            token_passes=seen * self.mean_row * (self.policy_rows + self.reference_rows),
+            memory=self._memory(),
+            store=store,
+            processes=self.processes,
+            engine=self.engine,
+            work=self._work(seen),
+            awaited=str(rewards) if is_awaited else "",
+            checkpoint=saved_weights + ADAMW_MOMENTS * self.trained_bytes,
+        )
 
+    def _check_rewards(self, store: RewardStore) -> None:
+        """What training asks of a store, but for the model's weights, which are not at hand."""
+        store.verify({"processor_hash": self.family.processor_hash, "template_hash": self.family.template_hash})
+        check_store(store, self.objective, self.options.reference)
+        scored = set(store.pair_ids)
+        missing = [pair_id for pair_id in ids_of(self.pairs) if pair_id not in scored]
+        if missing and (self.options.on_error == "stop" or len(missing) == len(self.pairs)):
+            store.get(missing[0], "chosen")  # raises, and names the pair
 
-# ---- lengths --------------------------------------------------------------------------------------------------------------
+    def _steps(self) -> tuple[int, float]:
+        """Optimiser steps, and pairs seen in them."""
+        options = self.options
+        batches = math.ceil(len(self.train_pairs) / (options.per_device_train_batch_size * self.processes))  # of one epoch
+        updates = math.ceil(batches / options.gradient_accumulation_steps)  # of one epoch
+        if options.max_steps > 0:
+            return options.max_steps, len(self.train_pairs) * options.max_steps / updates
+        return math.ceil(options.num_train_epochs * updates), options.num_train_epochs * len(self.train_pairs)
 
+    def _memory(self) -> dict[str, int]:
+        """Bytes on each device, by part."""
+        options, decoder = self.options, DecoderMemory(self.family)
+        batch, longest = options.per_device_train_batch_size, max(self.row)
+        per_token = decoder.checkpointed if options.gradient_checkpointing else decoder.kept
+        memory = {
+            "weights": self.weights,
+            "reference": self._reference_bytes(),
+            "adapter": self.trained_bytes if options.lora else 0,
+            "gradients": self.trained_bytes,
+            "optimiser": ADAMW_MOMENTS * self.trained_bytes,
+            "activations": longest * batch * self.policy_rows * per_token,
+            "attention mask": batch * longest**2,
+            "head tile": sizes.head_tile_bytes(self.sample, batch),
+        }
+        present = {name: size for name, size in memory.items() if size}
+        layer = sizes.largest_layer_bytes(self.family)
+        return per_process(present, self.engine, self.processes, layer=layer, head=self.head)
 
-def _row_length(family: Family, encoded: Sequence[Encoded]) -> list[int]:
-    """Tokens a pair takes in a batch: one row for both responses, or two."""
-    again = 0 if _is_one_row(family) else 1
-    return [each.length + again * len(each.prompt_ids) for each in encoded]
+    def _reference_bytes(self) -> int:
+        """A frozen copy of the model where it runs, of its head where only the KL needs it; none beside an adapter."""
+        if self.options.lora:
+            return 0
+        if self.reference_rows:
+            return self.weights
+        return self.head if self.has_kl else 0
 
-
-def _is_one_row(family: Family) -> bool:
-    return family.shares_prefix and not family.needs_check
+    def _work(self, seen: float) -> Work:
+        """Operations and bytes sent, for so many pairs seen."""
+        of_pair = sizes.operations(self.family, self.sample, self.row)
+        training = of_pair.training(
+            adapter=2.0 * self.trained * self.mean_row if self.options.lora else None,
+            is_checkpointed=self.options.gradient_checkpointing,
+            keeps_kl=self.has_kl,
+        )
+        adapter = self.trained_bytes if self.options.lora else 0
+        # the backward pass gathers neither tower nor head again
+        gathered = 2 * (self.weights + adapter) - sizes.bytes_outside_decoder(self.family)
+        batches = self.options.gradient_accumulation_steps
+        sent = sent_bytes(self.engine, self.processes, gathered=gathered, gradients=self.trained_bytes, batches=batches)
+        return Work(seen * (self.policy_rows * training + self.reference_rows * of_pair.forward), sent)
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
@@ -302,96 +284,3 @@ def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths
         "row": list(row),
     }
     return {name: Lengths.of(values) for name, values in counts.items()}
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------------
-
-
-def weight_bytes(family: Family, quantization: str | None) -> int:
-    """Bytes of the loaded weights; with 4-bit, the decoder's linear layers take `NF4_BITS` per weight."""
-    quantized = _linear(family.decoder) if quantization == "4bit" else {}
-    inside = {id(layer.weight) for layer in quantized.values()}
-    whole = sum(each.numel() * each.element_size() for each in family.unwrapped.parameters() if id(each) not in inside)
-    return whole + int(sum(layer.weight.numel() for layer in quantized.values()) * NF4_BITS / 8)
-
-
-def _outside_decoder(family: Family) -> int:
-    """Bytes of the tower, the projector, and a head of its own."""
-    inside = {id(parameter) for parameter in family.decoder.parameters()}
-    return sum(each.numel() * each.element_size() for each in family.unwrapped.parameters() if id(each) not in inside)
-
-
-def _linear(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _trained(family: Family, lora: str | None) -> tuple[int, int]:
-    """Number and bytes of the parameters that take a gradient, found by preparing the model without weights."""
-    if lora:
-        model = get_peft_model(family.unwrapped, lora_config(lora, family))
-        adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        count = sum(parameter.numel() for parameter in adapter)
-        model.unload()
-        return count, 4 * count  # PEFT keeps adapters of half-precision models in float32
-    family.unwrapped.requires_grad_(True)
-    family.freeze_vision()
-    trained = [parameter for parameter in family.unwrapped.parameters() if parameter.requires_grad]
-    return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
-
-
-def _layer_bytes(family: Family) -> int:
-    """The largest of the decoder's layers, as loaded."""
-    layers = getattr(family.decoder, "layers", [family.decoder])
-    return max(sum(each.numel() * each.element_size() for each in layer.parameters()) for layer in layers)
-
-
-def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> Operations:
-    """Operations of a mean pair's forward pass; `row` are the tokens that each pair takes in a batch.
-
-    The tower's attention is left out, and layers that merge its patches are taken to read each of them.
-    """
-    text = family.unwrapped.config.get_text_config()
-    mean = lambda values: sum(values) / len(values)
-    size = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
-    tower = sum(_weights(part) for part in family.frozen_parts()) * (1 if _is_one_row(family) else 2)
-    return Operations(
-        linear=2 * _weights(family.decoder) * mean(row),
-        attention=2 * text.num_hidden_layers * size * mean([length**2 for length in row]),  # scores and sums; half the square
-        head=2 * family.head.weight.numel() * mean([sum(map(len, each.response_ids.values())) for each in encoded]),
-        tower=2 * tower * mean([_patches(family, each) for each in encoded]),
-    )
-
-
-def _weights(module: nn.Module) -> int:
-    """Weights that every token or patch meets."""
-    return sum(int(layer.weight.numel()) for layer in _layers(module))
-
-
-def _layers(module: nn.Module) -> list[nn.Linear | nn.Conv2d | nn.Conv3d]:
-    """Linear layers, and convolutions that cut a picture into patches."""
-    return [
-        each
-        for each in module.modules()
-        if isinstance(each, nn.Linear) or (isinstance(each, nn.Conv2d | nn.Conv3d) and each.stride == each.kernel_size)
-    ]
-
-
-def _patches(family: Family, encoded: Encoded) -> float:
-    """Patches as the tower sees them, before any are merged; image tokens, where it is not built of patches."""
-    layers = (layer for part in family.frozen_parts() for layer in _layers(part))
-    cuts = next((layer for layer in layers if not isinstance(layer, nn.Linear)), None)
-    pixels = encoded.pixels.get("pixel_values")
-    return len(encoded.patches) if cuts is None or pixels is None else pixels.numel() / cuts.weight[0].numel()
-
-
-def _responses(encoded: Sequence[Encoded]) -> int:
-    """Response tokens of the longest pair."""
-    return max(sum(len(ids) for ids in each.response_ids.values()) for each in encoded)
-
-
-def _tile_bytes(tokens: int) -> int:
-    return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4

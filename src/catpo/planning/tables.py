@@ -7,38 +7,41 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from catpo.models.memory import readable
-from catpo.planning.costs import SPEEDS, UTILISATION
 from catpo.planning.dry_run import Plan
 
-# ---- the terminal ---------------------------------------------------------------------------------------------------------
 
-
-def plan_tables(made: Plan) -> list[Table | str]:
+def plan_tables(plan: Plan) -> list[Table | str]:
     """A plan as the terminal shows it."""
-    lengths = Table("tokens per pair", "least", "median", "most")
-    for name, found in made.tokens.items():
-        lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most))
-    head = (
-        f"{made.command} with {made.model}: {made.parameters:,} parameters, {made.trained_parameters:,} of them trained; "
-        f"{made.pairs:,} pairs" + (f" and {made.dev_pairs:,} to watch" if made.dev_pairs else "")
-    )
-    work = (
-        f"{made.steps:,} {'batches' if made.command == 'score' else 'optimiser steps'}, {made.token_passes:,.0f} token passes, "
-        f"{made.work.flops / 1e15:,.3g} PFLOP; {_hours(made)} (at {UTILISATION:.0%} of their speed, not measured)"
-    )
-    where = "memory on the device" if made.processes == 1 else f"memory on each of {made.processes} devices, {made.engine}"
-    shown: list[Table | str] = [head, work, lengths, _sizes(where, made.memory)]
-    if made.checkpoint:
-        shown.append(f"one checkpoint on disk: {readable(made.checkpoint)}")
-    if made.awaited:
-        shown.append(f"{made.awaited} does not exist yet: `catpo score` has to write it before this can run")
-    return [*shown, _sizes("reward store on disk", made.store)] if made.store else shown
+    parts: list[Table | str] = [_what(plan), _work(plan), _lengths(plan), _sizes(_where(plan), plan.memory)]
+    if plan.checkpoint:
+        parts.append(f"one checkpoint on disk: {readable(plan.checkpoint)}")
+    if plan.awaited:
+        parts.append(f"{plan.awaited} does not exist yet: `catpo score` has to write it before this can run")
+    if plan.store:
+        parts.append(_sizes("reward store on disk", plan.store))
+    return parts
 
 
-def _hours(made: Plan) -> str:
-    steps = made.steps if made.command == "train" else 0
-    times = (f"{made.work.hours(gpu, made.processes, steps):.2g} h on {made.processes} {gpu}" for gpu in SPEEDS)
-    return ", ".join(times)
+def _what(plan: Plan) -> str:
+    model = f"{plan.command} with {plan.model}: {plan.parameters:,} parameters, {plan.trained_parameters:,} trained"
+    validation = f" and {plan.eval_pairs:,} for validation" if plan.eval_pairs else ""
+    return f"{model}; {plan.pairs:,} pairs{validation}"
+
+
+def _work(plan: Plan) -> str:
+    unit = "batches" if plan.command == "score" else "optimiser steps"
+    return f"{plan.steps:,} {unit}, {plan.token_passes:,.0f} token passes, {plan.work.flops / 1e15:,.3g} PFLOP"
+
+
+def _where(plan: Plan) -> str:
+    return "memory on the device" if plan.processes == 1 else f"memory on each of {plan.processes} devices, {plan.engine}"
+
+
+def _lengths(plan: Plan) -> Table:
+    table = Table("tokens per pair", "minimum", "median", "maximum")
+    for name, lengths in plan.tokens.items():
+        table.add_row(name, str(lengths.least), f"{lengths.median:g}", str(lengths.most))
+    return table
 
 
 def _sizes(title: str, parts: Mapping[str, int]) -> Table:
@@ -46,5 +49,5 @@ def _sizes(title: str, parts: Mapping[str, int]) -> Table:
     for name, size in parts.items():
         table.add_row(name, readable(size))
     table.add_section()
-    table.add_row("together", readable(sum(parts.values())))
+    table.add_row("total", readable(sum(parts.values())))
     return table

@@ -21,7 +21,6 @@ from catpo.evaluation.coverage import Coverage, at_equal_coverage, coverage_curv
 from catpo.evaluation.folder import HALLUCINATED, Evaluation, mentions
 from catpo.evaluation.metric_names import good_side, metric_label
 from catpo.evaluation.paired import Difference, incomparable, paired_differences
-from catpo.files.json_files import read_json
 from catpo.reporting.pictures import Album
 from catpo.reporting.plots import Series, curves
 from catpo.text.object_words import mentions as find_mentions
@@ -302,7 +301,7 @@ def _pictures(
 def _official_pictures(evaluation: Evaluation, benchmark: str, wanted: Container[str]) -> Iterator[tuple[str, Picture]]:
     """Pictures of a benchmark made of official files, out of the folder that it was evaluated with."""
     make = registry.load("benchmarks", benchmark)
-    place = read_json(evaluation.path / "evaluation.json").get("data")
+    place = evaluation.data
     if place and issubclass(make, FolderBenchmark) and make.pictures is not None:
         folder = Folder(Path(place), benchmark, make.sources, make.pictures)
         for (_, item), row in evaluation.grades[benchmark].items():

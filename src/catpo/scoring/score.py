@@ -6,16 +6,19 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from catpo.config.command import command
+from catpo.config.options import ScoreOptions
 from catpo.core.errors import UserError
-from catpo.core.spec import Spec
 from catpo.core.types import SIDES, PreferencePair
 from catpo.data.read import read_pairs
-from catpo.data.spool import ids_of, spread
+from catpo.data.spool import SpooledPairs, ids_of, spread
+from catpo.files.atomic import check_path
 from catpo.models import loading, memory
 from catpo.models.attention.recorder import choose_layers
 from catpo.models.family import Family
@@ -30,101 +33,97 @@ from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.forward import PairScorer, batches_by_length, join_maps, join_top
 from catpo.scoring.reference_cache import Cache, store_bytes
-from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, hash_labels, provenance, settings_of
+from catpo.scoring.settings import PAPER_SETTINGS, ScoreSettings, hash_labels, provenance
 
 SIZED_PAIRS = 16
-"""Pairs by whose lengths a store's size is foretold."""
+"""Pairs whose lengths predict a store's size."""
 
 
-def score(
-    *,
-    pairs: str | Path,
-    model: str | Path | Family,
-    output: str | Path,
-    signals: Sequence[str] = PAPER_SIGNALS,
-    layers: str | int | list[int] = "paper",
-    heads: str = "mean",
-    query: str = "token",
-    patches: str | int = "all",
-    cache: str = "hidden",
-    attention_maps: bool = True,
-    batch_size: int = 32,
-    batch_tokens: int | None = None,
-    shard_size: int = 64,
-    limit: int | None = None,
-    max_length: int | None = None,
-    adapter: str | Path | None = None,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    attn_implementation: str | None = None,
-    on_error: str = "stop",
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    progress: bool = True,
-) -> RewardStore:
-    """Score every response token of a data set's pairs with the reference model.
+@dataclass(frozen=True)
+class Scoring:
+    """A scoring run before its first forward pass: options checked, pairs read, reference model at hand."""
 
-    A killed run continues where it stopped when the same command is given again, and yields the same store.
+    options: ScoreOptions
+    settings: ScoreSettings
+    cache: Cache
+    pairs: SpooledPairs
+    family: Family
+    skip_log: SkipLog
+
+    def encodable_pairs(self) -> SpooledPairs:
+        """The pairs that the model can read; the others go to the skip log."""
+
+        def encode(index: int) -> None:
+            self.family.encode(self.pairs[index], max_length=self.options.max_length)
+
+        usable = self.skip_log.usable(range(len(self.pairs)), encode, lambda index: f"pair {self.pairs[index].id}")
+        return self.pairs.select(usable)
+
+
+def prepare(options: ScoreOptions, open_model: Callable[[ScoreOptions], Family] | None = None) -> Scoring:
+    """Everything that can be refused before the first forward pass; the run and `--dry-run` both start here.
 
     Args:
-        pairs: folder or `name(option=value)` of a data set with pairs.
-        model: the reference: hub id, folder, `builtin`, or a loaded family.
-        output: folder of the store.
-        signals: which signals to keep, e.g. `image_contrast`.
-        layers: decoder layers whose attention counts: `paper` (the 60-70 % depth of the official run), `all`, `last`, a list.
-        heads: `mean`, `max` or `top(k=4)`.
-        query: attention row of the `token` itself (the paper's words) or of its `predictor`, the position before.
-        patches: `all` pictures' patches or those of one picture.
-        cache: what is kept of the reference for the KL of Eq. 9, beside its log-probs: `hidden`, its final hidden states, gives
-            training the exact KL without a reference model; `topk(k=64)`, its likeliest words, an approximate one from fewer
-            bytes; `logps` nothing: train without a KL, or with reference='online'.
-        maps: keep each token's attention map for the report.
-        batch_size: most pairs of a forward pass.
-        batch_tokens: most tokens of a pass, padding counted; if left out, 2,048 on a CPU, where larger passes are slower, and
-            on a GPU as many as half its memory holds.
-        limit: score the first so many pairs only.
-        on_error: `skip` leaves out pairs that cannot be used, and says in `store.json` which; `stop` refuses them.
-        trust_remote_code: run Python code that the checkpoint brings along.
+        options: of `catpo score`.
+        open_model: gives the reference model; by default with its weights.
+
+    Raises:
+        UserError: an option, the model or the data cannot be used; the output holds something else.
+    """
+    loading.check_device(options.device)
+    check_path(options.output)
+    check_place(options.output)
+    settings, cache = ScoreSettings.of(options), Cache.of(options.cache)
+    skip_log = SkipLog(options.on_error)
+    pairs = read_pairs(options.pairs, skip_log, options.limit)
+    if not pairs:
+        raise UserError(f"{options.pairs} holds no preference pairs, so there is nothing to score.")
+    family = (open_model or _load)(options)
+    settings.check(family.depth)
+    cache.check(family)
+    return Scoring(options, settings, cache, pairs, family, skip_log)
+
+
+def _load(options: ScoreOptions) -> Family:
+    if isinstance(options.model, Family):
+        return options.model
+    return loading.load(
+        options.model,
+        adapter=options.adapter,
+        device=options.device,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+@command(ScoreOptions)
+def score(options: ScoreOptions) -> RewardStore:
+    """Score every response token of a data set's pairs with the reference model.
+
+    A killed run resumes when the same command is given again, and yields the same store.
 
     Raises:
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
-    settings = settings_of(locals())
-    skipped = SkipLog(on_error)
-    chosen_pairs = read_pairs(pairs, skipped, limit)
-    if not chosen_pairs:
-        raise UserError(f"{pairs} holds no preference pairs, so there is nothing to score.")
-    family = (
-        model
-        if isinstance(model, Family)
-        else loading.load(
-            model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-    )
-    settings.check(family.depth)
-    if skipped.goes_on:
-        every = chosen_pairs
-        fits = lambda place: family.encode(every[place], max_length=max_length)
-        chosen_pairs = every.select(skipped.usable(range(len(every)), fits, lambda place: f"pair {every[place].id}"))
+    scoring = prepare(options)
+    pairs = scoring.pairs
+    if scoring.skip_log.goes_on:
+        pairs = scoring.encodable_pairs()
     return score_pairs(
-        chosen_pairs,
-        family,
-        output,
-        settings,
-        cache=cache,
-        attention_maps=attention_maps,
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        shard_size=shard_size,
-        max_length=max_length,
-        skipped=skipped,
-        progress=progress,
+        pairs,
+        scoring.family,
+        options.output,
+        scoring.settings,
+        cache=options.cache,
+        attention_maps=options.attention_maps,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        shard_size=options.shard_size,
+        max_length=options.max_length,
+        skipped=scoring.skip_log,
+        progress=options.progress,
     )
 
 
@@ -144,87 +143,97 @@ def score_pairs(
     progress: bool = True,
 ) -> RewardStore:
     """`score` on pairs at hand."""
-    settings = settings or ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
+    settings = settings or PAPER_SETTINGS
     kept = Cache.of(cache)
     kept.check(family)
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
-    group = WorkGroup()
-    tells = progress and group.is_main
-    size = (
-        f"catpo: {output} will take about {_foretold_size(family, settings, pairs, kept, attention_maps, max_length)}"
-        if tells
-        else ""
-    )
-    others = OtherPictures(pairs)
-    with group.lock(output):
-        is_begun = (Path(output) / "store.json").exists()
-        if tells and not is_begun:  # before anything is written
-            check_place(Path(output))
-            print(size, file=sys.stderr)
-        writer = _writer(group, output, family, settings, pairs, shard_size, kept, attention_maps)
-        missing = group.broadcast("missing", writer.missing_shards)
-        if tells and is_begun and missing:
-            print(size, file=sys.stderr)
-        done = len(pairs) - sum(len(range(*writer.pairs_of(shard).indices(len(pairs)))) for shard in missing)
-        bar: Track[PreferencePair]
-        with track(len(pairs), "Scoring", "pairs", done=done, enabled=tells) as bar, on_sigterm() as stop:
-            for shard in group.claim("missing", missing):
-                stop.leave_if_asked(f"{bar.count} of {len(pairs)} pairs are scored in {output}.")
-                here = writer.pairs_of(shard)
-                scored = {}
-                for batch in batches_by_length(scorer, pairs[here], batch_size, bound):
-                    for response in scorer.score_batch([encoded for _, encoded in batch], [pair for pair, _ in batch], others):
-                        scored[response.row.pair_id, response.row.side] = response
-                    bar.advance(done + group.add("scored", len(batch)) - bar.count)
-                responses = [scored[pair.id, side] for pair in pairs[here] for side in SIDES]
-                writer.write_shard(
-                    shard,
-                    [response.row for response in responses],
-                    hidden=np.concatenate([response.hidden for response in responses]) if kept.hidden else None,
-                    top=join_top(responses) if kept.k else None,
-                    maps=join_maps([response.map for response in responses]) if attention_maps else None,
-                )
-            group.barrier("scored")
-        left_out = None if skipped is None or not skipped.goes_on else skipped
-        if left_out and group.is_main:
-            left_out.write(Path(output))
-        group.broadcast("finished", lambda: writer.finish(elsewhere=missing, skipped=left_out.summary() if left_out else None))
-    group.leave()
+    run = _StoreRun(pairs, scorer, Path(output), kept, attention_maps, batch_size, bound, progress)
+    with run.group.lock(output):
+        writer = run.begin(shard_size)
+        missing = run.group.broadcast("missing", writer.missing_shards)
+        run.write(writer, missing)
+        if skipped is not None and not skipped.goes_on:
+            skipped = None
+        if skipped and run.group.is_main:
+            skipped.write(run.output)
+        summary = skipped.summary() if skipped else None
+        run.group.broadcast("finished", lambda: writer.finish(elsewhere=missing, skipped=summary))
+    run.group.leave()
     return RewardStore.open(output)
 
 
-def _foretold_size(
-    family: Family,
-    settings: ScoreSettings,
-    pairs: Sequence[PreferencePair],
-    kept: Cache,
-    attention_maps: bool,
-    max_length: int | None,
-) -> str:
-    """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""
-    encoded = [family.encode(pair, max_length=max_length) for pair in spread(pairs, SIZED_PAIRS)]
-    parts = store_bytes(family, encoded, len(pairs), len(settings.signals), kept, attention_maps) if encoded else {}
-    sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
-    return f"{memory.readable(sum(parts.values()))} ({sizes})"
+@dataclass
+class _StoreRun:
+    """One store being written, by one process or by several."""
 
+    pairs: Sequence[PreferencePair]
+    scorer: PairScorer
+    output: Path
+    cache: Cache
+    keeps_maps: bool
+    batch_size: int
+    batch_tokens: int
+    shows_progress: bool
+    group: WorkGroup = field(default_factory=WorkGroup)
 
-def _writer(
-    group: WorkGroup,
-    output: str | Path,
-    family: Family,
-    settings: ScoreSettings,
-    pairs: Sequence[PreferencePair],
-    shard_size: int,
-    kept: Cache,
-    attention_maps: bool,
-) -> RewardWriter:
-    """The store's writer; the first process makes the store or finds what is missing in it, the others join."""
-    ids = ids_of(pairs)
-    if group.is_main:
-        made_of = provenance(family, settings, kept, maps=attention_maps) | {"labels_hash": hash_labels(pairs)}
-        writer = RewardWriter.create_or_resume(output, made_of, ids, shard_size=shard_size)
-    group.barrier("begun")
-    return writer if group.is_main else RewardWriter.join(output, ids)
+    def __post_init__(self) -> None:
+        self.other_pictures = OtherPictures(self.pairs)
+        self.shows_progress = self.shows_progress and self.group.is_main
+        self.is_resumed = False
+
+    def begin(self, shard_size: int) -> RewardWriter:
+        """The store's writer: the main process creates or resumes the store, the others join it."""
+        ids = ids_of(self.pairs)
+        if self.group.is_main:
+            check_place(self.output)
+            family, settings = self.scorer.family, self.scorer.settings
+            facts = provenance(family, settings, self.cache, maps=self.keeps_maps) | {"labels_hash": hash_labels(self.pairs)}
+            self.is_resumed = (self.output / "store.json").exists()
+            if not self.is_resumed:  # before anything is written
+                self._tell_size()
+            writer = RewardWriter.create_or_resume(self.output, facts, ids, shard_size=shard_size)
+        self.group.barrier("begun")
+        return writer if self.group.is_main else RewardWriter.join(self.output, ids)
+
+    def write(self, writer: RewardWriter, missing: Sequence[int]) -> None:
+        """Score the pairs of the missing shards, shared among the processes."""
+        missing_count = sum(len(self.pairs[writer.pairs_of(shard)]) for shard in missing)
+        done = len(self.pairs) - missing_count
+        if self.is_resumed and missing:
+            self._tell_size()
+        bar: Track[PreferencePair]
+        with track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar, on_sigterm() as stop:
+            for shard in self.group.claim("missing", missing):
+                stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")
+                self._write_shard(writer, shard, lambda count: bar.advance(done + self.group.add("scored", count) - bar.count))
+            self.group.barrier("scored")
+
+    def _write_shard(self, writer: RewardWriter, shard: int, advance: Callable[[int], None]) -> None:
+        pairs = self.pairs[writer.pairs_of(shard)]
+        scored = {}
+        for batch in batches_by_length(self.scorer, pairs, self.batch_size, self.batch_tokens):
+            batch_pairs, encoded = zip(*batch, strict=True)
+            for response in self.scorer.score_batch(encoded, batch_pairs, self.other_pictures):
+                scored[response.row.pair_id, response.row.side] = response
+            advance(len(batch))
+        responses = [scored[pair.id, side] for pair in pairs for side in SIDES]
+        writer.write_shard(
+            shard,
+            [response.row for response in responses],
+            hidden=np.concatenate([response.hidden for response in responses]) if self.cache.hidden else None,
+            top=join_top(responses) if self.cache.k else None,
+            maps=join_maps([response.map for response in responses]) if self.keeps_maps else None,
+        )
+
+    def _tell_size(self) -> None:
+        """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""
+        if not self.shows_progress or not self.pairs:
+            return
+        sample = [self.scorer.encode(pair) for pair in spread(self.pairs, SIZED_PAIRS)]
+        family, signal_count = self.scorer.family, len(self.scorer.settings.signals)
+        parts = store_bytes(family, sample, len(self.pairs), signal_count, self.cache, self.keeps_maps)
+        sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
+        print(f"catpo: {self.output} will take about {memory.readable(sum(parts.values()))} ({sizes})", file=sys.stderr)

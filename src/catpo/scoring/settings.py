@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from catpo.config.options import ScoreOptions
 from catpo.core import registry
-from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import SIDES, PreferencePair
@@ -18,9 +18,6 @@ from catpo.models.family import Encoded, Family
 from catpo.scoring.reference_cache import Cache
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
-
-
-QUERIES = ("token", "predictor")
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,16 @@ class ScoreSettings:
     patches: str | int
     """`all`, or the number of one picture (0-based) where a pair has several."""
 
+    @classmethod
+    def of(cls, options: ScoreOptions) -> ScoreSettings:
+        """The settings among the options of `catpo score`."""
+        signals = tuple(parse(signal) for signal in options.signals)
+        return cls(signals, options.layers, options.heads, options.query, options.patches)
+
     def check(self, depth: int) -> None:
-        """Raises UserError for an option that does not exist, before any work is done."""
+        """Raises UserError for layers, heads or signals that a decoder of this depth does not have."""
         choose_layers(self.layers, depth)
         choose_heads(self.heads)
-        if self.query not in QUERIES:
-            raise UserError(
-                f"query='{self.query}' is not known. Give 'token' (the row of y_t, as the paper says) or 'predictor' (t-1)."
-            )
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
 
@@ -55,17 +54,7 @@ class ScoreSettings:
             )
 
 
-def settings_of(options: Mapping[str, Any]) -> ScoreSettings:
-    """The settings in `score`'s arguments, after a look at all that can be judged without pairs and model.
-
-    Raises:
-        UserError: a count is none, or a text is not of the form that it must have.
-    """
-    counts = ("limit", "batch_size", "batch_tokens", "shard_size", "max_length")
-    check_positive(**{name: options[name] for name in counts})
-    Cache.of(options["cache"])
-    signals = tuple(parse(signal) for signal in options["signals"])
-    return ScoreSettings(signals, options["layers"], options["heads"], options["query"], options["patches"])
+PAPER_SETTINGS = ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
 
 
 def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: bool) -> dict[str, Any]:

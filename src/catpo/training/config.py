@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from peft import LoraConfig
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from catpo.core.checks import check_not_negative, check_positive, check_seed
-from catpo.core.errors import UserError, did_you_mean
+from catpo.config.options import TrainOptions
+from catpo.core.checks import check_word
+from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
@@ -89,40 +88,23 @@ def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_wor
         )
 
 
-def check_values(options: Mapping[str, Any]) -> None:
-    """A look at all of `train`'s arguments that can be judged without pairs and model.
+def check_values(options: TrainOptions) -> None:
+    """Checks of `catpo train`'s options that need neither pairs nor model.
 
     Raises:
-        UserError: a number is out of its range, a word is not known, or two of them do not go together.
+        UserError: a name is unknown to the libraries, or two options do not go together.
     """
-    counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "limit", "max_length", "logging_steps")
-    check_positive(**{name: options[name] for name in counts})
-    numbers = (
-        "learning_rate",
-        "num_train_epochs",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "save_steps",
-        "rescore_every",
-        "dataloader_num_workers",
-    )
-    check_not_negative(**{name: options[name] for name in numbers})
-    check_seed(options["seed"])
-    _check_tracker(options["report_to"])
-    lr_scheduler_type, known = options["lr_scheduler_type"], [each.value for each in SchedulerType]
-    if lr_scheduler_type not in known:
-        raise UserError(f"lr_scheduler_type='{lr_scheduler_type}' is not known. {did_you_mean(lr_scheduler_type, known)}")
-    if options["quantization"] is not None and options["lora"] is None:
+    _check_tracker(options.report_to)
+    check_word("train", "lr_scheduler_type", options.lr_scheduler_type, [scheduler.value for scheduler in SchedulerType])
+    if options.quantization is not None and options.lora is None:
         raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
 
 
 def _check_tracker(name: str) -> None:
     """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
-    if name in (chosen_later := ("none", "all")):
+    if name in ("none", "all"):
         return
-    if name not in INTEGRATION_TO_CALLBACK:
-        raise UserError(f"report_to='{name}' is not known. {did_you_mean(name, [*chosen_later, *INTEGRATION_TO_CALLBACK])}")
+    check_word("train", "report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     try:
         INTEGRATION_TO_CALLBACK[name]()
     except (RuntimeError, ImportError) as error:

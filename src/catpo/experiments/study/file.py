@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from catpo.config import strict_yaml
-from catpo.config.options import COMMANDS, TrainOptions, hints
+from catpo.config.command import hints
+from catpo.config.options import COMMANDS, TrainOptions
 from catpo.config.recipes import FOR_BUILTIN
+from catpo.config.validation import Specs, validated
 from catpo.core.errors import UserError, did_you_mean
-from catpo.core.spec import parse, parse_list
+from catpo.core.spec import parse
 
 BUILTIN = "builtin"
 SECTIONS = {
@@ -55,7 +57,7 @@ class Tuning:
     """Seed of pictures, sampling and training."""
     data: str | None = None
     """Pictures of its pairs; the study's data with the tuning seed if left out."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: Specs = ()
     """Held-out pictures other than those that are reported."""
     metric: str = "equal_coverage"
     """`equal_coverage`: CHAIRi of all candidates and the untrained model at equal Cover; or a metric of the benchmark."""
@@ -79,7 +81,7 @@ class Study:
     """How pairs are made, `catpo list pairings`."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """What is reported: each seed has its own pairs, where the data set takes a seed, its own sampling and training."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: Specs = ()
     """Held-out pictures; none: nothing is evaluated."""
     learning_rates: list[float] | None = None
     """The budget: every method is tuned over this list. One rate: no tuning."""
@@ -195,12 +197,12 @@ def _section(place: _Place, command: str) -> dict[str, Any]:
         if key in SECTIONS[command]:
             raise UserError(f"{place.of(key)} is set by the study itself. Leave it out.")
     place.check(known)
-    return {key: strict_yaml.fitted(value, known[key], place.of(key)) for key, value in place.values.items()}
+    return {key: validated(value, known[key], place.of(key)) for key, value in place.values.items()}
 
 
-def _made(kind: type[Made], place: _Place, **ready: Any) -> Made:
+def _made(kind: Callable[..., Made], place: _Place, **ready: Any) -> Made:
     """A dataclass of what stands at a place; `ready` fields are read already."""
-    types = {name: hint for name, hint in typing.get_type_hints(kind).items() if name != "name"}
+    types = {name: hint for name, hint in hints(kind).items() if name != "name"}
     place.check(types)
     for each in dataclasses.fields(kind):  # type: ignore[arg-type]
         is_needed = each.default is MISSING and each.default_factory is MISSING
@@ -211,14 +213,11 @@ def _made(kind: type[Made], place: _Place, **ready: Any) -> Made:
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
-    """A number, a text, lines of `name: text`, or a list of specs."""
+    """Lines of `name: text`, or a value of any other type."""
     if typing.get_origin(hint) is not None and issubclass(typing.get_origin(hint), Mapping):
         lines = strict_yaml.mapping(value, where)
-        return {str(key): strict_yaml.fitted(each, str, f"{where}, '{key}'") for key, each in lines.items()}
-    fitted = strict_yaml.fitted(value, hint, where)
-    if isinstance(fitted, tuple):  # [a(b=1, c=2)] is split by YAML at its comma
-        return tuple(str(spec) for spec in parse_list(", ".join(fitted)))
-    return fitted
+        return {str(key): validated(each, str, f"{where}, '{key}'") for key, each in lines.items()}
+    return validated(value, hint, where)
 
 
 def _check(study: Study, whole: _Place) -> None:

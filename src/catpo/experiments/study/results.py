@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
 from catpo.evaluation.bootstrap import Estimate
-from catpo.evaluation.compare import for_latex, for_markdown
 from catpo.evaluation.coverage import Coverage, at_equal_coverage, at_equal_coverage_over_runs
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_json
+from catpo.text.tables import for_markdown, latex_table, markdown_table
 
 EQUAL = "equal_coverage"
 """The column of CHAIRi at equal Cover."""
@@ -244,23 +244,13 @@ def footnotes(found: Results) -> list[str]:
 
 def as_markdown(found: Results) -> str:
     headings, rows = cells_of(found)
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
-    table = ["| " + " | ".join(line) + " |" for line in [[for_markdown(cell) for cell in headings], lines[1]]]
-    table += ["| " + " | ".join(for_markdown(cell) for cell in row) + " |" for row in rows]
-    return (
-        "\n".join(
-            [f"# {for_markdown(found.study.title)}", "", *table, *(f"\n{for_markdown(note)}" for note in footnotes(found))]
-        )
-        + "\n"
-    )
+    notes = [f"\n{for_markdown(note)}" for note in footnotes(found)]
+    return "\n".join([f"# {for_markdown(found.study.title)}", "", markdown_table(headings, rows), *notes]) + "\n"
 
 
 def as_latex(found: Results) -> str:
     headings, rows = cells_of(found)
-    lines = [" & ".join(map(for_latex, line)).replace("±", r"$\pm$") + r" \\" for line in (headings, *rows)]
-    notes = [f"% {' '.join(note.split())}" for note in ("needs \\usepackage{booktabs}", found.study.title, *footnotes(found))]
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}"
-    return "\n".join([*notes, begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+    return latex_table(headings, rows, notes=[found.study.title, *footnotes(found)]) + "\n"
 
 
 def as_csv(found: Results) -> str:

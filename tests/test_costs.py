@@ -7,10 +7,9 @@ import torch
 from bench.counting import counter
 from peft import get_peft_model
 
-from catpo.core.errors import UserError
 from catpo.models.packing import hidden_and_logps, pack
-from catpo.planning.costs import SHARDED, Operations, Work, check_engine, per_process, sent_bytes
-from catpo.planning.dry_run import operations
+from catpo.planning.costs import SHARDED, Operations, per_process, sent_bytes
+from catpo.planning.sizes import operations
 from catpo.training.config import lora_config
 from catpo.training.pair_forward import add_pair_forward
 from tiny import llava, pairs
@@ -56,16 +55,6 @@ def test_each_part_is_worth_its_passes():
     assert passes(0.0, True, True) == [3, 4.5, 4, 1]
     assert Operations(1, 2, 3, 4).forward == 10
     assert Operations(0, 0, 0, 0).training(adapter=5, is_checkpointed=False, keeps_kl=False) == 3 * 5
-
-
-def test_hours_add_up():
-    work = Work(flops=312e12 * 0.4 * 3600 * 8, sent_per_step=300e9)
-    assert work.hours("A100", 8, steps=3600) == pytest.approx(1 + 1)
-
-
-def test_an_unknown_engine_is_answered_with_a_known_one():
-    with pytest.raises(UserError, match="Did you mean 'fsdp2'"):
-        check_engine("fsdp")
 
 
 @pytest.mark.parametrize("keeps_kl", [False, True], ids=["plain", "kl"])

@@ -1,0 +1,127 @@
+"""What a model takes: bytes of its parts, parameters that train, operations of a forward pass. From shapes, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import get_peft_model
+from torch import nn
+
+from catpo.models.family import Encoded, Family
+from catpo.models.output_head import LEAST_WORDS, TILE
+from catpo.planning.costs import Operations
+from catpo.training.config import lora_config
+
+NF4_BITS = 4.127
+"""Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
+TILE_COPIES = 4
+"""Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
+
+
+def row_lengths(family: Family, encoded: Sequence[Encoded]) -> list[int]:
+    """Tokens that each pair takes in a batch: one row for both responses, or two."""
+    lengths = []
+    for pair in encoded:
+        second_prompt = 0 if _is_one_row(family) else len(pair.prompt_ids)
+        lengths.append(pair.length + second_prompt)
+    return lengths
+
+
+def _is_one_row(family: Family) -> bool:
+    return family.shares_prefix and not family.needs_check
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def weight_bytes(family: Family, quantization: str | None) -> int:
+    """Bytes of the loaded weights; with 4-bit, the decoder's linear layers take `NF4_BITS` per weight."""
+    total = parameter_bytes(family.unwrapped)
+    if quantization != "4bit":
+        return total
+    linear = [module for module in family.decoder.modules() if isinstance(module, nn.Linear)]
+    quantized_bits = sum(layer.weight.numel() for layer in linear) * NF4_BITS
+    whole = sum(layer.weight.numel() * layer.weight.element_size() for layer in linear)
+    return total - whole + int(quantized_bits / 8)
+
+
+def bytes_outside_decoder(family: Family) -> int:
+    """Bytes of the tower, the projector, and a head of its own."""
+    return parameter_bytes(family.unwrapped) - parameter_bytes(family.decoder)
+
+
+def largest_layer_bytes(family: Family) -> int:
+    """The largest of the decoder's layers, as loaded."""
+    return max(parameter_bytes(layer) for layer in getattr(family.decoder, "layers", [family.decoder]))
+
+
+def trained_size(family: Family, lora: str | None) -> tuple[int, int]:
+    """Number and bytes of the parameters that take a gradient, found by preparing the model without weights."""
+    if lora:
+        model = get_peft_model(family.unwrapped, lora_config(lora, family))
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        model.unload()
+        return count, 4 * count  # PEFT keeps adapters of half-precision models in float32
+    family.unwrapped.requires_grad_(True)
+    family.freeze_vision()
+    trained = [parameter for parameter in family.unwrapped.parameters() if parameter.requires_grad]
+    return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
+
+
+def head_tile_bytes(encoded: Sequence[Encoded], pairs: int) -> int:
+    """Temporaries of the output head, for a batch of the longest pairs."""
+    tokens = pairs * max(sum(len(ids) for ids in pair.response_ids.values()) for pair in encoded)
+    return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
+
+
+def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> Operations:
+    """Operations of a mean pair's forward pass; `row` are the tokens that each pair takes in a batch.
+
+    The tower's attention is left out, and layers that merge its patches are taken to read each of them.
+    """
+    text = family.unwrapped.config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = head_size * text.num_attention_heads
+    towers = 1 if _is_one_row(family) else 2
+    tower_weights = towers * sum(_weights(part) for part in family.frozen_parts())
+    responses = [sum(map(len, pair.response_ids.values())) for pair in encoded]
+    return Operations(
+        linear=2 * _weights(family.decoder) * _mean(row),
+        # two products, scores and sums, of half the square each
+        attention=2 * text.num_hidden_layers * width * _mean([length**2 for length in row]),
+        head=2 * family.head.weight.numel() * _mean(responses),
+        tower=2 * tower_weights * _mean([_patches(family, pair) for pair in encoded]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights that every token or patch meets."""
+    return sum(int(layer.weight.numel()) for layer in _layers(module))
+
+
+def _layers(module: nn.Module) -> list[nn.Linear | nn.Conv2d | nn.Conv3d]:
+    """Linear layers, and convolutions that cut a picture into patches."""
+    return [
+        each
+        for each in module.modules()
+        if isinstance(each, nn.Linear) or (isinstance(each, nn.Conv2d | nn.Conv3d) and each.stride == each.kernel_size)
+    ]
+
+
+def _patches(family: Family, encoded: Encoded) -> float:
+    """Patches as the tower sees them, before any are merged; image tokens, where it is not built of patches."""
+    pixels = encoded.pixels.get("pixel_values")
+    for part in family.frozen_parts():
+        for layer in _layers(part):
+            if not isinstance(layer, nn.Linear) and pixels is not None:
+                return pixels.numel() / layer.weight[0].numel()
+    return len(encoded.patches)

@@ -1,0 +1,120 @@
+"""The folder of a run: `catpo.json`, `metrics.jsonl`, `checkpoints/` and `model/`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from catpo.config.options import TrainOptions
+from catpo.core.errors import UserError
+from catpo.files.json_files import read_json, read_rows
+from catpo.files.provenance import versions
+from catpo.runtime.launcher import process_count
+from catpo.runtime.skip_log import SkipLog
+from catpo.training.checkpoints import last_whole
+from catpo.training.trainer import CatPOTrainer
+
+RUN = "catpo.json"
+NOT_SETTINGS = frozenset(
+    {"output", "resume", "pairs", "dataloader_num_workers", "report_to", "progress", "device", "on_error", "trust_remote_code"}
+)
+"""Options that change no weight, so that a resumed run may change them."""
+
+
+def settings_of(options: TrainOptions) -> dict[str, Any]:
+    """The options that decide what is trained, as JSON."""
+    values = vars(options)
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in values.items() if name not in NOT_SETTINGS
+    }
+
+
+def free_output(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, if there is one.
+
+    Raises:
+        UserError: the folder holds a run, and `resume` is not set.
+    """
+    is_finished = (output / "model").exists()
+    last = last_whole(output / "checkpoints")
+    if not resume and (is_finished or last):
+        raise UserError(f"{output} already holds a run. Give resume=True (--resume) to continue it, or another --output.")
+    return last
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """The `catpo.json` of the run in `output`.
+
+    Raises:
+        UserError: it lacks what a run needs to continue.
+    """
+    path = output / RUN
+    manifest = read_json(path, made_by="catpo train")
+    for name, kind in (("settings", dict), ("complete", bool)):
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(f"{path} lacks a usable '{name}'. Remove {output} and start again, or choose another --output.")
+    return manifest
+
+
+def describe_run(
+    trainer: CatPOTrainer, options: TrainOptions, train_count: int, eval_count: int, skip_log: SkipLog
+) -> dict[str, Any]:
+    """What `catpo.json` says of a run, except whether it is complete."""
+    objective = trainer.objective
+    manifest = {
+        "format": 1,
+        "objective": str(objective.spec),
+        "objective_options": objective.options,
+        "fusion": asdict(objective.fusion),
+    }
+    if trainer.learned_fusion is not None:
+        manifest["learned_fusion"] = trainer.learned_fusion.coefficients
+    manifest |= {
+        "model": trainer.family.model_id,
+        "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
+        "pairs": {"train": train_count, "dev": eval_count},
+    }
+    if skip_log.goes_on:
+        manifest["skipped"] = skip_log.summary()
+    return manifest | {
+        "settings": settings_of(options),
+        "processes": {"count": process_count(), "engine": trainer.accelerator.distributed_type.value},
+        "versions": versions(),
+    }
+
+
+def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] | None) -> None:
+    """Weights (or adapter) and processor, complete or not at all.
+
+    `weights` are given where each process holds only its part of them (FSDP, ZeRO-3).
+    """
+    part, old = folder.with_name(".model.part"), folder.with_name(".model.old")
+    for leftover in (part, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
+    type(model).save_pretrained(model, part, state_dict=weights)  # with the usual key names, unlike the checkpoints
+    trainer.family.processor.save_pretrained(part)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def last_metrics(output: Path) -> dict[str, float]:
+    """The last line of `metrics.jsonl`."""
+    rows = read_rows(output / "metrics.jsonl")
+    return rows[-1] if rows else {}
+
+
+def complete_so_far(output: Path) -> str:
+    """For the message about a full disk."""
+    last = last_whole(output / "checkpoints")
+    return (
+        f"Complete so far: {last or 'no checkpoint'}. An older checkpoint is removed after a newer one is complete, so there "
+        "must be room for two. Free some space, then give the same command with --resume."
+    )
