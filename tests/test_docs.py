@@ -117,11 +117,6 @@ def test_version_and_changes_are_told() -> None:
 PRIVATE = re.compile(r"(?:\bcatpo(?:[./]\w+)*[./]_(?!_)\w+|\bimport _(?!_)\w+|from [\w.]+ import (?:\w+, )*_(?!_)\w+)")
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))], ids=relative)
-def test_no_document_names_a_private_module(page: Path) -> None:
-    assert PRIVATE.findall(page.read_text(encoding="utf-8")) == []
-
-
 # ---- examples -------------------------------------------------------------------------------------------------------------
 
 
