@@ -114,7 +114,6 @@ def test_version_and_changes_are_told() -> None:
     assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
 
 
-PRIVATE = re.compile(r"(?:\bcatpo(?:[./]\w+)*[./]_(?!_)\w+|\bimport _(?!_)\w+|from [\w.]+ import (?:\w+, )*_(?!_)\w+)")
 
 
 # ---- examples -------------------------------------------------------------------------------------------------------------
