@@ -153,7 +153,7 @@ def test_a_reference_is_chosen_against_the_answer():
 def test_a_reference_method_without_references_or_with_a_wrong_pick_says_what_to_do():
     with pytest.raises(UserError, match="--method corrected"):
         reference.make(ask(), "A dog.", random.Random(0))
-    with pytest.raises(UserError, match="first, random, longest"):
+    with pytest.raises(UserError, match="first, longest, random"):
         reference.make(ask(references=["A dog."]), "A dog.", random.Random(0), pick="last")
 
 
@@ -301,7 +301,7 @@ def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path):
     [
         ({"method": "korrected"}, "Did you mean 'corrected'"),
         ({"method": "corrected(cuonts=True)"}, "Did you mean 'counts'"),
-        ({"method": "reference(pick='last')"}, "first, random, longest"),
+        ({"method": "reference(pick='last')"}, "first, longest, random"),
         ({"data": "scenes(cont=3)"}, "Did you mean 'count'"),
         ({"limit": 0}, "limit=0|no samples"),
         ({"block_size": 0}, "block_size=0"),

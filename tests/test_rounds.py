@@ -102,7 +102,7 @@ def test_a_loop_killed_in_its_second_round_ends_with_the_same_model(folder, whol
 
 def test_a_finished_loop_is_not_done_again_and_a_longer_one_goes_on(folder, whole, capsys, monkeypatch):
     output, made = whole
-    monkeypatch.setattr(loop, "_do", None)
+    monkeypatch.setattr(loop, "_run_round", None)
     assert run(folder, output, lora="'lora(r=2, alpha=4)'") == made
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in shown] == ["Round 1", "Round 2"] and "pairs of 4 answers" in shown[0]
@@ -151,7 +151,7 @@ def test_the_command_has_the_functions_options_and_takes_a_recipes_sections(tmp_
         "model: builtin\npair: {data: scenes(count=2), method: seva, output: a}\ntrain: {num_train_epochs: 2, output: b}\n"
     )
     received = {}
-    monkeypatch.setattr(loop, "_do", lambda *arguments: received.update(options=arguments[4]) or exit_after())
+    monkeypatch.setattr(loop, "_run_round", lambda *arguments: received.update(options=arguments[3]) or exit_after())
     exit_after = lambda: (_ for _ in ()).throw(UserError("enough"))
     with pytest.raises(SystemExit):
         main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "seed_=1"])

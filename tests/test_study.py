@@ -120,7 +120,7 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
         ({"seeds": [0, 0]}, r"line \d+: 'seeds' must be one or more different whole numbers"),
         ({"seeds": ["a"]}, r"line \d+: 'seeds' must be a list, each a whole number"),
         ({"learning_rates": []}, "must be one or more positive numbers"),
-        ({"tuning": None}, "'tuning.benchmarks' must name pictures to choose by"),
+        ({"tuning": None}, "2 learning rates need 'tuning.benchmarks' to choose by"),
         ({"tuning": {"seed": 1, "benchmarks": "captions"}}, "'tuning.seed' 1 is one of the seeds reported"),
         ({"tuning": {"benchmarks": ["scenes(count=16, questions=1)"]}}, "'tuning.benchmarks' has scenes.*, which is reported"),
         ({"reference": "nobody"}, r"line \d+: 'reference' is not one of the rows"),
@@ -203,8 +203,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 def test_every_method_and_seed_is_a_row_with_an_interval(tmp_path: Path, engines: Engines) -> None:
     outcome = study(written(tmp_path, BASIC), output=tmp_path / "out")
     assert not outcome.failed
-    assert [row.name for row in outcome.found.rows] == ["base", "dpo", "catpo"]
-    row = outcome.found.row("dpo")
+    assert [row.name for row in outcome.results.rows] == ["base", "dpo", "catpo"]
+    row = outcome.results.row("dpo")
     assert row is not None
     values = list(row.values["scenes/chair_i"].values())
     assert len(values) == 2 and values[0] != values[1]
@@ -219,32 +219,32 @@ def test_every_method_and_seed_is_a_row_with_an_interval(tmp_path: Path, engines
 def test_the_column_of_equal_cover_is_what_the_comparison_says(tmp_path: Path, engines: Engines) -> None:
     engines.wrong = lambda objective, rate: {"": 0.4, "dpo": 0.2}.get(objective, 0.1)
     engines.said = lambda objective, rate: {"": 5, "dpo": 4}.get(objective, 3)
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
+    results = study(written(tmp_path, BASIC), output=tmp_path / "out").results
     for seed in (0, 1):
-        folders = {row.name: row.cells[seed].folder(tmp_path / "out") / "evaluation" for row in found.rows}
+        folders = {row.name: row.cells[seed].folder(tmp_path / "out") / "evaluation" for row in results.rows}
         direct = at_equal_coverage([load_evaluation(path, name=name) for name, path in folders.items()])
         assert {row.model: row.chair_i.value for row in direct} == pytest.approx(
-            {row.name: row.values["equal_coverage"][seed] for row in found.rows}
+            {row.name: row.values["equal_coverage"][seed] for row in results.rows}
         )
-    last = found.row("catpo")
+    last = results.row("catpo")
     assert last is not None and last.difference is not None
-    means = [found.rows[place].spread("equal_coverage").value for place in (2, 0)]
+    means = [results.rows[place].spread("equal_coverage").value for place in (2, 0)]
     assert last.difference.value == pytest.approx(means[0] - means[1])
     assert last.difference.low < last.difference.value < last.difference.high
 
 
 def test_a_row_that_says_next_to_nothing_does_not_drag_the_others_down(tmp_path: Path, engines: Engines) -> None:
     engines.said = lambda objective, rate: 1 if objective == "catpo" else 5
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
-    assert found.rows[2].name == "catpo" and "equal_coverage" not in found.rows[2].values
-    assert "equal_coverage" in found.rows[1].values
-    assert any("catpo covers less than 50%" in note for note in found.notes)
+    results = study(written(tmp_path, BASIC), output=tmp_path / "out").results
+    assert results.rows[2].name == "catpo" and "equal_coverage" not in results.rows[2].values
+    assert "equal_coverage" in results.rows[1].values
+    assert any("catpo covers less than 50%" in note for note in results.notes)
 
 
 def test_tuning_takes_the_better_rate_and_other_pictures(tmp_path: Path, engines: Engines) -> None:
     engines.wrong = lambda objective, rate: 0.1 if (objective == "dpo") == (rate > 2e-5) else 0.5
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
-    assert [row.rate for row in found.rows] == [None, 5e-5, 1e-5]
+    results = study(written(tmp_path, BASIC), output=tmp_path / "out").results
+    assert [row.rate for row in results.rows] == [None, 5e-5, 1e-5]
     tried = {(objective, rate) for objective, rate, seed in engines.trained if seed == 7}
     assert tried == {(objective, rate) for objective in ("dpo", "catpo") for rate in (1e-5, 5e-5)}
     assert {(o, r) for o, r, seed in engines.trained if seed in (0, 1)} == {("dpo", 5e-5), ("catpo", 1e-5)}
@@ -254,22 +254,22 @@ def test_tuning_takes_the_better_rate_and_other_pictures(tmp_path: Path, engines
 def test_tuning_does_not_fall_for_a_model_that_falls_silent(tmp_path: Path, engines: Engines) -> None:
     engines.wrong = lambda objective, rate: 0.0 if rate > 2e-5 else 0.2
     engines.said = lambda objective, rate: 1 if rate > 2e-5 else 4
-    assert [row.rate for row in study(written(tmp_path, BASIC), output=tmp_path / "out").found.rows] == [None, 1e-5, 1e-5]
+    assert [row.rate for row in study(written(tmp_path, BASIC), output=tmp_path / "out").results.rows] == [None, 1e-5, 1e-5]
 
 
 def test_tuning_by_another_metric_knows_its_good_side(tmp_path: Path, engines: Engines) -> None:
     engines.said = lambda objective, rate: 2 if rate > 2e-5 else 5
     text = BASIC.replace("{seed: 7,", "{seed: 7, metric: cover,")
-    assert study(written(tmp_path, text), output=tmp_path / "out").found.rows[1].rate == 1e-5
+    assert study(written(tmp_path, text), output=tmp_path / "out").results.rows[1].rate == 1e-5
     engines.wrong = lambda objective, rate: 0.0 if rate > 2e-5 else 0.4
     text = BASIC.replace("{seed: 7,", "{seed: 7, metric: chair_i,")
-    assert study(written(tmp_path, text), output=tmp_path / "other").found.rows[1].rate == 5e-5
+    assert study(written(tmp_path, text), output=tmp_path / "other").results.rows[1].rate == 5e-5
 
 
 def test_a_row_can_take_the_rate_of_another(tmp_path: Path, engines: Engines) -> None:
     engines.wrong = lambda objective, rate: 0.1 if rate > 2e-5 else 0.5
     text = BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, tuned_as: dpo,")
-    assert [row.rate for row in study(written(tmp_path, text), output=tmp_path / "out").found.rows] == [None, 5e-5, 5e-5]
+    assert [row.rate for row in study(written(tmp_path, text), output=tmp_path / "out").results.rows] == [None, 5e-5, 5e-5]
     assert not any(objective == "catpo" and seed == 7 for objective, _, seed in engines.trained)
 
 
@@ -287,7 +287,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_table(tmp_path: Path, eng
     engines.before = lambda *_: None
     again = study(written(tmp_path, BASIC), output=tmp_path / "out")
     assert len(engines.trained) == 2 * count
-    assert as_markdown(again.found) == as_markdown(whole.found)
+    assert as_markdown(again.results) == as_markdown(whole.results)
     study(written(tmp_path, BASIC), output=tmp_path / "out")
     assert len(engines.trained) == 2 * count
 
@@ -331,7 +331,7 @@ def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(
     monkeypatch.setattr(cells, "pair", pair)
     text = BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, method: unheard_of,")
     outcome = study(written(tmp_path, text), output=tmp_path / "out")
-    assert [row.name for row in outcome.found.rows] == ["base", "dpo"]
+    assert [row.name for row in outcome.results.rows] == ["base", "dpo"]
     assert any("unheard_of" in called for called in outcome.failed)
 
 
@@ -351,8 +351,8 @@ def test_figures_are_drawings_and_the_page_escapes_all_text(tmp_path: Path, engi
     page = (outcome.folder / "report.html").read_text()
     assert "alert(1)" in page and "<script>alert" not in page
     assert page.count("data:image/svg+xml;base64,") == 3
-    assert "\\$x\\_1\\$ \\& \\_row" in as_latex(outcome.found)
-    assert "\\<script\\>" in as_markdown(outcome.found)
+    assert "\\$x\\_1\\$ \\& \\_row" in as_latex(outcome.results)
+    assert "\\<script\\>" in as_markdown(outcome.results)
 
 
 def test_the_same_numbers_give_the_same_drawings(tmp_path: Path, engines: Engines) -> None:
@@ -373,7 +373,7 @@ def test_a_sweep_draws_a_panel_with_its_points(tmp_path: Path, engines: Engines)
 def test_a_figure_that_cannot_be_drawn_is_a_note(tmp_path: Path, engines: Engines) -> None:
     outcome = study(written(tmp_path, BASIC + "figures: {tokens: token_logps}\n"), output=tmp_path / "out")
     assert not (outcome.folder / "tokens.svg").exists()
-    assert "tokens is not drawn: row 'catpo' has kept no log-probs" in outcome.found.notes[0]
+    assert "tokens is not drawn: row 'catpo' has kept no log-probs" in outcome.results.notes[0]
 
 
 # ---- the real engines -----------------------------------------------------------------------------------------------------
@@ -407,16 +407,16 @@ def real(tmp_path_factory: pytest.TempPathFactory, builtin: Path) -> Outcome:
 
 def test_a_study_runs_with_the_builtin_model(real: Outcome) -> None:
     assert not real.failed
-    assert [row.name for row in real.found.rows] == ["base", "dpo", "learned", "on-policy"]
-    for row in real.found.rows[1:]:
+    assert [row.name for row in real.results.rows] == ["base", "dpo", "learned", "on-policy"]
+    for row in real.results.rows[1:]:
         assert len(row.cells) == 2 and row.rate == 5e-5
-    learned = real.found.row("learned")
+    learned = real.results.row("learned")
     assert learned is not None
     assert learned.spread("learned/global_attention").value == pytest.approx(0.25, abs=0.05)
 
 
 def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
-    row = real.found.row("dpo")
+    row = real.results.row("dpo")
     assert row is not None
     folder = row.cells[0].folder(real.folder.parent)
     kept = pq.read_table(folder / "logps.parquet").to_pylist()
@@ -425,11 +425,11 @@ def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
     assert all(abs(line["policy"] - line["reference"]) < 1 for line in kept)
     assert 0 <= row.values["probe/risen_tokens"][0] <= 100
     for name in ("curves", "figure8", "figure11"):
-        assert (real.folder / f"{name}.svg").exists(), real.found.notes
+        assert (real.folder / f"{name}.svg").exists(), real.results.notes
 
 
 def test_rounds_answer_disjoint_pictures_with_the_model_of_the_round_before(real: Outcome) -> None:
-    row = real.found.row("on-policy")
+    row = real.results.row("on-policy")
     assert row is not None
     folder = row.cells[0].folder(real.folder.parent)
     first, second = (read_json(folder / f"round-{number}" / "pairs" / "pairs.json") for number in (1, 2))
@@ -465,7 +465,7 @@ class Note:
 def test_a_process_that_dies_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     tasks = [Note("one"), Note("two"), Note("fatal", dies=True), Note("three")]
     failed = run_all(tasks, tmp_path, what="Notes", jobs=2)
-    assert set(failed) == {"fatal"} and "ended from outside" in failed["fatal"]
+    assert set(failed) == {"fatal"} and "was killed" in failed["fatal"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
     assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}
 
@@ -474,7 +474,7 @@ def test_a_process_that_dies_is_named_and_the_others_go_on(tmp_path: Path) -> No
 def test_measured_cells_have_processes_of_their_own(tmp_path: Path, builtin: Path) -> None:
     text = REAL.split("columns:")[0].replace("benchmarks: scenes(count=6, questions=0)\n", "measure: true\n")
     outcome = study(written(tmp_path, text.replace("  on-policy: {objective: dpo, rounds: 2}\n", "")), output=tmp_path / "out")
-    row = outcome.found.row("dpo")
+    row = outcome.results.row("dpo")
     assert not outcome.failed and row is not None
     assert row.spread("cost/seconds_per_pair").value > 0
     assert 200 < row.spread("cost/memory").value < 8000
