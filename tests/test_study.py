@@ -208,7 +208,7 @@ def test_every_method_and_seed_is_a_row_with_an_interval(tmp_path: Path, engines
     assert row is not None
     values = list(row.values["scenes/chair_i"].values())
     assert len(values) == 2 and values[0] != values[1]
-    assert row.spread("scenes/chair_i")[1:] == pytest.approx(mean_interval(values))
+    assert row.mean("scenes/chair_i")[1:] == pytest.approx(mean_interval(values))
     lines = list(csv.DictReader(io.StringIO((outcome.folder / "table.csv").read_text())))
     assert [float(line["scenes/chair_i"] or "nan") for line in lines][1] == pytest.approx(sum(values) / 2, rel=1e-5)
     table = pq.read_table(outcome.folder / "values.parquet").to_pylist()
@@ -228,7 +228,7 @@ def test_the_column_of_equal_cover_is_what_the_comparison_says(tmp_path: Path, e
         )
     last = results.row("catpo")
     assert last is not None and last.difference is not None
-    means = [results.rows[place].spread("equal_coverage").value for place in (2, 0)]
+    means = [results.rows[place].mean("equal_coverage").value for place in (2, 0)]
     assert last.difference.value == pytest.approx(means[0] - means[1])
     assert last.difference.low < last.difference.value < last.difference.high
 
@@ -412,7 +412,7 @@ def test_a_study_runs_with_the_builtin_model(real: Outcome) -> None:
         assert len(row.cells) == 2 and row.rate == 5e-5
     learned = real.results.row("learned")
     assert learned is not None
-    assert learned.spread("learned/global_attention").value == pytest.approx(0.25, abs=0.05)
+    assert learned.mean("learned/global_attention").value == pytest.approx(0.25, abs=0.05)
 
 
 def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
@@ -476,8 +476,8 @@ def test_measured_cells_have_processes_of_their_own(tmp_path: Path, builtin: Pat
     outcome = study(written(tmp_path, text.replace("  on-policy: {objective: dpo, rounds: 2}\n", "")), output=tmp_path / "out")
     row = outcome.results.row("dpo")
     assert not outcome.failed and row is not None
-    assert row.spread("cost/seconds_per_pair").value > 0
-    assert 200 < row.spread("cost/memory").value < 8000
+    assert row.mean("cost/seconds_per_pair").value > 0
+    assert 200 < row.mean("cost/memory").value < 8000
 
 
 def test_a_cell_killed_before_it_was_tidied_is_tidied_and_not_measured_again(tmp_path, monkeypatch):

@@ -95,22 +95,8 @@ def rounds(
 
     The reference of each round is the model that answered. An interrupted run resumes where it stopped.
 
-    Args:
-        output: folder for round-1/, round-2/, …
-        model: of the first round: hub id, folder or `builtin`. Default: the recipe's, as for all options below.
-        data: pictures with prompts, e.g. `scenes(count=400)`.
-        rounds: number of rounds.
-        fresh: split the data evenly among the rounds instead of giving all of it to each.
-        method: how pairs are made, e.g. `csr`.
-        judge: for methods that need a judge.
-        objective: the loss, e.g. `dpo`.
-        pair: further options of `catpo pair`, e.g. `temperature=0.7, block_size=16`.
-        score: further options of `catpo score`.
-        train: further options of `catpo train`, e.g. `num_train_epochs=1, learning_rate=5e-5, lora=None`.
-        limit: samples per round.
-        seed: of sampling and training in the first round; each further round adds one.
-        steps: command -> options, as in the sections of a recipe; the arguments above take precedence.
-        progress: show progress on stderr.
+    The options are those of `catpo rounds` (see `catpo.config.options.RoundsOptions`); `steps` has further options by command,
+    as the sections of a recipe do, and yields to the others.
 
     Raises:
         UserError: an option is missing or wrong, the output was created with other options, or a step fails.

@@ -97,25 +97,8 @@ def pair(
 ) -> PairingResult:
     """Let a model answer the samples of a data set, and write preference pairs made of the answers.
 
-    Args:
-        model: hub id, folder, `builtin`, or a loaded family.
-        data: folder or `name(option=value)` of a data set with samples.
-        output: folder for pairs.jsonl, images/ and pairs.json; its path serves as a data set of pairs afterwards.
-        method: how a pair is made of an answer, e.g. `corrected(counts=True)`, `reference`.
-        limit: ask for the first samples only.
-        seed: of sampling, and of choices the method makes.
-        temperature: of sampling; 0 is greedy.
-        top_p: sample from the likeliest tokens of this total probability.
-        max_new_tokens: length at which answers are cut.
-        batch_size: answers generated at once.
-        block_size: answers between two writes.
-        judge: for methods that need one, e.g. `openai(model='gpt-4o')`; its replies are kept and not asked for again.
-        adapter: LoRA adapter of the model.
-        on_error: `skip` leaves out rows and pictures that cannot be used, and lists them in skipped.jsonl.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        device: `cpu`, `cuda`, … Default: cuda if available.
-        dtype: of the weights; `auto` is the checkpoint's own.
-        progress: show progress on stderr.
+    The options are those of `catpo pair` (see `catpo.config.options.PairOptions`); `model` may also be a loaded family, and
+    `data` an open data set. The output folder holds pairs.jsonl, images/ and pairs.json; its path is a data set of pairs.
 
     Raises:
         UserError: a wrong model, data set or option; the output was created with others, or another process writes it; no

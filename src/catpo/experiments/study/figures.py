@@ -22,9 +22,10 @@ from matplotlib.ticker import MaxNLocator
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import check_options, parse
+from catpo.evaluation.bootstrap import Estimate
 from catpo.experiments.study.probe import FILE as PROBE
 from catpo.experiments.study.probe import Response, read, risen
-from catpo.experiments.study.results import EQUAL, EQUAL_HEADING, Result, Results, Spread, full_name, half_width
+from catpo.experiments.study.results import EQUAL, EQUAL_HEADING, Result, Results, full_name, half_width
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_rows
 
@@ -90,7 +91,7 @@ def tradeoff(results: Results, output: Path, *, x: str = "cover", y: str = "chai
     """Every row as a point with its intervals over seeds: how much it says against how much it hallucinates."""
     figure, axes = _panels(1, height=3.0, width=1.6 * WIDTH)
     for number, row in enumerate(results.rows):
-        across, up = row.spread(_metric(results, x)), row.spread(_metric(results, y))
+        across, up = row.mean(_metric(results, x)), row.mean(_metric(results, y))
         axes[0].errorbar(
             across.value, up.value, xerr=half_width(across), yerr=half_width(up), capsize=2, elinewidth=0.6, linestyle="none",
             **_look(number),
@@ -102,26 +103,26 @@ def tradeoff(results: Results, output: Path, *, x: str = "cover", y: str = "chai
 
 def sweep(results: Results, output: Path, *, metric: str = EQUAL, baseline: str = "") -> Figure:
     """One panel for each `panel` of the rows, the metric over `at` with intervals over seeds; a dashed line for `baseline`."""
-    panels: dict[str, list[tuple[float, Spread]]] = {}
+    panels: dict[str, list[tuple[float, Estimate]]] = {}
     name = _metric(results, metric)
     for row in results.rows:
         plan = results.study.rows[row.name]
         if plan.panel:
             points = panels.setdefault(plan.panel, [])
-            points.extend([] if plan.at is None else [(plan.at, row.spread(name))])
+            points.extend([] if plan.at is None else [(plan.at, row.mean(name))])
     if not panels:
         raise UserError("no row has a 'panel' and an 'at'.")
     figure, every_axes = _panels(len(panels))
     for (panel, points), axes in zip(panels.items(), every_axes, strict=True):
         points.sort(key=lambda point: point[0])
-        spreads = [spread for _, spread in points]
+        means = [mean for _, mean in points]
         axes.errorbar(
-            [at for at, _ in points], [spread.value for spread in spreads], yerr=_error_bars(spreads), capsize=2,
+            [at for at, _ in points], [mean.value for mean in means], yerr=_error_bars(means), capsize=2,
             elinewidth=0.6, **_look(0),
         )  # fmt: skip
         level = results.row(baseline)
         if level is not None:
-            height = level.spread(name).value
+            height = level.mean(name).value
             axes.axhline(height, color=COLOURS[6], linestyle="--", linewidth=0.8)
             axes.annotate(baseline, (0.98, height), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set(xlabel=panel, ylabel=_label(metric))
@@ -133,9 +134,9 @@ def bars(results: Results, output: Path, *, metrics: Sequence[str] = (EQUAL,), r
     shown = _chosen(results, rows)
     figure, every_axes = _panels(len(metrics), height=0.6 + 0.22 * len(shown))
     for metric, axes in zip(metrics, every_axes, strict=True):
-        spreads = [row.spread(_metric(results, metric)) for row in shown]
-        _horizontal_bars(axes, {row.name: spread.value for row, spread in zip(shown, spreads, strict=True)}, _label(metric),
-                         xerr=_error_bars(spreads), error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
+        means = [row.mean(_metric(results, metric)) for row in shown]
+        _horizontal_bars(axes, {row.name: mean.value for row, mean in zip(shown, means, strict=True)}, _label(metric),
+                         xerr=_error_bars(means), error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
     return figure
 
 
@@ -257,8 +258,8 @@ def _legend(figure: Figure, axes: Any, names: Sequence[str], *, lines: bool) -> 
     figure.legend(handles, names, loc="outside right upper", fontsize=7)
 
 
-def _error_bars(spreads: Sequence[Spread]) -> list[float]:
-    return [half_width(spread) or 0 for spread in spreads]
+def _error_bars(means: Sequence[Estimate]) -> list[float]:
+    return [half_width(mean) or 0 for mean in means]
 
 
 def _metric(results: Results, name: str) -> str:

@@ -16,6 +16,7 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import parse, parse_list
 
 BUILTIN = "builtin"
+BUILTIN_TRAINING = ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 SET_BY_STUDY = {
     "pair": frozenset({"model", "data", "output", "method", "seed", "limit"}),
     "score": frozenset({"pairs", "model", "output", "limit"}),
@@ -66,7 +67,6 @@ class Study:
     """A whole file."""
 
     name: str
-    """The file's name without its ending."""
     title: str
     model: str
     """Hub id, folder, or `builtin`."""
@@ -74,7 +74,6 @@ class Study:
     """Pictures with prompts, or finished pairs, which rows without a `method` of their own use as they are."""
     rows: Mapping[str, Row]
     note: str = ""
-    """Shown below the table."""
     method: str = "corrected"
     """How pairs are made, see `catpo list pairings`."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -101,7 +100,6 @@ class Study:
     measure: bool = False
     """Time and memory: each cell runs alone in a process of its own and is not shared with other studies."""
     keep_models: bool = False
-    """Keep the weights of finished cells."""
 
     @property
     def rates(self) -> list[float]:
@@ -117,15 +115,11 @@ class Study:
         return self.reference or next(iter(self.rows))
 
     def training(self, row: Row) -> dict[str, Any]:
-        """Options of `catpo train`: the built-in model's, overridden by the study's, overridden by the row's."""
-        return {**(BUILTIN_TRAINING if self.model == BUILTIN else {}), **self.train, **row.train}
-
-
-BUILTIN_TRAINING: dict[str, Any] = {
-    "lora": None,
-    **{n: FOR_BUILTIN[n] for n in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")},
-}
-"""Default training of the built-in model, as in the demo."""
+        """Options of `catpo train`: those of the built-in model as in the demo, then the study's, then the row's."""
+        usual: dict[str, Any] = {}
+        if self.model == BUILTIN:
+            usual = {"lora": None} | {name: FOR_BUILTIN[name] for name in BUILTIN_TRAINING}
+        return {**usual, **self.train, **row.train}
 
 
 def read(path: str | Path) -> Study:

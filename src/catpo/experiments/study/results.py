@@ -11,10 +11,9 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,21 +36,6 @@ SCENES = {"CHAIRi": "chair_i", "CHAIRs": "chair_s", "Cover": "cover", "Cog": "co
 """Columns for benchmarks that have these metrics, where a study names none."""
 
 
-class Spread(NamedTuple):
-    """Mean over seeds with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        known = [value for value in values if not math.isnan(value)]
-        if not known:
-            return cls(math.nan, math.nan, math.nan)
-        return cls(statistics.fmean(known), *mean_interval(known))
-
-
 @dataclass(frozen=True)
 class Result:
     """One row of the table."""
@@ -66,8 +50,10 @@ class Result:
     difference: Estimate | None = None
     """CHAIRi at equal Cover minus that of the reference row, over pictures."""
 
-    def spread(self, metric: str) -> Spread:
-        return Spread.of(self.values.get(metric, {}).values())
+    def mean(self, metric: str) -> Estimate:
+        """Mean over seeds with its interval; NaN without values."""
+        values = [value for value in self.values.get(metric, {}).values() if not math.isnan(value)]
+        return Estimate(statistics.fmean(values) if values else math.nan, *mean_interval(values))
 
 
 @dataclass(frozen=True)
@@ -231,7 +217,7 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in results.rows:
         cells = [row.name, *([_rate(row.rate)] if with_rates else [])]
-        cells += [_spread(row.spread(metric)) for metric in columns.values()]
+        cells += [_mean(row.mean(metric)) for metric in columns.values()]
         if with_differences:
             cells.append(_difference(row.difference))
         rows.append(cells)
@@ -294,7 +280,7 @@ def as_csv(results: Results) -> str:
     for row in results.rows:
         numbers: list[float] = []
         for metric in metrics:
-            numbers += row.spread(metric)
+            numbers += row.mean(metric)
         numbers += row.difference or [math.nan] * 3
         objective = results.study.rows[row.name].objective or ""
         rate = "" if row.rate is None else f"{row.rate:g}"
@@ -320,17 +306,17 @@ def _rate(rate: float | None) -> str:
     return "-" if rate is None else re.sub(r"e([-+])0", r"e\1", f"{rate:.3g}")
 
 
-def half_width(spread: Spread) -> float | None:
+def half_width(mean: Estimate) -> float | None:
     """Half of the interval; None for a single seed, or where all seeds agree."""
-    half = spread.high - spread.value
+    half = mean.high - mean.value
     return None if math.isnan(half) or half < 1e-9 else half
 
 
-def _spread(spread: Spread) -> str:
-    if math.isnan(spread.value):
+def _mean(mean: Estimate) -> str:
+    if math.isnan(mean.value):
         return "-"
-    half = half_width(spread)
-    return _number(spread.value) if half is None else f"{_number(spread.value)} ± {_number(half)}"
+    half = half_width(mean)
+    return _number(mean.value) if half is None else f"{_number(mean.value)} ± {_number(half)}"
 
 
 def _number(value: float) -> str:

@@ -50,7 +50,7 @@ def run_all(
     with track(len(unique), what, "done", done=len(unique) - len(left)) as bar, on_sigterm() as stop:
         outcomes: Iterator[tuple[Task, str]]
         if alone:
-            outcomes = (outcome for task in left for outcome in _in_processes([task], output, 1, keep_models))
+            outcomes = ((task, _run_alone(task, output, 1, keep_models)) for task in left)
         elif jobs > 1 and len(left) > 1:
             outcomes = _in_processes(left, output, jobs, keep_models)
         else:
@@ -83,7 +83,7 @@ def _run(task: Task, output: Path, keep_model: bool) -> str:
 
 
 def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep_models: bool) -> Iterator[tuple[Task, str]]:
-    """`_run` in processes of their own. One that dies breaks the whole pool, so the tasks left are then run one by one."""
+    """`_run` in several processes. One that dies breaks the whole pool; the tasks left over then run alone."""
     orphans = []
     with _pool(min(jobs, len(tasks)), jobs) as pool:
         futures = {pool.submit(_run, task, output, keep_models): task for task in tasks}
@@ -96,11 +96,16 @@ def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep_models: b
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # when interrupted: start nothing more
     for task in orphans:
-        with _pool(1, jobs) as pool:
-            try:
-                yield task, pool.submit(_run, task, output, keep_models).result()
-            except BrokenProcessPool:
-                yield task, "its process was killed or ran out of memory. Give it more memory, or fewer --jobs."
+        yield task, _run_alone(task, output, jobs, keep_models)
+
+
+def _run_alone(task: Task, output: Path, jobs: int, keep_model: bool) -> str:
+    """`_run` in a process of its own."""
+    with _pool(1, jobs) as pool:
+        try:
+            return pool.submit(_run, task, output, keep_model).result()
+        except BrokenProcessPool:
+            return "its process was killed or ran out of memory. Give it more memory, or fewer --jobs."
 
 
 def _pool(workers: int, jobs: int) -> ProcessPoolExecutor:

@@ -139,11 +139,7 @@ class _Path:
 
     def with_sentence(self, sentence: Sentence, reward: float) -> _Path:
         return _Path(
-            self.sample,
-            self.text + sentence.text,
-            self.total + reward,
-            self.likelihood + _mean(sentence.logps),
-            self.count + 1,
+            self.sample, self.text + sentence.text, self.total + reward, self.likelihood + _mean(sentence.logps), self.count + 1
         )
 
 

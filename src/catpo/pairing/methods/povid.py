@@ -14,12 +14,7 @@ from catpo.pairing.methods import Dropped, finish
 
 
 def asks(
-    sample: Sample,
-    rng: random.Random,
-    *,
-    part: str = "noise",
-    chosen: str = "reference",
-    view: str = "noised(step=500)",
+    sample: Sample, rng: random.Random, *, part: str = "noise", chosen: str = "reference", view: str = "noised(step=500)"
 ) -> list[Sample]:
     """For part='noise', the same question on the noised picture.
 

@@ -13,12 +13,7 @@ from catpo.text.object_words import mentions
 
 
 def make(
-    sample: Sample,
-    answer: str,
-    rng: random.Random,
-    vocabulary: Mapping[str, str] | None = None,
-    *,
-    pick: str = "first",
+    sample: Sample, answer: str, rng: random.Random, vocabulary: Mapping[str, str] | None = None, *, pick: str = "first"
 ) -> PreferencePair | Dropped:
     """One of the sample's references against the model's answer.
 
