@@ -58,25 +58,12 @@ def absent(each, side, samples):
 
 
 def test_rlaif_divides_answers_into_claims_and_counts_the_wrong_ones(sample):
-    judge = Scripted(
-        "Is there a dog?\nIs there a cat?",
-        "yes\nno",
-        "1. Is there a fox?\n2. Is there a cat?",
-        "1. No\n2. No",
-        "Is it?",
-        "Yes.",
-    )
+    first, second = "Is there a dog?\nIs there a cat?", "1. Is there a fox?\n2. Is there a cat?"
+    judge = Scripted(first, "yes\nno", second, "1. No\n2. No", "Is it?", "Yes.")
     found = rlaif.make(sample, "A dog and a cat.", random.Random(0), None, ["A fox and a cat.", "A dog."], judge)
     assert (found.chosen, found.rejected) == ("A dog.", "A fox and a cat.")
     assert found.meta["rewards"] == [0.0, -2.0]
-    assert [key for key, *_ in judge.asked] == [
-        "s/claims-0",
-        "s/verify-0",
-        "s/claims-1",
-        "s/verify-1",
-        "s/claims-2",
-        "s/verify-2",
-    ]
+    assert [key for key, *_ in judge.asked] == [f"s/{task}-{number}" for number in range(3) for task in ("claims", "verify")]
     assert "Is there a dog?\nIs there a cat?" in judge.asked[1][2] and "Objects: dog (2)." in judge.asked[1][2]
     assert "## Answer\nA fox and a cat." in judge.asked[2][2]
 
@@ -179,7 +166,7 @@ def test_povid_has_mistakes_written_into_the_chosen_answer(sample, tmp_path):
 
 # ---- all of them ----------------------------------------------------------------------------------------------------------
 
-METHODS = ["rlaif(candidates=3)", "rlaif(candidates=3, by='rating')", "hadpo", "povid(part='text')", "povid"]
+METHODS = ["rlaif(candidates=3)", "hadpo", "povid(part='text')", "povid", "seva"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
 from catpo.evaluation.bootstrap import Estimate
-from catpo.evaluation.compare import for_latex, for_markdown
 from catpo.evaluation.coverage import Coverage, at_equal_coverage, at_equal_coverage_over_runs
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_json
+from catpo.text.tables import for_markdown, latex_table, markdown_table
 
 EQUAL, EQUAL_HEADING = "equal_coverage", "CHAIRi at equal Cover"
 LEAST_COVER = 0.5
@@ -241,31 +241,14 @@ def footnotes(results: Results) -> list[str]:
 
 def as_markdown(results: Results) -> str:
     headings, rows = table_of(results)
-    lines = [f"# {for_markdown(results.study.title)}", ""]
-    for cells in (headings, *rows):
-        lines.append("| " + " | ".join(for_markdown(cell) for cell in cells) + " |")
-    lines.insert(3, "| " + " | ".join(["---", *["---:"] * (len(headings) - 1)]) + " |")
-    lines += [f"\n{for_markdown(note)}" for note in footnotes(results)]
-    return "\n".join(lines) + "\n"
+    notes = "".join(f"\n\n{for_markdown(note)}" for note in footnotes(results))
+    return f"# {for_markdown(results.study.title)}\n\n{markdown_table(headings, rows)}\n{notes[1:]}\n"
 
 
 def as_latex(results: Results) -> str:
     headings, rows = table_of(results)
-    notes = ["needs \\usepackage{booktabs}", results.study.title, *footnotes(results)]
-    lines = []
-    for cells in (headings, *rows):
-        line = " & ".join(for_latex(cell) for cell in cells)
-        lines.append(line.replace("±", r"$\pm$").replace("Δ", r"$\Delta$") + r" \\")
-    return (
-        "\n".join(
-            [
-                *(f"% {' '.join(note.split())}" for note in notes),
-                rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-                *(r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"),
-            ]
-        )
-        + "\n"
-    )
+    table = latex_table(headings, rows, notes=[results.study.title, *footnotes(results)])
+    return table.replace("Δ", r"$\Delta$") + "\n"
 
 
 def as_csv(results: Results) -> str:

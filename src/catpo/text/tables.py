@@ -1,0 +1,60 @@
+"""Tables of text for Markdown and for LaTeX, the only writers of either."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    r"""Lines of a Markdown table; the first `left` columns are aligned left, the others right. Cells are escaped.
+
+    >>> print(markdown_table(["model", "CHAIRi"], [["dpo|lora", "25.7"]]))
+    | model | CHAIRi |
+    |---|---:|
+    | dpo\|lora | 25.7 |
+    """
+    rule = "|" + "---|" * left + "---:|" * (len(headings) - left)
+    return "\n".join([_markdown_row(headings), rule, *(_markdown_row(row) for row in rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(for_markdown(cell) for cell in cells) + " |"
+
+
+def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, notes: Sequence[str] = ()) -> str:
+    r"""A booktabs `tabular`; the first `left` columns are aligned left, the others right. Cells are escaped, notes are comments.
+
+    >>> print(latex_table(["model", "CHAIRi"], [["dpo_kl", "+2.5"]]))
+    % needs \usepackage{booktabs}
+    \begin{tabular}{lr}
+    \toprule
+    model & CHAIRi \\
+    \midrule
+    dpo\_kl & $+2.5$ \\
+    \bottomrule
+    \end{tabular}
+    """
+    columns = "l" * left + "r" * (len(headings) - left)
+    comments = [f"% {' '.join(note.split())}" for note in (r"needs \usepackage{booktabs}", *notes)]
+    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(headings), r"\midrule"]
+    return "\n".join([*comments, *begin, *(_latex_row(row) for row in rows), r"\bottomrule", r"\end{tabular}"])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(for_latex(cell) for cell in cells) + r" \\"
+
+
+def for_markdown(text: str) -> str:
+    """Text in which nothing is markup."""
+    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
+
+
+LATEX_NAMES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def for_latex(text: str) -> str:
+    """The same for LaTeX; signed numbers and ± become formulas."""
+    escaped = re.sub(r"[\\~^&%$#_{}]", lambda match: LATEX_NAMES.get(match[0], f"\\{match[0]}"), text)
+    signed = re.sub(r"(?<![\w])[+-]\d+(?:\.\d+)?", lambda match: f"${match[0]}$", escaped)
+    return signed.replace("±", r"$\pm$")
