@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from catpo.core.checks import LARGEST, MOST
@@ -150,6 +150,7 @@ Count = Annotated[int, Ge(1), Le(MOST)]
 Whole = Annotated[int, Ge(0), Le(MOST)]
 Measure = Annotated[float, Ge(0), Le(LARGEST), AllowInfNan(False)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Gt(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(1 << 32)]
 """NumPy takes the smallest seeds: below 2**32."""
 File = Annotated[Path, BeforeValidator(_path)]
