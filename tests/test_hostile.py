@@ -1,4 +1,4 @@
-"""Bad and hostile input on the command line: a message naming item, reason and next step; exit code 2; nothing half-written."""
+"""Bad and hostile input on the command line: a message naming the item, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from catpo.files.json_files import read_json
 from catpo.models import loading
 from catpo.rewards.store import RewardStore
 from commands import run
-from hostile_cases import BAD, GOOD, PAIR, Case, Fine, Place, changed_model, names, remote, score
+from hostile_cases import changed_model, remote
+from hostile_place import BAD, GOOD, PAIR, Case, Fine, Place, names, score
 from report_fixtures import make_evaluation
 
 LONGEST_MESSAGE = 2000
@@ -78,9 +79,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(place: Place, monk
     assert (place.path / "pwned").exists()
 
 
-def test_tables_in_the_terminal_show_markup_and_control_characters_as_text(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_terminal_tables_show_markup_and_control_characters_as_text(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     name = "\x1b[2J[bold]\u202ename[/bold].png"
     assert run("data", "check", place.data({**PAIR, "image": name}, {**PAIR, "chosen": "\x1b[31m[red]A[/red]"})) == 1
     for folder in ("[bold]base[/bold]", "other\x1b[2J"):
