@@ -114,8 +114,6 @@ def test_version_and_changes_are_told() -> None:
     assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
 
 
-
-
 # ---- examples -------------------------------------------------------------------------------------------------------------
 
 

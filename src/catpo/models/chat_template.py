@@ -145,7 +145,7 @@ class ChatTemplate:
         Raises:
             UserError: a picture cannot be read, or the processor refuses it.
         """
-        pictures = [[image.open() if isinstance(image, Picture) else image for image in group] for group in images]
+        pictures = [[_opened(image) for image in group] for group in images]
         needs_bos = any(self.needs_bos(text) for text in texts)  # all of them or none: they share a template
         try:
             return dict(
@@ -167,3 +167,7 @@ class ChatTemplate:
         most = getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and count > most:
             raise UserError(f"{name}: {count:,} tokens are more than the {most:,} that the model reads. Shorten or remove it.")
+
+
+def _opened(image: Picture | Image) -> Image:
+    return image.open() if isinstance(image, Picture) else image

@@ -99,7 +99,7 @@ class Generation(ChatTemplate):
     def next_sentences(
         self,
         samples: Sequence[Sample],
-        begun: Sequence[str],
+        starts: Sequence[str],
         *,
         max_new_tokens: int = 70,
         temperature: float = 1.0,
@@ -107,13 +107,13 @@ class Generation(ChatTemplate):
         seed: int | str = 0,
         batch_size: int = 32,
     ) -> list[Sentence]:
-        """The next sentence after each beginning of an answer in `begun`.
+        """The next sentence after each of `starts`, the beginning of an answer, which may be empty.
 
         The same sample may be given several times; each is drawn independently. A sentence ends with a token that ends in a
         full stop, an exclamation mark or a question mark.
         """
         texts = self._prompts(samples)
-        for index, start in enumerate(begun):
+        for index, start in enumerate(starts):
             if start:
                 texts[index] += self.answer_lead(texts[index]) + start
         recorder = _LogProbs()
@@ -126,7 +126,7 @@ class Generation(ChatTemplate):
         sentences: dict[int, Sentence] = {}
         for batch, new in self._generated(samples, texts, batch_size, seed, **options):
             for index, ids, logps in zip(batch, new.tolist(), recorder.take(new).tolist(), strict=True):
-                sentences[index] = self._sentence(begun[index], ids, logps)
+                sentences[index] = self._sentence(starts[index], ids, logps)
         return [sentences[index] for index in range(len(samples))]
 
     def _prompts(self, samples: Sequence[Sample]) -> list[str]:
@@ -165,17 +165,17 @@ class Generation(ChatTemplate):
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))], skip_special_tokens=True)
         return [token for token, text in enumerate(texts) if text.rstrip().endswith(SENTENCE_ENDS)]
 
-    def _sentence(self, begun: str, ids: list[int], logps: list[float]) -> Sentence:
+    def _sentence(self, start: str, ids: list[int], logps: list[float]) -> Sentence:
         """The generated tokens up to the first that ends a sentence or the answer; what follows is padding."""
         ends = {*self._stops, *self._sentence_ends}
         count = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
         # decoded behind the beginning: alone, some tokenizers drop the leading space
-        before = self.token_ids(begun)
-        start = self.tokenizer.decode(before, skip_special_tokens=True)
-        text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[len(start) :]
+        before = self.token_ids(start)
+        start_length = len(self.tokenizer.decode(before, skip_special_tokens=True))
+        text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[start_length:]
         ending: Literal["answer", "sentence", "cut"] = "cut"
         if ids[count - 1] in self._stops:
             ending = "answer"
         elif ids[count - 1] in ends:
             ending = "sentence"
-        return Sentence(text if begun else text.lstrip(), tuple(logps[:count]), ending)
+        return Sentence(text if start else text.lstrip(), tuple(logps[:count]), ending)

@@ -35,8 +35,6 @@ class Reply:
     text: str
     model: str
     """The model as the server names it; may be more specific than the one in the request."""
-    is_cut: bool = False
-    """Whether it ended at the length limit."""
 
 
 class _Busy(Exception):
@@ -131,7 +129,7 @@ class ChatServer:
         if not isinstance(text, str):
             raise _Busy(f"it sent no text ({_shown(text)})")
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair could not be written to a file
-        return Reply(_without_secret(text), _shown(answer.get("model") or self.model), choice.get("finish_reason") == "length")
+        return Reply(_without_secret(text), _shown(answer.get("model") or self.model))
 
     def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
         """The error for a status: worth another try, or with what the user can do."""

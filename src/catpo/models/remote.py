@@ -26,18 +26,17 @@ class ServedModel:
     Args:
         model: `openai:NAME`.
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
-        server: instead of a new one; for tests.
     """
 
     model_hash = None
     """The weights are unknown."""
 
-    def __init__(self, model: str, *, base_url: str | None = None, server: ChatServer | None = None) -> None:
+    def __init__(self, model: str, *, base_url: str | None = None) -> None:
         name = model.removeprefix(PREFIX)
         if not name:
             raise UserError(f"'{model}' names no model. Give the name that the server uses: --model openai:NAME.")
         self.model_id = model
-        self.server = server or ChatServer(name, base_url=base_url, timeout=TIMEOUT)
+        self.server = ChatServer(name, base_url=base_url, timeout=TIMEOUT)
         self.answered_by: set[str] = set()
         """Names of the models that answered, as the server gives them."""
 

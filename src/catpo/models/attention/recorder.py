@@ -153,18 +153,18 @@ def _probabilities(
 def _apply_mask(module: nn.Module, scores: Tensor, mask: Mask, positions: Tensor, options: dict[str, Any]) -> Tensor:
     rows, _, tokens, length = scores.shape
     if packed.is_layout(mask):
-        return scores.masked_fill(~packed.visible(mask, length, positions)[:, None], float("-inf"))
-    if isinstance(mask, BlockMask):
-        row, key = (torch.arange(count, device=scores.device) for count in (rows, length))
-        is_seen = mask.mask_mod(row[:, None, None], row.new_zeros(()), positions[:, :, None], key[None, None])
-        return scores.masked_fill(~is_seen[:, None], float("-inf"))
-    if mask is not None and mask.ndim == 4:
-        mask = mask[..., :length]
-        mask = mask.expand(rows, mask.shape[1], mask.shape[2], length)
-        mask = mask.gather(2, positions[:, None, :, None].expand(rows, mask.shape[1], tokens, length))
-        return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    visible = _visible(module, mask, positions, length, options)  # fused kernels may get no mask, or a 2-D padding mask
-    return scores.masked_fill(~visible[:, None], float("-inf"))
+        visible = packed.visible(mask, length, positions)[:, None]
+    elif isinstance(mask, BlockMask):
+        row, key = torch.arange(rows, device=scores.device), torch.arange(length, device=scores.device)
+        visible = mask.mask_mod(row[:, None, None], row.new_zeros(()), positions[:, :, None], key[None, None])[:, None]
+    elif mask is not None and mask.ndim == 4:
+        whole = mask[..., :length].expand(rows, -1, -1, length)
+        visible = whole.gather(2, positions[:, None, :, None].expand(rows, whole.shape[1], tokens, length))
+        if visible.dtype != torch.bool:  # numbers to add
+            return scores + visible
+    else:  # fused kernels may get no mask, or a 2-D padding mask
+        visible = _visible(module, mask, positions, length, options)[:, None]
+    return scores.masked_fill(~visible, float("-inf"))
 
 
 def _visible(
