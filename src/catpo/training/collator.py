@@ -36,7 +36,6 @@ class PairCollator:
     needs: frozenset[str] = frozenset()
     max_length: int | None = None
     prefix: Prefix = "shared"
-    padding_side: str = "right"
     beside: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
     """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
     keeps_hidden: bool = False
@@ -47,7 +46,7 @@ class PairCollator:
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
         prefix: Prefix = self.prefix if self.family.shares_prefix else "separate"
-        batch = pack(self.family, encoded, prefix=prefix, padding_side=self.padding_side)
+        batch = pack(self.family, encoded, prefix=prefix)
         if self.rewards is not None:
             for each in encoded:
                 _check_token_ids(self.rewards, each)

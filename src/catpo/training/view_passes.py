@@ -44,7 +44,6 @@ class ViewPasses:
     others: Sequence[PreferencePair] = ()
     seed: int = 0
     prefix: Prefix = "shared"
-    padding_side: str = "right"
     max_length: int | None = None
     epoch: int = 0
 
@@ -112,7 +111,7 @@ class ViewPasses:
             replace(each, response_ids={side: each.response_ids[side] if side in sides else [] for side in SIDES})
             for each, _ in shown
         ]
-        batch = pack(self.family, rows, prefix=self.prefix, padding_side=self.padding_side)
+        batch = pack(self.family, rows, prefix=self.prefix)
         missing = tokens - batch["mask"].shape[2]
         for name, fill in (("mask", False), ("predictors", -1), ("token_ids", 0), ("tokens_at", -1)):
             batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=fill)
