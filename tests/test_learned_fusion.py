@@ -15,6 +15,7 @@ from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
 from catpo.training.collator import PairCollator
 from catpo.training.learned_fusion import LearnedFusion
+from catpo.training.pair_stats import Quantity
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
@@ -29,7 +30,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_before_training_weights_are_those_of_fixed_coefficients(folder, store, options):
     fusion = Fusion(learned=True, **options)
-    needs = frozenset({"weights", "policy_logps", "reference_logps", "mask"})
+    needs = frozenset({Quantity("weights")})
     rewards = RewardStore.open(store)
     batch = PairCollator(loading.load(folder), rewards, fusion, needs)(pairs(8)[:4])
     found = LearnedFusion(fusion)(batch)

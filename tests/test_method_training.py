@@ -18,6 +18,7 @@ from catpo.models.views import View
 from catpo.scoring.score import score_pairs
 from catpo.testing import loss_from_logits
 from catpo.training.config import CatPOConfig
+from catpo.training.pair_stats import Quantity
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 from catpo.training.view_passes import ViewPasses
@@ -62,12 +63,12 @@ def plain_logits(family, encoded, side):
     return logits[0, len(encoded.prompt_ids) - 1 : -1].double().numpy()
 
 
-def logits_of(family, readings, pair):
+def logits_of(family, view_passes, pair):
     """Logits of both sides, clean and under every view that the objective reads."""
     encoded = family.encode(pair)
     found = {side: plain_logits(family, encoded, side) for side in SIDES}
-    for name in readings.views:
-        seen = replace(readings, family=family)._shown(View.of(name), pair, encoded)[0]
+    for name in view_passes.views:
+        seen = replace(view_passes, family=family).show(View.of(name), pair, encoded)[0]
         found |= {f"{side}@{name}": plain_logits(family, seen, side) for side in SIDES}
     return found
 
@@ -94,7 +95,7 @@ def test_the_trainer_computes_the_method_on_plain_logits(folder, store, judge, t
     found = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
     reference = loading.load(folder)
     for number, pair in enumerate(given):
-        policy_logits, reference_logits = (logits_of(each, run.readings, pair) for each in (run.family, reference))
+        policy_logits, reference_logits = (logits_of(each, run.view_passes, pair) for each in (run.family, reference))
         if method == "tgdpo":
             other = llava(seed=4)
             policy_logits |= {f"{side}@judge": plain_logits(other, other.encode(pair), side) for side in SIDES}
@@ -136,7 +137,7 @@ def test_policy_and_reference_see_one_draw_unless_the_code_form_is_asked_for(fol
     apart = trainer(folder, tmp_path, "mdpo(form='code')", reference="online", max_steps=1)
     apart.train()
     assert curve(apart)[0] != pytest.approx(3 * math.log(2), abs=1e-5)
-    assert len(apart.readings.views) == 2
+    assert len(apart.view_passes.views) == 2
 
 
 @pytest.mark.parametrize("method", ["tpo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("chip", "tars"))])
@@ -202,13 +203,13 @@ def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_
 def test_every_epoch_draws_anew(folder, store, tmp_path):
     run = trainer(folder, tmp_path, "tpo", rewards=str(store), given=pairs(2), max_steps=3)
     seen = []
-    plain = run.readings.of_policy
-    run.readings.of_policy = lambda model, hidden, batch: (
+    plain = run.view_passes.of_policy
+    run.view_passes.of_policy = lambda model, hidden, batch: (
         seen.append(batch["views"]["noised(step=500)"]["model_inputs"]["pixel_values"].clone()), plain(model, hidden, batch)
     )[1]  # fmt: skip
     run.train()
     totals = [each.sum(dim=(1, 2, 3)).sort().values for each in seen]
-    assert len(totals) == 3 and run.readings.epoch == 2
+    assert len(totals) == 3 and run.view_passes.epoch == 2
     assert not torch.allclose(totals[0], totals[1]) and not torch.allclose(totals[1], totals[2])
 
 
@@ -221,7 +222,7 @@ def test_numbers_of_a_row_reach_the_loss(folder, tmp_path):
     batch = plain.data_collator(severe)
     stats = plain.pair_stats(plain.model, batch)
     assert stats.meta("severity", 1.0).tolist() == [2.5, 2.5]
-    assert plain.data_collator(pairs(2))["meta severity 1.0"].tolist() == [1.0, 1.0]
+    assert plain.data_collator(pairs(2))["given"][Quantity("meta", argument="severity", default=1.0)].tolist() == [1.0, 1.0]
     with pytest.raises(UserError, match=r"pair .*: 'severity' is 'high', not a number"):
         plain.data_collator([replace(severe[0], meta={"severity": "high"})])
 
@@ -233,5 +234,5 @@ def test_tgdpo_without_a_judge_says_what_to_do(folder, store, tmp_path):
 
 def test_an_objective_that_reads_no_view_adds_no_row(folder, store, tmp_path):
     run = trainer(folder, tmp_path, "catpo", rewards=str(store))
-    assert run.readings.is_empty and "views" not in run.data_collator(pairs(2))
-    assert not ViewPasses(run.family, frozenset({"policy_logps", "mask"})).reads_reference
+    assert not run.data_collator(pairs(2))["views"]
+    assert not ViewPasses(run.family, frozenset({Quantity("policy_logps")})).reads_reference

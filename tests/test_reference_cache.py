@@ -88,7 +88,7 @@ def test_a_token_takes_as_many_bytes_as_said(tmp_path):
     assert written / (len(rows) * 80) == pytest.approx(token_bytes(3), rel=0.1)
 
 
-@pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "likeliest words"), ("logps", "signals")])
+@pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "top tokens"), ("logps", "signals")])
 def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, monkeypatch, cache, part):
     def written(*_, **__):
         told = capsys.readouterr().err

@@ -14,6 +14,7 @@ from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
 from catpo.models.packing import response_hidden, run_backbone, unflatten
 from catpo.models.views import VIEWS, View, kept_signal
+from catpo.training.pair_stats import Quantity
 from catpo.training.view_passes import ViewPasses
 from family_checks import plain_outputs, sized_pair
 from tiny import llava, pairs
@@ -118,7 +119,7 @@ def test_impossible_options_are_answered(text, message):
 
 
 def readings_of(family, views, sides=SIDES, others=()):
-    needs = frozenset(f"policy_logps@{side}@{view}" for view in views for side in sides)
+    needs = frozenset(Quantity("policy_logps", side, view) for view in views for side in sides)
     return ViewPasses(family, needs, others=others)
 
 
@@ -147,7 +148,7 @@ def test_a_row_under_a_view_equals_that_view_alone(name):
         view = View.of(text)
         found = rows_logps(family, batch[text])
         for number, (pair, each) in enumerate(zip(given, encoded, strict=True)):
-            alone, _ = readings._shown(view, pair, each)
+            alone, _ = readings.show(view, pair, each)
             for place, side in enumerate(SIDES):
                 expected, _ = plain_outputs(family, alone, side)
                 torch.testing.assert_close(found[number, place, : len(expected)], expected, atol=2e-4, rtol=0)
@@ -188,7 +189,7 @@ def test_a_perturbed_text_keeps_special_tokens_and_leaves_replaced_ones_out():
     family, given = llava(), pairs(3)
     encoded = [family.encode(each) for each in given]
     text, both = "perturbed(share=0.5)", "perturbed(share=0.5, picture='noised(step=500)')"
-    needs = frozenset(f"{quantity}@chosen@{view}" for view in (text, both) for quantity in ("policy_logps", "mask"))
+    needs = frozenset(Quantity(name, "chosen", view) for view in (text, both) for name in ("policy_logps", "mask"))
     readings = ViewPasses(family, needs)
     views = readings(given, encoded)["views"]
     plain = readings_of(family, ["blank"], sides=("chosen",))(given, encoded)["views"]["blank"]

@@ -27,11 +27,11 @@ class LearnedFusion(nn.Module):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficient of each signal as it is now."""
+        """The current coefficient of each signal."""
         return dict(zip(self.fusion.needs, self.logits.softmax(0).tolist(), strict=True))
 
     def forward(self, batch: Mapping[str, Any]) -> Float[Tensor, "pairs 2 tokens"]:
-        """Token weights of a batch (Eq. 7) from its `signals` and the present coefficients (Eq. 11)."""
+        """Token weights of a batch (Eq. 7) from its `signals` and the current coefficients (Eq. 11)."""
         fusion, is_scored = self.fusion, batch["is_scored"]
         relevance = batch["signals"] @ self.logits.softmax(0).to(batch["signals"].dtype)  # Eq. 11; (pair, side, token)
         squashed = self._squashed(relevance)  # T
@@ -47,12 +47,8 @@ class LearnedFusion(nn.Module):
             return torch.sigmoid(relevance / self.fusion.temperature)
         return torch.tanh(relevance.clamp_min(0) / self.fusion.temperature)
 
-    def figures(self, pairs: int) -> dict[str, Tensor]:
-        """The coefficients for the log, once per pair."""
-        return {f"fusion/{name}": torch.full((pairs,), value) for name, value in self.coefficients.items()}
-
     def restore(self, logits: Sequence[float]) -> None:
-        """The three numbers as a checkpoint kept them."""
+        """Set the three numbers to those of a checkpoint."""
         with torch.no_grad():
             self.logits.copy_(torch.tensor(logits))
 
