@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from catpo.rewards.fusion import Fusion
+from catpo.training.pair_stats import shared_prefix_mask
 
 
 class LearnedFusion(nn.Module):
@@ -39,7 +40,8 @@ class LearnedFusion(nn.Module):
         weights = torch.where(is_scored, weights, 1.0 if fusion.eos == "neutral" else 0.0)
         if fusion.shared_prefix == "neutral":
             mean = weights.mean(1, keepdim=True).expand_as(weights)
-            weights = torch.where(_shared_prefix(batch)[:, None], mean, weights)
+            is_shared = shared_prefix_mask(batch["token_ids"], batch["mask"])[:, None]
+            weights = torch.where(is_shared, mean, weights)
         return weights * batch["mask"]
 
     def _squashed(self, relevance: Tensor) -> Tensor:
@@ -51,9 +53,3 @@ class LearnedFusion(nn.Module):
         """Set the three numbers to those of a checkpoint."""
         with torch.no_grad():
             self.logits.copy_(torch.tensor(logits))
-
-
-def _shared_prefix(batch: Mapping[str, Any]) -> Bool[Tensor, "pairs tokens"]:
-    """Tokens before the first difference of the two responses."""
-    ids, mask = batch["token_ids"], batch["mask"]
-    return ((ids[:, 0] == ids[:, 1]) & mask[:, 0] & mask[:, 1]).long().cumprod(-1).bool()

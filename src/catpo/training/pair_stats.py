@@ -171,6 +171,14 @@ class ViewStats(ModelStats):
         return self._of("reference_top_logps")
 
 
+def shared_prefix_mask(
+    token_ids: Int[Tensor, "pairs 2 tokens"], mask: Bool[Tensor, "pairs 2 tokens"]
+) -> Bool[Tensor, "pairs tokens"]:
+    """Tokens before the first difference of the two responses."""
+    is_equal = (token_ids[:, 0] == token_ids[:, 1]) & mask.all(1)
+    return is_equal.long().cumprod(-1).bool()
+
+
 # ---- what an objective reads ----------------------------------------------------------------------------------------------
 
 

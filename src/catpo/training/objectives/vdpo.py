@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
 from torch import Tensor
 
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
-from catpo.rewards.fusion import shared_prefix
 from catpo.training.objectives import FORMS, LossOutput, PairStats, output
+from catpo.training.pair_stats import shared_prefix_mask
 
 
 def loss(
@@ -40,7 +39,9 @@ def loss(
             "vdpo(guidance=0.0) multiplies the policy's log-probs by 0 and leaves terms without gradient, so nothing would be "
             "learned. Give a guidance above 1, such as 1.5."
         )
-    counts = _after_the_prefix(stats) if form == "code" and guidance == 1 else torch.ones_like(stats.mask)
+    counts = torch.ones_like(stats.mask)
+    if form == "code" and guidance == 1:
+        counts = ~shared_prefix_mask(stats.token_ids, stats.mask)[:, None]  # (pair, side, token)
     plain = (stats.policy_logps - stats.reference_logps) * counts
     guided = guidance * stats.policy_logps * counts - stats.reference_logps * counts
     if guidance != 1:
@@ -56,10 +57,3 @@ def _unconditional(stats: PairStats, unconditional: str, view: str) -> Tensor:
     sides = [stats.view(view, side) for side in SIDES]
     is_policy = unconditional == "policy"
     return torch.stack([side.constant_policy_logps if is_policy else side.reference_logps for side in sides], dim=1)
-
-
-def _after_the_prefix(stats: PairStats) -> Bool[Tensor, "pairs 2 tokens"]:
-    """Tokens from the first one that differs between the responses."""
-    ids, mask = stats.token_ids.cpu(), stats.mask.cpu()
-    shared = [shared_prefix(*(ids[pair, side][mask[pair, side]] for side in (0, 1))) for pair in range(len(ids))]
-    return (torch.arange(ids.shape[2]) >= torch.tensor(shared)[:, None, None]).expand(ids.shape).to(stats.mask.device)
