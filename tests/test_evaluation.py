@@ -14,14 +14,13 @@ from catpo.core.intervals import bootstrap_indices
 from catpo.data.read import open_data
 from catpo.data.scenes.captions import true_caption
 from catpo.evaluation import benchmarks
-from catpo.evaluation import evaluate as evaluation
 from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, captions, grade_caption, grade_question, read_yes_no, scenes
 from catpo.evaluation.coverage import at_equal_coverage
 from catpo.evaluation.evaluate import evaluate
-from catpo.evaluation.folder import load_evaluation
+from catpo.evaluation.folder import EvaluationFolder, load_evaluation
 from catpo.evaluation.grade import grade, grade_answers
 from catpo.evaluation.paired import paired_differences
-from catpo.files.json_files import read_rows, write_json
+from catpo.files.json_files import read_rows
 from catpo.text.object_words import mentions
 from fake_family import FakeFamily, say_web_caption, scene_of
 
@@ -270,12 +269,14 @@ def test_an_account_of_an_evaluation_that_is_not_as_written_is_refused(tmp_path,
 def test_what_is_left_out_stands_in_its_file_also_when_killed_right_after_the_start(photos, tmp_path, monkeypatch):
     (photos / "1.png").write_bytes(b"not a picture")
 
-    def killed(path, value):
-        write_json(path, value)
+    write_manifest = EvaluationFolder.write_manifest
+
+    def killed(*arguments, **options):
+        write_manifest(*arguments, **options)
         raise KeyboardInterrupt
 
     options = {"benchmarks": [f"captions(data={str(photos)!r})"], "family": FakeFamily(lambda *_: "A dog."), "on_error": "skip"}
-    monkeypatch.setattr(evaluation, "write_json", killed)
+    monkeypatch.setattr(EvaluationFolder, "write_manifest", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", **options)
     monkeypatch.undo()
@@ -335,8 +336,8 @@ def test_answers_that_do_not_belong_are_refused(tmp_path):
         ({"benchmarks": []}, "no benchmark"),
         ({"benchmarks": ["captions"]}, r"captions\(data='DIR'\)"),
         ({"benchmarks": ["captions(data='no/such/place')"]}, "does not exist"),
-        ({"limit": 0}, "limit=0"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"limit": 0}, "limit must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"shuffled": True, "limit": 1}, "two pictures"),
     ],
 )

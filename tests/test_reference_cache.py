@@ -106,7 +106,7 @@ def test_a_store_of_log_probs_serves_an_online_kl_but_no_cached_one(folder, stor
         curves(folder, stores / "logps", tmp_path / "run")
     online = curves(folder, stores / "logps", tmp_path / "run", reference="online")
     assert online["loss"] == pytest.approx(curves(folder, stores / "hidden", tmp_path / "run")["loss"], abs=1e-4)
-    with pytest.raises(UserError, match="holds no likeliest words"):
+    with pytest.raises(UserError, match="holds no most likely tokens"):
         RewardStore.open(stores / "logps").top(PAIRS[0].id, "chosen")
 
 

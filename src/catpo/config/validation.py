@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from catpo.core.checks import LARGEST, MOST
 from catpo.core.errors import UserError, did_you_mean
@@ -48,7 +49,7 @@ def validated(value: Any, hint: Any, label: str) -> Any:
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{label} {_problem(error, hint)}") from None
+        raise UserError(f"{label} {problem(error, hint)}") from None
 
 
 @cache
@@ -56,7 +57,8 @@ def _adapter(hint: Any) -> Any:
     return TypeAdapter(hint, config=ConfigDict(strict=True))
 
 
-def _problem(error: ValidationError, hint: Any) -> str:
+def problem(error: ValidationError, hint: Any = None) -> str:
+    """What is wrong with a value, to be put behind the name of its option."""
     first = error.errors(include_url=False)[0]
     kind, context, value = first["type"], first.get("ctx", {}), shown(first["input"])
     if kind == "literal_error":
@@ -65,11 +67,11 @@ def _problem(error: ValidationError, hint: Any) -> str:
     if kind == "value_error":
         return f"{context['error']}"
     if kind == "greater_than_equal":
-        return f"must be {context['ge']:g} or more, not {value}."
+        return f"must be {context['ge']:,} or more, not {value}."
     if kind == "greater_than":
-        return f"must be more than {context['gt']:g}, not {value}."
+        return f"must be more than {context['gt']:,}, not {value}."
     if kind == "less_than":
-        return f"must be less than {context['lt']:g}, not {value}."
+        return f"must be less than {context['lt']:,}, not {value}."
     if kind == "less_than_equal":
         return f"must be at most {context['le']:,}, not {value}."
     item = "a list, each " if first["loc"] and type(first["loc"][-1]) is int else ""
@@ -144,11 +146,12 @@ def _picture(value: Any) -> str | int:
     raise ValueError(f"must be text or a whole number, not {shown(value)}.")
 
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Whole = Annotated[int, Field(ge=0, le=MOST)]
-Measure = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Count = Annotated[int, Ge(1), Le(MOST)]
+Whole = Annotated[int, Ge(0), Le(MOST)]
+Measure = Annotated[float, Ge(0), Le(LARGEST), AllowInfNan(False)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Gt(0), Le(1)]
+Seed = Annotated[int, Ge(0), Lt(1 << 32)]
 """NumPy takes the smallest seeds: below 2**32."""
 File = Annotated[Path, BeforeValidator(_path)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_several)]

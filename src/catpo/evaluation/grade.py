@@ -5,15 +5,16 @@ grades.jsonl is made of answers.jsonl, and scores.json last, so that it stands f
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from catpo.core.checks import check_positive
+from catpo.config.command import command
+from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
 from catpo.core.intervals import interval
 from catpo.core.spec import Spec, parse
@@ -21,30 +22,25 @@ from catpo.evaluation.benchmarks import Grade, Item
 from catpo.evaluation.benchmarks._answers import read_records, some
 from catpo.evaluation.benchmarks._files import Record
 from catpo.evaluation.bootstrap import resample
-from catpo.evaluation.folder import (
-    ABOUT,
-    ANSWER,
-    ANSWERS,
-    GRADES,
-    SCORES,
-    about,
+from catpo.evaluation.folder import EvaluationFolder
+from catpo.evaluation.tasks import (
+    Task,
     answer_row,
-    check_begun,
-    read_manifest,
+    each_item,
+    manifest_of,
+    open_tasks,
+    waits_for_answers,
+    with_answered,
     without_skipped,
 )
-from catpo.evaluation.tasks import Task, each_item, open_tasks, waits_for_answers, with_answered
-from catpo.files.atomic import write_atomic
-from catpo.files.json_files import read_rows, write_json
 from catpo.files.lock import lock
-from catpo.files.provenance import versions
 from catpo.judges import Judge, open_judge
 from catpo.runtime.progress import track
 from catpo.runtime.skip_log import SkipLog
 
+KEPT = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
+"""Fields of evaluation.json that scores.json repeats."""
 RESAMPLES = 1000
-
-
 LISTED = 100
 """Ids listed in scores.json of answers that are missing or empty."""
 
@@ -54,73 +50,60 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
 
     Args:
         output: folder of the evaluation.
-        judge: instead of the one that the evaluation was begun with.
+        judge: replaces the one that the evaluation was started with.
         progress: show it on stderr.
 
     Raises:
         UserError: the folder holds no evaluation, or not all of its answers.
     """
-    about = read_manifest(Path(output))
-    specs = [parse(spec) for spec in about["benchmarks"].values()]
+    folder = EvaluationFolder(output)
+    manifest = folder.read_manifest()
     tasks = open_tasks(
-        specs,
-        data=about.get("data"),
-        limit=about["limit"],
-        is_shuffled=about["shuffled"],
-        is_answered_here="temperature" in about["decoding"],
-        skipped=SkipLog("skip" if "skipped" in about else "stop"),
+        list(manifest["benchmarks"].values()),
+        data=manifest.get("data"),
+        limit=manifest["limit"],
+        is_shuffled=manifest["shuffled"],
+        is_answered_here="temperature" in manifest["decoding"],
+        skipped=SkipLog("skip" if "skipped" in manifest else "stop"),
     )
-    with lock(output) as folder:
-        rows = read_rows(folder / ANSWERS, ANSWER)
-        tasks = [with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
-        return write_scores(folder, tasks, judge if judge is not None else about.get("judge"), progress)
+    with lock(output):
+        answered: dict[str, list[str]] = {task.name: [] for task in tasks}
+        for row in folder.read_answers():
+            answered.setdefault(row["benchmark"], []).append(row["id"])
+        tasks = [with_answered(task, answered[task.name]) for task in tasks]
+        return write_scores(folder, tasks, judge if judge is not None else manifest.get("judge"), progress)
 
 
-def grade_answers(
-    *,
-    answers: str | Path | Sequence[str | Path],
-    benchmarks: Sequence[str | Spec],
-    output: str | Path,
-    model: str | None = None,
-    data: str | Path | None = None,
-    judge: str | Spec | None = None,
-    limit: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Score answers that were made elsewhere.
+@command(EvaluateOptions)
+def grade_answers(options: EvaluateOptions) -> dict[str, Any]:
+    """Score answers that were made elsewhere; options that concern a model to be loaded are not used.
 
-    Args:
-        answers: one or more files: in the customary format of the one benchmark that is given; or JSON Lines with "benchmark",
-            "id" and "answer", in any order, as `catpo evaluate` writes them.
-        benchmarks: as for `evaluate`.
-        output: folder for the evaluation.
-        model: what the answers' model is called; the file's name if None.
-        data: folder with the benchmark's official files.
-        judge: for benchmarks that need one.
-        limit: only the first so many pictures of each benchmark.
-        progress: show it on stderr.
+    `answers` are files in the usual format of the one benchmark given, or JSON Lines with "benchmark", "id" and "answer", in
+    any order, as `catpo evaluate` writes them. `model` is what their model is called; the file's name if None.
 
     Raises:
         UserError: an answer is missing (where the benchmark cannot do without), given twice, or for no item; names the items.
     """
-    files = [Path(each) for each in ([answers] if isinstance(answers, str | Path) else answers)]
-    check_positive(limit=limit)
-    if judge is not None:
-        parse(judge)
-    whole = open_tasks(benchmarks, data=data)
+    files = options.answers
+    if options.judge is not None:
+        parse(options.judge)
+    whole = open_tasks(options.benchmarks, data=options.data)
     given = _given_answers(files, whole)
-    tasks = [with_answered(task, given[task.name], limit) for task in whole]
+    tasks = [with_answered(task, given[task.name], options.limit) for task in whole]
     _check_given(files, tasks, given)
-    with lock(output) as folder:
-        begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=False, decoding={"answers": _names(files)})
-        begun |= {"model": model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name), "model_hash": None, "adapter": None}
-        check_begun(folder, begun)
-        write_json(folder / ABOUT, {**begun, "versions": versions()})
-        rows = [
-            answer_row(task, item, given[task.name][item.id]) for task, item in each_item(tasks) if item.id in given[task.name]
-        ]
-        write_atomic(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return write_scores(folder, tasks, judge, progress)
+    folder = EvaluationFolder(options.output)
+    model = options.model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name)
+    manifest = manifest_of(tasks, replace(options, shuffled=False), {"answers": _names(files)})
+    manifest |= {"model": model, "model_hash": None, "adapter": None}
+    with lock(options.output):
+        folder.check_same(manifest)
+        folder.write_manifest(manifest)
+        rows = []
+        for task, item in each_item(tasks):
+            if item.id in given[task.name]:
+                rows.append(answer_row(task, item, given[task.name][item.id]))
+        folder.write_answers(rows)
+        return write_scores(folder, tasks, options.judge, options.progress)
 
 
 def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -173,32 +156,27 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files)
 
 
-# ---- grades and scores ----------------------------------------------------------------------------------------------------
-
-
-def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, progress: bool) -> dict[str, Any]:
-    """grades.jsonl, then scores.json, out of answers.jsonl.
+def write_scores(folder: EvaluationFolder, tasks: Sequence[Task], judge: str | Spec | None, progress: bool) -> dict[str, Any]:
+    """grades.jsonl, then scores.json, from answers.jsonl.
 
     Raises:
         UserError: an answer is missing, or a benchmark needs a judge and none is named.
     """
-    begun = read_manifest(folder)
-    answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS, ANSWER)}
+    manifest = folder.read_manifest()
+    answers = {(row["benchmark"], row["id"]): row["answer"] for row in folder.read_answers()}
     judges = open_judges(tasks, judge)
-    left_out = begun.get("skipped") or {}
-    graded = {
-        task.name: _grade_task(folder, task, answers, judges.get(task.name), progress)
-        for task in without_skipped(tasks, folder)
-    }
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
-    write_atomic(folder / GRADES, "".join(lines))
-    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions", "server")
-    scores = {
-        **{key: begun.get(key) for key in kept if key != "server" or key in begun},
-        **({"skipped": _skipped(left_out, tasks)} if "skipped" in begun else {}),
-        "benchmarks": {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks},
-    }
-    write_json(folder / SCORES, scores)
+    skipped = manifest.get("skipped") or {}
+    graded = {}
+    for task in without_skipped(tasks, skipped):
+        graded[task.name] = _grade_task(folder, task, answers, judges.get(task.name), progress)
+    folder.write_grades(row for rows in graded.values() for row in rows)
+    scores = {key: manifest.get(key) for key in KEPT}
+    if "server" in manifest:
+        scores["server"] = manifest["server"]
+    if "skipped" in manifest:
+        scores["skipped"] = _skipped(skipped, tasks)
+    scores["benchmarks"] = {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks}
+    folder.write_scores(scores)
     return scores
 
 
@@ -229,13 +207,14 @@ def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Ju
 
 
 def _grade_task(
-    folder: Path, task: Task, answers: Mapping[tuple[str, str], str], judge: Judge | None, progress: bool
+    folder: EvaluationFolder, task: Task, answers: Mapping[tuple[str, str], str], judge: Judge | None, progress: bool
 ) -> list[dict[str, Any]]:
     """A row per item that has an answer."""
     missing = [item.id for item in task.items if (task.name, item.id) not in answers]
     if missing and not task.benchmark.is_gradable_in_part:
         raise UserError(
-            f"{folder} has no answer to item '{some(missing)}' of {task.name}. Give the same `catpo evaluate` command again."
+            f"{folder.path} has no answer to item '{some(missing)}' of {task.name}. Run the same `catpo evaluate` command "
+            "again."
         )
     items = [item for item in task.items if (task.name, item.id) in answers]
     if not task.benchmark.needs_judge:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from catpo.config.options import EvaluateOptions
 from catpo.core import registry
-from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.data.read import read_samples
 from catpo.evaluation.benchmarks import Benchmark, FolderBenchmark, Item
 from catpo.evaluation.benchmarks._files import Folder
 from catpo.runtime.skip_log import SkipLog
-
-# ---- what is asked --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ def open_tasks(
     is_shuffled: bool = False,
     is_answered_here: bool = False,
     skipped: SkipLog | None = None,
-    **counts: int | None,
 ) -> list[Task]:
     """Every benchmark with what it asks.
 
@@ -54,12 +52,10 @@ def open_tasks(
         is_shuffled: each item gets the picture of another.
         is_answered_here: a model is asked; otherwise answers made elsewhere are graded.
         skipped: takes bad rows of data sets, if it goes on over them.
-        counts: other numbers that must be positive.
 
     Raises:
-        UserError: bad benchmark, option or number; files are missing.
+        UserError: bad benchmark or option; files are missing.
     """
-    check_positive(limit=limit, **counts)
     specs = [parse(benchmark) for benchmark in benchmarks]
     names = [spec.name for spec in specs]
     if not names:
@@ -140,7 +136,32 @@ def each_item(tasks: Sequence[Task]) -> Iterator[tuple[Task, Item]]:
             yield task, item
 
 
-def hash_items(tasks: Sequence[Task]) -> str:
+def without_skipped(tasks: Sequence[Task], skipped: Collection[str]) -> list[Task]:
+    """The tasks without the items that an evaluation skips, named `benchmark/id`."""
+    return [replace(task, items=[item for item in task.items if f"{task.name}/{item.id}" not in skipped]) for task in tasks]
+
+
+def answer_row(task: Task, item: Item, answer: str) -> dict[str, str]:
+    """A row of answers.jsonl."""
+    return {"benchmark": task.name, "id": item.id, "prompt": item.sample.prompt, "answer": answer}
+
+
+def manifest_of(tasks: Sequence[Task], options: EvaluateOptions, decoding: Mapping[str, Any]) -> dict[str, Any]:
+    """What must stay the same when an evaluation is resumed."""
+    return {
+        "format": 1,
+        "benchmarks": {task.name: str(task.spec) for task in tasks},
+        "data": str(options.data) if options.data is not None else None,
+        "judge": options.judge,
+        "limit": options.limit,
+        "shuffled": options.shuffled,
+        "decoding": dict(decoding),
+        "items_hash": _hash_items(tasks),
+        "data_hashes": {task.name: dict(task.hashes) for task in tasks if task.hashes},
+    }
+
+
+def _hash_items(tasks: Sequence[Task]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for task, item in each_item(tasks):
         digest.update(f"{task.name}\0{item.id}\0{item.sample.prompt}\0".encode("utf-8", "surrogatepass"))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec
 from catpo.core.types import Picture
@@ -74,9 +75,10 @@ def export_tasks(
     Raises:
         UserError: a benchmark or its files are not there, or it ranks given answers.
     """
+    check_positive(limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(output)
     names = []
-    for task in open_tasks(benchmarks, data=data, limit=limit, is_answered_here=True, max_new_tokens=max_new_tokens):
+    for task in open_tasks(benchmarks, data=data, limit=limit, is_answered_here=True):
         if any(item.options is not None for item in task.items):
             raise UserError(
                 f"{task.spec} ranks given answers, which tasks do not. Choose a protocol in which the model writes."
