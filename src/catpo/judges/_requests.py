@@ -1,7 +1,7 @@
-"""What ways to make pairs ask of a judge, and how its replies are read. Knows neither the judge nor the method.
+"""What pairing methods ask of a judge, and how its replies are read. Knows neither the judge nor the method.
 
-A request is one message: the pictures, then a text of an instruction and sections with headings. So a judge that reads no
-pictures, or only rules, finds what it needs: what is known of the picture goes along where the data set tells it.
+A request is one message: the pictures, then an instruction and sections with headings. One is what the data set knows of
+the picture, for judges that see no picture or follow rules.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
+from catpo.judges import Judge
 from catpo.models.remote import messages as with_pictures
 
 Read = TypeVar("Read")
@@ -35,13 +36,6 @@ TASKS = {
 """Name of a request -> its instruction."""
 
 
-@runtime_checkable
-class _Asked(Protocol):
-    """What is needed of a judge."""
-
-    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str: ...
-
-
 @dataclass(frozen=True)
 class Request:
     """A request as a judge without a language model reads it."""
@@ -52,36 +46,44 @@ class Request:
 
 
 def ask(
-    judge: _Asked, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
+    judge: Judge, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
 ) -> Read | None:
-    """What `read` makes of the judge's reply; asked up to three times while it makes nothing of it, then nothing.
+    """The judge's reply as `read` understands it; None if three replies cannot be read.
 
     Args:
         judge: is asked under the key `ID/TASK-NUMBER`.
         task: one of TASKS.
         sample: the picture with its question.
-        read: gives None for a reply that cannot be read.
-        number: tells requests of one task about one sample apart.
+        read: returns None for a reply that cannot be read.
+        number: distinguishes requests of one task about one sample.
         sections: heading in lower case -> text.
     """
-    text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in _sections(sample, sections).items())])
-    request = with_pictures(replace(sample, prompt=text))
+    parts = [TASKS[task]]
+    if known := known_of(sample):
+        parts.append(f"## Known of the picture\n{known}")
+    parts.append(f"## Question\n{sample.prompt}")
+    parts += [f"## {heading.capitalize()}\n{text}" for heading, text in sections.items()]
+    request = with_pictures(replace(sample, prompt="\n\n".join(parts)))
     for attempt in range(1, ATTEMPTS + 1):
-        found = read(judge.ask(request, key=f"{sample.id}/{task}-{number}", attempt=attempt))
-        if found is not None:
-            return found
+        value = read(judge.ask(request, key=f"{sample.id}/{task}-{number}", attempt=attempt))
+        if value is not None:
+            return value
     return None
 
 
 def request_of(messages: Sequence[Mapping[str, Any]]) -> Request | None:
-    """The request that the messages are, or nothing if they are something else."""
+    """The request in the messages; None if they are something else."""
     content = messages[-1]["content"]
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     instruction, *rest = re.split(r"^## ", text, flags=re.MULTILINE)
     task = next((name for name, words in TASKS.items() if words == instruction.strip()), None)
     if task is None:
         return None
-    return Request(task, {head.strip(): body.strip() for head, _, body in (part.partition("\n") for part in rest)})
+    sections = {}
+    for part in rest:
+        heading, _, body = part.partition("\n")
+        sections[heading.strip()] = body.strip()
+    return Request(task, sections)
 
 
 def as_text(reply: str) -> str | None:
@@ -91,13 +93,13 @@ def as_text(reply: str) -> str | None:
 
 
 def as_rating(reply: str) -> float | None:
-    """The one number behind `Rating`, from 0 to 10.
+    """The number after `Rating`, from 0 to 10.
 
     >>> as_rating("**Rating**: 7.5"), as_rating("I would say 7"), as_rating("Rating: 70")
     (7.5, None, None)
     """
-    found = re.search(r"rating\W{1,6}(\d+(?:\.\d+)?)", reply, re.I)
-    return float(found[1]) if found and float(found[1]) <= 10 else None
+    match = re.search(r"rating\W{1,6}(\d+(?:\.\d+)?)", reply, re.I)
+    return float(match[1]) if match and float(match[1]) <= 10 else None
 
 
 def as_questions(reply: str) -> list[str] | None:
@@ -118,24 +120,15 @@ def as_verdicts(count: int) -> Callable[[str], list[bool] | None]:
     """
 
     def read(reply: str) -> list[bool] | None:
-        words = (re.search(r"\b(yes|no)\b", line, re.I) for line in reply.splitlines())
-        found = [word[1].lower() == "yes" for word in words if word]
-        return found if len(found) == count else None
+        matches = [re.search(r"\b(yes|no)\b", line, re.I) for line in reply.splitlines()]
+        verdicts = [match[1].lower() == "yes" for match in matches if match]
+        return verdicts if len(verdicts) == count else None
 
     return read
 
 
-def _sections(sample: Sample, given: Mapping[str, str]) -> dict[str, str]:
-    known = known_of(sample)
-    return {
-        **({"Known of the picture": known} if known else {}),
-        "Question": sample.prompt,
-        **{heading.capitalize(): text for heading, text in given.items()},
-    }
-
-
 def known_of(sample: Sample) -> str:
-    """What the data set tells of a picture, in words."""
+    """What the data set knows of a picture, in words."""
     if "present" not in sample.truth:
         return ""
     counts = sample.truth.get("counts", {})
@@ -144,5 +137,5 @@ def known_of(sample: Sample) -> str:
 
 
 def no_judge(method: str) -> UserError:
-    """What a method says that was given no judge."""
+    """The error of a method that was given no judge."""
     return UserError(f"{method} asks a judge: name one with --judge (`catpo list judges` shows them).")
