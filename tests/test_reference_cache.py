@@ -106,7 +106,7 @@ def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tm
         curves(folder, stores / "logps", tmp_path / "run")
     online = curves(folder, stores / "logps", tmp_path / "run", reference="online")
     assert online["loss"] == pytest.approx(curves(folder, stores / "hidden", tmp_path / "run")["loss"], abs=1e-4)
-    with pytest.raises(UserError, match="holds no likeliest words"):
+    with pytest.raises(UserError, match="holds no most likely tokens"):
         RewardStore.open(stores / "logps").top(PAIRS[0].id, "chosen")
 
 

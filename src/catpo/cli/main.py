@@ -10,11 +10,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Group, Parameter, Token
 from rich.console import Console
 
 from catpo import __version__
 from catpo.config import options as config
+from catpo.config.validation import problem
 from catpo.core import registry
 from catpo.core.errors import Stopped, UserError, did_you_mean
 from catpo.runtime.launcher import is_main_process, process_count
@@ -98,6 +99,15 @@ def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
             argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
 
 
+def _explained(error: CycloptsError) -> Any:
+    """A value outside its type in our words (cyclopts would quote pydantic); any other mistake as cyclopts shows it."""
+    from pydantic import ValidationError
+
+    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
+        raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
+    return CycloptsPanel(error)
+
+
 app = App(
     name="catpo",
     help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
@@ -106,6 +116,7 @@ app = App(
     config=_from_recipe,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
     error_console=Console(stderr=True),
+    error_formatter=_explained,
     suppress_keyboard_interrupt=False,
     help_format="plaintext",
     result_action="return_value",

@@ -1,7 +1,7 @@
-"""What pairing methods ask of a judge, and how its replies are read. Knows neither the judge nor the method.
+"""Requests of pairing methods to a judge, and how its replies are read. Knows neither the judge nor the method.
 
-A request is one message: the pictures, then an instruction and sections with headings. One is what the data set knows of
-the picture, for judges that see no picture or follow rules.
+A request is one message: the pictures, then a text with an instruction and sections under headings. The text includes what the
+data set knows about the picture, so that a judge that reads no pictures, or only follows rules, finds what it needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
-from catpo.judges import Judge
+from catpo.judges._base import Judge
 from catpo.models.remote import messages as with_pictures
 
 Read = TypeVar("Read")
@@ -38,7 +38,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Request:
-    """A request as a judge without a language model reads it."""
+    """A request, for judges without a language model."""
 
     task: str
     sections: Mapping[str, str]
@@ -48,42 +48,39 @@ class Request:
 def ask(
     judge: Judge, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
 ) -> Read | None:
-    """The judge's reply as `read` understands it; None if three replies cannot be read.
+    """The judge's reply as `read` returns it, after up to three attempts; None if no reply could be read.
 
     Args:
         judge: is asked under the key `ID/TASK-NUMBER`.
         task: one of TASKS.
         sample: the picture with its question.
         read: returns None for a reply that cannot be read.
-        number: distinguishes requests of one task about one sample.
+        number: distinguishes requests of the same task about one sample.
         sections: heading in lower case -> text.
     """
-    parts = [TASKS[task]]
-    if known := known_of(sample):
-        parts.append(f"## Known of the picture\n{known}")
-    parts.append(f"## Question\n{sample.prompt}")
-    parts += [f"## {heading.capitalize()}\n{text}" for heading, text in sections.items()]
-    request = with_pictures(replace(sample, prompt="\n\n".join(parts)))
+    headed = {"Question": sample.prompt, **{heading.capitalize(): text for heading, text in sections.items()}}
+    known = known_of(sample)
+    if known:
+        headed = {"Known of the picture": known, **headed}
+    text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in headed.items())])
+    messages = with_pictures(replace(sample, prompt=text))
     for attempt in range(1, ATTEMPTS + 1):
-        value = read(judge.ask(request, key=f"{sample.id}/{task}-{number}", attempt=attempt))
-        if value is not None:
-            return value
+        reply = read(judge.ask(messages, key=f"{sample.id}/{task}-{number}", attempt=attempt))
+        if reply is not None:
+            return reply
     return None
 
 
 def request_of(messages: Sequence[Mapping[str, Any]]) -> Request | None:
-    """The request in the messages; None if they are something else."""
+    """The request that these messages are, or None if they are something else."""
     content = messages[-1]["content"]
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    instruction, *rest = re.split(r"^## ", text, flags=re.MULTILINE)
-    task = next((name for name, words in TASKS.items() if words == instruction.strip()), None)
-    if task is None:
-        return None
-    sections = {}
-    for part in rest:
-        heading, _, body = part.partition("\n")
-        sections[heading.strip()] = body.strip()
-    return Request(task, sections)
+    instruction, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    for task, words in TASKS.items():
+        if words == instruction.strip():
+            headings = [part.partition("\n") for part in parts]
+            return Request(task, {heading.strip(): body.strip() for heading, _, body in headings})
+    return None
 
 
 def as_text(reply: str) -> str | None:
@@ -93,7 +90,7 @@ def as_text(reply: str) -> str | None:
 
 
 def as_rating(reply: str) -> float | None:
-    """The number after `Rating`, from 0 to 10.
+    """The one number behind `Rating`, from 0 to 10.
 
     >>> as_rating("**Rating**: 7.5"), as_rating("I would say 7"), as_rating("Rating: 70")
     (7.5, None, None)
@@ -128,7 +125,7 @@ def as_verdicts(count: int) -> Callable[[str], list[bool] | None]:
 
 
 def known_of(sample: Sample) -> str:
-    """What the data set knows of a picture, in words."""
+    """What the data set knows about a picture, in words."""
     if "present" not in sample.truth:
         return ""
     counts = sample.truth.get("counts", {})
@@ -136,6 +133,5 @@ def known_of(sample: Sample) -> str:
     return f"Objects: {', '.join(named)}." if named else "Objects: none."
 
 
-def no_judge(method: str) -> UserError:
-    """The error of a method that was given no judge."""
+def missing_judge(method: str) -> UserError:
     return UserError(f"{method} asks a judge: name one with --judge (`catpo list judges` shows them).")
