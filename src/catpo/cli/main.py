@@ -323,9 +323,9 @@ def get(
     """Show which official files a benchmark needs, and check them; exit with 1 if it cannot be graded yet."""
     from catpo.evaluation.official_files import describe, look
 
-    brought = look(benchmark, data)
-    print(*describe(brought, data, is_complete=all), sep="\n")
-    if data is not None and not brought.is_gradable:
+    report = look(benchmark, data)
+    print(*describe(report, data, is_complete=all), sep="\n")
+    if data is not None and not report.is_gradable:
         sys.exit(1)
 
 
