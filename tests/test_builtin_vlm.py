@@ -1,4 +1,4 @@
-"""The packaged model: small, loadable without catpo, it sees, and it hallucinates. The scores proper are in the lab notes."""
+"""The packaged model is small, loads without catpo, sees, and hallucinates. Its scores are in the lab notes."""
 
 import random
 import subprocess
@@ -67,13 +67,13 @@ def test_it_is_small_of_the_architecture_that_the_script_builds_and_exact_in_bfl
     assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
-def test_any_text_encodes_and_comes_back(loaded):
+def test_any_text_survives_encoding_and_decoding(loaded):
     tokenizer = loaded[1].tokenizer
     text = 'Ein Zürcher "Kätzli" 🐈\n  spielt—天気…\t<b>'
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_response_tokens_stand_alone_in_the_template(loaded):
+def test_the_template_changes_no_response_tokens(loaded):
     processor = loaded[1]
     prompt = render(processor, "Describe the image.")
     messages = [
