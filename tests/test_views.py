@@ -13,6 +13,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.models.packing import hidden_and_logps, unflatten
 from catpo.models.views import VIEWS, View, kept_signal
+from catpo.training.pair_stats import Quantity
 from catpo.training.view_passes import ViewPasses
 from family_checks import plain_outputs, sized_pair
 from tiny import llava, pairs
@@ -117,7 +118,7 @@ def test_an_impossible_value_is_refused(text, message):
 
 
 def passes_of(family, views, sides=SIDES, others=()):
-    needs = frozenset(f"policy_logps@{side}@{view}" for view in views for side in sides)
+    needs = frozenset(Quantity("policy_logps", side, view) for view in views for side in sides)
     return ViewPasses(family, needs, others=others)
 
 
@@ -143,7 +144,7 @@ def test_a_row_under_a_view_equals_that_view_alone(name):
     for text in ROW_VIEWS:
         logps = rows_logps(family, batch[text])
         for row, (pair, clean) in enumerate(zip(given, encoded, strict=True)):
-            alone, _ = passes._shown(View.of(text), pair, clean)
+            alone, _ = passes.show(View.of(text), pair, clean)
             for number, side in enumerate(SIDES):
                 expected, _ = plain_outputs(family, alone, side)
                 torch.testing.assert_close(logps[row, number, : len(expected)], expected, atol=2e-4, rtol=0)
@@ -190,7 +191,7 @@ def test_another_picture_has_to_exist(family, given):
 
 def test_a_perturbed_text_keeps_special_tokens_and_masks_replaced_ones(family, given):
     text, both = "perturbed(share=0.5)", "perturbed(share=0.5, picture='noised(step=500)')"
-    needs = frozenset(f"{quantity}@chosen@{view}" for view in (text, both) for quantity in ("policy_logps", "mask"))
+    needs = frozenset(Quantity(name, "chosen", view) for view in (text, both) for name in ("policy_logps", "mask"))
     views = ViewPasses(family, needs)(*given)["views"]
     plain = passes_of(family, ["blank"], sides=("chosen",))(*given)["views"]["blank"]
     before, after = plain["model_inputs"]["input_ids"], views[text]["model_inputs"]["input_ids"]
