@@ -838,7 +838,7 @@ def stores() -> None:
         ("empty", b"", "not valid JSON"),
         ("nan", b'{"format": NaN}', "NaN"),
         ("key-twice", b'{"format": 2, "format": 2}', "stands twice"),
-        ("binary", b"\xff\xfe\0", "not valid JSON"),
+        ("binary", b"\xff\xfe\0", "not UTF-8"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)
     bad("report-nul", lambda p: ["report", "--rewards", p.store, "--output", "a\0.html"], "a\\x00.html", "NUL")

@@ -118,7 +118,7 @@ def test_webdataset_shards_become_pairs_whose_pictures_stay_in_the_tar(tmp_path)
     [
         ([("a.png", b"x")], "a.tar, a: field 'json' must be there once"),
         ([("a.json", b"{}")], "field 'jpg' is missing"),
-        ([("a.png", b"x"), ("a.json", b"[1]")], "field 'json' must be an object"),
+        ([("a.png", b"x"), ("a.json", b"[1]")], "field 'json' must be a JSON object"),
         ([("a.png", b"x"), ("a.json", b"{")], "field 'json' is not valid JSON"),
         ([("a.png", b"x"), ("a.json", b'{"prompt": "q"}')], "field 'chosen' is missing"),
         ([("a.png", b"x"), ("a.json", b'{"chosen": "a", "chosen": "b"}')], "key 'chosen' stands twice"),

@@ -96,7 +96,7 @@ def test_what_a_folder_does_not_have_is_said_with_the_next_step(folder):
 BAD_ROWS = [
     (b'{"image": "a.png", ', "", "not valid JSON"),
     (b"[" * 100_000, "", "not valid JSON"),
-    (b"[1]", "", "JSON list"),
+    (b"[1]", "", "must be a JSON object, not a list"),
     (b'{"image": "\xff"}', "", "not UTF-8"),
     ({"prompt": "p"}, "image", "must be given"),
     ({**PAIR, "images": ["a.png"]}, "image", "not both"),

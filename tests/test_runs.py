@@ -140,21 +140,18 @@ def test_progress_without_a_terminal_prints_a_line_about_every_ten_seconds(ticki
     assert len(lines) == 4
 
 
-def test_progress_over_a_collection_yields_its_items_and_can_be_silent():
-    stream = io.StringIO()
-    assert list(progress.track([1, 2, 3], "Reading", stream=stream, enabled=False)) == [1, 2, 3]
-    assert stream.getvalue() == ""
-
-
-def test_progress_on_a_terminal_draws_a_bar():
+def test_progress_on_a_terminal_draws_a_bar_and_can_be_silent():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    stream = Terminal()
-    assert list(progress.track([1, 2, 3], "Reading", "files", stream=stream)) == [1, 2, 3]
-    assert "Reading" in stream.getvalue()
-    assert "3/3" in stream.getvalue()
+    stream, silent = Terminal(), Terminal()
+    for enabled, terminal in ((True, stream), (False, silent)):
+        with progress.track(3, "Reading", "files", stream=terminal, enabled=enabled) as bar:
+            bar.advance(3)
+        assert bar.count == 3
+    assert "Reading" in stream.getvalue() and "3/3" in stream.getvalue()
+    assert silent.getvalue() == ""
 
 
 def test_an_error_inside_is_not_reported_as_done(ticking):

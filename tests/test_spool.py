@@ -15,7 +15,6 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Span
 from catpo.data import read as data
-from catpo.data import spool
 from catpo.data.pair_folder import write_pairs
 from catpo.data.spool import SpooledPairs, ids_of, joined, select
 from catpo.runtime.skip_log import SkipLog
@@ -55,20 +54,12 @@ def test_parts_share_one_file_which_has_no_name(place):
     assert list(kept[2:7:2]) == everything[2:7:2] and kept[-1] == everything[-1]
     with pytest.raises(IndexError):
         kept[9]
+    assert list(SpooledPairs.of([])) == []
     odd, even = select(kept, [1, 3]), select(kept, [4, 0])
     assert list(joined(odd, even)) == [everything[place] for place in (1, 3, 4, 0)]
     assert isinstance(joined(odd, even), SpooledPairs)
     assert list(joined(odd, SpooledPairs.of(everything[:1]))) == [everything[1], everything[3], everything[0]]
     assert list(place.iterdir()) == []  # so that nothing is left of a killed process
-
-
-def test_blocks_end_anywhere(monkeypatch):
-    monkeypatch.setattr(spool, "BLOCK", 4)
-    assert list(SpooledPairs.of(pairs(10))) == pairs(10)
-    monkeypatch.setattr(spool, "BLOCK_BYTES", 1)  # a block after every picture that is in memory
-    kept = SpooledPairs.of(pairs(10))
-    assert kept._file.reader.num_record_batches == 10 and list(kept) == pairs(10)
-    assert len(SpooledPairs.of([])) == 0
 
 
 def test_worker_processes_read_it_and_leave_it(place, monkeypatch):
@@ -96,21 +87,17 @@ def test_what_goes_wrong_with_the_data_is_not_blamed_on_the_file(error):
         SpooledPairs.of(rows())
 
 
-@pytest.mark.parametrize("where", ["TemporaryFile", "write_batch"])
-def test_a_full_disk_says_where(monkeypatch, where):
+@pytest.mark.parametrize("is_created", [True, False])
+def test_a_full_disk_is_explained(monkeypatch, is_created):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    if where == "TemporaryFile":
-        monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
-    else:
-        monkeypatch.setattr(spool.pa.ipc, "new_file", lambda *_: SimpleNamespace(write_batch=full))
+    monkeypatch.setattr(tempfile, "TemporaryFile", (lambda **_: SimpleNamespace(write=full)) if is_created else full)
     with pytest.raises(UserError, match=r"cannot be kept in .*No space left.*TMPDIR"):
         SpooledPairs.of(pairs(2))
 
 
-def test_memory_holds_two_blocks_of_pairs_at_most(monkeypatch):
-    monkeypatch.setattr(spool, "BLOCK", 8)
+def test_memory_holds_one_pair_at_a_time():
     made, most = [], 0
     everything = pairs(64)
 
@@ -119,13 +106,12 @@ def test_memory_holds_two_blocks_of_pairs_at_most(monkeypatch):
         for pair in everything:
             copy = replace(pair)
             made.append(weakref.ref(copy))
-            most = max(most, sum(each() is not None for each in made))
+            most = max(most, sum(reference() is not None for reference in made))
             yield copy
             del copy
 
-    kept = SpooledPairs.of(rows())
-    assert len(kept) == 64 and most <= 17
-    assert not any(each() for each in made)
+    assert len(SpooledPairs.of(rows())) == 64 and most <= 2
+    assert not any(reference() for reference in made)
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
