@@ -1,4 +1,4 @@
-"""Pairs in a temporary file are the pairs that were put there, and memory holds none of them."""
+"""Pairs come back from the temporary file as they were, and memory holds none of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_parts_share_one_file_which_has_no_name(place):
     assert list(place.iterdir()) == []  # so that nothing is left of a killed process
 
 
-def test_worker_processes_read_it_and_leave_it(place, monkeypatch):
+def test_worker_processes_share_the_file(place, monkeypatch):
     kept = SpooledPairs.of(pairs(5))
     monkeypatch.setattr(tempfile, "tempdir", None)  # the sockets that processes meet at have short names only
     for method in ("fork", "spawn"):
@@ -78,7 +78,7 @@ def _id_of(asked: tuple[SpooledPairs, int]) -> str:
 
 
 @pytest.mark.parametrize("error", [UserError("row 3: broken"), OSError("row 3: the share is gone")])
-def test_what_goes_wrong_with_the_data_is_not_blamed_on_the_file(error):
+def test_an_error_of_the_data_is_not_reported_as_a_full_disk(error):
     def rows():
         yield from pairs(3)
         raise error
@@ -115,7 +115,7 @@ def test_memory_holds_one_pair_at_a_time():
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_data_sets_are_read_into_it(tmp_path, on_error):
+def test_read_pairs_spools_and_its_splits_share_the_file(tmp_path, on_error):
     write_pairs(tmp_path / "pairs", pairs(10), {})
     read = data.read_pairs(tmp_path / "pairs", SkipLog(on_error), 7)
     assert isinstance(read, SpooledPairs) and [pair.id for pair in read] == [pair.id for pair in pairs(7)]
@@ -124,7 +124,7 @@ def test_data_sets_are_read_into_it(tmp_path, on_error):
     assert sorted([*ids_of(train), *ids_of(dev)]) == sorted(pair.id for pair in pairs(7)) and len(dev) == 2
 
 
-def test_folders_may_have_names_that_are_no_text(tmp_path):
+def test_folder_names_need_not_be_valid_unicode(tmp_path):
     write_pairs(tmp_path / "p\udcff", pairs(2), {})
     read = data.read_pairs(str(tmp_path / "p\udcff"), SkipLog())
     assert [pair.images[0].open().size for pair in read] == [pair.images[0].open().size for pair in pairs(2)]

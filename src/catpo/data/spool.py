@@ -138,10 +138,10 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, stream: io.BytesIO, loads: Sequence[Callable[..., bytes]]) -> None:
         super().__init__(stream)
-        self.loads = loads
+        self.numbers = {id(load): number for number, load in enumerate(loads)}
 
     def persistent_id(self, value: Any) -> int | None:
-        return next((number for number, load in enumerate(self.loads) if value is load), None)
+        return self.numbers.get(id(value))
 
 
 class _Unpickler(pickle.Unpickler):

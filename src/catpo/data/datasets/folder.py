@@ -1,9 +1,9 @@
-"""Your own pictures and texts: a folder with one .jsonl of pairs or samples, or what `catpo pair` wrote.
+"""Your own pictures and texts: a folder with one .jsonl of pairs or samples, or one that `catpo pair` wrote.
 
     {"image": "a.jpg", "prompt": "Describe the image.", "chosen": "A dog.", "rejected": "A cat."}       a pair
     {"image": "a.jpg", "references": ["A dog on a beach."], "truth": {"present": ["dog"]}}              a sample
 
-Every row is checked when the folder is opened, so that nothing fails halfway; pictures are decoded when they are needed.
+Every row is checked when the folder is opened, so that no later step fails halfway; pictures are decoded when needed.
 """
 
 from __future__ import annotations
