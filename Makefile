@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything they need on a machine with make and Python >= 3.10.
+# `make demo` and `make test` work out of the box with make and Python >= 3.10.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -9,22 +9,22 @@ STAMP := $(VENV)/.catpo-installed
 .PHONY: help install check format test test-all test-latest test-lowest nightly kills demo bench clean
 
 help:
-	@echo "make demo      pair, score, train, evaluate and report on built-in pictures"
-	@echo "make test      tests (seconds each);  make test-all  adds the slow ones"
-	@echo "make nightly   the tests that read random input, with thousands of examples"
-	@echo "make test-latest   contract tests against the newest transformers, peft and accelerate;  make test-lowest  the oldest allowed"
-	@echo "make kills     kill every command at many moments, go on, compare (long); WORK=score for one"
-	@echo "make bench     speed and memory against TRL; OUT=FILE keeps the figures, CASE=NAME runs one case"
-	@echo "make check     format, lint, types, imports, spelling"
-	@echo "make install   the virtual environment in $(VENV), made on the first use of any of these"
+	@echo "make demo          pair, score, train, evaluate and report on built-in pictures"
+	@echo "make test          run the tests (seconds each);  make test-all  adds the slow ones"
+	@echo "make nightly       property tests with thousands of examples"
+	@echo "make test-latest   contract tests against the newest supported transformers, peft and accelerate;  make test-lowest  the oldest"
+	@echo "make kills         kill every command at many moments, resume, compare (long); WORK=score runs one command"
+	@echo "make bench         measure speed and memory against TRL; OUT=FILE saves the figures, CASE=NAME runs one case"
+	@echo "make check         format, lint, types, imports, spelling;  make format  fixes the first two"
+	@echo "make install       create the virtual environment in $(VENV); any of these does so on first use"
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "$(PYTHON) is older than 3.10. Name a newer one: make PYTHON=python3.12"; exit 1; }
+	  { echo "$(PYTHON) is older than 3.10. Use a newer one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
-	  { rm -rf $(VENV); echo "No virtual environment could be made. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	  { rm -rf $(VENV); echo "Could not create a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --progress-bar off --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 

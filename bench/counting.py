@@ -1,4 +1,4 @@
-"""torch's counter of operations, with those that it leaves out on CPUs: fused attention, and products added in place."""
+"""torch's FLOP counter, extended by operations it misses on CPUs: fused attention and in-place addmm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 def counter() -> FlopCounterMode:
-    """Counts what runs inside it; causal attention as half of the square, which is what the kernels compute."""
+    """Counts operations in its context; causal attention counts half of the square, as the kernels compute."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
@@ -28,7 +28,7 @@ def _product_added(into: Shape, first: Shape, second: Shape, **_: Any) -> int:
 
 
 def _attention(query: Shape, key: Shape, value: Shape, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> int:
-    """Scores, and the sums of values by them."""
+    """Scores and weighted sum of values."""
     return 2 * _seen(query, key, is_causal)
 
 
@@ -43,12 +43,12 @@ def _attention_backward(
     is_causal: bool,
     **_: Any,
 ) -> int:
-    """The scores again, and the gradients of probabilities, values, queries and keys."""
+    """Recomputed scores, and gradients of probabilities, values, queries and keys."""
     return 5 * _seen(query, key, is_causal)
 
 
 def _seen(query: Shape, key: Shape, is_causal: bool) -> int:
-    """Of one product between queries and the keys that they see."""
+    """Operations of one product between queries and their visible keys."""
     rows, heads, queries, size = query
     seen = queries * (queries + 1) // 2 if is_causal else queries * key[2]
     return 2 * rows * heads * seen * size

@@ -1,9 +1,9 @@
-"""Where training moved the log-probs: shared-prefix tokens, the rest of chosen, the rest of rejected. Tests methods' 2T - 1.
+"""How training moved log-probs: shared-prefix tokens, the rest of chosen, the rest of rejected. Tests the 2T - 1 effect.
 
     python -m bench.drift catpo-demo/seed-0
 
-Cat-PO gives a token before the first difference of a pair the net coefficient w+ - w- = 2T - 1 in the margin, plain DPO gives
-0. Below 0, training must push these (correct) words down; `shared_prefix='neutral'` must not. This prints both sides.
+Cat-PO gives a token of the shared prefix the net coefficient w+ - w- = 2T - 1 in the margin; plain DPO gives it 0. Where it is
+negative, training should push these (correct) words down; with `shared_prefix='neutral'` it should not.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ BATCH = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("folder", type=Path, help="one seed of `catpo demo`")
-    parser.add_argument("--limit", type=int, default=200, help="pairs")
+    parser.add_argument("folder", type=Path, help="folder of one seed of `catpo demo`")
+    parser.add_argument("--limit", type=int, default=200, help="number of pairs")
     options = parser.parse_args()
     store = RewardStore.open(options.folder / "rewards")
     pairs = list(open_data(options.folder / "pairs").pairs())[: options.limit]
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def net_coefficient(store: RewardStore, run: Path, pairs: list[PreferencePair]) -> float:
-    """Mean w+ - w- of shared tokens under the run's weights; 0 for an objective without weights."""
+    """Mean w+ - w- of shared tokens under the run's weights; 0 for `dpo`."""
     objective = objectives.build(read_json(run / "catpo.json")["objective"])
     if objective.spec.name == "dpo":
         return 0.0
@@ -56,7 +56,7 @@ def net_coefficient(store: RewardStore, run: Path, pairs: list[PreferencePair]) 
 
 @torch.no_grad()
 def drift(store: RewardStore, run: Path, pairs: list[PreferencePair]) -> tuple[float, float, float]:
-    """Mean policy minus reference log-prob of shared tokens, the chosen response's other tokens, the rejected one's."""
+    """Mean policy minus reference log-prob: shared tokens, other chosen tokens, other rejected tokens."""
     family = loading.load(run / "model")
     shared: list[float] = []
     rest: tuple[list[float], list[float]] = ([], [])

@@ -1,10 +1,10 @@
-"""Kill `pair`, `score`, `train`, `evaluate` and `study` at many moments, go on, and compare with the undisturbed run.
+"""Kill `pair`, `score`, `train`, `evaluate` and `study` at many moments, resume, and compare with an uninterrupted run.
 
     python -m bench.kills --kills 30            # random moments, and one kill at every write
     python -m bench.kills --work score --processes 2
 
-Every attempt is a fork of a process that has imported everything, since imports take longer than these runs. A run of two
-processes is started as `torchrun` starts it, by its environment variables; one of them is killed and the other after it.
+Every attempt is forked from a process that has imported everything, because imports take longer than these runs. A run with two
+processes is started through `torchrun`'s environment variables; one of the two is killed, and then the other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from catpo.training.train import train
 
 TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
           "eval_samples_per_second", "eval_steps_per_second", "train_seconds")  # fmt: skip
-"""What differs between two undisturbed runs."""
+"""Fields that differ between two uninterrupted runs."""
 STUDY = """
 title: Small
 model: builtin
@@ -49,13 +49,13 @@ data: folder(source='{pairs}')
 seeds: [0]
 learning_rates: [1e-4]
 rows: {{dpo: dpo, catpo: catpo}}
-train: {{max_steps: 2, batch_size: 1, gradient_accumulation_steps: 1, dev_share: 0.0}}
+train: {{max_steps: 2, per_device_train_batch_size: 1, gradient_accumulation_steps: 1, eval_fraction: 0.0}}
 """
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
-"""Events of Python's audit that change files, beside `open` and `fsync`."""
+"""Python audit events that change files, in addition to `open` and `fsync`."""
 LONGEST = 300.0
-"""Seconds after which a process counts as hanging."""
+"""Timeout of a process, in seconds."""
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ LONGEST = 300.0
 
 @dataclass(frozen=True)
 class Work:
-    """A command on small data; called again on the same folder it goes on."""
+    """A command on small data; called again on the same folder, it resumes."""
 
     command: str
     run: Callable[[Path, Path], object]
@@ -133,7 +133,7 @@ WORKS = [
 
 
 def prepare(inputs: Path) -> None:
-    """Pairs of short captions, and their rewards; in a process of its own, so that this one never starts a thread."""
+    """Make pairs of short captions and their rewards, in a separate process so that this one never starts a thread."""
 
     def make(_: Path, output: Path) -> None:
         from catpo.data.read import open_data
@@ -146,7 +146,7 @@ def prepare(inputs: Path) -> None:
 
     attempt = Attempt(Work("inputs", make), inputs, inputs)
     if attempt.wait() != [0]:
-        raise SystemExit(f"the inputs could not be made:\n{attempt.messages()}")
+        raise SystemExit(f"could not make the inputs:\n{attempt.messages()}")
 
 
 # ---- one attempt ----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def prepare(inputs: Path) -> None:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a process kills itself: before its n-th change of a file; `is_torn`: after half of what it was writing."""
+    """Where a process kills itself: before its n-th file change; with `is_torn`, after half of the write."""
 
     number: int
     process: int = 0
@@ -162,7 +162,7 @@ class Moment:
 
 
 class Attempt:
-    """A run that has been started in processes of its own."""
+    """A run, started in its own processes."""
 
     def __init__(self, work: Work, inputs: Path, output: Path, moment: Moment | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class Attempt:
         try:
             sys.stdout = sys.stderr = open(self.log, "a", buffering=1)  # noqa: SIM115 (until the end)
             os.dup2(sys.stderr.fileno(), 2)
-            torch.set_num_threads(1)  # makes torch's pools anew, which a fork leaves broken
+            torch.set_num_threads(1)  # recreates torch's thread pools, which a fork breaks
             if work.processes > 1:
                 ranks = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": work.processes, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
@@ -193,9 +193,9 @@ class Attempt:
             os._exit(status)
 
     def wait(self, kill_after: float = LONGEST) -> list[int]:
-        """Exit codes in the order of the processes, negative for signals; when one is killed, so are the others.
+        """Exit codes by process, negative for signals; when one is killed, the others are killed, too.
 
-        `kill_after` counts seconds on a processor, so that it means the same moment on a busy machine.
+        `kill_after` is in seconds of CPU time, so that it hits the same moment on a busy machine.
         """
         left, codes = dict(enumerate(self.pids)), [0] * len(self.pids)
         deadline = time.monotonic() + LONGEST
@@ -216,17 +216,17 @@ class Attempt:
 
 
 class Watch:
-    """Counts a process's changes of files under a folder, and kills it at one of them."""
+    """Counts a process's file changes under a folder, and kills the process at one of them."""
 
     def __init__(self, folder: Path, moment: Moment | None) -> None:
         self.folder, self.moment, self.count = str(folder), moment, 0
         self.sizes: dict[str, int] = {}
         self.fsync = os.fsync
-        os.fsync = self._synced  # the audit does not tell of it
+        os.fsync = self._synced  # there is no audit event for it
         sys.addaudithook(self._event)
 
     def note(self) -> None:
-        """Leave the count for whoever wants to kill at each."""
+        """Log the count, for attempts that kill at each change."""
         print(f"changes: {os.environ.get('RANK', 0)} {self.count}", flush=True)
 
     def _event(self, name: str, arguments: tuple[Any, ...]) -> None:
@@ -272,7 +272,7 @@ def _free_port() -> int:
 
 
 def contents(output: Path) -> dict[str, str]:
-    """File -> hash of what must not differ; of checkpoints, which name their folders, the names alone."""
+    """File -> hash of what must not differ; for checkpoints, which contain folder names, only the file names."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
@@ -287,7 +287,7 @@ def contents(output: Path) -> dict[str, str]:
 
 
 def _timeless(path: Path, output: Path) -> bytes:
-    """JSON without times, and without where it lies."""
+    """JSON without times and without its own location."""
     text = path.read_text().replace(str(output), "OUTPUT")
     try:
         values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
@@ -315,20 +315,20 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
 
 @dataclass
 class Findings:
-    """What killing one command has shown."""
+    """Result of killing one command."""
 
     work: Work
     seconds: float
     kills: int = 0
     early: int = 0
-    """Kills that hit before the end."""
+    """Kills before the end of the run."""
     runs: int = 0
-    """Runs that were brought to their end and compared."""
+    """Runs that were finished and compared."""
     problems: list[str] = field(default_factory=list)
 
 
 class Trials:
-    """Kills a command in a folder of its own until it ends, and compares."""
+    """Kills and resumes a command in its own folder until it finishes, and compares the result."""
 
     def __init__(self, work: Work, inputs: Path, place: Path, seed: int) -> None:
         self.work, self.inputs, self.place = work, inputs, place
@@ -336,7 +336,7 @@ class Trials:
         undisturbed = place / "undisturbed"
         attempt = Attempt(work, inputs, undisturbed)
         if any(attempt.wait()):
-            raise SystemExit(f"{work.name} fails undisturbed:\n{attempt.messages()}")
+            raise SystemExit(f"{work.name} fails without being killed:\n{attempt.messages()}")
         self.expected = contents(undisturbed)
         counts = [line.split()[1:] for line in attempt.log.read_text().splitlines() if line.startswith("changes: ")]
         self.moments = [
@@ -347,7 +347,7 @@ class Trials:
         self.findings = Findings(work, attempt.seconds)
 
     def at_random(self, kills: int) -> None:
-        """Kill, go on and kill again, at random moments of the undisturbed run's time, until so many hit before the end."""
+        """Kill and resume at random moments until `kills` kills have hit before the end."""
         while self.findings.early < kills and len(self.findings.problems) < 5:
             output, moments, was_killed = self._folder(), [], True
             while was_killed:
@@ -358,7 +358,7 @@ class Trials:
             self._compare(output, f"{moments[:-1]} s", attempt, codes)
 
     def at_writes(self, most: int | None = None) -> None:
-        """One run per change of a file, or some of them, killed there; about every second with that file torn."""
+        """One run per file change (or a sample of them), killed there; about half of them with a torn file."""
         chosen = self.moments if most is None else self.random.sample(self.moments, min(most, len(self.moments)))
         for moment in chosen:
             output = self._folder()
@@ -376,9 +376,9 @@ class Trials:
         return self.place / f"run-{self.findings.runs}"
 
     def _compare(self, output: Path, where: str, attempt: Attempt, codes: list[int]) -> None:
-        """After the run has come to its end."""
+        """Compare a finished run with the uninterrupted one."""
         if any(codes):
-            self.findings.problems.append(f"killed at {where}, it does not go on (exit {codes}): {attempt.messages()}")
+            self.findings.problems.append(f"killed at {where}, it does not resume (exit {codes}): {attempt.messages()}")
         found = differences(self.expected, contents(output))
         if found and not any(codes):
             self.findings.problems.append(f"killed at {where}: {', '.join(found)}")
@@ -395,7 +395,7 @@ def kill(work: Work, *, kills: int, writes: int | None, inputs: Path, place: Pat
 
 
 def table(findings: list[Findings]) -> Table:
-    made = Table("command", "undisturbed", "kills", "before the end", "runs compared", "differences")
+    made = Table("command", "uninterrupted", "kills", "before the end", "runs compared", "differences")
     for each in findings:
         numbers = (each.kills, each.early, each.runs, len(each.problems))
         made.add_row(each.work.name, f"{each.seconds:.1f} s CPU", *(str(number) for number in numbers))
@@ -405,11 +405,11 @@ def table(findings: list[Findings]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", help="one command only", choices=sorted({work.command for work in WORKS}))
-    parser.add_argument("--processes", type=int, help="only runs of so many processes")
-    parser.add_argument("--kills", type=int, default=30, help="at random moments, before the end")
-    parser.add_argument("--writes", type=int, help="kills at so many writes; each of them if left out")
+    parser.add_argument("--processes", type=int, help="only runs with this number of processes")
+    parser.add_argument("--kills", type=int, default=30, help="kills at random moments before the end")
+    parser.add_argument("--writes", type=int, help="number of file changes to kill at (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the runs; those that differ are left there")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; runs that differ are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
     works = [work for work in WORKS if options.work in (None, work.command) and options.processes in (None, work.processes)]

@@ -1,4 +1,4 @@
-"""Several processes as `torchrun` starts them, forked from this one, so that nothing has to be imported again."""
+"""Start several processes as `torchrun` does, forked from this one to avoid importing everything again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ fork = multiprocessing.get_context("fork")
 
 
 def together(count: int, function: Callable[[], Any], **environment: str) -> list[Any]:
-    """What `function` returns in each of the processes; when one fails the others are ended, as a launcher does.
+    """Run `function` in `count` processes and return all results; if one fails, end the others, as a launcher does.
 
     Raises:
-        AssertionError: one failed; with what it printed.
+        AssertionError: a process failed; with its traceback.
     """
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **environment}
     pipes = [fork.Pipe(duplex=False) for _ in range(count)]
@@ -40,7 +40,7 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
     try:
         while len(results) < count:
             for read in wait([read for number, (read, _) in enumerate(pipes) if number not in results], timeout=600) or [None]:
-                assert read is not None, "the processes wait for one another"
+                assert read is not None, "deadlock: the processes wait for one another"
                 number = [each for each, _ in pipes].index(read)
                 is_done, results[number] = read.recv()
                 assert is_done, f"process {number} of {count}:\n{results[number]}"
@@ -52,7 +52,7 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
 
 
 def environment_of(recipe: str | Path) -> dict[str, str]:
-    """What `accelerate launch --config_file RECIPE` sets in the environment of its processes, but on CPUs."""
+    """Environment that `accelerate launch --config_file RECIPE` sets for its processes, changed to run on CPUs."""
     arguments = launch.launch_command_parser().parse_args(["--config_file", str(recipe), "--num_processes", "2", "-m", "catpo"])
     arguments, defaults, _ = launch._validate_launch_command(arguments)
     if arguments.use_deepspeed:
@@ -66,7 +66,7 @@ def environment_of(recipe: str | Path) -> dict[str, str]:
 
 
 def _let_engines_take_cpus() -> None:
-    """accelerate 1.15 leaves FSDP out on CPUs, and counts one process under DeepSpeed; so they are called GPUs here."""
+    """Pretend to have GPUs: accelerate 1.15 disables FSDP on CPUs and counts a single process under DeepSpeed."""
     distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
@@ -86,7 +86,7 @@ def _run(function: Callable[[], Any], environment: dict[str, str], write: Any) -
         if distributed.is_initialized():
             distributed.destroy_process_group()
         write.close()
-        os._exit(0)  # nothing of the test run is to be cleaned up here
+        os._exit(0)  # skip the cleanup of the parent test run
 
 
 def _free_port() -> int:

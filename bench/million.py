@@ -1,9 +1,9 @@
-"""Memory over a million pairs' metadata, no model: streaming loaders, pairs, the reward store's reader, the report.
+"""Memory with a million pairs, without a model: streaming loaders, pairs, reward store, report.
 
     python -m bench.million --pairs 1000000
 
-Every stage runs in a process of its own, over a tenth of the pairs and over all of them; printed is the peak of the memory it
-added to what its imports take. What is flat stays the same when there are ten times as many pairs.
+Every stage runs in its own process, once over a tenth of the pairs and once over all of them. Prints the peak memory above that
+of the imports; a stage with constant memory shows the same number twice.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SIGNALS = ["global_attention", "patch_entropy", "semantic"]
 TOKENS = 6
 SHARD = 1024
 KEPT = 100 << 20
-"""Bytes of token columns that an open store may keep here; by default it is ten times as much."""
+"""Bytes of token columns an open store may keep here; the default is ten times as much."""
 SAMPLE = 2000
-"""Pairs that are read at random."""
+"""Pairs read at random."""
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
             "store, read": lambda count: read_store(place / f"store-{count}"),
             "report": lambda count: report(rewards=place / f"store-{count}", output=place / f"report-{count}.html") and None,
         }
-        print(f"{'MiB above the imports':36} {options.pairs // 10:>12,} {options.pairs:>12,}   bytes per further pair")
+        print(f"{'MiB above the imports':36} {options.pairs // 10:>12,} {options.pairs:>12,}   bytes per additional pair")
         for name, stage in stages.items():
             few, many = (peak(stage, count) for count in (options.pairs // 10, options.pairs))
             print(
@@ -68,12 +68,12 @@ def main() -> None:
 
 
 def peak(stage: Callable[[int], None], count: int) -> float:
-    """Bytes that a stage adds at most, in a process of its own."""
+    """Peak memory that a stage adds, in bytes, measured in its own process."""
     context = multiprocessing.get_context("fork")
     read, write = context.Pipe(duplex=False)
 
     def work() -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak that this process inherited
+        Path("/proc/self/clear_refs").write_text("5")  # reset the inherited peak
         rewards.KEPT_BYTES = KEPT
         before = resident("VmRSS")
         stage(count)
@@ -98,14 +98,14 @@ def exhaust(source: str) -> None:
 
 
 def keep_pairs(source: str) -> None:
-    """Everything read, a part kept out, and pairs here and there looked at again."""
+    """Read everything, hold out a part, and reopen random pairs."""
     train, _ = dev_split(read_pairs(source, SkipLog()), 0.1, 0)
     for place in random.Random(0).sample(range(len(train)), min(SAMPLE, len(train))):
         train[place].images[0].open()
 
 
 def read_store(path: Path) -> None:
-    """Weights of pairs here and there, as training reads them."""
+    """Read the weights of random pairs, as training does."""
     store = RewardStore.open(path)
     for pair in random.Random(0).sample(store.pair_ids, min(SAMPLE, len(store))):
         store.weights(pair)

@@ -1,11 +1,11 @@
-"""The terms of docs/scaling.md, predicted by the dry run and measured here: operations, time, bytes sent, memory, disk.
+"""Terms of docs/scaling.md, as predicted by the dry run and as measured: operations, time, bytes sent, memory, disk.
 
     python -m bench.predicted [--group disk]
 
-Prints a Markdown table per group. Times are CPU seconds of one process with one thread; the speed of the machine is taken from
-one case, so that all others are predictions. Bytes sent are read from the counters of the loopback interface, on which nothing
-else may run meanwhile: `unshare -rn sh -c 'ip link set lo up; python -m bench.predicted --group sent'` has one of its own. ZeRO
-is left out where DeepSpeed is not installed.
+Prints a Markdown table per group. Times are CPU seconds of one process with one thread; the machine's speed is calibrated on
+one case, and all others are predictions. Bytes sent are read from the counters of the loopback interface, which nothing else
+may use meanwhile: `unshare -rn sh -c 'ip link set lo up; python -m bench.predicted --group sent'` has its own. ZeRO
+is skipped if DeepSpeed is not installed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from catpo.training.trainer import CatPOTrainer
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 TIMED = ("llava-144", "llava-576", "qwen-300", "qwen-1200")
 CALIBRATION = "full, llava-576"
-"""The case whose time gives the machine's operations per second: its own time is no prediction."""
+"""The case that calibrates the machine's operations per second; its own time is not a prediction."""
 STEPS = 3
-"""Timed steps of one pair; the least counts, since other work can only add to it."""
+"""Timed steps of one pair; the minimum counts, because other work can only add time."""
 SMALL = Shape("llava", 4, 4, vocabulary=8000, width=256, layers=4, vision_width=128, vision_layers=2)
-"""A model of 30 MB, beside which the messages' headers do not count."""
+"""A model of 30 MB, so that message headers are negligible."""
 FIRST, LAST = 2, 6
-"""Optimiser steps between whose ends bytes are counted."""
+"""Bytes are counted from the end of one of these optimiser steps to the end of the other."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Of the prediction, in percent of what was measured."""
+        """Error of the prediction, in percent of the measurement."""
         return 100 * (self.predicted / self.measured - 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--group", action="append", choices=GROUPS, help="all, if left out")
+    parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.group or GROUPS:
             print(table(GROUPS[name](Path(folder))), flush=True)
             if name == "sent" and not HAS_DEEPSPEED:
-                print("ZeRO is left out: DeepSpeed is not installed.\n")
+                print("ZeRO is skipped: DeepSpeed is not installed.\n")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -107,9 +107,9 @@ SIDES_TIMED = {
 
 
 def times(folder: Path, shapes: Sequence[str] = TIMED) -> list[Row]:
-    """Seconds per pair, and before them the operations of a step as torch counts them."""
+    """Seconds per pair, preceded by the operations of a step as counted by torch."""
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})  # of the workers too, which take a thread per core
+    os.sched_setaffinity(0, {min(allowed)})  # inherited by the workers, which use one thread per core
     try:
         runs = {f"{name}, {shape}": timed(folder, shape, side) for shape in shapes for name, side in SIDES_TIMED.items()}
     finally:
@@ -125,7 +125,7 @@ def times(folder: Path, shapes: Sequence[str] = TIMED) -> list[Row]:
 
 
 def timed(folder: Path, shape: str, side: Side) -> tuple[float, dict[str, Any]]:
-    """Predicted operations of a pair, and what a worker measured."""
+    """Predicted operations of a pair, and a worker's measurements."""
     case = Case(f"{side.work}-{shape}", shape, 1, side, ())
     place = prepared(case, folder, STEPS)
     pairs = folder / shape / "pairs"
@@ -161,7 +161,7 @@ class Place:
         return made.prepared()
 
     def prepared(self) -> Place:
-        """With what is missing of pairs and rewards."""
+        """Create pairs and rewards that are missing."""
         if not self.pairs_file.exists():
             write_pairs(self.pairs_file, self.pairs, {})
         if not self.rewards.exists():
@@ -173,7 +173,7 @@ class Place:
 
 
 class Ledger(TrainerCallback):
-    """What goes through the loopback interface between two steps, and the bytes that this process holds."""
+    """Records the loopback traffic between two steps and the bytes this process holds."""
 
     def __init__(self) -> None:
         self.counters: dict[int, int] = {}
@@ -193,13 +193,13 @@ class Ledger(TrainerCallback):
 
 
 def held(tensor: Tensor) -> int:
-    """Bytes of a tensor that lie in this process."""
+    """Bytes of a tensor's local shard."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.numel() * local.element_size()
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback interface has sent since it is up."""
+    """Bytes the loopback interface has sent since it came up."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
@@ -207,8 +207,8 @@ def loopback_bytes() -> int:
 def watched(
     place: Place, output: Path, *, steps: int = LAST, lora: str | None = None, gradient_accumulation_steps: int = 1
 ) -> dict[str, Any]:
-    """Trains in this process, as one of several."""
-    ledger, family = Ledger(), loading.load(place.model)  # whole: ZeRO-3 divides it afterwards
+    """Train in this process, as one of several."""
+    ledger, family = Ledger(), loading.load(place.model)  # whole; ZeRO-3 shards it afterwards
     settings = CatPOConfig(
         output_dir=str(output), objective=CATPO, rewards=str(place.rewards), max_steps=steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=gradient_accumulation_steps, save_strategy="no", disable_tqdm=True, logging_steps=1000,
@@ -223,7 +223,7 @@ def watched(
 
 
 def sent(folder: Path) -> list[Row]:
-    """Bytes per optimiser step, both processes together; the interface counts each once."""
+    """Bytes per optimiser step of both processes together; the interface counts each byte once."""
     place, rows = Place.at(folder), []
     for engine in ENGINES:
         launch = environment(engine, folder)
@@ -253,13 +253,13 @@ SENT: dict[str, dict[str, Any]] = {
 
 
 def by_gloo(made: Plan, batches: int) -> float:
-    """What two processes send by a plan; where each is to get half of a sum, gloo gives both all of it, in twice the bytes."""
+    """Bytes two processes send according to a plan. Gloo all-reduces where a reduce-scatter would do, with twice the bytes."""
     scattered = made.memory["gradients"] * batches if "weights" in SHARDED[made.engine] else 0
     return 2 * (made.work.sent_per_step + scattered)
 
 
 def environment(engine: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` sets; ZeRO-3 as with a large model, since it keeps up to a billion weights once fetched."""
+    """Environment of `accelerate launch`; ZeRO-3 as for a large model, because it keeps up to a billion fetched weights."""
     made = {**environment_of(RECIPES / f"{engine}.yaml"), "GLOO_SOCKET_IFNAME": "lo"}
     if engine == "zero3":
         file = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -274,7 +274,7 @@ KEPT_BY_ZERO_3 = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "st
 
 
 def memory(folder: Path, place: Place | None = None) -> list[Row]:
-    """Bytes of the larger of two processes under FSDP2."""
+    """Memory under FSDP2, of the larger of two processes."""
     place = place or Place.at(folder)
     made = planned("train", engine="fsdp2", processes=2, **place.given(lora=None, eval_fraction=0.0, objective=CATPO))
     both = together(2, partial(watched, place, folder / "held", steps=1), **environment("fsdp2", folder))
@@ -294,7 +294,7 @@ def memory(folder: Path, place: Place | None = None) -> list[Row]:
 
 
 def disk(folder: Path, place: Place | None = None) -> list[Row]:
-    """Files of reward stores and of a checkpoint."""
+    """File sizes of reward stores and a checkpoint."""
     place = place or Place.at(folder)
     rows = [row for cache in ("hidden", "topk(k=8)") for row in stored(place, folder / cache, cache)]
     made = planned("train", **place.given(lora=None, eval_fraction=0.0, objective=CATPO))

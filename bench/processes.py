@@ -1,9 +1,9 @@
-"""How much sooner two scoring processes are done than one: `catpo score` of the same pairs, one thread each.
+"""Speed-up of `catpo score` with two processes over one, on the same pairs with one thread each.
 
     python -m bench.processes --pairs 64 --repeat 3
 
-Each process stays on a core of its own. Times are of scoring alone, from the first process's claim of a shard to the finished
-store; starting Python and loading the model are left out. The stores are compared byte for byte.
+Each process is pinned to its own core. Times cover scoring only, from the first process's first shard to the finished store,
+not starting Python and loading the model. The stores are compared byte for byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from catpo.scoring.score import score_pairs
 
 AT_LEAST = 1.7
 SHARD = 4
-"""Pairs per shard: the last ones of a process are waited for by the other."""
+"""Pairs per shard. Small, because at the end one process waits for the other's last shard."""
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llava-144", choices=SHAPES)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # of a process that was started by this one
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # set for child processes only
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.output:
@@ -50,12 +50,12 @@ def main() -> None:
                 f"one {one:.1f} s, two {two:.1f} s: {one / two:.2f} times; stores {'equal' if same else 'DIFFER'}", flush=True
             )
         middle = statistics.median(ratios)
-        print(f"{options.pairs} pairs, {options.shape}: {middle:.2f} times, asked for {AT_LEAST}")
+        print(f"{options.pairs} pairs, {options.shape}: {middle:.2f} times, target {AT_LEAST}")
         sys.exit(middle < AT_LEAST)
 
 
 def run(options: argparse.Namespace, model: Path, output: Path, count: int) -> float:
-    """Seconds that so many processes need."""
+    """Scoring time with `count` processes, in seconds."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "bench.processes"]
     given = ["--shape", options.shape, "--pairs", str(options.pairs), "--model", str(model), "--output", str(output)]
     done = subprocess.run(
@@ -71,12 +71,12 @@ def run(options: argparse.Namespace, model: Path, output: Path, count: int) -> f
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Work of one process; the first prints the seconds."""
+    """Score as one of the processes; the first prints the time."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[process_number() % len(cores)]})
     family, pairs = loading.load(options.model), make_pairs(SHAPES[options.shape], options.pairs)
     warm = options.output.with_name(f"warm-{process_number()}-{options.output.name}")
-    family.model_hash  # noqa: B018 (found out once, before the clock runs)
+    family.model_hash  # noqa: B018 (computed before the clock starts)
     alone = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK") if name in os.environ}
     score_pairs(pairs[:1], family, warm, progress=False)
     os.environ.update(alone)

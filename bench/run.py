@@ -1,4 +1,4 @@
-"""`make bench`: ours and the peers in turn, on the same weights, data, batch, precision and threads.
+"""`make bench`: run catpo and its peers in turn, with the same weights, data, batch, precision and threads.
 
 python -m bench.run [--case train-llava-full-1] [--repeat 3] [--steps 3] [--out FILE] [--notes]
 """
@@ -35,7 +35,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that a case compares: a worker's arguments."""
+    """One side of a comparison, as arguments of a worker."""
 
     work: str = "train"
     trainer: str = ""
@@ -50,7 +50,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """Ours against peers; the fastest of them counts. Limits are ratios ours / peer by measure."""
+    """Ours against the fastest of its peers. `limits` are target ratios ours / peer, by measure."""
 
     name: str
     shape: str
@@ -59,13 +59,13 @@ class Case:
     peers: tuple[Side, ...]
     limits: dict[str, float] = field(default_factory=dict)
     check: tuple[Side, Side] | None = None
-    """Two sides whose losses must agree before anything is measured."""
+    """Two sides whose losses must agree before anything is timed."""
 
 
 def training(shape: str, pairs: int, *, lora: bool = False, limits: dict[str, float]) -> Case:
-    """A step of Cat-PO with KL and cached reference against one of TRL's DPO."""
+    """A step of Cat-PO with KL and cached reference against a step of TRL's DPO."""
     peers = tuple(Side(trainer=name, lora=lora) for name in ("trl", "trl-responses"))
-    check = None if lora else (Side(trainer=DPO), peers[0])  # adapters draw other first values
+    check = None if lora else (Side(trainer=DPO), peers[0])  # adapters are initialised differently
     kind = "lora" if lora else "full"
     return Case(f"train-{shape}-{kind}-{pairs}", shape, pairs, Side(trainer=CATPO, lora=lora), peers, limits, check)
 
@@ -105,7 +105,7 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     known = ", ".join(case.name for case in CASES)
-    parser.add_argument("--case", action="append", help=f"name, or the start of names; of {known}")
+    parser.add_argument("--case", action="append", help=f"case name or prefix: {known}")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def prepared(case: Case, folder: Path, steps: int) -> list[str]:
-    """Model and reward store of a case's shape, written once, as a worker's arguments."""
+    """Write model and reward store of a case's shape once; return them as worker arguments."""
     if case.ours.work == "signals":
         return ["--shape", case.shape, "--model", "none", "--pairs", str(case.pairs)]
     model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.pairs}"
@@ -139,7 +139,7 @@ def prepared(case: Case, folder: Path, steps: int) -> list[str]:
 
 
 def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: float) -> list[Run]:
-    """All sides in turn, after checking that those which must agree have the same losses."""
+    """Run all sides in turn, after checking that the losses agree where they must."""
     call = lambda side: worker(case, side, [*place, "--steps", str(options.steps)])
     gap = agreement(case, call)
     mine: list[Run] = []
@@ -174,7 +174,7 @@ def seconds(run: Run) -> float:
 
 
 def agreement(case: Case, call: Callable[[Side], Run]) -> float | None:
-    """Largest difference of the losses of two sides that compute the same; stops where they do not."""
+    """Largest loss difference between two sides that must compute the same; exits if they do not."""
     if case.check is None:
         return None
     first, second = (call(side)["losses"] for side in case.check)
@@ -212,7 +212,7 @@ def worker(case: Case, side: Side, place: list[str]) -> Run:
 
 
 def matmul_flops() -> float:
-    """Floating-point operations per second of a float32 matrix product of a decoder's size, the best of some."""
+    """FLOP/s of a float32 matrix product at decoder size, best of 30."""
     a, b = torch.randn(800, 512), torch.randn(512, 1376)
     best = float("inf")
     for _ in range(30):
@@ -232,7 +232,7 @@ def machine(speed: float) -> Run:
     }
 
 
-HEADINGS = ("case", "measure", "ours", "peer", "which", "ratio", "at most", "spread")
+HEADINGS = ("case", "measure", "ours", "peer", "peer name", "ratio", "target", "spread")
 
 
 def cells(each: Run) -> list[str]:
@@ -255,13 +255,13 @@ def as_table(rows: list[Run]) -> Table:
 
 
 def add_to_notes(rows: list[Run], speed: float, options: argparse.Namespace) -> None:
-    """The table, dated, below the heading of the notes."""
+    """Insert the dated table at the top of the notes."""
     about = machine(speed)
     lines = [
         f"## {datetime.date.today()}: `make bench`",
         "",
-        f"{about['cores']} cores, {about['threads']} threads, {about['matmul_gflops']:.0f} GFLOP/s in a float32 product, torch "
-        f"{about['torch']}; {options.repeat} repetitions of {options.steps} steps.",
+        f"{about['cores']} cores, {about['threads']} threads, {about['matmul_gflops']:.0f} GFLOP/s in a float32 "
+        f"matrix product, torch {about['torch']}; {options.repeat} repetitions of {options.steps} steps.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),

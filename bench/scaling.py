@@ -1,8 +1,8 @@
-"""The table of docs/scaling.md: memory and disk of published model sizes, by the formulas that `--dry-run` uses.
+"""Tables of docs/scaling.md: memory and disk for published model sizes, by the formulas of `--dry-run`.
 
     python -m bench.scaling
 
-Sizes are those of the models' published configurations. Nothing is loaded or measured here.
+Sizes come from the models' published configurations. Nothing is loaded or measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from catpo.planning.costs import per_process
 from catpo.scoring.reference_cache import token_bytes
 
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
-"""Tokens of a pair: a picture of about 980 x 980 pixels, the question, both answers."""
+"""Tokens of a pair: an image of about 980 x 980 pixels, the prompt, both responses."""
 ROW = IMAGE + PROMPT + RESPONSES
 BF16 = 2
 LORA_RANK = 128
@@ -22,7 +22,7 @@ LORA_RANK = 128
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a decoder of Llama's build, and the weights beside it."""
+    """Dimensions of a Llama-style decoder, and the weights outside it."""
 
     width: int
     layers: int
@@ -32,7 +32,7 @@ class Size:
     vocabulary: int
     is_tied: bool
     vision: float
-    """Weights of tower and projector."""
+    """Parameters of tower and projector."""
 
     @property
     def keys(self) -> int:
@@ -56,13 +56,13 @@ class Size:
 
     @property
     def adapter(self) -> int:
-        """Two factors of each of the seven linear layers."""
+        """LoRA factors of the seven linear layers, over all decoder layers."""
         sides = 2 * self.width + 2 * (self.width + self.keys) + 3 * (self.width + self.inner)
         return self.layers * LORA_RANK * sides
 
     @property
     def checkpointed(self) -> int:
-        """Activations of one row: the input of each layer, and one layer whole (`catpo.models.memory.DecoderMemory`)."""
+        """Activations of one row: the input of each layer, plus one full layer (`catpo.models.memory.DecoderMemory`)."""
         norms = 2 * (2 * self.width + 2 * self.width)
         layer = norms + 3 * self.width + 4 * self.keys + 4 * self.inner
         return ROW * BF16 * (self.layers * self.width + layer)

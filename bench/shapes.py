@@ -1,4 +1,4 @@
-"""Models and pairs of the benchmarks' shapes: real classes and processors, random weights. Written to a folder once."""
+"""Models and pairs in the benchmarks' shapes: real classes and processors with random weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def template(image: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """Proportions of a model and its pairs. Patches are those that the decoder sees, in rows and columns."""
+    """Dimensions of a model and its pairs. `rows` and `columns` are the patches the decoder sees."""
 
     family: str
     rows: int
@@ -76,12 +76,12 @@ class Shape:
 
 
 def llava(side: int = 24) -> Shape:
-    """LLaVA-1.5's proportions scaled to two cores: 24 x 24 patches, vocabulary 32,000."""
+    """LLaVA-1.5's proportions, scaled down for two cores: 24 x 24 patches, vocabulary 32,000."""
     return Shape("llava", side, side, 32_000)
 
 
 def qwen(rows: int = 30, columns: int = 40) -> Shape:
-    """Qwen2.5-VL class: 1,200 merged patches, vocabulary 151,936, grouped queries."""
+    """Qwen2.5-VL: 1,200 merged patches, vocabulary 151,936, grouped-query attention."""
     return Shape("qwen", rows, columns, 151_936)
 
 
@@ -89,7 +89,7 @@ SHAPES = {shape.name: shape for shape in (llava(12), llava(24), llava(34), llava
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    """A model of this shape as `from_pretrained` reads it, with its processor."""
+    """Save a model of this shape and its processor for `from_pretrained`."""
     torch.manual_seed(0)
     model, processor = (_llava if shape.family == "llava" else _qwen)(shape)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
@@ -179,7 +179,7 @@ def _qwen(shape: Shape) -> tuple[Any, Any]:
 
 
 def make_pairs(shape: Shape, count: int) -> list[PreferencePair]:
-    """Pairs of random words with noise pictures; chosen and rejected differ in length by a few words."""
+    """Pairs of random words with noise images; chosen and rejected differ in length by a few words."""
     rng = random.Random(0)
     sentence = lambda words: " ".join(rng.choice(WORDS) for _ in range(words))
     pairs = []

@@ -1,4 +1,4 @@
-"""One measured process: does one kind of work on pairs of a shape, and prints times, peak memory and losses as JSON."""
+"""One measured process: runs one kind of work on pairs of a shape and prints times, peak memory and losses as JSON."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from catpo.rewards.writer import RewardWriter
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SIGNALS
 from catpo.training.config import CatPOConfig, lora_config
-from catpo.training.pair_stats import PairStats
+from catpo.training.pair_stats import PairStats, Quantity
 from catpo.training.trainer import CatPOTrainer
 
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")
-"""As shipped, and with its head on response positions only, as it is on CUDA."""
+"""TRL as shipped, and with its head on response positions only, as on CUDA."""
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -53,12 +53,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rewards", type=Path)
     parser.add_argument("--trainer", default="", help="trl, trl-responses, naive, or an objective of ours")
-    parser.add_argument("--pairs", type=int, default=1, help="per batch")
-    parser.add_argument("--steps", type=int, default=3, help="measured; one more warms up")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs per batch")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true", help="of ours; TRL's own default is to do it")
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: seconds of computing, other work left out")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.add_argument(
+        "--clock", default="wall", choices=CLOCKS, help="cpu: CPU time of this process, unaffected by other work"
+    )
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as output:
@@ -69,7 +71,7 @@ def main() -> None:
 
 
 class Watch(TrainerCallback):
-    """Seconds of each step and of what lies between steps (fetching data); operations and token passes of the first step."""
+    """Records the time of each step and between steps (fetching data), and operations and token passes of the first step."""
 
     def __init__(self, decoder: type[torch.nn.Module], clock: Callable[[], float], *, backward: int) -> None:
         self.steps: list[float] = []
@@ -79,7 +81,7 @@ class Watch(TrainerCallback):
         register_module_forward_hook(self.count)
 
     def count(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        """Tokens through a decoder: once forward, and where a graph is kept, `backward` times back."""
+        """Count token passes through a decoder: one forward, plus `backward` if a graph is kept."""
         if isinstance(module, self.decoder) and not self.steps:
             hidden = output.last_hidden_state
             self.token_passes += hidden.shape[0] * hidden.shape[1] * (1 + self.backward * hidden.requires_grad)
@@ -98,7 +100,7 @@ class Watch(TrainerCallback):
         self.steps.append(self.ended - self.began)
 
     def seconds(self) -> list[float]:
-        """Of each step with the data it waited for, the first left out."""
+        """Time of each step including its wait for data, without the first."""
         return [step + wait for step, wait in zip(self.steps[1:], self.between, strict=True)]
 
 
@@ -128,12 +130,12 @@ def make_trainer(
         "per_device_train_batch_size": options.pairs,
         "max_steps": steps,
         "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",  # their defaults differ
+        "lr_scheduler_type": "constant",  # the defaults differ
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
-        "bf16": False,  # TRL would switch it on
+        "bf16": False,  # TRL's default is on
         "disable_tqdm": True,
         "dataloader_num_workers": options.workers,
         "seed": 0,
@@ -141,7 +143,7 @@ def make_trainer(
     }
     watch = Watch(
         type(family.decoder), CLOCKS[options.clock], backward=1 if options.lora else 2
-    )  # frozen weights take no gradient
+    )  # frozen weights need no gradient
     trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -165,24 +167,24 @@ def _ours(options: argparse.Namespace, family: families.Family, pairs: list[Pref
 
 
 class NaiveTrainer(CatPOTrainer):
-    """Cat-PO as its official release runs it: a row per response, two forwards of each model, whole logits (methods 1.3)."""
+    """Cat-PO as in its official release: one row per response, two forwards of each model, full logits."""
 
     def pair_stats(self, model: Any, batch: Batch) -> PairStats:
         mask = batch["mask"]
-        with torch.no_grad(), self._reference() as (reference, _):
+        with torch.no_grad():
             for _ in range(2):
-                reference_log_probs = self._log_probs(reference, batch)
+                reference_log_probs = self._in_reference(batch, lambda model: self._log_probs(model, batch))
         for _ in range(2):
             log_probs = self._log_probs(model, batch)
         kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
         place = batch["row"][:, :, None], batch["predictors"].clamp(min=0)
         at_token = lambda values: values[place].gather(-1, batch["token_ids"][..., None])[..., 0]
         values = {
-            "mask": mask,
-            "weights": batch["weights"],
-            "policy_logps": at_token(log_probs),
-            "reference_logps": at_token(reference_log_probs),
-            f"kl {self.direction}": kl[place],
+            Quantity("mask"): mask,
+            Quantity("weights"): batch["weights"],
+            Quantity("policy_logps"): at_token(log_probs),
+            Quantity("reference_logps"): at_token(reference_log_probs),
+            Quantity("kl", argument=str(self.direction)): kl[place],
         }
         return PairStats(values.__getitem__)
 
@@ -217,7 +219,7 @@ def _row(pair: PreferencePair) -> dict[str, Any]:
 
 
 def response_only_head(trainer: str) -> Any:
-    """TRL scores responses alone where Triton runs; this makes it do so here, with its torch kernels."""
+    """TRL restricts its head to responses only where Triton runs; make it do so here, with its torch kernels."""
     if trainer != "trl-responses":
         return nullcontext()
     return mock.patch("trl.trainer.utils._use_triton", return_value=True)
@@ -227,7 +229,7 @@ def response_only_head(trainer: str) -> Any:
 
 
 def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Everything that `catpo score` does with pairs: encoding, forward, signals, the store with hidden states."""
+    """All of `catpo score`: encoding, forward pass, signals, store with hidden states."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = loading.load(options.model)
     score_pairs(pairs[:1], family, output / "warm", progress=False)
@@ -235,7 +237,7 @@ def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """The same packed rows through the plain model, as many at once, and the log-probs of their response tokens."""
+    """The same packed rows in the same batches through the plain model, and the log-probs of their response tokens."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = loading.load(options.model)
 
@@ -250,7 +252,7 @@ def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def eager(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Chosen and rejected by themselves, with whole attention maps of every layer and whole logits."""
+    """Chosen and rejected separately, with full attention maps of every layer and full logits."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = loading.load(options.model)
     layer = int(0.6 * family.depth)
@@ -277,7 +279,7 @@ def _one_picture(batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """From nothing to trained once over the pairs: ours scores first."""
+    """One epoch from scratch; ours scores first."""
     pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
     family = loading.load(options.model)
 
@@ -293,7 +295,7 @@ def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def signals(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Opening a reward store of many pairs and reading every response's signals."""
+    """Open a reward store of many pairs and read every response's signals."""
     rng = np.random.default_rng(0)
     names, tokens, shard = (*PAPER_SIGNALS, "image_contrast"), 80, 64
     ids = [f"pair-{number}" for number in range(options.pairs)]

@@ -149,14 +149,14 @@ def make_evaluation(
     answers, grades = [], []
     for item in benchmark.items(list(dataset.samples()), dataset.vocabulary):
         answer = _answer(item, wrong, said, rng)
-        found = benchmark.grade(item, answer)
+        grade = benchmark.grade(item, answer)
         answers.append({"benchmark": "scenes", "id": item.id, "prompt": item.sample.prompt, "answer": answer})
-        row = {"benchmark": "scenes", "id": item.id, "group": item.group, "picture": item.picture, "counts": dict(found.counts)}
-        grades.append(row if found.mentions is None else {**row, "mentions": [list(each) for each in found.mentions]})
+        row = {"benchmark": "scenes", "id": item.id, "group": item.group, "picture": item.picture, "counts": dict(grade.counts)}
+        grades.append(row if grade.mentions is None else {**row, "mentions": [list(mention) for mention in grade.mentions]})
     append_rows(folder / "answers.jsonl", answers)
     append_rows(folder / "grades.jsonl", grades)
     metrics = {name: _estimate(values) for name, values in resample(benchmark.summarise, grades).items()}
-    about = {"options": options, "data": benchmark.data, "items": len(grades), "pictures": count, "metrics": metrics}
+    scores = {"options": options, "data": benchmark.data, "items": len(grades), "pictures": count, "metrics": metrics}
     write_json(
         folder / "scores.json",
         {
@@ -164,7 +164,7 @@ def make_evaluation(
             "model": folder.name,
             "model_hash": "0",
             "decoding": {"temperature": 0.0},
-            "benchmarks": {"scenes": about},
+            "benchmarks": {"scenes": scores},
         },
     )
     return folder

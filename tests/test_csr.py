@@ -36,7 +36,7 @@ def test_log_probs_of_a_next_sentence_are_those_of_a_plain_forward(family):
     found = family.next_sentences(samples, begun, temperature=0.7, top_p=0.8, max_new_tokens=20, batch_size=2)
     for sample, start, sentence in zip(samples, begun, found, strict=True):
         prompt = family.prompt_text(sample.prompt, 1)
-        lead = family._lead(prompt)
+        lead = family.answer_lead(prompt)
         whole = family.process([sample.images], [prompt + lead + start + sentence.text])
         logps = family.unwrapped(**whole).logits[0].double().log_softmax(-1)
         ids = whole["input_ids"][0]
@@ -69,14 +69,8 @@ def test_the_same_call_gives_the_same_sentences_and_answers_stay_as_they_were(fa
 # ---- the tree -------------------------------------------------------------------------------------------------------------
 
 SAID = {1: ["A cat.", "A dog.", "A fox."], 2: [" It sits.", " It runs.", " It flies."]}
-LOGP = {
-    "A cat.": [-1.0, -3.0],
-    "A dog.": [-0.5],
-    "A fox.": [-4.0],
-    " It sits.": [-2.0],
-    " It runs.": [-1.0],
-    " It flies.": [-9.0],
-}
+LOGP = {"A cat.": [-1.0, -3.0], "A dog.": [-0.5], "A fox.": [-4.0]}
+LOGP |= {" It sits.": [-2.0], " It runs.": [-1.0], " It flies.": [-9.0]}
 FIT = {"A cat.": 0.3, "A dog.": 0.1, "A fox.": 0.2, "It sits.": -0.1, "It runs.": 0.4, "It flies.": 0.2}
 
 
@@ -166,27 +160,22 @@ def test_without_a_whole_sentence_there_is_no_pair(scripted):
 def test_a_killed_run_ends_with_the_same_pairs(family, tmp_path, monkeypatch):
     options = dict(data="scenes(count=4)", method="csr(branches=2, best=1, worst=1, sentences=2)", block_size=2, progress=False)
     pair(model=family, output=tmp_path / "whole", **options)
+    calls, next_sentences = [], family.next_sentences
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:  # the second block's first sentences
+            raise KeyboardInterrupt
+        return next_sentences(*arguments, **options)
+
     with monkeypatch.context() as patched:
-        patched.setattr(family, "next_sentences", _dies_at_the_third_call(family.next_sentences))
+        patched.setattr(family, "next_sentences", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pair(model=family, output=tmp_path / "broken", **options)
     assert len((tmp_path / "broken" / "blocks.jsonl").read_text().splitlines()) == 1
     pair(model=family, output=tmp_path / "broken", **options)
     for name in ("pairs.jsonl", "pairs.json"):
         assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text()
-
-
-def _dies_at_the_third_call(next_sentences):
-    """Interrupts the second block's first sentences."""
-    calls = []
-
-    def interrupted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return next_sentences(*arguments, **options)
-
-    return interrupted
 
 
 @pytest.mark.parametrize(
@@ -197,17 +186,14 @@ def _dies_at_the_third_call(next_sentences):
         ("csr(branches=1)", "2 or more"),
         ("csr(scorer='clipp')", "Did you mean 'clip'"),
         ("csr(scorer='own(feature=1)')", "Did you mean 'features'"),
+        ("csr", "temperature above 0"),
     ],
 )
 def test_a_wrong_option_is_refused_before_any_sentence(scripted, tmp_path, method, message):
+    options = dict(data="scenes(count=2)", temperature=0.0 if method == "csr" else 1.0, progress=False)
     with pytest.raises(UserError, match=message):
-        pair(model=scripted, data="scenes(count=2)", output=tmp_path / "out", method=method, progress=False)
+        pair(model=scripted, output=tmp_path / "out", method=method, **options)
     assert scripted.calls == []
-
-
-def test_greedy_sentences_make_no_tree(scripted, tmp_path):
-    with pytest.raises(UserError, match="temperature above 0"):
-        pair(model=scripted, data="scenes(count=2)", output=tmp_path / "o", method="csr", temperature=0.0, progress=False)
 
 
 # ---- scorers --------------------------------------------------------------------------------------------------------------
@@ -267,18 +253,20 @@ def test_own_gives_the_mean_over_tokens_of_the_best_patch(family, features):
         assert value == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
 
-@pytest.mark.parametrize("text, message", [("clip(source='no/such')", "scorer='own'"), ("own(features='x')", "hidden, input")])
-def test_a_scorer_that_is_not_there_is_told_with_the_next_step(family, text, message):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("clip(source='no/such')", "scorer='own'"),
+        ("own(features='x')", "hidden, input"),
+        ("clip(source='{folder}')", "does not compare pictures with texts|cannot be loaded"),
+    ],
+)
+def test_a_scorer_that_cannot_be_used_is_refused_with_the_next_step(family, folder, text, message):
     with pytest.raises(UserError, match=message):
-        scorer(text, family)
+        scorer(text.format(folder=folder), family)
 
 
-def test_a_model_that_compares_nothing_is_no_clip(family, folder):
-    with pytest.raises(UserError, match="does not compare pictures with texts|cannot be loaded"):
-        scorer(f"clip(source='{folder}')", family)
-
-
-def test_a_sample_without_tokens_fits_nothing(family):
+def test_an_empty_text_has_a_relevance(family):
     picture = Picture(data=next(open_data("scenes(count=1)").samples()).images[0].read())
     measured = scorer("own", family)
     assert measured.relevance(measured.look([Sample("1", (picture,), "What is it?")]), [""]) != []

@@ -213,10 +213,6 @@ def test_every_test_named_in_the_map_exists(test: str) -> None:
     assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
-def test_the_map_has_many_defaults() -> None:
-    assert len(DEFAULTS) > 20
-
-
 @pytest.mark.parametrize(("of", "option", "value"), DEFAULTS)
 def test_the_defaults_in_the_map_are_in_force(of: str, option: str, value: str) -> None:
     assert _default(of, option) == ast.literal_eval(value.replace("\\", ""))

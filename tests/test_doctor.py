@@ -1,4 +1,4 @@
-"""The doctor tells what is missing and how to get it, and is content where nothing is."""
+"""`catpo doctor` names what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_is_missing_where_the_tests_run() -> None:
-    found = by_part(doctor.examine())
-    assert [finding for finding in found.values() if finding.verdict == "missing"] == []
-    assert {"python", "torch", "transformers", "memory", "disk", "built-in model", "cpu"} <= set(found)
+    findings = by_part(doctor.examine())
+    assert [finding for finding in findings.values() if finding.verdict == "missing"] == []
+    assert {"python", "torch", "transformers", "memory", "disk", "built-in model", "cpu"} <= set(findings)
 
 
-def test_a_version_outside_the_range_is_named_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_outside_the_range_is_named_with_the_command_that_fixes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: "4.1.0" if name == "transformers" else version(name))
     finding = by_part(doctor.examine())["transformers"]
     assert finding.verdict == "missing"
@@ -40,43 +40,46 @@ def test_a_version_outside_the_range_is_named_with_the_command_that_mends_it(mon
     assert "pip install 'transformers<6,>=5.8'" in finding.text
 
 
-def test_what_only_an_extra_needs_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_of_an_extra_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(name: str) -> str:
         if name in ("torchvision", "peft"):
             raise PackageNotFoundError(name)
         return version(name)
 
     monkeypatch.setattr(doctor, "version", none)
-    found = by_part(doctor.examine())
-    assert found["torchvision"].verdict == "note"
-    assert "pip install 'catpo[vlm]'" in found["torchvision"].text
-    assert found["peft"].verdict == "missing"
+    findings = by_part(doctor.examine())
+    assert findings["torchvision"].verdict == "note"
+    assert "pip install 'catpo[vlm]'" in findings["torchvision"].text
+    assert findings["peft"].verdict == "missing"
 
 
-def test_a_model_that_can_be_used_is_said_to_be_so(model: Path) -> None:
-    found = by_part(doctor.examine(str(model)))
-    assert [found[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
-    assert "LlavaForConditionalGeneration" in found["model"].text
+def test_a_usable_model_has_findings_that_are_all_ok(model: Path) -> None:
+    findings = by_part(doctor.examine(str(model)))
+    assert [findings[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
+    assert "LlavaForConditionalGeneration" in findings["model"].text
 
 
-def test_a_model_without_a_family_or_a_processor_is_said_to_be_so(model: Path, tmp_path: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert by_part(doctor.examine(str(tmp_path)))["processor"].verdict == "missing"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "cannot build" in by_part(doctor.examine(str(tmp_path)))["model"].text
-    (tmp_path / "config.json").write_text("{}")
-    assert by_part(doctor.examine(str(tmp_path)))["model"].verdict == "missing"
-
-
-def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
-    assert "catpo doctor some/base" in by_part(doctor.examine(str(tmp_path)))["model"].text
+@pytest.mark.parametrize(
+    ("file", "content", "part", "verdict", "says"),
+    [
+        ("config.json", None, "processor", "missing", ""),
+        ("config.json", {"model_type": "gpt2"}, "model", "missing", "cannot build"),
+        ("config.json", {}, "model", "missing", "Give a hub id, a folder, or `builtin`"),
+        ("adapter_config.json", {"base_model_name_or_path": "some/base"}, "model", "ok", "catpo doctor some/base"),
+    ],
+)
+def test_a_folder_that_is_not_a_usable_model_is_explained(
+    model: Path, tmp_path: Path, file: str, content: dict[str, str] | None, part: str, verdict: str, says: str
+) -> None:
+    text = (model / "config.json").read_text() if content is None else json.dumps(content)
+    (tmp_path / file).write_text(text)
+    finding = by_part(doctor.examine(str(tmp_path)))[part]
+    assert finding.verdict == verdict and says in finding.text
 
 
 @pytest.mark.parametrize(("gigabytes", "verdict"), [(1e-5, "missing"), (1e-3, "note"), (1, "ok")])
-def test_size_is_held_against_memory(gigabytes: float, verdict: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_largest_memory", lambda: int(gigabytes * 1e9))
+def test_size_is_compared_with_memory(gigabytes: float, verdict: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "largest_memory", lambda: int(gigabytes * 1e9))
     assert by_part(doctor.examine(str(model)))["size"].verdict == verdict
 
 

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from catpo.models import loading
 from catpo.runtime.work_group import WorkGroup
+from catpo.training.callbacks import MetricsFile
 from catpo.training.train import train
 from tiny import pairs
 
@@ -38,10 +39,8 @@ CASES = {
     "views": {"objective": "mdpo"},
     "views lora": {"objective": "mdpo", "lora": LORA},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "watched": {
-        "eval_fraction": 0.25,
-        "per_device_train_batch_size": 2,
-    },  # six pairs: accelerate would fill a last batch up with the first pairs
+    # six pairs: accelerate would fill a last batch up with the first pairs
+    "watched": {"eval_fraction": 0.25, "per_device_train_batch_size": 2},
     "learned": {"objective": "catpo(learned=True)"},
 }
 slow = pytest.mark.slow
@@ -90,7 +89,7 @@ def weights(output):
 def test_an_engine_trains_as_one_process_does(folder, store, tmp_path, engine, case):
     options = CASES[case]
     alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", **options))[0]
-    halved = {**options, "batch_size": options.get("batch_size", 4) // 2}
+    halved = {**options, "per_device_train_batch_size": options.get("per_device_train_batch_size", 4) // 2}
     two = partial(trained, folder, store, tmp_path / "two", **halved)
     figures, processes = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
     assert processes == {"count": 2, "engine": ENGINES[engine]}
@@ -103,7 +102,7 @@ def test_an_engine_trains_as_one_process_does(folder, store, tmp_path, engine, c
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=[needs_deepspeed, needs_gpu])])
 def test_an_engine_in_bfloat16_stays_near_one_process(folder, store, tmp_path, engine):
     alone, _ = together(1, partial(trained, folder, store, tmp_path / "alone", bf16=True))[0]
-    two = partial(trained, folder, store, tmp_path / "two", bf16=True, batch_size=2)
+    two = partial(trained, folder, store, tmp_path / "two", bf16=True, per_device_train_batch_size=2)
     figures, _ = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
     assert figures[::2] == pytest.approx(alone[::2], abs=0.02)
 
@@ -133,9 +132,7 @@ def test_fsdp2_keeps_no_whole_gradients_between_the_batches_of_a_step(folder, st
 
 
 def gradients_after_a_batch(run):
-    """How many numbers this process holds of them."""
-    from catpo.training.callbacks import MetricsFile
-
+    """How many numbers of the gradients this process holds."""
     held = []
 
     def count(self, args, state, control, model, **options):
@@ -147,8 +144,6 @@ def gradients_after_a_batch(run):
 
 
 def interrupted(run):
-    from catpo.training.callbacks import MetricsFile
-
     on_log = MetricsFile.on_log
 
     def stop(self, args, state, *rest, **options):
@@ -179,7 +174,7 @@ def late(run):
 
 
 def test_learned_coefficients_are_refused_where_no_optimiser_takes_them(folder, store, tmp_path):
-    run = partial(trained, folder, store, tmp_path / "run", objective="catpo(learned=True)", batch_size=2)
+    run = partial(trained, folder, store, tmp_path / "run", objective="catpo(learned=True)", per_device_train_batch_size=2)
     with pytest.raises(AssertionError, match=r"learned=True is not offered under FSDP[^\n]*ddp\.yaml"):
         together(2, run, **environment_of(RECIPES / "fsdp2.yaml"))
 
@@ -191,9 +186,7 @@ def test_every_engine_has_a_file_that_accelerate_takes(engine):
     assert loaded.num_processes == written["num_processes"] == 8
     assert loaded.mixed_precision == "no"  # catpo's bf16 decides, once
     environment = environment_of(RECIPES / f"{engine}.yaml")
-    asked = {"fsdp2": "ACCELERATE_USE_FSDP", "zero2": "ACCELERATE_USE_DEEPSPEED", "zero3": "ACCELERATE_USE_DEEPSPEED"}.get(
-        engine
-    )
+    asked = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}.get(ENGINES[engine])
     assert asked is None or environment[asked] == "true"
     if engine.startswith("zero"):
         settings = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())

@@ -8,10 +8,11 @@ import random
 import pytest
 
 import fake_chat
+from catpo import judges
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Sample
 from catpo.data.read import open_data
-from catpo.judges import Judge, _requests, open_judge
+from catpo.judges import Judge, open_judge
 from catpo.pairing.methods import Dropped, hadpo, povid, rlaif
 from catpo.pairing.pair import pair
 from catpo.text.object_words import mentions
@@ -57,25 +58,12 @@ def absent(each, side, samples):
 
 
 def test_rlaif_divides_answers_into_claims_and_counts_the_wrong_ones(sample):
-    judge = Scripted(
-        "Is there a dog?\nIs there a cat?",
-        "yes\nno",
-        "1. Is there a fox?\n2. Is there a cat?",
-        "1. No\n2. No",
-        "Is it?",
-        "Yes.",
-    )
+    first, second = "Is there a dog?\nIs there a cat?", "1. Is there a fox?\n2. Is there a cat?"
+    judge = Scripted(first, "yes\nno", second, "1. No\n2. No", "Is it?", "Yes.")
     found = rlaif.make(sample, "A dog and a cat.", random.Random(0), None, ["A fox and a cat.", "A dog."], judge)
     assert (found.chosen, found.rejected) == ("A dog.", "A fox and a cat.")
     assert found.meta["rewards"] == [0.0, -2.0]
-    assert [key for key, *_ in judge.asked] == [
-        "s/claims-0",
-        "s/verify-0",
-        "s/claims-1",
-        "s/verify-1",
-        "s/claims-2",
-        "s/verify-2",
-    ]
+    assert [key for key, *_ in judge.asked] == [f"s/{task}-{number}" for number in range(3) for task in ("claims", "verify")]
     assert "Is there a dog?\nIs there a cat?" in judge.asked[1][2] and "Objects: dog (2)." in judge.asked[1][2]
     assert "## Answer\nA fox and a cat." in judge.asked[2][2]
 
@@ -178,7 +166,7 @@ def test_povid_has_mistakes_written_into_the_chosen_answer(sample, tmp_path):
 
 # ---- all of them ----------------------------------------------------------------------------------------------------------
 
-METHODS = ["rlaif(candidates=3)", "rlaif(candidates=3, by='rating')", "hadpo", "povid(part='text')", "povid"]
+METHODS = ["rlaif(candidates=3)", "hadpo", "povid(part='text')", "povid", "seva"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -261,17 +249,17 @@ def test_a_server_sees_the_picture_and_is_paid_once(tmp_path):
 def test_the_truth_judge_needs_a_truth_and_answers_only_such_requests(sample):
     judge = open_judge("truth")
     with pytest.raises(UserError, match='"present"'):
-        _requests.ask(judge, "rate", Sample("s", sample.images, "What?"), _requests.as_rating, answer="A dog.")
+        judges.ask(judge, "rate", Sample("s", sample.images, "What?"), judges.as_rating, answer="A dog.")
     with pytest.raises(UserError, match="Name another judge"):
         judge.ask([{"role": "user", "content": "Is the cap yellow?"}], key="mmhal/0")
 
 
 def test_the_truth_judge_reads_objects_of_several_words_and_none_at_all(sample):
     truth = {"present": ["teddy bear", "dog"], "counts": {"teddy bear": 3}}
-    ask = lambda task, read, truth, **said: _requests.ask(
+    ask = lambda task, read, truth, **said: judges.ask(
         open_judge("truth"), task, Sample("s", sample.images, "What?", truth=truth), read, **said
     )
-    assert ask("rate", _requests.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
-    assert ask("rate", _requests.as_rating, {"present": []}, answer="A cat.") == 0.0
-    assert ask("verify", _requests.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
-    assert ask("correct", _requests.as_text, truth, answer="A dog and a cat.") == "A dog."
+    assert ask("rate", judges.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
+    assert ask("rate", judges.as_rating, {"present": []}, answer="A cat.") == 0.0
+    assert ask("verify", judges.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
+    assert ask("correct", judges.as_text, truth, answer="A dog and a cat.") == "A dog."

@@ -80,13 +80,12 @@ def test_counts_decide_the_number_of_what_takes_the_place():
 
 
 def test_wrong_numbers_are_corrected_when_asked_for():
-    answer = "There are two dogs. A cat is below the dogs."
-    truth = {"dog": 1, "cat": 1}
-    assert correct(answer, ["dog", "cat"], counts=truth) == Dropped("nothing to correct")
-    sample = ask({"present": ["dog", "cat"], "counts": truth})
-    made = corrected.make(sample, answer, random.Random(0), counts=True)
-    assert made.chosen == "There is a dog. A cat is below the dog."
-    assert made.meta["edits"] == [["counted", "dog", "1"]]
+    answer, counts = "There are two dogs. A cat is below the dogs.", {"dog": 1, "cat": 1}
+    assert correct(answer, ["dog", "cat"], counts=counts) == Dropped("nothing to correct")
+    sample = ask({"present": ["dog", "cat"], "counts": counts})
+    pair = corrected.make(sample, answer, random.Random(0), counts=True)
+    assert pair.chosen == "There is a dog. A cat is below the dog."
+    assert pair.meta["edits"] == [["counted", "dog", "1"]]
 
 
 def test_cutting_only_is_an_option():
@@ -153,11 +152,11 @@ def test_a_reference_is_chosen_against_the_answer():
 def test_a_reference_method_without_references_or_with_a_wrong_pick_says_what_to_do():
     with pytest.raises(UserError, match="--method corrected"):
         reference.make(ask(), "A dog.", random.Random(0))
-    with pytest.raises(UserError, match="first, random, longest"):
+    with pytest.raises(UserError, match="first, longest, random"):
         reference.make(ask(references=["A dog."]), "A dog.", random.Random(0), pick="last")
 
 
-def test_listed_truth_goes_before_what_references_mention():
+def test_listed_truth_overrides_what_references_mention():
     sample = ask({"present": ["cat"]}, ["A dog."])
     assert [span.label for span in reference.make(sample, "A cat.", random.Random(0)).labels["rejected"]] == ["grounded"]
 
@@ -301,10 +300,10 @@ def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path):
     [
         ({"method": "korrected"}, "Did you mean 'corrected'"),
         ({"method": "corrected(cuonts=True)"}, "Did you mean 'counts'"),
-        ({"method": "reference(pick='last')"}, "first, random, longest"),
+        ({"method": "reference(pick='last')"}, "first, longest, random"),
         ({"data": "scenes(cont=3)"}, "Did you mean 'count'"),
-        ({"limit": 0}, "limit=0|no samples"),
-        ({"block_size": 0}, "block_size=0"),
+        ({"limit": 0}, "limit must be 1 or more|no samples"),
+        ({"block_size": 0}, "block_size must be 1 or more"),
     ],
 )
 def test_a_wrong_option_is_refused_before_any_answer(tmp_path, options, message):
@@ -314,16 +313,12 @@ def test_a_wrong_option_is_refused_before_any_answer(tmp_path, options, message)
     assert family.calls == []
 
 
-def test_a_folder_with_other_pairs_is_left_alone(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pairs.jsonl").write_text("{}\n")
+def test_a_folder_with_other_pairs_is_left_alone_and_a_shortened_file_is_noticed(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pairs.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="did not write"):
-        run(tmp_path / "out")
-
-
-def test_a_shortened_file_is_noticed(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", family=FakeFamily(fail_after=2))
+        run(tmp_path / "other")
+    killed(tmp_path / "out")
     (tmp_path / "out" / "pairs.jsonl").write_text("")
     with pytest.raises(UserError, match="shorter than"):
         run(tmp_path / "out")
@@ -347,16 +342,10 @@ def write_lines(path, rows):
     ("change", "field"),
     [
         ({"block": None}, "block"),
-        ({"kept": None}, "kept"),
-        ({"dropped": 3}, "dropped"),
         ({"dropped": {"same text": "two"}}, "dropped"),
-        ({"dropped": {"same text": -2}}, "dropped"),
         ({"kept": True}, "kept"),
-        ({"kept": "1"}, "kept"),
-        ({"bytes": "10"}, "bytes"),
         ({"bytes": -10}, "bytes"),
         ({"bytes": float("nan")}, "bytes"),
-        ({"block": [0]}, "block"),
     ],
 )
 def test_notes_on_blocks_that_are_not_as_written_are_refused_by_line_and_field(tmp_path, change, field):
@@ -367,19 +356,12 @@ def test_notes_on_blocks_that_are_not_as_written_are_refused_by_line_and_field(t
         run(tmp_path / "out")
 
 
-@pytest.mark.parametrize("places", [[1], [0, 0], [1, 0], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
-def test_notes_on_other_blocks_than_those_of_the_run_are_refused(tmp_path, places):
-    rows, _ = killed(tmp_path / "out")
-    write_lines(tmp_path / "out" / "blocks.jsonl", [rows[place] for place in places])
-    with pytest.raises(UserError, match=r"blocks\.jsonl:\d is not about block \d of 5"):
-        run(tmp_path / "out")
-
-
-def test_more_blocks_than_there_are_do_not_count_as_done(tmp_path):
+@pytest.mark.parametrize("numbers", [[1], [0, 0], [1, 0], list(range(9))])
+def test_rows_of_blocks_that_the_run_does_not_have_are_refused(tmp_path, numbers):
     (first, _), _ = killed(tmp_path / "out")
     nothing = {**first, "kept": 0, "bytes": 0}
-    write_lines(tmp_path / "out" / "blocks.jsonl", [{**nothing, "block": number} for number in range(9)])
-    with pytest.raises(UserError, match=r"blocks\.jsonl:6 is not about block 5 of 5"):
+    write_lines(tmp_path / "out" / "blocks.jsonl", [{**nothing, "block": number} for number in numbers])
+    with pytest.raises(UserError, match=r"blocks\.jsonl:\d is not about block \d of 5"):
         run(tmp_path / "out")
 
 
@@ -391,7 +373,7 @@ def test_fewer_pairs_than_the_blocks_tell_of_are_noticed(tmp_path):
     assert json.loads((tmp_path / "out" / "pairs.json").read_text())["complete"] is False
 
 
-@pytest.mark.parametrize("field", ["id", "images", "chosen", "labels", "meta"])
+@pytest.mark.parametrize("field", ["id", "labels"])
 def test_a_pair_without_a_field_is_refused_by_line(tmp_path, field):
     rows, (pair_row, *others) = killed(tmp_path / "out")
     path = tmp_path / "out" / "pairs.jsonl"
@@ -408,14 +390,9 @@ EVIL = {"id": "x", "evil": 1}
     ("row", "message"),
     [
         ({}, "lacks 'block'"),
-        ({"block": 2}, "lacks 'rows'"),
-        ({"batch": 2, "rows": []}, "lacks 'block'"),
-        ({"block": [2], "rows": []}, "'block'"),
         ({"block": -1, "rows": []}, "'block'"),
-        ({"block": 2, "rows": {}}, "'rows'"),
         ({"block": 2, "rows": [1, 2, 3, 4]}, "'rows'"),
         ({"block": 2, "rows": [EVIL] * 4}, "belongs to block 2"),
-        ({"block": 2, "rows": [{"dropped": 3}] * 4}, "belongs to block 2"),
         ({"block": 2, "rows": [{"dropped": "same text"}] * 3}, "belongs to block 2"),
         ({"block": 5, "rows": []}, "belongs to block 5"),
     ],
@@ -433,11 +410,8 @@ def test_what_a_process_made_is_refused_where_it_is_not_as_written(tmp_path, row
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"complete": None}, "complete"),
         ({"complete": "yes"}, "complete"),
         ({"counts": None}, "counts"),
-        ({"counts": {}}, "counts"),
-        ({"counts": {"asked": "20", "kept": 3, "dropped": {}}}, "counts"),
         ({"counts": {"asked": 20, "kept": 3, "dropped": []}}, "counts"),
     ],
 )
@@ -500,16 +474,6 @@ def test_seva_drops_equal_answers_and_needs_no_truth():
     assert seva.make(bare, "A dog.", random.Random(0), None, ["A dog."]) == Dropped("same text")
     made = seva.make(bare, "A dog.", random.Random(0), None, ["A cat."])
     assert (made.chosen, made.rejected, made.labels) == ("A dog.", "A cat.", {})
-
-
-def test_a_killed_seva_run_ends_with_the_same_pairs(tmp_path):
-    options = dict(method="seva", limit=9, block_size=3)
-    run(tmp_path / "whole", family=FakeFamily(say_what_is_seen), **options)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", family=FakeFamily(say_what_is_seen, fail_after=2), **options)
-    run(tmp_path / "broken", family=FakeFamily(say_what_is_seen), **options)
-    texts = [(tmp_path / name / "pairs.jsonl").read_text() for name in ("whole", "broken")]
-    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("view, message", [("blank", "a view of the picture itself"), ("nosed", "Did you mean 'noised'")])

@@ -37,29 +37,9 @@ def test_two_hundred_photographs_go_the_whole_way(photos, tmp_path, capsys):
           "--max-new-tokens", "40", "--batch-size", "64"])  # fmt: skip
     main(["score", "--pairs", out("pairs"), "--model", "builtin", "--output", out("rewards"), "--batch-size", "16"])
     assert "AUROC" in capsys.readouterr().out  # captions label the object words
-    main(
-        [
-            "train",
-            "--pairs",
-            out("pairs"),
-            "--rewards",
-            out("rewards"),
-            "--model",
-            "builtin",
-            "--output",
-            out("run"),
-            "--num-train-epochs",
-            "1",
-            "--lora",
-            "lora(r=8, alpha=16)",
-            "--learning-rate",
-            "1e-4",
-            "--per-device-train-batch-size",
-            "8",
-            "--gradient-accumulation-steps",
-            "1",
-        ]
-    )
+    main(["train", "--pairs", out("pairs"), "--rewards", out("rewards"), "--model", "builtin", "--output", out("run"),
+          "--num-train-epochs", "1", "--lora", "lora(r=8, alpha=16)", "--learning-rate", "1e-4",
+          "--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "1"])  # fmt: skip
     main(["evaluate", "--model", out("run/model"), "--benchmarks", f"captions(data={str(photos)!r})", "--limit", "100",
           "--max-new-tokens", "40", "--output", out("evaluation")])  # fmt: skip
     main(["report", "--output", out("report.html"), "--rewards", out("rewards"), "--pairs", out("pairs"), "--runs", out("run"),

@@ -50,19 +50,17 @@ def test_every_item_is_claimed_once_and_all_agree(count):
     assert {total for _, total in told} == {sum(range(20))}
 
 
-def test_one_process_alone_is_a_team():
-    assert claims("abc"[:0]) == ([], 0)
+def test_one_process_needs_no_launcher():
+    assert claims([]) == ([], 0)
     assert claims([1, 2, 3]) == ([1, 2, 3], 6)
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"RANK": "x"}, "RANK='x'"),
         ({"RANK": "5"}, "RANK=5"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR=''"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT=''"),
@@ -83,16 +81,16 @@ def test_variables_of_a_launcher_that_do_not_fit_together_are_a_message(
         assert shown.startswith("catpo: ") and message in shown
 
 
-# ---- scoring --------------------------------------------------------------------------------------------------------------
+# ---- scoring, evaluation, pairing -----------------------------------------------------------------------------------------
 
 
-def scored(folder, path, *, die_after=None):
-    """Scores twelve pairs into six shards; a process that dies does so before its shard number `die_after`."""
+def scored(folder, path, *, fail_after=None):
+    """Scores twelve pairs into six shards; a process that fails does so before its shard number `fail_after`."""
     writes = []
     write = score.RewardWriter.write_shard
 
     def counted(self, shard, *arguments, **options):
-        if len(writes) == die_after:
+        if len(writes) == fail_after:
             raise KeyboardInterrupt
         writes.append(shard)
         write(self, shard, *arguments, **options)
@@ -102,123 +100,13 @@ def scored(folder, path, *, die_after=None):
         score_pairs(pairs(12), loading.load(folder), path, batch_size=2, shard_size=2, progress=False)
     finally:
         score.RewardWriter.write_shard = write
-    return writes
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-@pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("alone") / "store"
-    scored(folder, path)
-    return contents(path)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_write_the_store_that_one_writes(folder, alone, tmp_path, count):
-    shares = together(count, partial(scored, folder, tmp_path / "store"))
-    assert sorted(shard for share in shares for shard in share) == list(range(6))
-    assert contents(tmp_path / "store") == alone
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_scoring_goes_on_with_another_number_of_processes(folder, alone, tmp_path, before, after):
-    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-        together(before, partial(scored, folder, tmp_path / "store", die_after=1))
-    there = {name for name in contents(tmp_path / "store") if not name.endswith(".part")}  # one was killed while it wrote
-    assert there < set(alone)
-    shares = together(after, partial(scored, folder, tmp_path / "store"))
-    assert sum(map(len, shares)) == 6 - sum(name.endswith(".json") and "shards" in name for name in there)
-    assert contents(tmp_path / "store") == alone
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------------
+    return len(writes), None
 
 
 def evaluated(path, *, fail_after=None):
-    family = FakeFamily() if fail_after is None else FakeFamily(fail_after=fail_after)
+    family = FakeFamily(fail_after=fail_after)
     scores = evaluate(model=family, benchmarks=["scenes(count=24, questions=2)"], output=path, batch_size=8, progress=False)
     return len(family.calls), scores
-
-
-@pytest.fixture(scope="module")
-def answered(tmp_path_factory):
-    path = tmp_path_factory.mktemp("answered") / "evaluation"
-    calls, scores = evaluated(path)
-    return calls, scores, contents(path)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_answer_as_one_does(answered, tmp_path, count):
-    calls, scores, files = answered
-    told = together(count, partial(evaluated, tmp_path / "out"))
-    assert sum(each for each, _ in told) == calls
-    assert all(each == scores for _, each in told)
-    assert contents(tmp_path / "out") == files
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_an_evaluation_goes_on_with_another_number_of_processes(answered, tmp_path, before, after):
-    calls, _, files = answered
-    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-        together(before, partial(evaluated, tmp_path / "out", fail_after=2))
-    told = together(after, partial(evaluated, tmp_path / "out"))
-    assert sum(each for each, _ in told) < calls  # what was answered is not asked again
-    assert contents(tmp_path / "out") == files
-
-
-def test_a_process_killed_while_answers_are_joined_counts_none_twice(answered, tmp_path, monkeypatch):
-    """The files of the processes are all there, and part of them is in answers.jsonl already."""
-    _, _, files = answered
-    rows = [json.loads(line) for line in files["answers.jsonl"].splitlines()]
-    assert len(rows) % 8 == 0
-    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-        together(1, partial(evaluated, tmp_path / "out", fail_after=2))
-    (tmp_path / "out" / ".answers-1.jsonl").write_text(
-        "".join(json.dumps({"block": number, "rows": rows[8 * number : 8 * number + 8]}) + "\n" for number in (1, 2, 3))
-    )
-    told = together(2, partial(evaluated, tmp_path / "out"))
-    assert sum(each for each, _ in told) == len(rows) // 8 - 4
-    assert contents(tmp_path / "out") == files
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: {"batch": 1, "rows": rows}, "lacks 'block'"),  # as older versions called it
-        (lambda rows: {"block": 1, "rows": rows[:-1]}, "belongs to block 1"),
-        (lambda rows: {"block": 2, "rows": rows}, "belongs to block 2"),
-        (lambda rows: {"block": 1, "rows": [{**rows[0], "answer": None}, *rows[1:]]}, "belongs to block 1"),
-        (lambda rows: {"block": 99, "rows": rows}, "belongs to block 99"),
-    ],
-)
-def test_answers_of_a_process_that_are_not_as_written_are_refused(answered, tmp_path, change, message):
-    _, _, files = answered
-    rows = [json.loads(line) for line in files["answers.jsonl"].splitlines()]
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path / "out", fail_after=1)
-    part = tmp_path / "out" / ".answers-1.jsonl"
-    part.write_text(json.dumps(change(rows[8:16])) + "\n")
-    with pytest.raises(UserError, match=rf"\.answers-1\.jsonl:1 .*{message}\. Remove \S*\.answers-1\.jsonl and start again"):
-        evaluated(tmp_path / "out")
-    part.write_text(json.dumps({"block": 1, "rows": rows[8:16]}) + "\n")
-    evaluated(tmp_path / "out")
-    assert contents(tmp_path / "out") == files
-
-
-def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "Team", lambda: type("Two", (), {"count": 2}))
-    with pytest.raises(UserError, match="asked by one process"):
-        evaluate(model="openai:some", benchmarks=["scenes(count=2)"], output=tmp_path / "out", base_url="http://127.0.0.1:9/v1")
-
-
-# ---- pairing --------------------------------------------------------------------------------------------------------------
 
 
 class Twice(Dataset):
@@ -231,35 +119,95 @@ class Twice(Dataset):
 def paired(path, *, fail_after=None):
     family = FakeFamily(fail_after=fail_after)
     result = pair(model=family, data=Twice(), output=path, temperature=0.0, batch_size=4, block_size=4, progress=False)
+    assert result.asked == 40 and result.dropped["same as another pair"] == result.kept > 4
     return len(family.calls), [result.asked, result.kept, dict(result.dropped)]
 
 
+def contents(folder):
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module", params=["score", "evaluate", "pair"])
+def work(request, folder):
+    """Writes into a folder; gives how many shards or batches this process did, and the result."""
+    return {"score": partial(scored, folder), "evaluate": evaluated, "pair": paired}[request.param]
+
+
 @pytest.fixture(scope="module")
-def made_alone(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made") / "pairs"
-    calls, result = paired(path)
-    assert result[0] == 40 and result[2]["same as another pair"] == result[1] > 4
-    return calls, result, contents(path)
+def alone(work, tmp_path_factory):
+    path = tmp_path_factory.mktemp("alone") / "out"
+    return *work(path), contents(path)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_make_the_pairs_that_one_makes(made_alone, tmp_path, count):
-    calls, result, files = made_alone
-    told = together(count, partial(paired, tmp_path / "out"))
-    assert sum(each for each, _ in told) == calls
-    assert all(each == result for _, each in told)
+def test_several_processes_write_what_one_writes(work, alone, tmp_path, count):
+    batches, result, files = alone
+    shares = together(count, partial(work, tmp_path / "out"))
+    assert sum(done for done, _ in shares) == batches
+    assert all(each == result for _, each in shares)
     assert contents(tmp_path / "out") == files
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_pairing_goes_on_with_another_number_of_processes(made_alone, tmp_path, before, after):
-    calls, result, files = made_alone
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_a_killed_run_continues_with_another_number_of_processes(work, alone, tmp_path, before, after):
+    batches, result, files = alone
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-        together(before, partial(paired, tmp_path / "out", fail_after=2))
-    told = together(after, partial(paired, tmp_path / "out"))
-    assert sum(each for each, _ in told) < calls
-    assert all(each == result for _, each in told)
+        together(before, partial(work, tmp_path / "out", fail_after=2))
+    shares = together(after, partial(work, tmp_path / "out"))
+    assert sum(done for done, _ in shares) < batches  # what was done is not done again
+    assert all(each == result for _, each in shares)
     assert contents(tmp_path / "out") == files
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """The files of a whole evaluation."""
+    path = tmp_path_factory.mktemp("answered") / "evaluation"
+    evaluated(path)
+    return contents(path)
+
+
+def test_a_process_killed_while_answers_are_joined_counts_none_twice(answered, tmp_path, monkeypatch):
+    """The files of the processes are all there, and part of them is in answers.jsonl already."""
+    rows = [json.loads(line) for line in answered["answers.jsonl"].splitlines()]
+    assert len(rows) % 8 == 0
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        together(1, partial(evaluated, tmp_path / "out", fail_after=2))
+    (tmp_path / "out" / ".answers-1.jsonl").write_text(
+        "".join(json.dumps({"block": number, "rows": rows[8 * number : 8 * number + 8]}) + "\n" for number in (1, 2, 3))
+    )
+    told = together(2, partial(evaluated, tmp_path / "out"))
+    assert sum(each for each, _ in told) == len(rows) // 8 - 4
+    assert contents(tmp_path / "out") == answered
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: {"batch": 1, "rows": rows}, "lacks 'block'"),  # as older versions called it
+        (lambda rows: {"block": 1, "rows": rows[:-1]}, "belongs to block 1"),
+        (lambda rows: {"block": 1, "rows": [{**rows[0], "answer": None}, *rows[1:]]}, "belongs to block 1"),
+        (lambda rows: {"block": 99, "rows": rows}, "belongs to block 99"),
+    ],
+)
+def test_answers_of_a_process_that_are_not_as_written_are_refused(answered, tmp_path, change, message):
+    rows = [json.loads(line) for line in answered["answers.jsonl"].splitlines()]
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path / "out", fail_after=1)
+    part = tmp_path / "out" / ".answers-1.jsonl"
+    part.write_text(json.dumps(change(rows[8:16])) + "\n")
+    with pytest.raises(UserError, match=rf"\.answers-1\.jsonl:1 .*{message}\. Remove \S*\.answers-1\.jsonl and start again"):
+        evaluated(tmp_path / "out")
+    part.write_text(json.dumps({"block": 1, "rows": rows[8:16]}) + "\n")
+    evaluated(tmp_path / "out")
+    assert contents(tmp_path / "out") == answered
+
+
+def test_a_server_is_asked_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "WorkGroup", lambda: type("Two", (), {"count": 2}))
+    with pytest.raises(UserError, match="asked by one process"):
+        evaluate(model="openai:some", benchmarks=["scenes(count=2)"], output=tmp_path / "out", base_url="http://127.0.0.1:9/v1")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------
@@ -309,29 +257,10 @@ def test_torchrun_scores_trains_and_prints_once(folder, tmp_path):
     """`catpo train` without a store: both processes score, then both train."""
     write_pairs(tmp_path / "pairs", pairs(8), {})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "catpo", "train"]
-    command = [
-        *launch,
-        "--pairs",
-        str(tmp_path / "pairs"),
-        "--model",
-        str(folder),
-        "--output",
-        str(tmp_path / "run"),
-        "--per-device-train-batch-size",
-        "1",
-        "--gradient-accumulation-steps",
-        "1",
-        "--num-train-epochs",
-        "1",
-        "--eval-fraction",
-        "0",
-        "--logging-steps",
-        "1",
-        "--learning-rate",
-        "1e-3",
-        "--lora",
-        "none",
-    ]
+    data = ["--pairs", tmp_path / "pairs", "--model", folder, "--output", tmp_path / "run"]
+    options = ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "1", "--num-train-epochs", "1",
+               "--eval-fraction", "0", "--logging-steps", "1", "--learning-rate", "1e-3", "--lora", "none"]  # fmt: skip
+    command = [str(part) for part in [*launch, *data, *options]]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Trained model") == 1

@@ -53,11 +53,11 @@ def test_each_signal_has_the_auroc_of_its_labelled_tokens(tmp_path):
             chosen_rows = [row for row in rows if row.side in sides]
             labels = np.concatenate([row.labels for row in chosen_rows])
             scores = np.concatenate([row.signals[name] for row in chosen_rows])
-            found = getattr(table[name], part)
-            assert found.value == pytest.approx(auroc(scores[labels >= 0], labels[labels >= 0]))
-            assert found.grounded_count == (labels == 1).sum()
-            assert found.hallucinated_count == (labels == 0).sum()
-            assert found.low <= found.value <= found.high
+            separation = getattr(table[name], part)
+            assert separation.value == pytest.approx(auroc(scores[labels >= 0], labels[labels >= 0]))
+            assert separation.grounded_count == (labels == 1).sum()
+            assert separation.hallucinated_count == (labels == 0).sum()
+            assert separation.low <= separation.value <= separation.high
     assert table["good"].overall.value == 1.0
     assert abs(table["noise"].overall.value - 0.5) < 0.1
 
@@ -67,8 +67,8 @@ def test_a_large_store_is_measured_on_some_of_its_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("catpo.rewards.quality.MEASURED_PAIRS", 4)
     some = {"p0", "p13", "p26", "p39"}
     labels = np.concatenate([row.labels for row in rows if row.pair_id in some])
-    found = signal_quality(store, resamples=5)[0].overall
-    assert (found.grounded_count, found.hallucinated_count) == ((labels == 1).sum(), (labels == 0).sum())
+    separation = signal_quality(store, resamples=5)[0].overall
+    assert (separation.grounded_count, separation.hallucinated_count) == ((labels == 1).sum(), (labels == 0).sum())
 
 
 def test_the_last_row_is_t_of_the_fusion(tmp_path):
@@ -81,21 +81,16 @@ def test_the_last_row_is_t_of_the_fusion(tmp_path):
     assert final.overall.value == pytest.approx(auroc(scores[labels >= 0], labels[labels >= 0]))
 
 
-def test_a_side_without_hallucinated_tokens_has_no_auroc(tmp_path):
-    store, _ = store_of(tmp_path)
-    for quality in signal_quality(store, resamples=10):
-        assert quality.chosen.hallucinated_count == 0
+def test_without_tokens_of_both_kinds_there_is_no_auroc(tmp_path):
+    for quality in signal_quality(store_of(tmp_path / "labelled")[0], resamples=10):
+        assert quality.chosen.hallucinated_count == 0  # only rejected responses hallucinate
         assert math.isnan(quality.chosen.value)
-
-
-def test_a_store_without_labels_has_rows_of_nothing(tmp_path):
-    store, _ = store_of(tmp_path, labelled=False, pair_count=3)
-    for quality in signal_quality(store):
+    for quality in signal_quality(store_of(tmp_path / "plain", labelled=False, pair_count=3)[0]):
         assert math.isnan(quality.overall.value)
         assert quality.overall.grounded_count == quality.overall.hallucinated_count == 0
 
 
-def test_without_the_papers_signals_there_is_no_row_of_t_unless_a_fusion_is_given(tmp_path):
+def test_without_the_papers_signals_there_is_no_row_of_t(tmp_path):
     store, _ = store_of(tmp_path, signals=["good"], pair_count=3)
     assert [quality.signal for quality in signal_quality(store, resamples=5)] == ["good"]
     with pytest.raises(UserError, match="'global_attention' was not scored"):

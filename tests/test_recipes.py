@@ -19,7 +19,11 @@ FEWER = {
     "score": ["--limit", "6"],
     "train": ["--max-steps", "2", "--eval-fraction", "0", "--limit", "6"],
 }
-FEWER |= {"train": [*FEWER["train"], "--batch-size", "2", "--logging-steps", "1"], "evaluate": ["--limit", "6"], "report": []}
+FEWER |= {
+    "train": [*FEWER["train"], "--per-device-train-batch-size", "2", "--logging-steps", "1"],
+    "evaluate": ["--limit", "6"],
+    "report": [],
+}
 
 
 def test_the_demo_recipe_runs(

@@ -16,6 +16,7 @@ from catpo.data.pair_folder import write_pairs
 from catpo.files.json_files import read_rows
 from catpo.reporting.build import report
 from catpo.rewards.fusion import Fusion
+from catpo.rewards.quality import FINAL, read_scores
 from catpo.rewards.store import RewardStore
 from catpo.text.words import merge, words
 from hostile_cases import TEXTS
@@ -30,6 +31,7 @@ FLAGS = (
 )  # fmt: skip
 MARKUP = [
     *TEXTS.values(),
+    HOSTILE,
     "<script>window.hacked=10</script>",
     "</textarea></title></style><script>window.hacked=11</script>",
     "--><script>window.hacked=12</script><!--",
@@ -79,7 +81,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     pairs = make_pairs(folder / "pairs", 3, hostile=True)
     make_store(folder / "rewards", pairs)
@@ -98,15 +100,15 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(made):
-    return RewardStore.open(made / "rewards")
+def store(folder):
+    return RewardStore.open(folder / "rewards")
 
 
 @pytest.fixture
-def page(browser, made):
+def page(browser, folder):
     """The report, freshly opened; fails afterwards if the browser's console has said anything."""
     browser.get_log("browser")
-    browser.get((made / "report.html").as_uri())
+    browser.get((folder / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
 
@@ -131,20 +133,26 @@ def wait_for(page, is_true):
     WebDriverWait(page, 20).until(lambda _: is_true())
 
 
+def data_of(page, selector, *names):
+    """Values of data attributes, per element that is not hidden."""
+    script = """
+        const shown = [...document.querySelectorAll(arguments[0])].filter(element => !element.hidden);
+        return shown.map(element => arguments[1].map(name => element.dataset[name]));
+    """
+    return page.execute_script(script, selector, names)
+
+
 def word_values(page, side):
     """Number of each word -> the value that colours it."""
-    shown = page.execute_script(
-        f"return [...document.querySelectorAll('#{side} .word')].map(w => [w.dataset.word, w.dataset.value])"
-    )
-    return {int(word): float(value) for word, value in shown}
+    return {int(word): float(value) for word, value in data_of(page, f"#{side} .word", "word", "value")}
 
 
 def expected_values(store, pair_id, side, fusion, how="mean", part="weight"):
     row, weights = store.get(pair_id, side), store.weights(pair_id, fusion)
     merged = words(row.pieces, row.is_special)
     values = getattr(weights, side if part == "weight" else f"{side}_relevance")
-    found = dict(enumerate(merge(values, merged, how)))
-    return {number: value for number, value in found.items() if merged[number].text or merged[number].is_special}
+    pairs = zip(merged, merge(values, merged, how), strict=True)
+    return {number: value for number, (word, value) in enumerate(pairs) if word.text or word.is_special}
 
 
 def overlay(page):
@@ -173,17 +181,17 @@ def test_every_fusion_gives_the_weights_of_fusion(page, store):
         fusion = Fusion(**options)
         given = {**{name: getattr(fusion, name) for name in vars(fusion)}, "signals": fusion.signals and dict(fusion.signals)}
         for number, pair_id in enumerate(store.pair_ids):
-            found = page.execute_script("return fuse(data.pairs[arguments[0]], arguments[1])", number, given)
+            fused = page.execute_script("return fuse(data.pairs[arguments[0]], arguments[1])", number, given)
             weights = store.weights(pair_id, fusion)
             for side in SIDES:
-                np.testing.assert_allclose(found[side]["weights"], getattr(weights, side), atol=3e-6, err_msg=str(options))
-                np.testing.assert_allclose(found[side]["T"], getattr(weights, f"{side}_relevance"), atol=3e-6)
-            assert found["net"] == pytest.approx(weights.net_shared_coefficient, abs=3e-6)
+                np.testing.assert_allclose(fused[side]["weights"], getattr(weights, side), atol=3e-6, err_msg=str(options))
+                np.testing.assert_allclose(fused[side]["T"], getattr(weights, f"{side}_relevance"), atol=3e-6)
+            assert fused["net"] == pytest.approx(weights.net_shared_coefficient, abs=3e-6)
 
 
-def test_a_fusion_by_quantiles_gives_the_weights_of_fusion(browser, made, store):
+def test_a_fusion_by_quantiles_gives_the_weights_of_fusion(browser, folder, store):
     fusion = Fusion(normalise="quantile", alpha=0.3)
-    browser.get(report(output=made / "quantile.html", rewards=made / "rewards", fusion=fusion).as_uri())
+    browser.get(report(output=folder / "quantile.html", rewards=folder / "rewards", fusion=fusion).as_uri())
     for side in SIDES:
         assert word_values(browser, side) == pytest.approx(expected_values(store, store.pair_ids[0], side, fusion), abs=2e-6)
 
@@ -214,17 +222,11 @@ def test_words_can_show_t_a_signal_and_the_largest_token(page, store):
 def test_figures_over_all_pairs_follow_the_sliders(page, store):
     set_control(page, "alpha", 0.1)
     fusion = Fusion(alpha=0.1)
-    weights = {pair_id: store.weights(pair_id, fusion) for pair_id in store}
-    rows = [
-        (store.get(pair_id, side), getattr(weights[pair_id], f"{side}_relevance"))
-        for pair_id in store
-        for side in ("chosen", "rejected")
-    ]
-    labels = np.concatenate([row.labels for row, _ in rows])
-    scores = np.concatenate([T for _, T in rows])
-    expected = auroc(scores[labels >= 0], labels[labels >= 0])
+    tokens = read_scores(store, fusion)
+    is_labelled = tokens.labels >= 0
+    expected = auroc(tokens.scores[FINAL][is_labelled], tokens.labels[is_labelled])
     wait_for(page, lambda: find(page, "#all-auroc")[0].text == f"{expected:.3f}")
-    net = np.mean([each.net_shared_coefficient for each in weights.values()])
+    net = tokens.net_shared.mean()
     assert float(find(page, "#all-net")[0].text.replace("−", "-")) == pytest.approx(net, abs=6e-4)
 
 
@@ -239,9 +241,9 @@ def test_pointing_at_a_word_shows_where_it_looks(page, store):
         ActionChains(page).move_to_element(word).perform()
         seen.append(overlay(page))
         assert word.text in find(page, "#readout .word-title")[0].text
-    assert [each[0] for each in seen] == ["rejected 0", "rejected 1", "rejected 2"]
-    assert len({each[3] for each in seen}) == 3
-    assert all(each[1:3] == [6, 6] for each in seen)
+    names, widths, heights, pixels = zip(*seen, strict=True)
+    assert names == ("rejected 0", "rejected 1", "rejected 2")
+    assert set(widths) == set(heights) == {6} and len(set(pixels)) == 3
 
 
 def test_the_brightest_patch_is_that_of_the_stored_map(page, store):
@@ -269,9 +271,7 @@ def test_the_keyboard_moves_from_word_to_word(page):
     assert overlay(page)[3] != before[3]
     assert len(find(page, "#chosen .word[tabindex='0']")) == 1
     page.switch_to.active_element.send_keys(Keys.END)
-    assert page.execute_script("return state.word.dataset.word") == page.execute_script(
-        "return [...document.querySelectorAll('#chosen .word')].at(-1).dataset.word"
-    )
+    assert [page.execute_script("return state.word.dataset.word")] == data_of(page, "#chosen .word", "word")[-1]
 
 
 def test_values_of_a_word_are_those_of_the_store(page, store):
@@ -280,13 +280,11 @@ def test_values_of_a_word_are_those_of_the_store(page, store):
     merged = words(row.pieces, row.is_special)
     number = next(number for number, word in enumerate(merged) if word.end - word.first == 2)
     page.execute_script("arguments[0].focus()", find(page, f"#rejected .word[data-word='{number}']")[0])
-    cells = page.execute_script(
-        "return [...document.querySelectorAll('#readout td')].map(cell => [cell.dataset.name, cell.dataset.exact])"
-    )
+    cells = data_of(page, "#readout td", "name", "exact")
     tokens = slice(merged[number].first, merged[number].end)
     columns = {**row.signals, "weight": weights.rejected, "T": weights.rejected_relevance, "log p": row.logps}
     for name, values in columns.items():
-        assert [float(exact) for each, exact in cells if each == name] == pytest.approx(values[tokens].tolist(), abs=2e-6)
+        assert [float(exact) for cell, exact in cells if cell == name] == pytest.approx(values[tokens].tolist(), abs=2e-6)
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -295,22 +293,19 @@ def test_values_of_a_word_are_those_of_the_store(page, store):
 def test_pairs_are_found_stepped_through_and_sorted(page, store):
     assert len(find(page, "#pair-list li")) == 3
     set_control(page, "search", store.pair_ids[2])
-    visible = page.execute_script(
-        "return [...document.querySelectorAll('#pair-list li')].filter(i => !i.hidden).map(i => i.dataset.index)"
-    )
-    assert visible == ["2"] and find(page, "#pair-count")[0].text == "1 of 3"
+    assert data_of(page, "#pair-list li", "index") == [["2"]] and find(page, "#pair-count")[0].text == "1 of 3"
     set_control(page, "search", "")
     page.execute_script("document.getElementById('next').click()")
     assert find(page, "#pair-name")[0].text == f"Pair {store.pair_ids[1]}"
     set_control(page, "sort", "net")
-    order = page.execute_script("return [...document.querySelectorAll('#pair-list li')].map(i => Number(i.dataset.index))")
-    nets = [store.weights(store.pair_ids[index]).net_shared_coefficient for index in order]
+    order = [store.pair_ids[int(index)] for (index,) in data_of(page, "#pair-list li", "index")]
+    nets = [store.weights(pair_id).net_shared_coefficient for pair_id in order]
     assert nets == sorted(nets)
 
 
 def test_changed_answers_are_filtered(page):
     def count(way):
-        return len(page.execute_script(f"return [...document.querySelectorAll('.changed-item{way}')].filter(i => !i.hidden)"))
+        return len(data_of(page, f".changed-item{way}"))
 
     everything, fixed = count(""), count("[data-way=fixed]")
     assert 0 < fixed < everything
@@ -325,20 +320,6 @@ def test_changed_answers_are_filtered(page):
 
 
 # ---- safety and looks ------------------------------------------------------------------------------------------------
-
-
-def test_hostile_texts_show_literally_and_do_nothing(page, store):
-    assert page.execute_script("return window.hacked") is None
-    assert page.title == HOSTILE_NAME
-    for part in ("prompt", "chosen"):
-        shown = page.execute_script(f"return document.getElementById('{part}').textContent")
-        assert HOSTILE in shown.replace("⏎", "")
-    assert find(page, "h1")[0].text == HOSTILE_NAME
-    assert page.execute_script("return document.querySelectorAll('main script, main [onerror]').length") == 0
-    assert (
-        page.execute_script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
-        == 0
-    )
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +337,7 @@ def full_of_markup(tmp_path_factory):
     for number, name in enumerate(("base", "other")):
         make_evaluation(folder / name, wrong=0.2, seed=number)
         rows = read_rows(folder / name / "answers.jsonl")
-        changed = [{**row, "answer": f"{row['answer']} {MARKUP[place % len(MARKUP)]}"} for place, row in enumerate(rows)]
+        changed = [{**row, "answer": f"{row['answer']} {MARKUP[number % len(MARKUP)]}"} for number, row in enumerate(rows)]
         (folder / name / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     evaluations = [folder / name for name in ("base", "other")]
     report(output=folder, rewards=folder / "rewards", pairs=folder / "pairs", runs=[folder / "run"], evaluations=evaluations,
@@ -367,11 +348,14 @@ def full_of_markup(tmp_path_factory):
 def test_no_text_of_any_pair_answer_or_file_is_run(browser, full_of_markup):
     browser.get_log("browser")
     browser.get((full_of_markup / "report.html").as_uri())
-    seen = set()
+    seen = {part: set() for part in ("prompt", "chosen")}
     for _ in MARKUP:
-        seen.add(_visible(browser.execute_script("return document.getElementById('prompt').textContent")))
+        for part, texts in seen.items():
+            texts.add(_visible(browser.execute_script(f"return document.getElementById('{part}').textContent")))
         browser.execute_script("document.getElementById('next').click()")
-    assert {_visible(text) for text in MARKUP} <= seen
+    assert {_visible(text) for text in MARKUP} <= seen["prompt"]
+    assert {_visible(f"{text} Yes.") for text in MARKUP} <= seen["chosen"]
+    assert _visible(find(browser, "h1")[0].text) == _visible(MARKUP[4])
     browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert browser.execute_script("return window.hacked") is None
     active = """
@@ -381,6 +365,8 @@ def test_no_text_of_any_pair_answer_or_file_is_run(browser, full_of_markup):
         return all.filter(acts).map(each => each.outerHTML);
     """
     assert browser.execute_script(active) == []
+    loaded = "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+    assert browser.execute_script(loaded) == 0
     assert "49" not in browser.title
     assert browser.get_log("browser") == []
 
@@ -389,9 +375,9 @@ def _visible(text):
     return "".join(sign for sign in text if sign.isprintable() and sign not in " ⏎")
 
 
-def test_a_script_put_into_the_page_does_not_run(browser, made):
+def test_a_script_put_into_the_page_does_not_run(browser, folder):
     """The content policy, not only the escaping, keeps foreign scripts out."""
-    browser.get((made / "report.html").as_uri())
+    browser.get((folder / "report.html").as_uri())
     browser.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.hacked = 4'; document.body.append(s);"
         "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=5\">');"

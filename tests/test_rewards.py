@@ -1,4 +1,4 @@
-"""The reward store: what is written is read back; kills, damage and mix-ups are noticed and named."""
+"""The reward store: it reads back what was written, resumes after a kill, and names damage and mix-ups."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -57,19 +58,15 @@ def rows_of(pair_ids):
     return [row(pair_id, side) for pair_id in pair_ids for side in SIDES]
 
 
-def change(each, **changes):
-    return ResponseRow(**{**vars(each), **changes})
-
-
 def arrays_of(rows):
     """Hidden states and maps whose first column is the token id."""
-    ids = np.concatenate([each.token_ids for each in rows])
+    ids = np.concatenate([row.token_ids for row in rows])
     hidden, maps = np.zeros((len(ids), WIDTH), np.int16), np.zeros((len(ids), PATCHES), np.float16)
     hidden[:, 0], maps[:, 0] = ids, ids
     return {"hidden": hidden, "maps": maps}
 
 
-def begin(path, pair_ids=PAIRS, shard_size=2, **changes):
+def writer_of(path, pair_ids=PAIRS, shard_size=2, **changes):
     return RewardWriter.create_or_resume(path, {**PROVENANCE, **changes}, pair_ids, shard_size=shard_size)
 
 
@@ -80,8 +77,18 @@ def write(writer, shards=None):
 
 
 def whole_store(path, **changes):
-    writer = begin(path, **changes)
+    writer = writer_of(path, **changes)
     write(writer)
+    writer.finish()
+    return RewardStore.open(path)
+
+
+def without_arrays(path, pair_ids, rows, **changes):
+    """A store of token columns only."""
+    writer = writer_of(path, pair_ids=pair_ids, hidden=False, maps=False, **changes)
+    for shard in writer.missing_shards():
+        pairs = writer.pairs_of(shard)
+        writer.write_shard(shard, rows[2 * pairs.start : 2 * pairs.stop])
     writer.finish()
     return RewardStore.open(path)
 
@@ -98,18 +105,19 @@ def test_every_response_is_read_back_as_it_was_written(tmp_path):
     assert len(store) == 7
     assert list(store) == store.pair_ids == PAIRS
     for expected in rows_of(PAIRS):
-        found = store.get(expected.pair_id, expected.side)
-        assert (found.pair_id, found.side) == (expected.pair_id, expected.side)
-        assert list(found.pieces) == expected.pieces
-        assert found.grids == expected.grids
-        for name in ("token_ids", "logps", "labels", "is_special"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-        assert list(found.signals) == SIGNALS
-        for name in SIGNALS:
-            np.testing.assert_array_equal(found.signals[name], expected.signals[name])
+        stored = store.get(expected.pair_id, expected.side)
+        assert list(stored.signals) == SIGNALS
+        for name, value in vars(expected).items():
+            np.testing.assert_equal(getattr(stored, name), value)
+        hidden, maps = (read(expected.pair_id, expected.side) for read in (store.hidden, store.maps))
+        assert hidden.dtype == np.int16 and hidden.shape == (len(expected.token_ids), WIDTH)
+        patches = 3 if expected.pair_id == "pair3" else 6  # without the padding
+        assert maps.dtype == np.float16 and maps.shape == (len(expected.token_ids), patches)
+        np.testing.assert_array_equal(hidden[:, 0], expected.token_ids)
+        np.testing.assert_array_equal(maps[:, 0], expected.token_ids)
 
 
-def test_a_store_larger_than_its_memory_reads_the_same_and_keeps_what_was_read_last(tmp_path, monkeypatch):
+def test_a_store_larger_than_memory_keeps_the_shard_read_last(tmp_path, monkeypatch):
     whole = whole_store(tmp_path / "store")
     assert len(list(whole._all_columns())) == len(whole._kept) == 4
     monkeypatch.setattr("catpo.rewards.store.KEPT_BYTES", 1)
@@ -124,27 +132,15 @@ def test_a_store_larger_than_its_memory_reads_the_same_and_keeps_what_was_read_l
         np.testing.assert_array_equal(values, whole.quantiles()[name])
 
 
-def test_hidden_states_and_maps_are_those_of_the_response(tmp_path):
-    store = whole_store(tmp_path / "store")
-    for expected in rows_of(PAIRS):
-        hidden, maps = store.hidden(expected.pair_id, expected.side), store.maps(expected.pair_id, expected.side)
-        assert hidden.dtype == np.int16
-        assert hidden.shape == (len(expected.token_ids), WIDTH)
-        assert maps.dtype == np.float16
-        assert maps.shape == (len(expected.token_ids), 3 if expected.pair_id == "pair3" else 6)  # without the filling
-        np.testing.assert_array_equal(hidden[:, 0], expected.token_ids)
-        np.testing.assert_array_equal(maps[:, 0], expected.token_ids)
-
-
 def test_maps_of_one_picture_are_as_wide_as_its_grid(tmp_path):
     store = whole_store(tmp_path / "store", attention={"patches": 1}, pair_ids=["pair3"])
     assert store.maps("pair3", "chosen").shape[1] == 1
 
 
-def test_float_hidden_states_keep_their_type(tmp_path):
-    writer = begin(tmp_path, maps=False, pair_ids=["pair0"])
+def test_float_hidden_states_keep_their_type_and_maps_may_be_absent(tmp_path):
+    writer = writer_of(tmp_path, maps=False, pair_ids=["pair0"])
     rows = rows_of(["pair0"])
-    hidden = np.random.default_rng(0).random((sum(len(each.token_ids) for each in rows), 3)).astype(np.float32)
+    hidden = np.random.default_rng(0).random((sum(len(row.token_ids) for row in rows), 3)).astype(np.float32)
     writer.write_shard(0, rows, hidden=hidden)
     writer.finish()
     store = RewardStore.open(tmp_path)
@@ -155,12 +151,8 @@ def test_float_hidden_states_keep_their_type(tmp_path):
 
 
 def test_a_store_without_arrays_has_no_safetensors_files_and_says_so(tmp_path):
-    writer = begin(tmp_path, hidden=False, maps=False)
-    for shard in writer.missing_shards():
-        writer.write_shard(shard, rows_of(PAIRS[writer.pairs_of(shard)]))
-    writer.finish()
+    store = without_arrays(tmp_path, PAIRS, rows_of(PAIRS))
     assert not list(tmp_path.rglob("*.safetensors"))
-    store = RewardStore.open(tmp_path)
     assert not store.has_hidden
     with pytest.raises(UserError, match=r"holds no hidden states.*reference='online'"):
         store.hidden("pair0", "chosen")
@@ -170,30 +162,25 @@ def test_weights_are_the_fusion_of_the_stored_signals(tmp_path):
     store = whole_store(tmp_path / "store")
     for fusion in (Fusion(), Fusion(normalise="none", shared_prefix="neutral"), Fusion(normalise="quantile", eos="scored")):
         expected = fuse(row("pair1", "chosen"), row("pair1", "rejected"), fusion, store.quantiles(with_special=True))
-        found = store.weights("pair1", fusion)
-        np.testing.assert_array_equal(found.chosen, expected.chosen)
-        np.testing.assert_array_equal(found.rejected, expected.rejected)
+        weights = store.weights("pair1", fusion)
+        np.testing.assert_array_equal(weights.chosen, expected.chosen)
+        np.testing.assert_array_equal(weights.rejected, expected.rejected)
 
 
 def test_quantiles_are_all_values_sorted_and_without_special_tokens(tmp_path):
     store = whole_store(tmp_path / "store")
     for name in SIGNALS:
-        text = np.concatenate([each.signals[name][:-1] for each in rows_of(PAIRS)])
-        everything = np.concatenate([each.signals[name] for each in rows_of(PAIRS)])
+        text = np.concatenate([row.signals[name][:-1] for row in rows_of(PAIRS)])
+        everything = np.concatenate([row.signals[name] for row in rows_of(PAIRS)])
         np.testing.assert_array_equal(store.quantiles()[name], np.sort(text))
         np.testing.assert_array_equal(store.quantiles(with_special=True)[name], np.sort(everything))
 
 
-def test_a_pair_that_was_not_scored_is_named(tmp_path):
+def test_pairs_and_signals_that_were_not_scored_are_named(tmp_path):
     store = whole_store(tmp_path / "store")
-    assert "pair0" in store
-    assert "other" not in store
+    assert "pair0" in store and "other" not in store
     with pytest.raises(UserError, match=r"pair other \(chosen\) is not in .*store, which holds 7 pairs"):
         store.get("other", "chosen")
-
-
-def test_a_fusion_of_a_missing_signal_names_the_pair(tmp_path):
-    store = whole_store(tmp_path / "store")
     with pytest.raises(UserError, match="pair pair2: signal 'patch_logit' was not scored"):
         store.weights("pair2", Fusion(signals={"patch_logit": 1.0}))
 
@@ -208,19 +195,18 @@ def test_a_store_travels_to_a_worker_process(tmp_path):
 def test_other_tools_can_read_the_shards(tmp_path):
     whole_store(tmp_path / "store")
     table = pq.read_table(tmp_path / "store" / "shards" / "00001.parquet").to_pylist()
-    assert [(each["pair_id"], each["side"]) for each in table] == [(p, s) for p in ("pair2", "pair3") for s in SIDES]
+    assert [(response["pair_id"], response["side"]) for response in table] == [
+        (p, s) for p in ("pair2", "pair3") for s in SIDES
+    ]
     assert "".join(table[0]["pieces"]) == "".join(row("pair2", "chosen").pieces)
 
 
 def test_the_code_in_the_documentation_runs(tmp_path, root, monkeypatch, capsys):
-    text = (root / "docs" / "rewards-format.md").read_text(encoding="utf-8")
-    plain = ["global_attention", "patch_entropy", "semantic"]
-    writer = begin(tmp_path / "store", hidden=False, maps=False, signals=plain)
-    for shard in writer.missing_shards():
-        rows = rows_of(PAIRS[writer.pairs_of(shard)])
-        writer.write_shard(shard, [change(r, signals=dict(zip(plain, r.signals.values(), strict=True))) for r in rows])
-    writer.finish()
+    names = ["global_attention", "patch_entropy", "semantic"]
+    rows = [replace(row, signals=dict(zip(names, row.signals.values(), strict=True))) for row in rows_of(PAIRS)]
+    without_arrays(tmp_path / "store", PAIRS, rows, signals=names)
     monkeypatch.chdir(tmp_path)
+    text = (root / "docs" / "rewards-format.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
@@ -228,26 +214,19 @@ def test_the_code_in_the_documentation_runs(tmp_path, root, monkeypatch, capsys)
     assert "patch_entropy" in capsys.readouterr().out
 
 
-def test_opening_and_weighing_never_loop_over_tokens_in_python(tmp_path):
+def test_reading_never_loops_over_tokens_in_python(tmp_path):
     count, pair_ids = 2500, [f"p{number}" for number in range(20)]
-
-    def long_row(pair_id, side):
-        return ResponseRow(
-            pair_id=pair_id,
-            side=side,
-            token_ids=np.arange(count),
-            logps=np.zeros(count, np.float32),
-            signals={name: np.random.default_rng(0).random(count).astype(np.float32) for name in SIGNALS},
-            labels=np.full(count, -1, np.int8),
-            pieces=["a"] * count,
-            is_special=np.zeros(count, bool),
-            grids=[PatchGrid(0, 1, 1)],
-        )
-
-    writer = begin(tmp_path, hidden=False, maps=False, pair_ids=pair_ids, shard_size=5)
-    for shard in writer.missing_shards():
-        writer.write_shard(shard, [long_row(pair_id, side) for pair_id in pair_ids[writer.pairs_of(shard)] for side in SIDES])
-    writer.finish()
+    long = replace(
+        row("p", "chosen"),
+        token_ids=np.arange(count),
+        logps=np.zeros(count, np.float32),
+        signals=dict.fromkeys(SIGNALS, np.linspace(0, 1, count, dtype=np.float32)),
+        labels=np.full(count, -1, np.int8),
+        pieces=["a"] * count,
+        is_special=np.zeros(count, bool),
+    )
+    rows = [replace(long, pair_id=pair_id, side=side) for pair_id in pair_ids for side in SIDES]
+    without_arrays(tmp_path, pair_ids, rows, shard_size=5)
     calls = 0
 
     def count_calls(*_):
@@ -269,11 +248,11 @@ def test_opening_and_weighing_never_loop_over_tokens_in_python(tmp_path):
 
 def test_a_resumed_run_writes_the_same_bytes_as_an_undisturbed_one(tmp_path):
     whole_store(tmp_path / "one")
-    write(begin(tmp_path / "two"), shards=[0, 2])
-    again = begin(tmp_path / "two")
-    assert again.missing_shards() == [1, 3]
-    write(again)
-    again.finish()
+    write(writer_of(tmp_path / "two"), shards=[0, 2])
+    resumed = writer_of(tmp_path / "two")
+    assert resumed.missing_shards() == [1, 3]
+    write(resumed)
+    resumed.finish()
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert RewardStore.open(tmp_path / "one").fingerprint == RewardStore.open(tmp_path / "two").fingerprint
 
@@ -285,7 +264,7 @@ import os, signal, sys
 sys.path[:0] = {[os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "src")]!r}
 from pathlib import Path
 import test_rewards as t
-from catpo.files.json_files import lock
+from catpo.files.lock import lock
 rename = os.replace
 def replace(source, target):
     if not {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
@@ -293,7 +272,7 @@ def replace(source, target):
     if {after} and Path(target).name == {file!r}: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
 with lock({str(path)!r}):
-    writer = t.begin(Path({str(path)!r}))
+    writer = t.writer_of(Path({str(path)!r}))
     t.write(writer)
     writer.finish()
 """
@@ -308,7 +287,7 @@ def test_a_run_killed_at_any_file_resumes_to_the_same_store(tmp_path, file, afte
     with pytest.raises(UserError, match="incomplete|not a reward store"):
         RewardStore.open(tmp_path / "killed")
     with lock(tmp_path / "killed"):  # the dead process holds it no more
-        writer = begin(tmp_path / "killed")
+        writer = writer_of(tmp_path / "killed")
         assert (0 in writer.missing_shards()) == (file == "store.json")
         write(writer)
         writer.finish()
@@ -318,7 +297,7 @@ def test_a_run_killed_at_any_file_resumes_to_the_same_store(tmp_path, file, afte
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     with lock(tmp_path / "store"):
-        script = f"from catpo.files.json_files import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
+        script = f"from catpo.files.lock import lock\nwith lock({str(tmp_path / 'store')!r}): pass"
         second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "is being written by another catpo process" in second.stderr
 
@@ -341,17 +320,17 @@ def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     ],
 )
 def test_a_store_is_not_continued_with_anything_else(tmp_path, changes, says):
-    write(begin(tmp_path), shards=[0])
+    write(writer_of(tmp_path), shards=[0])
     before = content(tmp_path)
     with pytest.raises(UserError, match=f"was begun with {says}.*choose another --output"):
-        begin(tmp_path, **changes)
+        writer_of(tmp_path, **changes)
     assert content(tmp_path) == before
 
 
 def test_a_model_that_has_moved_is_the_same_model(tmp_path):
     whole_store(tmp_path / "one")
-    write(begin(tmp_path / "two"), shards=[0])
-    moved = begin(tmp_path / "two", model="elsewhere/tiny")
+    write(writer_of(tmp_path / "two"), shards=[0])
+    moved = writer_of(tmp_path / "two", model="elsewhere/tiny")
     write(moved)
     moved.finish()
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -360,27 +339,28 @@ def test_a_model_that_has_moved_is_the_same_model(tmp_path):
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="holds other files and no reward store"):
-        begin(tmp_path)
+        writer_of(tmp_path)
     assert content(tmp_path) == {"thesis.tex": b"precious"}
 
 
 def test_only_a_whole_store_can_be_finished(tmp_path):
-    writer = begin(tmp_path)
+    writer = writer_of(tmp_path)
     write(writer, shards=[1])
     with pytest.raises(UserError, match="3 of 4 shards are missing"):
         writer.finish()
 
 
-def test_a_pair_that_comes_twice_is_named(tmp_path):
-    with pytest.raises(UserError, match="pair pair1 is in the data twice"):
-        begin(tmp_path, pair_ids=[*PAIRS, "pair1"])
-    with pytest.raises(UserError, match="no pair to score"):
-        begin(tmp_path, pair_ids=[])
-
-
-def test_a_signal_may_not_take_the_name_of_a_column(tmp_path):
-    with pytest.raises(UserError, match="cannot be called 'labels'"):
-        begin(tmp_path, signals=["labels"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pair_ids": [*PAIRS, "pair1"]}, "pair pair1 is in the data twice"),
+        ({"pair_ids": []}, "no pair to score"),
+        ({"signals": ["labels"]}, "cannot be called 'labels'"),
+    ],
+)
+def test_a_store_that_could_not_be_read_is_not_begun(tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        writer_of(tmp_path, **changes)
 
 
 # What a shard may hold
@@ -401,7 +381,7 @@ def test_a_signal_may_not_take_the_name_of_a_column(tmp_path):
 def test_a_row_that_does_not_fit_is_named(tmp_path, changes, says):
     rows = rows_of(PAIRS[:2])
     with pytest.raises(UserError, match=says):
-        begin(tmp_path).write_shard(0, [change(rows[0], **changes), *rows[1:]], **arrays_of(rows))
+        writer_of(tmp_path).write_shard(0, [replace(rows[0], **changes), *rows[1:]], **arrays_of(rows))
     assert not list((tmp_path / "shards").iterdir())
 
 
@@ -409,18 +389,18 @@ def test_a_number_that_is_not_finite_is_named_with_its_token(tmp_path):
     rows = rows_of(PAIRS[:2])
     rows[1].signals["patch_entropy"][1] = np.nan
     with pytest.raises(UserError, match="pair pair0, rejected: patch_entropy is nan at token 1"):
-        begin(tmp_path).write_shard(0, rows, **arrays_of(rows))
+        writer_of(tmp_path).write_shard(0, rows, **arrays_of(rows))
 
 
-def test_arrays_must_be_those_that_the_store_was_begun_with(tmp_path):
+def test_arrays_must_be_those_of_the_provenance(tmp_path):
     rows = rows_of(PAIRS[:2])
     arrays = arrays_of(rows)
     with pytest.raises(UserError, match="begun with hidden=True"):
-        begin(tmp_path / "a").write_shard(0, rows, maps=arrays["maps"])
+        writer_of(tmp_path / "a").write_shard(0, rows, maps=arrays["maps"])
     with pytest.raises(UserError, match="begun with maps=False"):
-        begin(tmp_path / "b", maps=False).write_shard(0, rows, **arrays)
+        writer_of(tmp_path / "b", maps=False).write_shard(0, rows, **arrays)
     with pytest.raises(UserError, match="hidden has shape"):
-        begin(tmp_path / "a").write_shard(0, rows, hidden=arrays["hidden"][1:], maps=arrays["maps"])
+        writer_of(tmp_path / "a").write_shard(0, rows, hidden=arrays["hidden"][1:], maps=arrays["maps"])
 
 
 # Damage
@@ -454,14 +434,14 @@ def test_a_flipped_bit_in_the_arrays_is_noticed_when_they_are_read(tmp_path, pos
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors", "json"])
-def test_a_damaged_or_truncated_or_deleted_shard_is_scored_anew(tmp_path, suffix):
+def test_a_damaged_or_truncated_or_deleted_shard_is_scored_again(tmp_path, suffix):
     whole_store(tmp_path)
     expected = content(tmp_path)
     file = tmp_path / "shards" / f"00001.{suffix}"
     harms = [lambda: flip(file, -1), lambda: file.write_bytes(file.read_bytes()[:-9]), file.unlink]
     for harm in harms:
         harm()
-        writer = begin(tmp_path)
+        writer = writer_of(tmp_path)
         assert writer.missing_shards() == [1]
         write(writer)
         writer.finish()
@@ -477,30 +457,32 @@ def test_a_shard_of_another_store_is_noticed(tmp_path):
         RewardStore.open(tmp_path / "a")
 
 
-def test_an_incomplete_store_tells_how_much_is_there(tmp_path):
-    write(begin(tmp_path), shards=[0, 1])
+def test_an_incomplete_store_says_how_much_is_there(tmp_path):
+    write(writer_of(tmp_path), shards=[0, 1])
     with pytest.raises(UserError, match="incomplete: 2 of 4 shards are there. Run the same `catpo score` again"):
         RewardStore.open(tmp_path)
 
 
-def test_what_is_no_store_is_named(tmp_path):
-    with pytest.raises(UserError, match="is not a reward store"):
-        RewardStore.open(tmp_path / "nothing")
-    (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(UserError, match="has format None, this catpo reads 2"):
-        RewardStore.open(tmp_path)
-    (tmp_path / "store.json").write_text('{"format": 1, "signals": []}')
-    with pytest.raises(UserError, match="has format 1, this catpo reads 2. Score again"):
-        RewardStore.open(tmp_path)
-    (tmp_path / "store.json").write_text('{"format": 2, "signals": []}')
-    with pytest.raises(UserError, match="does not say pair_count, pairs_hash, shard_size"):
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (None, "is not a reward store"),
+        ("{}", "has format None, this catpo reads 2"),
+        ('{"format": 1, "signals": []}', "has format 1, this catpo reads 2. Score again"),
+        ('{"format": 2, "signals": []}', "lacks 'pair_count'"),
+    ],
+)
+def test_a_folder_that_is_no_store_is_named(tmp_path, written, says):
+    if written is not None:
+        (tmp_path / "store.json").write_text(written)
+    with pytest.raises(UserError, match=says):
         RewardStore.open(tmp_path)
 
 
 # Provenance
 
 
-def test_verify_names_what_differs_and_ignores_what_was_not_asked(tmp_path):
+def test_verify_names_what_differs_among_the_fields_given(tmp_path):
     store = whole_store(tmp_path)
     store.verify({"model_hash": "m1", "model": "moved/elsewhere", "attention": {"layers": (2, 3)}})
     with pytest.raises(UserError, match=r"was scored with another model \(model_hash is 'm1', now 'm9'\).*models/tiny"):
@@ -509,11 +491,11 @@ def test_verify_names_what_differs_and_ignores_what_was_not_asked(tmp_path):
         store.verify({"attention": {"query": "predictor"}})
 
 
-def test_the_fingerprint_changes_with_the_numbers_and_not_with_the_place_of_the_model(tmp_path):
+def test_the_fingerprint_changes_with_the_numbers_but_not_with_the_path_of_the_model(tmp_path):
     first = whole_store(tmp_path / "a").fingerprint
     assert whole_store(tmp_path / "b", model="elsewhere").fingerprint == first
     assert whole_store(tmp_path / "c", template_hash="t2").fingerprint != first
-    writer = begin(tmp_path / "d")
+    writer = writer_of(tmp_path / "d")
     write(writer, shards=[1, 2, 3])
     rows = rows_of(PAIRS[:2])
     rows[0].signals["patch_entropy"][0] += 0.5
@@ -522,9 +504,9 @@ def test_the_fingerprint_changes_with_the_numbers_and_not_with_the_place_of_the_
     assert RewardStore.open(tmp_path / "d").fingerprint != first
 
 
-def test_provenance_stands_in_the_file_for_people_to_read(tmp_path):
+def test_provenance_is_readable_in_store_json(tmp_path):
     whole_store(tmp_path)
-    said = json.loads((tmp_path / "store.json").read_text())
-    assert said["model"] == "models/tiny"
-    assert said["attention"]["layers"] == [2, 3]
-    assert said["complete"] is True
+    provenance = json.loads((tmp_path / "store.json").read_text())
+    assert provenance["model"] == "models/tiny"
+    assert provenance["attention"]["layers"] == [2, 3]
+    assert provenance["complete"] is True

@@ -43,7 +43,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def told(path):
+def manifest(path):
     return json.loads((path / "pairs.json").read_text())
 
 
@@ -56,8 +56,8 @@ def whole(folder, tmp_path_factory):
 
 def test_each_rounds_model_answers_in_the_next(folder, whole):
     output, made = whole
-    assert [each.model for each in made] == [output / "round-1" / "model", output / "round-2" / "model"]
-    first, second = told(output / "round-1" / "pairs"), told(output / "round-2" / "pairs")
+    assert [outcome.model for outcome in made] == [output / "round-1" / "model", output / "round-2" / "model"]
+    first, second = manifest(output / "round-1" / "pairs"), manifest(output / "round-2" / "pairs")
     assert first["model_hash"] == loading.load(folder).model_hash
     assert second["model_hash"] == loading.load(output / "round-1" / "model").model_hash != first["model_hash"]
     assert [first["seed"], second["seed"]] == [0, 1]
@@ -96,14 +96,14 @@ def test_a_loop_killed_in_its_second_round_ends_with_the_same_model(folder, whol
         run(folder, tmp_path / "out", lora=lora)
     again = run(folder, tmp_path / "out", lora=lora)
     assert len(calls) == 3
-    assert [(each.pairs, each.accuracy) for each in again] == [(each.pairs, each.accuracy) for each in made]
+    assert [(outcome.pairs, outcome.accuracy) for outcome in again] == [(outcome.pairs, outcome.accuracy) for outcome in made]
     one, other = weights(tmp_path / "out" / "round-2" / "model"), weights(output / "round-2" / "model")
     assert all(one[name].equal(other[name]) for name in other)
 
 
 def test_a_finished_loop_is_not_done_again_and_a_longer_one_goes_on(folder, whole, capsys, monkeypatch):
     output, made = whole
-    monkeypatch.setattr(loop, "_do", None)
+    monkeypatch.setattr(loop, "_run_round", None)
     assert run(folder, output, lora="'lora(r=2, alpha=4)'") == made
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in shown] == ["Round 1", "Round 2"] and "pairs of 4 answers" in shown[0]
@@ -119,8 +119,8 @@ def test_fresh_rounds_share_no_picture_and_full_training_needs_no_merging(folder
         {json.loads(line)["meta"]["sample"] for line in (each.folder / "pairs" / "pairs.jsonl").read_text().splitlines()}
         for each in made
     ]
-    assert [each.asked for each in made] == [2, 2] and not asked[0] & asked[1]
-    assert [each.model for each in made] == [each.folder / "run" / "model" for each in made]
+    assert [outcome.asked for outcome in made] == [2, 2] and not asked[0] & asked[1]
+    assert [outcome.model for outcome in made] == [outcome.folder / "run" / "model" for outcome in made]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_command_has_the_functions_options_and_takes_a_recipes_sections(tmp_
         "model: builtin\npair: {data: scenes(count=2), method: seva, output: a}\ntrain: {num_train_epochs: 2, output: b}\n"
     )
     received = {}
-    monkeypatch.setattr(loop, "_do", lambda *arguments: received.update(options=arguments[4]) or exit_after())
+    monkeypatch.setattr(loop, "_run_round", lambda *arguments: received.update(options=arguments[3]) or exit_after())
     exit_after = lambda: (_ for _ in ()).throw(UserError("enough"))
     with pytest.raises(SystemExit):
         main.main(["rounds", "--config", str(recipe), "--output", str(tmp_path / "o"), "--train", "seed_=1"])

@@ -14,7 +14,7 @@ from catpo.files.json_files import read_json, read_rows
 from catpo.rewards.store import RewardStore
 from catpo.runtime.skip_log import SkipLog
 from commands import run
-from hostile_cases import PAIR, SAMPLE, encoded
+from hostile_place import PAIR, SAMPLE, encoded
 
 
 @pytest.fixture(autouse=True)

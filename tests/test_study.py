@@ -25,7 +25,7 @@ from catpo.evaluation.coverage import at_equal_coverage
 from catpo.evaluation.folder import load_evaluation
 from catpo.experiments.study import cells, file
 from catpo.experiments.study.figures import check_figure
-from catpo.experiments.study.results import as_latex, as_markdown
+from catpo.experiments.study.results import as_markdown
 from catpo.experiments.study.run import Outcome, study
 from catpo.experiments.study.running import run_all
 from catpo.files.json_files import read_json, write_json
@@ -47,13 +47,18 @@ rows:
   dpo: dpo
   catpo: {objective: catpo, train: {num_train_epochs: 2}}
 """
-FIGURES = """
-figures: {tradeoff: tradeoff, bars: "bars(metrics=['chair_i', 'equal_coverage'])", training: curves}
-"""
+FIGURES = {
+    "tradeoff": "tradeoff",
+    "bars": "bars(metrics=['chair_i', 'equal_coverage'])",
+    "training": "curves",
+    "sweep": "sweep(metric='cover', baseline='dpo')",
+    "tokens": "token_logps",
+}
+HOSTILE = "<script>alert(1)</script> $x_1$ & _row"
 
 
-def written(folder: Path, text: str) -> Path:
-    path = folder / "mine.yaml"
+def written(folder: Path, text: str, name: str = "mine") -> Path:
+    path = folder / f"{name}.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -89,15 +94,8 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
     text = re.sub(r"^data: .*$", "data: rlhf_v(source='openbmb/RLHF-V-Dataset')", text, flags=re.MULTILINE)
     plan = file.read(written(tmp_path, text))
     training = COMMANDS["train"](pairs="p", model="m", output=Path("o"), **plan.training(plan.rows["catpo"]))
-    assert (
-        training.lora,
-        training.num_train_epochs,
-        training.per_device_train_batch_size * training.gradient_accumulation_steps,
-    ) == (
-        "lora",
-        6,
-        32,
-    )
+    assert (training.lora, training.num_train_epochs) == ("lora", 6)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
     assert min(plan.rates) < training.learning_rate < max(plan.rates)
 
 
@@ -105,10 +103,7 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
     ("change", "message"),
     [
         ({"titel": "x"}, r"line \d+: 'titel' is not an option. Did you mean 'title'\?"),
-        (
-            {"rows": {"dpo": {"objectiv": "dpo"}}},
-            r"line \d+: 'rows.dpo.objectiv' is not an option. Did you mean 'rows.dpo.objective'",
-        ),
+        ({"rows": {"dpo": {"objectiv": "dpo"}}}, r"line \d+: 'rows.dpo.objectiv' is not .* Did you mean 'rows.dpo.objective'"),
         ({"rows": {"dpo": {"objective": 3}}}, r"line \d+: 'rows.dpo.objective' must be text or null, not 3"),
         ({"rows": {"dpo": [1]}}, r"line \d+: 'rows.dpo' must be lines of the form"),
         ({"rows": {}}, "'rows' is missing"),
@@ -120,7 +115,7 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
         ({"seeds": [0, 0]}, r"line \d+: 'seeds' must be one or more different whole numbers"),
         ({"seeds": ["a"]}, r"line \d+: 'seeds' must be a list, each a whole number"),
         ({"learning_rates": []}, "must be one or more positive numbers"),
-        ({"tuning": None}, "'tuning.benchmarks' must name pictures to choose by"),
+        ({"tuning": None}, "2 learning rates need 'tuning.benchmarks' to choose by"),
         ({"tuning": {"seed": 1, "benchmarks": "captions"}}, "'tuning.seed' 1 is one of the seeds reported"),
         ({"tuning": {"benchmarks": ["scenes(count=16, questions=1)"]}}, "'tuning.benchmarks' has scenes.*, which is reported"),
         ({"reference": "nobody"}, r"line \d+: 'reference' is not one of the rows"),
@@ -128,153 +123,186 @@ def test_another_model_and_data_line_is_all_that_a_large_model_takes(tmp_path: P
         ({"model": None}, "'model' must be text"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_key_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_mistakes_are_refused_by_key_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     text = yaml.safe_dump({**yaml.safe_load(BASIC), **change}, sort_keys=False, allow_unicode=True)
     with pytest.raises(UserError, match=message) as caught:
         file.read(written(tmp_path, text))
     assert "mine.yaml" in str(caught.value)
 
 
-def test_a_key_that_stands_twice_or_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mine.yaml, line 3: 'model' stands twice"):
-        file.read(written(tmp_path, "title: a\nmodel: b\nmodel: c\n"))
-    with pytest.raises(UserError, match="'data' is missing"):
-        file.read(written(tmp_path, "title: a\nmodel: b\nrows: {dpo: dpo}\n"))
-
-
-def test_a_mistake_in_an_objective_or_figure_is_told_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'rows.dpo': 'dpo' has no option 'bet'"):
-        study(written(tmp_path, BASIC.replace("dpo: dpo", "dpo: dpo(bet=1)")), output=tmp_path / "out")
-    with pytest.raises(UserError, match=r"'figures.tradeoff': 'pie' is not a figure"):
-        study(written(tmp_path, BASIC + "figures: {tradeoff: pie}"), output=tmp_path / "out")
-    with pytest.raises(UserError, match="the name becomes a file's"):
-        study(written(tmp_path, BASIC + "figures: {../up: tradeoff}"), output=tmp_path / "out")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: a\nmodel: b\nmodel: c\n", r"mine.yaml, line 3: 'model' stands twice"),
+        ("title: a\nmodel: b\nrows: {dpo: dpo}\n", "'data' is missing"),
+        (BASIC.replace("dpo: dpo", "dpo: dpo(bet=1)"), r"'rows.dpo': 'dpo' has no option 'bet'"),
+        (BASIC + "figures: {tradeoff: pie}", r"'figures.tradeoff': 'pie' is not a figure"),
+        (BASIC + "figures: {../up: tradeoff}", "the name becomes a file's"),
+    ],
+)
+def test_a_mistake_is_reported_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study(written(tmp_path, text), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 # ---- the grid, with engines that only write what engines write ------------------------------------------------------------
 
 
-@dataclass
 class Engines:
-    """Engines in place of the real ones, and what they were asked."""
+    """Stands in for the real engines and records what they are asked."""
 
-    trained: list[tuple[str, float, int]]
-    evaluated: list[str]
-    before: Callable[[str, float, int], None] = lambda *_: None
-    wrong: Callable[[str, float], float] = lambda *_: 0.3
-    """Share of hallucinated objects that a model trained with this objective and rate names."""
-    said: Callable[[str, float], int] = lambda *_: 4
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.trained: list[tuple[str, float, int]] = []
+        self.evaluated: list[str] = []
+        self.before: Callable[[str, float, int], None] = lambda *_: None
+        self.wrong: Callable[[str, float], float] = lambda *_: 0.3
+        """Share of hallucinated objects that a model trained with this objective and rate names."""
+        self.said: Callable[[str, float], int] = lambda *_: 4
+        for name in ("pair", "score", "train", "evaluate"):
+            monkeypatch.setattr(cells, name, getattr(self, name))
 
+    def study(self, text: str = BASIC, output: str = "out", name: str = "mine") -> Outcome:
+        return study(written(self.folder, text, name), output=self.folder / output)
 
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    record = Engines([], [])
-
-    def pair(*, output: Path, **_: Any) -> None:
+    def pair(self, *, output: Path, method: str, **_: Any) -> None:
+        if method == "unheard_of":
+            raise UserError("there is no pairing 'unheard_of'.")
         output.mkdir(parents=True)
         write_json(output / "pairs.json", {"complete": True})
 
-    def score(*, output: Path, **_: Any) -> None:
+    def score(self, *, output: Path, **_: Any) -> None:
         output.mkdir(parents=True)
         write_json(output / "store.json", {"complete": True})
 
-    def train(*, output: Path, objective: str, learning_rate: float, seed: int, **_: Any) -> Any:
-        record.before(objective, learning_rate, seed)
-        record.trained.append((objective, learning_rate, seed))
+    def train(self, *, output: Path, objective: str, learning_rate: float, seed: int, **_: Any) -> Any:
+        self.before(objective, learning_rate, seed)
+        self.trained.append((objective, learning_rate, seed))
         make_run(output, objective=objective, seed=seed)
         (output / "model").mkdir()
         write_json(output / "model" / "what.json", {"objective": objective, "rate": learning_rate, "seed": seed})
         return SimpleNamespace(model=output / "model")
 
-    def evaluate(*, model: str, benchmarks: tuple[str, ...], output: Path, **_: Any) -> None:
-        record.evaluated.append(benchmarks[0])
+    def evaluate(self, *, model: str, benchmarks: tuple[str, ...], output: Path, **_: Any) -> None:
+        self.evaluated.append(benchmarks[0])
         what = {"objective": "", "rate": 0.0, "seed": 0}
         if (Path(model) / "what.json").exists():
             what = read_json(Path(model) / "what.json")
-        wrong, said = (choose(what["objective"], what["rate"]) for choose in (record.wrong, record.said))
+        wrong, said = (choose(what["objective"], what["rate"]) for choose in (self.wrong, self.said))
         make_evaluation(output, wrong=wrong, said=said, count=16, seed=what["seed"], options=benchmarks[0])
 
-    for name, engine in {"pair": pair, "score": score, "train": train, "evaluate": evaluate}.items():
-        monkeypatch.setattr(cells, name, engine)
-    return record
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    return Engines(tmp_path, monkeypatch)
 
 
-def test_every_method_and_seed_is_a_row_with_an_interval(tmp_path: Path, engines: Engines) -> None:
-    outcome = study(written(tmp_path, BASIC), output=tmp_path / "out")
-    assert not outcome.failed
-    assert [row.name for row in outcome.found.rows] == ["base", "dpo", "catpo"]
-    row = outcome.found.row("dpo")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A study with hostile texts and every figure that needs no log-probs."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        engines = Engines(folder, monkeypatch)
+        engines.wrong = lambda objective, rate: {"": 0.4, "dpo": 0.2}.get(objective, 0.1)
+        engines.said = lambda objective, rate: {"": 5, "dpo": 4}.get(objective, 3)
+        text = yaml.safe_load(BASIC.replace("[1e-5, 5e-5]", "[5e-5]"))
+        text["title"] = text["note"] = HOSTILE
+        text["rows"][HOSTILE] = {"objective": "dpo(beta=0.2)", "panel": "β", "at": 0.2}
+        text["figures"] = FIGURES
+        return engines.study(yaml.safe_dump(text, sort_keys=False))
+
+
+def test_every_method_and_seed_is_a_row_with_an_interval(finished: Outcome) -> None:
+    assert not finished.failed
+    assert [row.name for row in finished.results.rows] == ["base", "dpo", "catpo", HOSTILE]
+    row = finished.results.row("dpo")
     assert row is not None
     values = list(row.values["scenes/chair_i"].values())
     assert len(values) == 2 and values[0] != values[1]
-    assert row.spread("scenes/chair_i")[1:] == pytest.approx(mean_interval(values))
-    lines = list(csv.DictReader(io.StringIO((outcome.folder / "table.csv").read_text())))
+    assert row.mean("scenes/chair_i")[1:] == pytest.approx(mean_interval(values))
+    lines = list(csv.DictReader(io.StringIO((finished.folder / "table.csv").read_text())))
     assert [float(line["scenes/chair_i"] or "nan") for line in lines][1] == pytest.approx(sum(values) / 2, rel=1e-5)
-    table = pq.read_table(outcome.folder / "values.parquet").to_pylist()
-    assert {(line["row"], line["seed"]) for line in table} == {(n, s) for n in ("base", "dpo", "catpo") for s in (0, 1)}
-    assert not list((tmp_path / "out").glob("cells/*/run/model"))
+    table = pq.read_table(finished.folder / "values.parquet").to_pylist()
+    names = [row.name for row in finished.results.rows]
+    assert {(line["row"], line["seed"]) for line in table} == {(name, seed) for name in names for seed in (0, 1)}
+    assert not list(finished.folder.parent.glob("cells/*/run/model"))
 
 
-def test_the_column_of_equal_cover_is_what_the_comparison_says(tmp_path: Path, engines: Engines) -> None:
-    engines.wrong = lambda objective, rate: {"": 0.4, "dpo": 0.2}.get(objective, 0.1)
-    engines.said = lambda objective, rate: {"": 5, "dpo": 4}.get(objective, 3)
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
+def test_the_column_of_equal_cover_is_what_the_comparison_says(finished: Outcome) -> None:
+    results = finished.results
     for seed in (0, 1):
-        folders = {row.name: row.cells[seed].folder(tmp_path / "out") / "evaluation" for row in found.rows}
+        folders = {row.name: row.cells[seed].folder(finished.folder.parent) / "evaluation" for row in results.rows}
         direct = at_equal_coverage([load_evaluation(path, name=name) for name, path in folders.items()])
         assert {row.model: row.chair_i.value for row in direct} == pytest.approx(
-            {row.name: row.values["equal_coverage"][seed] for row in found.rows}
+            {row.name: row.values["equal_coverage"][seed] for row in results.rows}
         )
-    last = found.row("catpo")
+    last = results.row("catpo")
     assert last is not None and last.difference is not None
-    means = [found.rows[place].spread("equal_coverage").value for place in (2, 0)]
+    means = [results.rows[index].mean("equal_coverage").value for index in (2, 0)]
     assert last.difference.value == pytest.approx(means[0] - means[1])
     assert last.difference.low < last.difference.value < last.difference.high
 
 
-def test_a_row_that_says_next_to_nothing_does_not_drag_the_others_down(tmp_path: Path, engines: Engines) -> None:
+def test_figures_are_drawings_and_the_page_escapes_all_text(finished: Outcome) -> None:
+    for name in ("tradeoff", "bars", "training", "sweep"):
+        drawing = ElementTree.parse(finished.folder / f"{name}.svg").getroot()
+        assert drawing.tag.endswith("svg")
+        assert ("β" if name == "sweep" else HOSTILE) in "".join(drawing.itertext())
+        pdf = (finished.folder / f"{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
+    page = (finished.folder / "report.html").read_text()
+    assert "alert(1)" in page and "<script>alert" not in page
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "\\$x\\_1\\$ \\& \\_row" in (finished.folder / "table.tex").read_text()
+    assert "\\<script\\>" in (finished.folder / "table.md").read_text()
+    assert not (finished.folder / "tokens.svg").exists()
+    assert any("tokens is not drawn: row 'catpo' has kept no log-probs" in note for note in finished.results.notes)
+
+
+def test_the_same_numbers_give_the_same_files(finished: Outcome) -> None:
+    before = {path: path.read_bytes() for path in finished.folder.iterdir() if path.name != ".lock"}
+    study(finished.folder.parent.parent / "mine.yaml", output=finished.folder.parent)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_row_that_says_next_to_nothing_is_left_out_at_equal_cover(engines: Engines) -> None:
     engines.said = lambda objective, rate: 1 if objective == "catpo" else 5
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
-    assert found.rows[2].name == "catpo" and "equal_coverage" not in found.rows[2].values
-    assert "equal_coverage" in found.rows[1].values
-    assert any("catpo covers less than 50%" in note for note in found.notes)
+    results = engines.study().results
+    assert results.rows[2].name == "catpo" and "equal_coverage" not in results.rows[2].values
+    assert "equal_coverage" in results.rows[1].values
+    assert any("catpo covers less than 50%" in note for note in results.notes)
 
 
-def test_tuning_takes_the_better_rate_and_other_pictures(tmp_path: Path, engines: Engines) -> None:
+def test_tuning_takes_the_better_rate_and_other_pictures(engines: Engines) -> None:
     engines.wrong = lambda objective, rate: 0.1 if (objective == "dpo") == (rate > 2e-5) else 0.5
-    found = study(written(tmp_path, BASIC), output=tmp_path / "out").found
-    assert [row.rate for row in found.rows] == [None, 5e-5, 1e-5]
+    assert [row.rate for row in engines.study().results.rows] == [None, 5e-5, 1e-5]
     tried = {(objective, rate) for objective, rate, seed in engines.trained if seed == 7}
     assert tried == {(objective, rate) for objective in ("dpo", "catpo") for rate in (1e-5, 5e-5)}
     assert {(o, r) for o, r, seed in engines.trained if seed in (0, 1)} == {("dpo", 5e-5), ("catpo", 1e-5)}
     assert set(engines.evaluated) == {"scenes(count=16, questions=1)", "scenes(count=16, seed=1, questions=1)"}
 
 
-def test_tuning_does_not_fall_for_a_model_that_falls_silent(tmp_path: Path, engines: Engines) -> None:
-    engines.wrong = lambda objective, rate: 0.0 if rate > 2e-5 else 0.2
-    engines.said = lambda objective, rate: 1 if rate > 2e-5 else 4
-    assert [row.rate for row in study(written(tmp_path, BASIC), output=tmp_path / "out").found.rows] == [None, 1e-5, 1e-5]
+@pytest.mark.parametrize(
+    ("change", "wrong", "said", "rate"),
+    [
+        (("", ""), (0.2, 0.0), (4, 1), 1e-5),  # a model that falls silent names nothing wrong
+        (("{seed: 7,", "{seed: 7, metric: cover,"), (0.3, 0.3), (5, 2), 1e-5),
+        (("{seed: 7,", "{seed: 7, metric: chair_i,"), (0.4, 0.0), (5, 2), 5e-5),
+        (("{objective: catpo,", "{objective: catpo, tuned_as: dpo,"), (0.5, 0.1), (4, 4), 5e-5),
+    ],
+)
+def test_tuning_chooses_by_coverage_by_a_metric_or_as_another_row(
+    engines: Engines, change: tuple[str, str], wrong: tuple[float, float], said: tuple[int, int], rate: float
+) -> None:
+    engines.wrong = lambda objective, rate: wrong[rate > 2e-5]
+    engines.said = lambda objective, rate: said[rate > 2e-5]
+    assert [row.rate for row in engines.study(BASIC.replace(*change)).results.rows] == [None, rate, rate]
+    assert ("tuned_as" in change[1]) != any(o == "catpo" and seed == 7 for o, _, seed in engines.trained)
 
 
-def test_tuning_by_another_metric_knows_its_good_side(tmp_path: Path, engines: Engines) -> None:
-    engines.said = lambda objective, rate: 2 if rate > 2e-5 else 5
-    text = BASIC.replace("{seed: 7,", "{seed: 7, metric: cover,")
-    assert study(written(tmp_path, text), output=tmp_path / "out").found.rows[1].rate == 1e-5
-    engines.wrong = lambda objective, rate: 0.0 if rate > 2e-5 else 0.4
-    text = BASIC.replace("{seed: 7,", "{seed: 7, metric: chair_i,")
-    assert study(written(tmp_path, text), output=tmp_path / "other").found.rows[1].rate == 5e-5
-
-
-def test_a_row_can_take_the_rate_of_another(tmp_path: Path, engines: Engines) -> None:
-    engines.wrong = lambda objective, rate: 0.1 if rate > 2e-5 else 0.5
-    text = BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, tuned_as: dpo,")
-    assert [row.rate for row in study(written(tmp_path, text), output=tmp_path / "out").found.rows] == [None, 5e-5, 5e-5]
-    assert not any(objective == "catpo" and seed == 7 for objective, _, seed in engines.trained)
-
-
-def test_a_killed_study_goes_on_and_ends_with_the_same_table(tmp_path: Path, engines: Engines) -> None:
-    whole = study(written(tmp_path, BASIC), output=tmp_path / "whole")
+def test_a_killed_study_goes_on_and_ends_with_the_same_table(engines: Engines) -> None:
+    whole = engines.study(output="whole")
     count = len(engines.trained)
 
     def killed(objective: str, rate: float, seed: int) -> None:
@@ -283,97 +311,35 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_table(tmp_path: Path, eng
 
     engines.before = killed
     with pytest.raises(KeyboardInterrupt):
-        study(written(tmp_path, BASIC), output=tmp_path / "out")
+        engines.study()
     engines.before = lambda *_: None
-    again = study(written(tmp_path, BASIC), output=tmp_path / "out")
+    again = engines.study()
     assert len(engines.trained) == 2 * count
-    assert as_markdown(again.found) == as_markdown(whole.found)
-    study(written(tmp_path, BASIC), output=tmp_path / "out")
-    assert len(engines.trained) == 2 * count
+    assert as_markdown(again.results) == as_markdown(whole.results)
+    engines.study(BASIC.replace("dpo: dpo", "plain: dpo\n  ipo: dpo(loss_type='ipo')"), name="other")  # shares the cells
+    assert {objective for objective, _, _ in engines.trained[2 * count :]} == {"dpo(loss_type='ipo')"}
 
 
-def test_another_study_with_the_same_output_shares_cells(tmp_path: Path, engines: Engines) -> None:
-    study(written(tmp_path, BASIC), output=tmp_path / "out")
-    count = len(engines.trained)
-    other = tmp_path / "other.yaml"
-    other.write_text(BASIC.replace("dpo: dpo", "plain: dpo\n  ipo: dpo(loss_type='ipo')"))
-    study(other, output=tmp_path / "out")
-    assert {objective for objective, _, _ in engines.trained[count:]} == {"dpo(loss_type='ipo')"}
-
-
-def test_a_failing_cell_is_named_and_the_others_go_on(
-    tmp_path: Path, engines: Engines, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_cell_is_named_and_the_others_go_on(engines: Engines, capsys: pytest.CaptureFixture[str]) -> None:
     def breaks(objective: str, rate: float, seed: int) -> None:
         if objective == "catpo" and seed == 1:
             raise RuntimeError("out of luck")
 
     engines.before = breaks
+    output = engines.folder / "out"
     with pytest.raises(SystemExit) as ended:
-        main.main(["study", str(written(tmp_path, BASIC)), "--output", str(tmp_path / "out")])
+        main.main(["study", str(written(engines.folder, BASIC)), "--output", str(output)])
     assert ended.value.code == 1
     assert "catpo, seed 1 failed: RuntimeError: out of luck" in capsys.readouterr().err
-    lines = {line["row"]: line for line in csv.DictReader(io.StringIO((tmp_path / "out" / "mine" / "table.csv").read_text()))}
+    lines = {line["row"]: line for line in csv.DictReader(io.StringIO((output / "mine" / "table.csv").read_text()))}
     assert (lines["dpo"]["seeds"], lines["catpo"]["seeds"]) == ("2", "1")
-    assert "out of luck" in (tmp_path / "out" / "mine" / "table.md").read_text()
+    assert "out of luck" in (output / "mine" / "table.md").read_text()
 
 
-def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(
-    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = cells.pair
-
-    def pair(*, method: str, **options: Any) -> None:
-        if method == "unheard_of":
-            raise UserError("there is no pairing 'unheard_of'.")
-        make(method=method, **options)  # type: ignore[call-arg]
-
-    monkeypatch.setattr(cells, "pair", pair)
-    text = BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, method: unheard_of,")
-    outcome = study(written(tmp_path, text), output=tmp_path / "out")
-    assert [row.name for row in outcome.found.rows] == ["base", "dpo"]
-    assert any("unheard_of" in called for called in outcome.failed)
-
-
-def test_figures_are_drawings_and_the_page_escapes_all_text(tmp_path: Path, engines: Engines) -> None:
-    hostile = "<script>alert(1)</script> $x_1$ & _row"
-    text = yaml.safe_load(BASIC + FIGURES)
-    text["title"] = text["note"] = hostile
-    text["rows"][hostile] = "dpo(beta=0.2)"
-    outcome = study(written(tmp_path, yaml.safe_dump(text, sort_keys=False)), output=tmp_path / "out")
-    for name in ("tradeoff", "bars", "training"):
-        drawing = ElementTree.parse(outcome.folder / f"{name}.svg").getroot()
-        assert drawing.tag.endswith("svg")
-        words = "".join(drawing.itertext())
-        assert hostile in words
-        pdf = (outcome.folder / f"{name}.pdf").read_bytes()
-        assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
-    page = (outcome.folder / "report.html").read_text()
-    assert "alert(1)" in page and "<script>alert" not in page
-    assert page.count("data:image/svg+xml;base64,") == 3
-    assert "\\$x\\_1\\$ \\& \\_row" in as_latex(outcome.found)
-    assert "\\<script\\>" in as_markdown(outcome.found)
-
-
-def test_the_same_numbers_give_the_same_drawings(tmp_path: Path, engines: Engines) -> None:
-    text = BASIC + "figures: {training: curves}\n"
-    outcome = study(written(tmp_path, text), output=tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in outcome.folder.glob("training.*")}
-    study(written(tmp_path, text), output=tmp_path / "out")
-    assert before == {name: (outcome.folder / name).read_bytes() for name in before} and len(before) == 2
-
-
-def test_a_sweep_draws_a_panel_with_its_points(tmp_path: Path, engines: Engines) -> None:
-    rows = "  a: {objective: dpo(beta=0.1), panel: β, at: 0.1}\n  b: {objective: dpo(beta=0.3), panel: β, at: 0.3}\n"
-    text = f"{BASIC}{rows}figures: {{sweep: \"sweep(metric='cover', baseline='dpo')\"}}\n"
-    outcome = study(written(tmp_path, text), output=tmp_path / "out")
-    assert "β" in (outcome.folder / "sweep.svg").read_text()
-
-
-def test_a_figure_that_cannot_be_drawn_is_a_note(tmp_path: Path, engines: Engines) -> None:
-    outcome = study(written(tmp_path, BASIC + "figures: {tokens: token_logps}\n"), output=tmp_path / "out")
-    assert not (outcome.folder / "tokens.svg").exists()
-    assert "tokens is not drawn: row 'catpo' has kept no log-probs" in outcome.found.notes[0]
+def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(engines: Engines) -> None:
+    outcome = engines.study(BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, method: unheard_of,"))
+    assert [row.name for row in outcome.results.rows] == ["base", "dpo"]
+    assert any("unheard_of" in label for label in outcome.failed)
 
 
 # ---- the real engines -----------------------------------------------------------------------------------------------------
@@ -388,7 +354,7 @@ rows:
   base:
   dpo: dpo
   learned: catpo(learned=True)
-  on-policy: {objective: dpo, rounds: 2}
+  on-policy: {objective: dpo, rounds: 2, train: {lora: 'lora(r=2, alpha=4)'}}
 score: {batch_size: 8, attention_maps: false}
 pair: {max_new_tokens: 48}
 train: {max_steps: 2, logging_steps: 1, eval_fraction: 0}
@@ -407,16 +373,16 @@ def real(tmp_path_factory: pytest.TempPathFactory, builtin: Path) -> Outcome:
 
 def test_a_study_runs_with_the_builtin_model(real: Outcome) -> None:
     assert not real.failed
-    assert [row.name for row in real.found.rows] == ["base", "dpo", "learned", "on-policy"]
-    for row in real.found.rows[1:]:
+    assert [row.name for row in real.results.rows] == ["base", "dpo", "learned", "on-policy"]
+    for row in real.results.rows[1:]:
         assert len(row.cells) == 2 and row.rate == 5e-5
-    learned = real.found.row("learned")
+    learned = real.results.row("learned")
     assert learned is not None
-    assert learned.spread("learned/global_attention").value == pytest.approx(0.25, abs=0.05)
+    assert learned.mean("learned/global_attention").value == pytest.approx(0.25, abs=0.05)
 
 
 def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
-    row = real.found.row("dpo")
+    row = real.results.row("dpo")
     assert row is not None
     folder = row.cells[0].folder(real.folder.parent)
     kept = pq.read_table(folder / "logps.parquet").to_pylist()
@@ -425,18 +391,18 @@ def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
     assert all(abs(line["policy"] - line["reference"]) < 1 for line in kept)
     assert 0 <= row.values["probe/risen_tokens"][0] <= 100
     for name in ("curves", "figure8", "figure11"):
-        assert (real.folder / f"{name}.svg").exists(), real.found.notes
+        assert (real.folder / f"{name}.svg").exists(), real.results.notes
 
 
-def test_rounds_answer_disjoint_pictures_with_the_model_of_the_round_before(real: Outcome) -> None:
-    row = real.found.row("on-policy")
+def test_an_on_policy_row_answers_disjoint_pictures_with_the_merged_model_of_the_round_before(real: Outcome) -> None:
+    row = real.results.row("on-policy")
     assert row is not None
     folder = row.cells[0].folder(real.folder.parent)
     first, second = (read_json(folder / f"round-{number}" / "pairs" / "pairs.json") for number in (1, 2))
     assert first["counts"]["asked"] + second["counts"]["asked"] == 14
     assert first["data_hash"] != second["data_hash"] and first["model_hash"] != second["model_hash"]
-    assert second["model"].endswith("round-1/run/model")
-    assert not (folder / "round-1" / "run" / "model").exists()
+    assert second["model"].endswith("round-1/model")
+    assert not list(folder.glob("**/model"))
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------
@@ -465,7 +431,7 @@ class Note:
 def test_a_process_that_dies_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     tasks = [Note("one"), Note("two"), Note("fatal", dies=True), Note("three")]
     failed = run_all(tasks, tmp_path, what="Notes", jobs=2)
-    assert set(failed) == {"fatal"} and "ended from outside" in failed["fatal"]
+    assert set(failed) == {"fatal"} and "was killed" in failed["fatal"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
     assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}
 
@@ -473,11 +439,11 @@ def test_a_process_that_dies_is_named_and_the_others_go_on(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_measured_cells_have_processes_of_their_own(tmp_path: Path, builtin: Path) -> None:
     text = REAL.split("columns:")[0].replace("benchmarks: scenes(count=6, questions=0)\n", "measure: true\n")
-    outcome = study(written(tmp_path, text.replace("  on-policy: {objective: dpo, rounds: 2}\n", "")), output=tmp_path / "out")
-    row = outcome.found.row("dpo")
+    outcome = study(written(tmp_path, re.sub("  on-policy: .*\n", "", text)), output=tmp_path / "out")
+    row = outcome.results.row("dpo")
     assert not outcome.failed and row is not None
-    assert row.spread("cost/seconds_per_pair").value > 0
-    assert 200 < row.spread("cost/memory").value < 8000
+    assert row.mean("cost/seconds_per_pair").value > 0
+    assert 200 < row.mean("cost/memory").value < 8000
 
 
 def test_a_cell_killed_before_it_was_tidied_is_tidied_and_not_measured_again(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> N
 
 
 def test_the_table_of_signals_says_on_how_many_pairs_they_are_measured() -> None:
-    found = Separation(0.7, 0.6, 0.8, 12, 3)
-    rows = [SignalQuality("semantic", found, found, found)]
+    separation = Separation(0.7, 0.6, 0.8, 12, 3)
+    rows = [SignalQuality("semantic", separation, separation, separation)]
     assert "12 grounded, 3 hallucinated in 8 pairs" in str(quality_table(rows, 8).title)
     assert "3 hallucinated in 10,000 of 12,345 pairs" in str(quality_table(rows, 12_345).title)

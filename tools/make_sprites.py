@@ -1,4 +1,4 @@
-"""Cut the built-in pictures' objects out of the emoji font: sprite sheet, object table, licence.
+"""Render the objects of the built-in pictures from the emoji font: sprite sheet, object table, licence.
 
     python tools/make_sprites.py [NotoColorEmoji.ttf]
 
@@ -19,12 +19,12 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CATPO = Path(__file__).parents[1] / "src/catpo"
 SCENES = CATPO / "data" / "scenes"
 OBJECTS = CATPO / "text" / "objects.json"
-FONT_SIZE = 109  # the only size the colour bitmaps of Noto Color Emoji have
+FONT_SIZE = 109  # the only bitmap size in Noto Color Emoji
 SPRITE = 48
 COLUMNS = 8
 
 CONTEXTS = {
-    # Most frequent object first. Neighbours (1st and 2nd, 3rd and 4th, ...) are companions: they often come together.
+    # Most frequent object first. Neighbours (1st and 2nd, 3rd and 4th, ...) are companions: they often appear together.
     "kitchen": ["cup", "spoon", "banana", "apple", "knife", "bread", "cheese", "egg", "carrot", "pizza"],
     "street": ["car", "traffic light", "bus", "bicycle", "truck", "motorcycle", "stop sign", "umbrella"],
     "farm": ["cow", "tractor", "horse", "sheep", "pig", "chicken", "carrot", "dog"],
@@ -49,7 +49,7 @@ CONTEXTS = {
 }
 
 OBJECTS = {
-    # name: (emoji, plural, other words that people use for it)
+    # name: (emoji, plural, synonyms)
     "airplane": ("✈", "airplanes", ["plane", "planes", "aeroplane", "aeroplanes"]),
     "apple": ("🍎", "apples", []),
     "backpack": ("🎒", "backpacks", ["rucksack", "rucksacks"]),
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def sheet(names: list[str], font_path: Path) -> Image.Image:
-    """All sprites on one sheet, row by row,."""
+    """All sprites on one sheet, row by row."""
     font = ImageFont.truetype(str(font_path), FONT_SIZE)
     rows = -(-len(names) // COLUMNS)
     canvas = Image.new("RGBA", (COLUMNS * SPRITE, rows * SPRITE))
@@ -153,12 +153,12 @@ def sheet(names: list[str], font_path: Path) -> Image.Image:
 
 
 def sprite(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji, cut to its outline, centred on a square."""
+    """One emoji, cropped to its outline and centred on a square."""
     drawn = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(drawn).text((10, 10), emoji, font=font, embedded_color=True)
     box = drawn.getbbox()
     if box is None:
-        raise SystemExit(f"The font has no picture for {emoji!r}. Give the path of NotoColorEmoji.ttf.")
+        raise SystemExit(f"The font has no glyph for {emoji!r}. Give the path of NotoColorEmoji.ttf.")
     drawn = drawn.crop(box)
     drawn.thumbnail((SPRITE, SPRITE), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (SPRITE, SPRITE))
@@ -188,7 +188,7 @@ def row(name: str, index: int) -> dict[str, object]:
 
 
 def licence(copyright_file: Path) -> str:
-    """The font's licence as its distributor states it: the part of Debian's copyright file about `fonts/*`."""
+    """The font's licence as stated by its distributor: the `fonts/*` part of Debian's copyright file."""
     text = copyright_file.read_text(encoding="utf-8")
     body = text.split("License:   SIL-1.1\n This Font", 1)[1]
     lines = ("This Font" + body).splitlines()

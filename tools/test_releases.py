@@ -1,9 +1,9 @@
-"""Run the contract tests against the oldest or the newest releases that pyproject.toml allows of what catpo stands on.
+"""Run the contract tests against the oldest or newest transformers, peft and accelerate that pyproject.toml allows.
 
     python tools/test_releases.py latest        # make test-latest
     python tools/test_releases.py lowest        # make test-lowest
 
-They are installed beside the environment, not into it, without torch: that stays the environment's own.
+The releases are installed next to the environment, which stays unchanged; torch is always the environment's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TESTS = ["tests/test_seams.py", "tests/test_training.py::test_a_resumed_run_ends
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=("latest", "lowest"))
-    parser.add_argument("tests", nargs="*", default=TESTS, help="what is run; the contract tests if left out")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: the contract tests)")
     options = parser.parse_args()
     place = Path(sys.prefix) / "releases" / options.which
     install([wanted(requirement, options.which) for requirement in ours()], place)
@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def ours() -> list[Requirement]:
-    """What catpo requires of the libraries."""
+    """catpo's requirements on these libraries."""
     required = [Requirement(text) for text in metadata.requires("catpo") or ()]
     return [requirement for requirement in required if requirement.name in LIBRARIES and requirement.marker is None]
 
 
 def wanted(requirement: Requirement, which: str) -> str:
-    """The newest release that is allowed, or the oldest."""
+    """The newest or the oldest allowed release."""
     if which == "latest":
         return str(requirement)
     floor = next(each.version for each in requirement.specifier if each.operator == ">=")
@@ -50,7 +50,7 @@ def wanted(requirement: Requirement, which: str) -> str:
 
 
 def unmet(place: Path) -> list[Requirement]:
-    """What is required there and neither there nor in the environment."""
+    """Requirements of the installed releases that neither they nor the environment satisfy."""
     there = [str(place), *sys.path]
     found = {}
     for library in metadata.distributions(path=[str(place)]):
@@ -63,7 +63,7 @@ def unmet(place: Path) -> list[Requirement]:
 
 
 def is_met(requirement: Requirement, there: list[str]) -> bool:
-    """By the first distribution of that name on the path, which is the one that is imported."""
+    """Whether the first distribution of that name on the path, the one Python imports, satisfies the requirement."""
     first = next(iter(metadata.distributions(name=requirement.name, path=there)), None)
     return first is not None and requirement.specifier.contains(first.version, prereleases=True)
 

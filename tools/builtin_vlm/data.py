@@ -1,6 +1,6 @@
-"""What the built-in VLM is trained on: pictures of the train stream, captions as on the web, true answers to questions.
+"""Training data of the built-in VLM: scenes of the train split, web-style captions, true answers to questions.
 
-A row holds one picture and several independent texts about it, each seeing the picture and itself only, so that the picture
+A row holds one image and several independent texts about it, each attending to the image and itself only, so that the image
 is computed once: `[<s><|user|> image | prompt caption | prompt caption | question answer | ...]`.
 """
 
@@ -26,7 +26,7 @@ from catpo.text.object_words import classes
 PATCHES = IMAGE_SIZE // PATCH_SIZE
 CAPTIONS, QUESTIONS = 2, 4
 ANSWER_WEIGHT = 2.0
-"""Loss weight of an answer's token; a caption's token has 1."""
+"""Loss weight of an answer token; caption tokens have 1."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Batch:
     """One training step's tensors."""
 
     input_ids: torch.Tensor  # (row, token)
-    position_ids: torch.Tensor  # (row, token); each text goes on from the end of the shared prefix
+    position_ids: torch.Tensor  # (row, token); each text continues from the end of the shared prefix
     attention_mask: torch.Tensor  # (row, 1, token, token), True where attention is allowed
-    weights: torch.Tensor  # (row, token): 0 where the token is not to be predicted
+    weights: torch.Tensor  # (row, token): 0 for tokens without loss
 
 
 class Pool:
-    """Scenes of the train stream, drawn once: pictures, patch labels and plans, by index."""
+    """Scenes of the train split, drawn once: images, patch labels and plans, by index."""
 
     def __init__(self, count: int, *, seed: int, processes: int = 2) -> None:
         with get_context("fork").Pool(processes) as pool:
@@ -50,7 +50,7 @@ class Pool:
         self.scenes = [row[2] for row in rows]
 
     def pixels(self, indices: list[int]) -> torch.Tensor:
-        """(row, 3, 96, 96), as the processor makes them of the same pictures."""
+        """(row, 3, 96, 96), equal to the processor's output for the same images."""
         stacked = torch.from_numpy(self.pictures[indices]).permute(0, 3, 1, 2)
         return (stacked.float() / 255 - 0.5) / 0.5
 
@@ -65,7 +65,7 @@ def texts_for_tokenizer(pool: Pool, *, seed: int, count: int = 4000) -> list[str
 
 
 def answer(row: dict[str, str]) -> str:
-    """The reply that the model learns to a question."""
+    """The target reply to a question."""
     thing = classes()[row["object"]].one
     return f"Yes, there is {thing}." if row["answer"] == "yes" else f"No, there is no {thing.split(' ', 1)[1]}."
 
@@ -81,7 +81,7 @@ def make_batch(scenes: list[Scene], processor: LlavaProcessor, rng: random.Rando
 
 
 def _texts(planned: Scene, rng: random.Random) -> list[tuple[str, str, float]]:
-    """(prompt, reply, loss weight of the reply) about one scene."""
+    """(prompt, reply, loss weight of the reply) for one scene."""
     captions = [(rng.choice(PROMPTS), web_caption(planned, rng), 1.0) for _ in range(CAPTIONS)]
     asked = questions(planned, per_answer=3)
     yes, no = ([row for row in asked if row["answer"] == wanted] for wanted in ("yes", "no"))
@@ -94,7 +94,7 @@ def _pack(prefix: list[int], rows: list[list[tuple[list[int], list[int], float]]
     ids = torch.full((len(rows), length), pad)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
-    texts = torch.full((len(rows), length), -1)  # number of the text; 0 is the prefix, -1 padding
+    texts = torch.full((len(rows), length), -1)  # index of the text; 0 is the prefix, -1 padding
     for number, row in enumerate(rows):
         parts = [(prefix, [], 0.0), *row]
         at = 0
@@ -118,7 +118,7 @@ def _render(index: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, Scene]:
 
 
 def _patch_labels(planned: Scene) -> np.ndarray:
-    """For each patch, 1 + the sprite number of the uppermost object over its centre, 0 for background."""
+    """For each patch, 1 + the sprite index of the topmost object at its centre, or 0 for background."""
     labels = np.zeros((PATCHES, PATCHES), dtype=np.int16)
     centres = (np.arange(PATCHES) + 0.5) * PATCH_SIZE
     for placed in planned.objects:

@@ -1,4 +1,4 @@
-"""Does the built-in VLM see, and does it hallucinate? Greedy answers to held-out scenes; control: shuffled pictures.
+"""Does the built-in VLM see, and does it hallucinate? Greedy answers on held-out scenes, with shuffled images as control.
 
 python -m tools.builtin_vlm.measure src/catpo/models/builtin --count 1000
 """
@@ -23,7 +23,7 @@ BATCH = 100
 
 
 def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, **options: Any) -> dict[str, float]:
-    """Scores on `scenes(split='test', **options)`, as shares of 1."""
+    """Scores on `scenes(split='test', **options)`, as fractions."""
     samples = list(Dataset(split="test", **options).samples())
     captions = answers(model, processor, samples, ["Describe the image."] * len(samples), new_tokens=110)
     asked = [(sample, row) for sample in samples for row in sample.truth["questions"]]
@@ -62,11 +62,11 @@ def render(processor: LlavaProcessor, prompt: str) -> str:
 
 
 def caption_scores(samples: Sequence[Sample], captions: Sequence[str]) -> dict[str, float]:
-    """Cover (micro), CHAIRi (mentions), CHAIRs (captions), words, and Cover if each picture were another scene's."""
+    """Cover (micro), CHAIRi (mentions), CHAIRs (captions), words, and Cover against another scene's truth."""
     named = [[mention.object for mention in mentions(caption)] for caption in captions]
     present = [set(sample.truth["present"]) for sample in samples]
     false = [[name for name in names if name not in true] for names, true in zip(named, present, strict=True)]
-    shuffled = named[1:] + named[:1]  # the answer to the next scene's picture
+    shuffled = named[1:] + named[:1]  # the answer to the next scene's image
     return {
         "cover": _cover(named, present),
         "cover_shuffled": _cover(shuffled, present),
@@ -77,7 +77,7 @@ def caption_scores(samples: Sequence[Sample], captions: Sequence[str]) -> dict[s
 
 
 def question_scores(rows: Sequence[dict[str, str]], replies: Sequence[str]) -> dict[str, float]:
-    """Per split: accuracy, F1 of "yes", share of "yes"."""
+    """Per split: accuracy, F1 of "yes", fraction of "yes"."""
     scores: dict[str, float] = {}
     for split in SPLITS:
         pairs = [
@@ -95,7 +95,7 @@ def is_yes(reply: str) -> bool:
 
 
 def _cover(named: Sequence[Sequence[str]], present: Sequence[set[str]]) -> float:
-    """Share of all present objects that are named."""
+    """Fraction of all present objects that are named."""
     return sum(len(true & set(names)) for names, true in zip(named, present, strict=True)) / sum(map(len, present))
 
 

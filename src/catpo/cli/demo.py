@@ -24,6 +24,7 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.progress import clock
 from catpo.scoring.score import score
 from catpo.scoring.settings import PAPER_SIGNALS
+from catpo.text.tables import markdown_table
 from catpo.training.train import train
 
 OBJECTIVES = {
@@ -44,11 +45,12 @@ METRICS = {
 }
 """Column of the table -> metric of the `scenes` benchmark; percent, but for words."""
 EQUAL = "CHAIRi at equal Cover"
+COLUMNS = (*METRICS, EQUAL)
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is done; the defaults take under five minutes on two cores."""
+    """Size of the demo; the defaults take under five minutes on two cores."""
 
     pictures: int = 300
     held_out: int = 500
@@ -61,12 +63,12 @@ class DemoSettings:
 def demo(
     *, output: str | Path = "catpo-demo", seeds: int = 1, seed: int = 0, settings: DemoSettings | None = None
 ) -> dict[str, dict[str, list[float]]]:
-    """Run the whole way once per seed; prints the table and where the report lies.
+    """Run all five steps once per seed; prints the table and where the report is.
 
     Returns:
         Model -> column of the table -> one value per seed.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     settings = settings or DemoSettings()
     console = Console()
     output = Path(output)
@@ -75,23 +77,20 @@ def demo(
         folder = output / f"seed-{number}"
         console.print(f"[bold]Seed {number}[/] in {folder}", highlight=False)
         for model, values in run_once(folder, number, settings, console).items():
+            of_model = rows.setdefault(model, {column: [] for column in COLUMNS})
             for column, value in values.items():
-                rows.setdefault(model, {}).setdefault(column, []).append(value)
+                of_model[column].append(value)
     console.print(results_table(rows, settings))
     write_atomic(output / "table.md", as_markdown(rows))
     first = output / f"seed-{seed}"
-    console.print(
-        f"\nReport: {(first / 'report.html').resolve()}\nTook {clock(time.monotonic() - began)}. Next:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for command in next_commands(first):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    lines = [f"\nReport: {(first / 'report.html').resolve()}", f"Took {clock(time.monotonic() - start)}. Next:"]
+    lines += [f"  {command}" for command in next_commands(first)]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
     return rows
 
 
 def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) -> dict[str, dict[str, float]]:
-    """One seed: pairs, rewards, a run and an evaluation per objective, a report. Finished parts are not done again."""
+    """One seed: pairs, rewards, a run and an evaluation per objective, a report. Finished parts are not repeated."""
     pair(model="builtin", data=f"scenes(count={settings.pictures}, seed={seed})", output=folder / "pairs", seed=seed)
     score(pairs=folder / "pairs", model="builtin", output=folder / "rewards", signals=SIGNALS, batch_size=16)
     store = RewardStore.open(folder / "rewards")
@@ -135,32 +134,33 @@ def scores_of(evaluations: Sequence[Path]) -> dict[str, dict[str, float]]:
     """Model -> column -> value, for evaluations of the same scenes."""
     loaded = [load_evaluation(folder) for folder in evaluations]
     equal = {coverage.model: coverage.chair_i.value for coverage in at_equal_coverage(loaded)}
-    table = {}
-    for each in loaded:
-        metrics = each.scores["benchmarks"]["scenes"]["metrics"]
-        table[each.name] = {column: metrics[name]["value"] for column, name in METRICS.items()} | {EQUAL: equal[each.name]}
-    return table
+    scores = {}
+    for evaluation in loaded:
+        metrics = evaluation.metrics("scenes")
+        scores[evaluation.name] = {column: metrics[metric].value for column, metric in METRICS.items()}
+        scores[evaluation.name][EQUAL] = equal[evaluation.name]
+    return scores
 
 
 def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSettings) -> Table:
     """The comparison; with several seeds, mean ± standard deviation over seeds."""
     table = Table(title=f"{settings.held_out} held-out scenes, greedy answers (percent; Cover and yes/no: higher is better)")
     table.add_column("model", no_wrap=True, min_width=max(map(len, rows)))
-    for column in [*METRICS, EQUAL]:
+    for column in COLUMNS:
         table.add_column(column, justify="right")
-    for model, values in rows.items():
-        table.add_row(model, *(_cell(values[column]) for column in [*METRICS, EQUAL]))
+    for cells in _cells(rows):
+        table.add_row(*cells)
     return table
 
 
 def as_markdown(rows: dict[str, dict[str, list[float]]]) -> str:
     """The same table for notes."""
-    columns = [*METRICS, EQUAL]
-    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [
-        f"| {model} | " + " | ".join(_cell(values[column]) for column in columns) + " |" for model, values in rows.items()
-    ]
-    return "\n".join(lines) + "\n"
+    return markdown_table(["model", *COLUMNS], _cells(rows)) + "\n"
+
+
+def _cells(rows: dict[str, dict[str, list[float]]]) -> list[list[str]]:
+    """Rows of the comparison as texts."""
+    return [[model, *(_cell(values[column]) for column in COLUMNS)] for model, values in rows.items()]
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -172,7 +172,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """Three things to try with what the demo has made."""
+    """Three things to try with what the demo made."""
     store = RewardStore.open(folder / "rewards")
     return [
         f"catpo inspect {folder / 'rewards'} --pair {store.pair_ids[0]}",

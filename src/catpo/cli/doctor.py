@@ -1,4 +1,4 @@
-"""`catpo doctor`: what this machine can run, and why not. Looks, changes nothing, downloads nothing but a model's config."""
+"""`catpo doctor`: what this machine can run, and why not. Changes nothing, downloads nothing but a model's config."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from packaging.requirements import Requirement
 from rich.table import Table
 
 from catpo.core import registry
+from catpo.core.errors import first_line
 from catpo.files.json_files import read_json
 
 Verdict = Literal["ok", "note", "missing"]
+COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 GIGABYTE = 1e9
 ADAMW_COPIES = 4
 """Full training in float32 holds weights, gradients and two moments."""
+USES = {
+    "vlm": " (for Qwen-VL, InternVL and others)",
+    "quant": " (for 4-bit models)",
+    "bench": " (for speed comparisons)",
+    "eval": " (for AMBER, CHAIR, Object HalBench)",
+    "lmms": " (to run inside lmms-eval)",
+}
+"""What optional dependencies are for."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     part: str
     verdict: Verdict
@@ -36,53 +46,39 @@ class Finding:
 
 
 def examine(model: str | None = None) -> list[Finding]:
-    """Everything `catpo doctor` looks at; with `model`, also whether that model can be used here."""
-    findings = [_python(), *_libraries(), *_devices(), _memory(), _disk(), _builtin(), _hub()]
+    """All checks of `catpo doctor`; with `model`, also whether that model can be used here."""
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    findings = [Finding("python", "ok", python), *_libraries(), *_devices(), _memory(), _disk(), _builtin(), _hub()]
     return findings + (list(_model(model)) if model is not None else [])
 
 
 def table(findings: list[Finding]) -> Table:
     """The findings for the terminal."""
     shown = Table("part", "verdict", "finding")
-    colours = {"ok": "green", "note": "yellow", "missing": "red"}
     for finding in findings:
-        shown.add_row(finding.part, f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.text.replace("[", r"\["))
+        shown.add_row(finding.part, f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]", finding.text.replace("[", r"\["))
     return shown
 
 
-def _python() -> Finding:
-    return Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-
-
 def _libraries() -> Iterator[Finding]:
-    """Installed versions against the ranges that this version of catpo asks for."""
+    """Installed versions against the ranges that this version of catpo requires."""
     for line in requires("catpo") or []:
         wanted = Requirement(line)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        if extra and (extra[1] == "dev" or wanted.extras):
+        match = re.search(r"extra == ['\"](\w+)['\"]", line)
+        extra = match[1] if match else ""
+        if extra == "dev" or (extra and wanted.extras) or (wanted.marker and not wanted.marker.evaluate({"extra": extra})):
             continue
-        if wanted.marker and not wanted.marker.evaluate({"extra": extra[1] if extra else ""}):
-            continue
-        yield _library(wanted, extra[1] if extra else None)
-
-
-def _library(wanted: Requirement, extra: str | None) -> Finding:
-    fix = f"pip install 'catpo[{extra}]'" if extra else f"pip install '{wanted.name}{wanted.specifier}'"
-    bad: Verdict = "note" if extra else "missing"
-    try:
-        found = version(wanted.name)
-    except PackageNotFoundError:
-        use = {
-            "vlm": " (for Qwen-VL, InternVL and others)",
-            "quant": " (for 4-bit models)",
-            "bench": " (for speed comparisons)",
-            "eval": " (for AMBER, CHAIR, Object HalBench)",
-            "lmms": " (to run inside lmms-eval)",
-        }
-        return Finding(wanted.name, bad, f"not installed{use.get(extra or '', '')}: {fix}")
-    if not wanted.specifier.contains(found, prereleases=True):
-        return Finding(wanted.name, bad, f"{found}, but {wanted.specifier} is needed: {fix}")
-    return Finding(wanted.name, "ok", found)
+        fix = f"pip install 'catpo[{extra}]'" if extra else f"pip install '{wanted.name}{wanted.specifier}'"
+        try:
+            installed = version(wanted.name)
+        except PackageNotFoundError:
+            problem = f"not installed{USES.get(extra, '')}"
+        else:
+            if wanted.specifier.contains(installed, prereleases=True):
+                yield Finding(wanted.name, "ok", installed)
+                continue
+            problem = f"{installed}, but {wanted.specifier} is needed"
+        yield Finding(wanted.name, "note" if extra else "missing", f"{problem}: {fix}")
 
 
 def _devices() -> Iterator[Finding]:
@@ -98,12 +94,20 @@ def _devices() -> Iterator[Finding]:
         yield Finding("gpu", "ok", f"cuda:{number} {properties.name}, {properties.total_memory / GIGABYTE:.0f} GB, {bf16}")
     if torch.backends.mps.is_available():
         yield Finding("gpu", "ok", "mps")
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+    elif not torch.cuda.is_available():
         yield Finding("gpu", "note", "none: the built-in model runs well without, a model of billions of parameters does not")
 
 
-def free_memory() -> int | None:
-    """Bytes that can still be had, where the system tells."""
+def largest_memory() -> int | None:
+    """Free bytes of the GPU that has most, or of the machine, where the system reports it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return max(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+    return _free_memory()
+
+
+def _free_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -112,18 +116,17 @@ def free_memory() -> int | None:
 
 
 def _memory() -> Finding:
-    free = free_memory()
+    free = _free_memory()
     if free is None:
         return Finding("memory", "note", f"{platform.system()} does not tell how much is free")
-    low = free < 3 * GIGABYTE
-    advice = "; the demo needs about 3 GB" if low else ""
-    return Finding("memory", "note" if low else "ok", f"{free / GIGABYTE:.1f} GB free{advice}")
+    if free < 3 * GIGABYTE:
+        return Finding("memory", "note", f"{free / GIGABYTE:.1f} GB free; the demo needs about 3 GB")
+    return Finding("memory", "ok", f"{free / GIGABYTE:.1f} GB free")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    low = free < 2 * GIGABYTE
-    return Finding("disk", "note" if low else "ok", f"{free / GIGABYTE:.1f} GB free in {Path.cwd()}")
+    return Finding("disk", "note" if free < 2 * GIGABYTE else "ok", f"{free / GIGABYTE:.1f} GB free in {Path.cwd()}")
 
 
 def _builtin() -> Finding:
@@ -149,26 +152,34 @@ def _model(model: str) -> Iterator[Finding]:
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
-        yield Finding("model", "ok", f"a LoRA adapter for {base}; about that: catpo doctor {base}")
+        yield Finding("model", "ok", f"a LoRA adapter for {base}; about the base model: catpo doctor {base}")
         return
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except FAILURES as error:
-        yield Finding("model", "missing", f"{model}: {_first_line(error)} Give a hub id, a folder, or `builtin`.")
+        yield Finding("model", "missing", f"{model}: {first_line(error)} Give a hub id, a folder, or `builtin`.")
         return
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes only, no memory
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except FAILURES as error:
-        yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {_first_line(error)}")
+        yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {first_line(error)}")
         return
-    yield _family(type(empty).__name__, config.model_type)
-    yield from _fits(empty)
-    yield _attention(empty)
+    name, families = type(empty).__name__, registry.names("families")
+    if config.model_type in families:
+        yield Finding("model", "ok", f"{name} ({config.model_type})")
+    else:
+        known = f"Known: {', '.join(families)}. See docs/add-a-family.md"
+        yield Finding("model", "missing", f"{name} ({config.model_type}) has no family. {known}")
+    yield _size(empty)
+    if getattr(empty, "_supports_attention_backend", False):
+        yield Finding("attention", "ok", "can be recorded")
+    else:
+        yield Finding("attention", "missing", f"{name} does not let it be recorded, which all three signals need")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except FAILURES as error:
-        yield Finding("processor", "missing", f"{_first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
+        yield Finding("processor", "missing", f"{first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
         return
     name = type(processor).__name__
     if getattr(processor, "chat_template", None):
@@ -177,41 +188,14 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("processor", "missing", f"{name} has no chat template, so prompts cannot be built")
 
 
-def _family(name: str, model_type: str) -> Finding:
-    known = registry.names("families")
-    if model_type in known:
-        return Finding("model", "ok", f"{name} ({model_type})")
-    return Finding(
-        "model", "missing", f"{name} ({model_type}) has no family. Known: {', '.join(known)}. See docs/add-a-family.md"
-    )
-
-
-def _attention(empty: Any) -> Finding:
-    if getattr(empty, "_supports_attention_backend", False):
-        return Finding("attention", "ok", "can be recorded")
-    return Finding("attention", "missing", f"{type(empty).__name__} does not let it be recorded, which all three signals need")
-
-
-def _fits(empty: Any) -> Iterator[Finding]:
+def _size(empty: Any) -> Finding:
     count = sum(parameter.numel() for parameter in empty.parameters())
-    half, full = 2 * count / GIGABYTE, 4 * count / GIGABYTE
-    needs = f"{count / 1e6:,.1f} M parameters: {half:.2g} GB in bfloat16; full training in float32 {ADAMW_COPIES * full:.2g} GB"
-    free = _largest_memory()
-    if free is None or free / GIGABYTE > ADAMW_COPIES * full:
-        yield Finding("size", "ok", needs)
-    elif free / GIGABYTE > half:
-        yield Finding("size", "note", f"{needs}, of {free / GIGABYTE:.0f} GB free: train with --lora, in bfloat16")
-    else:
-        yield Finding("size", "missing", f"{needs}, of {free / GIGABYTE:.0f} GB free: it does not fit")
-
-
-def _largest_memory() -> int | None:
-    import torch
-
-    if torch.cuda.is_available():
-        return max(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    return free_memory()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    half, full = 2 * count / GIGABYTE, ADAMW_COPIES * 4 * count / GIGABYTE
+    needs = f"{count / 1e6:,.1f} M parameters: {half:.2g} GB in bfloat16; full training in float32 {full:.2g} GB"
+    free = largest_memory()
+    if free is None or free / GIGABYTE > full:
+        return Finding("size", "ok", needs)
+    needs += f", of {free / GIGABYTE:.0f} GB free: "
+    if free / GIGABYTE > half:
+        return Finding("size", "note", f"{needs}train with --lora, in bfloat16")
+    return Finding("size", "missing", f"{needs}it does not fit")

@@ -15,13 +15,13 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import SIDES, Side
 from catpo.rewards.fusion import Fusion, PairWeights, find_signal
 from catpo.rewards.store import ResponseRow, RewardStore
-from catpo.text.words import Word, merge, plain, words
+from catpo.text.words import merge, plain, words
 
 WEIGHT, RELEVANCE, LOGPS = "weight", "relevance", "logps"
 STEPS = 5
 MARKS = {"grounded": "✓", "hallucinated": "✗"}
 BELOW = ("#084594", "#2171b5", "#4292c6", "#9ecae1", "#deebf7")
-"""Blue, from far below the centre to near it; with `ABOVE` told apart by colour-blind readers too."""
+"""Blue, from far below the centre to near it; colour-blind readers can tell it from `ABOVE`."""
 ABOVE = ("#feedde", "#fdbe85", "#fd8d3c", "#d94801", "#8c2d04")
 """Orange, from near the centre to far above it."""
 
@@ -44,21 +44,26 @@ def inspect_pair(
     pair_id = _find_pair(opened, pair)
     name = _find_column(opened, signal)
     weights = opened.weights(pair_id, fusion) if name in (WEIGHT, RELEVANCE) else None
-    rows = {side: opened.get(pair_id, side) for side in SIDES}
-    values = {side: _values(rows[side], side, name, weights) for side in SIDES}
-    scale = _Scale.of(np.concatenate([values[side][~rows[side].is_special] for side in SIDES]), name)
-    panels = [_response(rows[side], values[side], scale) for side in SIDES]
-    return Group(_heading(pair_id, name, weights), scale.legend(), *panels)
+    heading = Text(f"Pair {plain(pair_id)}, words coloured by {plain(name)}")
+    if weights is not None and weights.shared_count:
+        net = f"{weights.net_shared_coefficient:+.3f}"
+        heading.append(f"; net coefficient of the {weights.shared_count} shared prefix tokens: {net}")
+    rows = [opened.get(pair_id, side) for side in SIDES]
+    values = [_values(row, row.side, name, weights) for row in rows]
+    text_values = [of_side[~row.is_special] for of_side, row in zip(values, rows, strict=True)]
+    scale = _Scale(np.concatenate(text_values), name)
+    panels = [_response(row, of_side, scale) for row, of_side in zip(rows, values, strict=True)]
+    return Group(heading, scale.legend(), *panels)
 
 
 def _find_pair(store: RewardStore, pair: str) -> str:
     if pair in store:
         return pair
-    found = [each for each in store if pair and each.startswith(pair)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{len(found)} pairs begin with '{pair}': {', '.join(found[:3])}, … Give more of the id.")
+    matches = [pair_id for pair_id in store if pair and pair_id.startswith(pair)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"{len(matches)} pairs begin with '{pair}': {', '.join(matches[:3])}, … Give more of the id.")
     raise UserError(f"{store.path} has no pair '{pair}'. Give one that it has; the first are {', '.join(store.pair_ids[:3])}.")
 
 
@@ -80,23 +85,21 @@ def _values(row: ResponseRow, side: Side, name: str, weights: PairWeights | None
 
 
 class _Scale:
-    """Where a value lies between the lowest and the highest of the pair."""
+    """Colours between the lowest and the highest value of a pair.
 
-    def __init__(self, low: float, high: float, centre: float | None) -> None:
-        self.low, self.high, self.centre = low, high, centre
+    Weights are centred on 1 (plain DPO) and signals of both signs on 0; others have no centre.
+    """
 
-    @classmethod
-    def of(cls, values: np.ndarray, name: str) -> _Scale:
-        """Weights are seen from 1 (plain DPO), signals with a sign from 0, others from their lowest."""
+    def __init__(self, values: np.ndarray, name: str) -> None:
         low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-        centre = 1.0 if name == WEIGHT else 0.0 if low < 0 < high else None
-        if centre is None:
-            return cls(low, high, None)
-        reach = max(high - centre, centre - low) or 1.0
-        return cls(centre - reach, centre + reach, centre)
+        self.centre = 1.0 if name == WEIGHT else 0.0 if low < 0 < high else None
+        if self.centre is not None:
+            reach = max(high - self.centre, self.centre - low) or 1.0
+            low, high = self.centre - reach, self.centre + reach
+        self.low, self.high = low, high
 
     def style(self, value: float) -> Style:
-        """Background of a word; the writing is black or white, whichever is read better."""
+        """Background of a word, with black or white letters, whichever is easier to read on it."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         shades = ABOVE if self.centre is None else BELOW + ABOVE
         shade = shades[min(int(max(share, 0.0) * len(shades)), len(shades) - 1)]
@@ -104,7 +107,7 @@ class _Scale:
         return Style(color="white" if is_dark else "black", bgcolor=shade)
 
     def legend(self) -> Text:
-        """A bar of the colours with their ends, and what lines under words mean."""
+        """A bar of the colours with their ends, and what labelled words look like."""
         legend = Text()
         for step in np.linspace(self.low, self.high, STEPS if self.centre is None else 2 * STEPS):
             legend.append("  ", self.style(float(step)))
@@ -115,19 +118,12 @@ class _Scale:
         return legend
 
 
-def _heading(pair_id: str, name: str, weights: PairWeights | None) -> Text:
-    heading = Text(f"Pair {plain(pair_id)}, words coloured by {plain(name)}")
-    if weights is not None and weights.shared_count:
-        heading.append(
-            f"; net coefficient of the {weights.shared_count} shared prefix tokens: {weights.net_shared_coefficient:+.3f}"
-        )
-    return heading
-
-
 def _response(row: ResponseRow, values: np.ndarray, scale: _Scale) -> Panel:
+    """The words with their colours, and means over grounded, hallucinated and all words."""
     text = Text()
     merged = words(row.pieces, row.is_special, row.labels)
-    for word, value in zip(merged, merge(values, merged), strict=True):
+    of_words = merge(values, merged)
+    for word, value in zip(merged, of_words, strict=True):
         text.append(plain(word.space))
         if word.text:
             text.append(plain(word.text), scale.style(float(value)) + _label_style(word.label))
@@ -135,22 +131,14 @@ def _response(row: ResponseRow, values: np.ndarray, scale: _Scale) -> Panel:
             text.append("⏎", Style(dim=True))
         if word.label:
             text.append(f"{MARKS[word.label]}({value:.3g})", Style(italic=True))
-    return Panel(Group(text, _labelled(row, merged, values)), title=row.side, title_align="left")
+    means = Table.grid(padding=(0, 2))
+    groups = {label: [word.label == label for word in merged] for label in MARKS}
+    groups["all"] = [not word.is_special for word in merged]
+    for name, is_member in groups.items():
+        if any(is_member):
+            means.add_row(f"{name}:", f"{sum(is_member)} words, mean {of_words[is_member].mean():.3f}")
+    return Panel(Group(text, means), title=row.side, title_align="left")
 
 
 def _label_style(label: str) -> Style:
     return Style(underline=bool(label), bold=label == "hallucinated")
-
-
-def _labelled(row: ResponseRow, merged: list[Word], values: np.ndarray) -> RenderableType:
-    """Mean over grounded, hallucinated and all words."""
-    by_word = merge(values, merged)
-    table = Table.grid(padding=(0, 2))
-    for label in ("grounded", "hallucinated"):
-        chosen = [value for word, value in zip(merged, by_word, strict=True) if word.label == label]
-        if chosen:
-            table.add_row(f"{label}:", f"{len(chosen)} words, mean {np.mean(chosen):.3f}")
-    is_text = [not word.is_special for word in merged]
-    if any(is_text):
-        table.add_row("all:", f"{sum(is_text)} words, mean {by_word[is_text].mean():.3f}")
-    return table

@@ -10,11 +10,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Group, Parameter, Token
 from rich.console import Console
 
 from catpo import __version__
 from catpo.config import options as config
+from catpo.config.validation import problem
 from catpo.core import registry
 from catpo.core.errors import Stopped, UserError, did_you_mean
 from catpo.runtime.launcher import is_main_process, process_count
@@ -98,6 +99,15 @@ def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
             argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
 
 
+def _explained(error: CycloptsError) -> Any:
+    """A value outside its type in our words (cyclopts would quote pydantic); any other mistake as cyclopts shows it."""
+    from pydantic import ValidationError
+
+    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
+        raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
+    return CycloptsPanel(error)
+
+
 app = App(
     name="catpo",
     help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
@@ -106,6 +116,7 @@ app = App(
     config=_from_recipe,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
     error_console=Console(stderr=True),
+    error_formatter=_explained,
     suppress_keyboard_interrupt=False,
     help_format="plaintext",
     result_action="return_value",
@@ -175,15 +186,14 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
     """Answer benchmarks with a model and grade the answers."""
     from catpo.cli.tables import official_lines, scores_table, scores_warnings
 
-    given = vars(options)
     if options.answers:  # without torch
         from catpo.evaluation.grade import grade_answers
 
-        scores = grade_answers(**{name: given[name] for name in config.GRADING})
+        scores = grade_answers(**vars(options))
     else:
         from catpo.evaluation.evaluate import evaluate
 
-        scores = evaluate(**given)
+        scores = evaluate(**vars(options))
     Console().print(scores_table(scores))
     print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
     for warning in scores_warnings(scores):
@@ -313,9 +323,9 @@ def get(
     """Show which official files a benchmark needs, and check them; exit with 1 if it cannot be graded yet."""
     from catpo.evaluation.official_files import describe, look
 
-    brought = look(benchmark, data)
-    print(*describe(brought, data, is_complete=all), sep="\n")
-    if data is not None and not brought.is_gradable:
+    report = look(benchmark, data)
+    print(*describe(report, data, is_complete=all), sep="\n")
+    if data is not None and not report.is_gradable:
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal. Knows nothing of how they were computed."""
+"""Results as tables and lines for the terminal. Knows nothing of how they were computed."""
 
 from __future__ import annotations
 
@@ -13,33 +13,41 @@ from catpo.rewards.quality import Separation, SignalQuality, measured
 from catpo.text.words import plain
 
 
-def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
-    """AUROC of each signal for grounded against hallucinated object tokens in a store of so many pairs; 95 % intervals."""
-    counts = rows[0].overall if rows else None
-    found = (
-        f"{counts.grounded_count} grounded, {counts.hallucinated_count} hallucinated in {measured(pair_count)}"
-        if counts
-        else "none"
-    )
-    table = Table(title=f"Do the signals tell grounded from hallucinated object words? AUROC, 0.5 is chance ({found})")
-    for heading in ("signal", "all", "chosen", "rejected"):
-        table.add_column(heading, justify="left" if heading == "signal" else "right")
-    for row in rows:
-        table.add_row(row.signal, *(_separation(each) for each in (row.overall, row.chosen, row.rejected)))
+def table_of(*headings: str, texts: int = 1, title: str | None = None) -> Table:
+    """An empty table whose first `texts` columns are texts, the others numbers."""
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < texts else "right")
     return table
+
+
+def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
+    """AUROC of each signal for grounded against hallucinated object tokens, with 95 % intervals."""
+    counts = "none"
+    if rows:
+        overall = rows[0].overall
+        counts = f"{overall.grounded_count} grounded, {overall.hallucinated_count} hallucinated in {measured(pair_count)}"
+    title = f"Do the signals tell grounded from hallucinated object words? AUROC, 0.5 is chance ({counts})"
+    table = table_of("signal", "all", "chosen", "rejected", title=title)
+    for row in rows:
+        table.add_row(row.signal, *map(_separation, (row.overall, row.chosen, row.rejected)))
+    return table
+
+
+def _separation(auroc: Separation) -> str:
+    return "-" if math.isnan(auroc.value) else f"{auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:
     """Every metric of an evaluation (`scores.json`), with its 95 % interval."""
-    table = Table("benchmark", "metric")
-    for heading in ("value", "95 % interval"):
-        table.add_column(heading, justify="right")
+    table = table_of("benchmark", "metric", "value", "95 % interval", texts=2)
     for name, benchmark in scores["benchmarks"].items():
         shown = name if benchmark.get("complete", True) else f"{name} (in part)"
         for metric, figure in benchmark["metrics"].items():
-            is_known = figure["value"] is not None and not math.isnan(figure["value"])
-            value = f"{figure['value']:.1f}" if is_known else "-"
-            table.add_row(shown, metric, value, f"{figure['low']:.1f} to {figure['high']:.1f}" if is_known else "-")
+            cells = ("-", "-")
+            if figure["value"] is not None and not math.isnan(figure["value"]):
+                cells = (f"{figure['value']:.1f}", f"{figure['low']:.1f} to {figure['high']:.1f}")
+            table.add_row(shown, metric, *cells)
     return table
 
 
@@ -47,23 +55,20 @@ def official_lines(scores: Mapping[str, Any]) -> list[str]:
     """The figures as the official programs print them, one line per block."""
     lines = []
     for name, benchmark in scores["benchmarks"].items():
-        official = benchmark.get("official", {})
-        single = {label: figure for label, figure in official.items() if not isinstance(figure, Mapping)}
-        blocks = {"": single} | {label: block for label, block in official.items() if isinstance(block, Mapping)}
-        for block, figures in _flat(blocks).items():
+        for block, figures in _blocks(benchmark.get("official", {})):
             shown = ", ".join(f"{label} {figure}" for label, figure in figures.items())
-            lines += [f"{name} as the official program prints it{block and f', {block}'}: {shown}"] if shown else []
+            lines.append(f"{name} as the official program prints it{block}: {shown}")
     return lines
 
 
-def _flat(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Blocks of figures, those inside blocks after them."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, block in blocks.items():
-        found[name] = {label: figure for label, figure in block.items() if not isinstance(figure, Mapping)}
-        inner = {label: figure for label, figure in block.items() if isinstance(figure, Mapping)}
-        found |= {f"{name}, {label}": figures for label, figures in _flat(inner).items()}
-    return found
+def _blocks(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(name, figures) of each block that has figures, and of those inside it."""
+    own = {label: figure for label, figure in figures.items() if not isinstance(figure, Mapping)}
+    blocks = [(name, own)] if own else []
+    for label, figure in figures.items():
+        if isinstance(figure, Mapping):
+            blocks += _blocks(figure, f"{name}, {label}")
+    return blocks
 
 
 def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
@@ -72,9 +77,10 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
     for name, benchmark in scores["benchmarks"].items():
         missing, empty, unread = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty", "without_verdict"))
         if missing["count"]:
-            parts = ", ".join(f"{part} {each['graded']:,} of {each['asked']:,}" for part, each in benchmark["parts"].items())
+            parts = [f"{part} {count['graded']:,} of {count['asked']:,}" for part, count in benchmark["parts"].items()]
             warnings.append(
-                f"{name} is graded in part, {missing['count']:,} answers are missing: {_some(missing)}. Graded: {parts}."
+                f"{name} is graded in part, {missing['count']:,} answers are missing: {_some(missing)}. "
+                f"Graded: {', '.join(parts)}."
             )
         if empty["count"]:
             warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
@@ -94,24 +100,21 @@ def _some(listed: Mapping[str, Any]) -> str:
     return plain(", ".join(listed["first"][:10])) + more
 
 
-def _cell(text: str) -> str:
-    """Somebody's text, which the terminal shows and does not act on."""
-    return escape(plain(text))
-
-
 def data_tables(report: Any) -> list[Table | str]:
     """What `catpo data check` found: counts, lengths, and every problem with its row."""
     counts = f"{report.rows} rows: {report.pairs} pairs, {report.samples} samples, {report.pictures} different pictures"
-    lengths = Table("", "least", "median", "most", "")
-    for name, found in report.lengths.items():
-        lengths.add_row(name, str(found.least), f"{found.median:g}", str(found.most), found.unit)
+    shown: list[Table | str] = [_cell(f"{report.name}: {counts}")]
+    if report.lengths:
+        lengths = Table("", "least", "median", "most", "")
+        for name, length in report.lengths.items():
+            lengths.add_row(name, str(length.least), f"{length.median:g}", str(length.most), length.unit)
+        shown.append(lengths)
     problems = Table("problem", "where", "what", title=f"{len(report.problems)} problems")
     for problem in report.problems:
         problems.add_row(problem.kind, _cell(problem.where), _cell(problem.what))
-    shown: list[Table | str] = [_cell(f"{report.name}: {counts}")]
-    shown += [lengths] if report.lengths else []
     return [*shown, problems if report.problems else "No problems found."]
 
 
-def _separation(auroc: Separation) -> str:
-    return "-" if math.isnan(auroc.value) else f"{auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
+def _cell(text: str) -> str:
+    """A user's text, which the terminal shows but does not act on."""
+    return escape(plain(text))

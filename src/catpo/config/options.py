@@ -20,6 +20,7 @@ from catpo.config.validation import (
     Layers,
     Measure,
     PictureNumber,
+    Probability,
     Seed,
     Source,
     Specs,
@@ -68,7 +69,7 @@ class PairOptions(Options):
     """Sampling seed."""
     temperature: Measure = 1.0
     """Sampling temperature; 0: greedy."""
-    top_p: float = 1.0
+    top_p: Probability = 1.0
     """Sample from the smallest set of tokens with this probability."""
     max_new_tokens: Count = 96
     """Maximum length of an answer, in tokens."""
@@ -293,8 +294,6 @@ COMMANDS: dict[str, Any] = {
     "report": ReportOptions,
 }
 """Command (and section of a recipe) -> its options."""
-GRADING = ("answers", "benchmarks", "output", "model", "data", "judge", "limit", "progress")
-"""Options of `catpo evaluate` that count when answers made elsewhere are graded."""
 
 
 def is_python_only(hint: Any) -> bool:

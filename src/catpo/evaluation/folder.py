@@ -1,25 +1,130 @@
-"""The folder of an evaluation: its four files, read and written here only."""
+"""The folder of an evaluation: its four files, read and written here only.
+
+evaluation.json says what was asked and of whom, answers.jsonl grows batch by batch, grades.jsonl is made of the answers,
+scores.json of the grades, last: it marks a finished evaluation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError
-from catpo.core.spec import Spec
-from catpo.evaluation.benchmarks import Item
+from catpo.evaluation.benchmarks import GROUNDED as GROUNDED
+from catpo.evaluation.benchmarks import HALLUCINATED as HALLUCINATED
 from catpo.evaluation.bootstrap import Estimate
-from catpo.evaluation.tasks import Task, hash_items
-from catpo.files.json_files import read_json, read_rows
-from catpo.files.provenance import check_same
+from catpo.files.atomic import write_atomic
+from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
+from catpo.files.provenance import check_same, versions
+from catpo.files.strict_json import check_fields, fits
+
+MANIFEST = {
+    "benchmarks": dict[str, str], "data": str | None, "judge": str | None, "limit": int | None, "shuffled": bool,
+    "decoding": dict, "skipped": dict[str, str] | None,
+}  # fmt: skip
+"""What grading reads in evaluation.json."""
+SERVER = {"server": {"answered_by": list[str]}}
+"""What evaluation.json keeps of a server."""
+ANSWER = {"benchmark": str, "id": str, "answer": str}
+"""What every row of answers.jsonl has."""
+
+
+class EvaluationFolder:
+    """Reads and writes the four files of an evaluation."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = self.path / "evaluation.json"
+        self.answers = self.path / "answers.jsonl"
+        self.grades = self.path / "grades.jsonl"
+        self.scores = self.path / "scores.json"
+
+    # ---- evaluation.json ----------------------------------------------------------------------------------------------
+
+    def read_manifest(self) -> dict[str, Any]:
+        return read_json(self.manifest, made_by="catpo evaluate", fields=MANIFEST)
+
+    def check_same(self, manifest: Mapping[str, Any]) -> None:
+        """Raise UserError if the folder was created with a different model or options."""
+        if self.manifest.exists():
+            old = read_json(self.manifest, made_by="catpo evaluate")
+            check_same({key: old.get(key) for key in manifest}, manifest, where=self.path)
+        elif self.answers.exists():
+            raise UserError(
+                f"{self.path} holds answers without {self.manifest.name}, so their model is unknown. Choose another --output."
+            )
+
+    def write_manifest(self, manifest: Mapping[str, Any], **more: Any) -> None:
+        write_json(self.manifest, {**manifest, "versions": versions(), **more})
+
+    def note_server(self, url: str, answered_by: Iterable[str]) -> None:
+        """Where the answers came from, and what the server called its model."""
+        manifest = {"server": {"answered_by": []}, **read_json(self.manifest, made_by="catpo evaluate")}
+        check_fields(manifest, SERVER, place=str(self.manifest), remedy=f"Remove {self.path} and start again.")
+        names = sorted({*answered_by, *manifest["server"]["answered_by"]})
+        write_json(self.manifest, {**manifest, "server": {"url": url, "answered_by": names}})
+
+    # ---- answers.jsonl ------------------------------------------------------------------------------------------------
+
+    def read_answers(self) -> list[dict[str, Any]]:
+        return read_rows(self.answers, ANSWER)
+
+    def append_answers(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        append_rows(self.answers, rows)
+
+    def write_answers(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_atomic(self.answers, _as_lines(rows))
+
+    def resume_answers(self, batches: Sequence[Sequence[tuple[str, str]]]) -> int:
+        """How many batches of (benchmark, item id) are answered; a part of one, of a killed process, is dropped.
+
+        Raises:
+            UserError: an answer is not that of the item whose turn it is.
+        """
+        rows = repair_rows(self.answers, ANSWER)
+        wanted = [key for batch in batches for key in batch]
+        remedy = "Remove the folder and start again."
+        for number, (row, key) in enumerate(zip(rows, wanted, strict=False), start=1):
+            if (row["benchmark"], row["id"]) != key:
+                raise UserError(f"{self.answers}:{number} answers '{row['id']}' where '{key[1]}' belongs. {remedy}")
+        if len(rows) > len(wanted):
+            raise UserError(f"{self.answers} has {len(rows)} answers to {len(wanted)} items. {remedy}")
+        done = answered = 0
+        while done < len(batches) and answered + len(batches[done]) <= len(rows):
+            answered += len(batches[done])
+            done += 1
+        if answered < len(rows):
+            self.write_answers(rows[:answered])
+        return done
+
+    # ---- grades.jsonl, scores.json ------------------------------------------------------------------------------------
+
+    def write_grades(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_atomic(self.grades, _as_lines(rows))
+
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        write_json(self.scores, scores)
+
+
+def answers_items(rows: Sequence[Mapping[str, Any]], items: Sequence[tuple[str, str]]) -> bool:
+    """Whether the rows are answers to exactly these items, in this order."""
+    return all(fits(row, ANSWER) for row in rows) and [(row["benchmark"], row["id"]) for row in rows] == list(items)
+
+
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# ---- a finished evaluation ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one folder of `catpo evaluate` holds."""
+    """What the folder of a finished evaluation holds."""
 
     path: Path
     name: str
@@ -35,29 +140,36 @@ class Evaluation:
         return list(self.scores.get("benchmarks", {}))
 
     def metrics(self, benchmark: str) -> dict[str, Estimate]:
-        """Metric -> value and interval, as scores.json says."""
-        metrics = self.scores.get("benchmarks", {}).get(benchmark, {}).get("metrics", {})
-        return {name: Estimate(*(_number(each.get(key)) for key in ("value", "low", "high"))) for name, each in metrics.items()}
+        """Metric -> value and interval, as in scores.json."""
+        metrics = self._of(benchmark).get("metrics", {})
+        return {name: Estimate(*(_number(row.get(key)) for key in ("value", "low", "high"))) for name, row in metrics.items()}
 
     def judge(self, benchmark: str) -> str:
-        """Who graded, with version and decoding; empty where no judge did. Figures of different judges share no column."""
-        identity = self.scores.get("benchmarks", {}).get(benchmark, {}).get("judge")
+        """Who graded, with version and decoding; empty where no judge did. Scores of different judges are not comparable."""
+        identity = self._of(benchmark).get("judge")
         return judge_name(identity) if identity else ""
+
+    def _of(self, benchmark: str) -> Mapping[str, Any]:
+        return self.scores.get("benchmarks", {}).get(benchmark, {})
+
+    @cached_property
+    def data(self) -> str | None:
+        """The folder of official files that the evaluation read, if any."""
+        return read_json(EvaluationFolder(self.path).manifest).get("data")
 
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
-        answers: dict[tuple[str, str], Mapping[str, Any]] = {}
-        for number, row in enumerate(read_rows(self.path / "answers.jsonl"), start=1):
-            if not all(isinstance(row.get(name), str) for name in ("benchmark", "id", "answer")):
-                raise UserError(f"{self.path / 'answers.jsonl'}:{number} is not an answer. Run `catpo evaluate` again.")
-            answers[row["benchmark"], row["id"]] = row
-        return answers
+        return {(row["benchmark"], row["id"]): row for row in EvaluationFolder(self.path).read_answers()}
 
     def labels(self, benchmark: str) -> dict[str, list[tuple[str, str]]]:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""
-        rows = self.grades.get(benchmark, {})
-        return {item: named for (_, item), row in rows.items() if (named := mentions(row)) is not None}
+        labels = {}
+        for (_, item), row in self.grades.get(benchmark, {}).items():
+            named = mentions(row)
+            if named is not None:
+                labels[item] = named
+        return labels
 
 
 def judge_name(identity: Mapping[str, Any]) -> str:
@@ -79,31 +191,35 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
         name: what tables call it; the folder's name if None.
 
     Raises:
-        UserError: the folder has no finished evaluation, or a row is not as it should be.
+        UserError: the folder has no finished evaluation, or a row is not as it was written.
     """
-    folder = Path(folder)
-    if not (folder / "scores.json").is_file():
+    files = EvaluationFolder(folder)
+    if not files.scores.is_file():
         raise UserError(
-            f"{folder} holds no finished evaluation (no scores.json in it). Run `catpo evaluate --output {folder}`."
+            f"{folder} holds no finished evaluation (no {files.scores.name} in it). Run `catpo evaluate --output {folder}`."
         )
-    scores = _checked_scores(read_json(folder / "scores.json", made_by="catpo evaluate"), folder)
+    scores = read_json(files.scores, made_by="catpo evaluate")
+    if not _is_scores(scores.get("benchmarks", {})):
+        raise UserError(f"{files.scores} does not hold scores of benchmarks. Run `catpo evaluate` again.")
     grades: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
-    for number, row in enumerate(read_rows(folder / "grades.jsonl"), start=1):
+    for number, row in enumerate(read_rows(files.grades), start=1):
         if not _is_grade(row):
-            raise UserError(f"{folder / 'grades.jsonl'}:{number} is not a graded answer. Run `catpo evaluate` again.")
-        grades.setdefault(str(row["benchmark"]), {})[str(row["group"]), str(row["id"])] = row
-    return Evaluation(folder, name or folder.resolve().name, scores, grades)
+            raise UserError(f"{files.grades}:{number} is not a graded answer. Run `catpo evaluate` again.")
+        grades.setdefault(row["benchmark"], {})[row["group"], row["id"]] = row
+    return Evaluation(files.path, name or files.path.resolve().name, scores, grades)
 
 
-def _checked_scores(scores: dict[str, Any], folder: Path) -> dict[str, Any]:
-    benchmarks = scores.get("benchmarks", {})
-    is_scores = isinstance(benchmarks, dict) and all(isinstance(each, dict) for each in benchmarks.values())
-    metrics = [each.get("metrics", {}) for each in benchmarks.values()] if is_scores else [None]
-    for each in metrics:
-        values = each.values() if isinstance(each, dict) else [None]
-        if not all(isinstance(value, dict) and all(map(_is_number_or_none, value.values())) for value in values):
-            raise UserError(f"{folder / 'scores.json'} does not hold scores of benchmarks. Run `catpo evaluate` again.")
-    return scores
+def _is_scores(benchmarks: Any) -> bool:
+    if not isinstance(benchmarks, dict):
+        return False
+    for scores in benchmarks.values():
+        metrics = scores.get("metrics", {}) if isinstance(scores, dict) else None
+        if not isinstance(metrics, dict):
+            return False
+        for estimate in metrics.values():
+            if not isinstance(estimate, dict) or not all(map(_is_number_or_none, estimate.values())):
+                return False
+    return True
 
 
 def _is_grade(row: Mapping[str, Any]) -> bool:
@@ -112,7 +228,7 @@ def _is_grade(row: Mapping[str, Any]) -> bool:
         all(isinstance(row.get(name), str) for name in ("benchmark", "id", "group", "picture"))
         and isinstance(counts, dict)
         and all(value is not None and _is_number_or_none(value) for value in counts.values())
-        and (named is None or (isinstance(named, list) and all(_is_mention(each) for each in named)))
+        and (named is None or (isinstance(named, list) and all(map(_is_mention, named))))
     )
 
 
@@ -132,70 +248,3 @@ def mentions(row: Mapping[str, Any]) -> list[tuple[str, str]] | None:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
-
-
-BEGUN = {
-    "benchmarks": dict[str, str], "data": str | None, "judge": str | None, "limit": int | None, "shuffled": bool,
-    "decoding": dict, "skipped": dict[str, str] | None,
-}  # fmt: skip
-"""What grading reads in evaluation.json."""
-
-
-ANSWER = {"benchmark": str, "id": str, "answer": str}
-"""And in a row of answers.jsonl."""
-
-
-def about(
-    tasks: Sequence[Task],
-    *,
-    data: str | Path | None,
-    judge: str | Spec | None,
-    limit: int | None,
-    shuffled: bool,
-    decoding: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What must stay the same when an evaluation is gone on with."""
-    return {
-        "format": 1,
-        "benchmarks": {task.name: str(task.spec) for task in tasks},
-        "data": str(data) if data is not None else None,
-        "judge": str(judge) if judge is not None else None,
-        "limit": limit,
-        "shuffled": shuffled,
-        "decoding": dict(decoding),
-        "items_hash": hash_items(tasks),
-        "data_hashes": {task.name: dict(task.hashes) for task in tasks if task.hashes},
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return read_json(folder / ABOUT, made_by="catpo evaluate", fields=BEGUN)
-
-
-def check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Refuse to go on with another model or other options than those the folder was begun with."""
-    if (folder / ABOUT).exists():
-        old = read_json(folder / ABOUT, made_by="catpo evaluate")
-        check_same({key: old.get(key) for key in begun}, begun, where=folder)
-    elif (folder / ANSWERS).exists():
-        raise UserError(f"{folder} holds answers without {ABOUT}, so nobody knows whose they are. Choose another --output.")
-
-
-def without_skipped(tasks: Sequence[Task], folder: Path) -> list[Task]:
-    """The tasks without the items that the evaluation in `folder` leaves out."""
-    left_out = read_manifest(folder).get("skipped") or {}
-    return [replace(task, items=[item for item in task.items if f"{task.name}/{item.id}" not in left_out]) for task in tasks]
-
-
-# ---- answers made elsewhere -----------------------------------------------------------------------------------------------
-
-
-def answer_row(task: Task, item: Item, answer: str) -> dict[str, str]:
-    """A row of answers.jsonl."""
-    return {"benchmark": task.name, "id": item.id, "prompt": item.sample.prompt, "answer": answer}
-
-
-GROUNDED, HALLUCINATED = "grounded", "hallucinated"
-
-
-ABOUT, ANSWERS, GRADES, SCORES = "evaluation.json", "answers.jsonl", "grades.jsonl", "scores.json"

@@ -1,50 +1,40 @@
-"""What benchmarks ask, and what answers are worth: items, answers made elsewhere, grades, scores. Needs no model and no torch.
-
-grades.jsonl is made of answers.jsonl, and scores.json last, so that it stands for a finished evaluation.
-"""
+"""Grades and scores of answers, whether a model just gave them or they were made elsewhere. Needs no model and no torch."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from catpo.core.checks import check_positive
+from catpo.config.command import command
+from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
-from catpo.core.intervals import interval
 from catpo.core.spec import Spec, parse
-from catpo.evaluation.benchmarks import Grade, Item
-from catpo.evaluation.benchmarks._answers import read_records, some
-from catpo.evaluation.benchmarks._files import Record
-from catpo.evaluation.bootstrap import resample
-from catpo.evaluation.folder import (
-    ABOUT,
-    ANSWER,
-    ANSWERS,
-    GRADES,
-    SCORES,
-    about,
+from catpo.evaluation.benchmarks import Grade, Item, Record, read_records, some
+from catpo.evaluation.bootstrap import estimate, resample
+from catpo.evaluation.folder import EvaluationFolder
+from catpo.evaluation.tasks import (
+    Task,
     answer_row,
-    check_begun,
-    read_manifest,
+    each_item,
+    manifest_of,
+    open_tasks,
+    waits_for_answers,
+    with_answered,
     without_skipped,
 )
-from catpo.evaluation.tasks import Task, each_item, open_tasks, waits_for_answers, with_answered
-from catpo.files.atomic import write_atomic
-from catpo.files.json_files import read_rows, write_json
 from catpo.files.lock import lock
-from catpo.files.provenance import versions
 from catpo.judges import Judge, open_judge
 from catpo.runtime.progress import track
 from catpo.runtime.skip_log import SkipLog
 
+KEPT = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
+"""Fields of evaluation.json that scores.json repeats."""
 RESAMPLES = 1000
-
-
 LISTED = 100
 """Ids listed in scores.json of answers that are missing or empty."""
 
@@ -54,73 +44,60 @@ def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool
 
     Args:
         output: folder of the evaluation.
-        judge: instead of the one that the evaluation was begun with.
+        judge: replaces the one that the evaluation was started with.
         progress: show it on stderr.
 
     Raises:
         UserError: the folder holds no evaluation, or not all of its answers.
     """
-    about = read_manifest(Path(output))
-    specs = [parse(spec) for spec in about["benchmarks"].values()]
+    folder = EvaluationFolder(output)
+    manifest = folder.read_manifest()
     tasks = open_tasks(
-        specs,
-        data=about.get("data"),
-        limit=about["limit"],
-        is_shuffled=about["shuffled"],
-        is_answered_here="temperature" in about["decoding"],
-        skipped=SkipLog("skip" if "skipped" in about else "stop"),
+        list(manifest["benchmarks"].values()),
+        data=manifest.get("data"),
+        limit=manifest["limit"],
+        is_shuffled=manifest["shuffled"],
+        is_answered_here="temperature" in manifest["decoding"],
+        skipped=SkipLog("skip" if "skipped" in manifest else "stop"),
     )
-    with lock(output) as folder:
-        rows = read_rows(folder / ANSWERS, ANSWER)
-        tasks = [with_answered(task, [row["id"] for row in rows if row["benchmark"] == task.name]) for task in tasks]
-        return write_scores(folder, tasks, judge if judge is not None else about.get("judge"), progress)
+    with lock(output):
+        answered: dict[str, list[str]] = {task.name: [] for task in tasks}
+        for row in folder.read_answers():
+            answered.setdefault(row["benchmark"], []).append(row["id"])
+        tasks = [with_answered(task, answered[task.name]) for task in tasks]
+        return write_scores(folder, tasks, judge if judge is not None else manifest.get("judge"), progress)
 
 
-def grade_answers(
-    *,
-    answers: str | Path | Sequence[str | Path],
-    benchmarks: Sequence[str | Spec],
-    output: str | Path,
-    model: str | None = None,
-    data: str | Path | None = None,
-    judge: str | Spec | None = None,
-    limit: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Score answers that were made elsewhere.
+@command(EvaluateOptions)
+def grade_answers(options: EvaluateOptions) -> dict[str, Any]:
+    """Score answers that were made elsewhere; options that concern a model to be loaded are not used.
 
-    Args:
-        answers: one or more files: in the customary format of the one benchmark that is given; or JSON Lines with "benchmark",
-            "id" and "answer", in any order, as `catpo evaluate` writes them.
-        benchmarks: as for `evaluate`.
-        output: folder for the evaluation.
-        model: what the answers' model is called; the file's name if None.
-        data: folder with the benchmark's official files.
-        judge: for benchmarks that need one.
-        limit: only the first so many pictures of each benchmark.
-        progress: show it on stderr.
+    `answers` are files in the usual format of the one benchmark given, or JSON Lines with "benchmark", "id" and "answer", in
+    any order, as `catpo evaluate` writes them. `model` is what their model is called; the file's name if None.
 
     Raises:
         UserError: an answer is missing (where the benchmark cannot do without), given twice, or for no item; names the items.
     """
-    files = [Path(each) for each in ([answers] if isinstance(answers, str | Path) else answers)]
-    check_positive(limit=limit)
-    if judge is not None:
-        parse(judge)
-    whole = open_tasks(benchmarks, data=data)
+    files = options.answers
+    if options.judge is not None:
+        parse(options.judge)
+    whole = open_tasks(options.benchmarks, data=options.data)
     given = _given_answers(files, whole)
-    tasks = [with_answered(task, given[task.name], limit) for task in whole]
+    tasks = [with_answered(task, given[task.name], options.limit) for task in whole]
     _check_given(files, tasks, given)
-    with lock(output) as folder:
-        begun = about(tasks, data=data, judge=judge, limit=limit, shuffled=False, decoding={"answers": _names(files)})
-        begun |= {"model": model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name), "model_hash": None, "adapter": None}
-        check_begun(folder, begun)
-        write_json(folder / ABOUT, {**begun, "versions": versions()})
-        rows = [
-            answer_row(task, item, given[task.name][item.id]) for task, item in each_item(tasks) if item.id in given[task.name]
-        ]
-        write_atomic(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return write_scores(folder, tasks, judge, progress)
+    folder = EvaluationFolder(options.output)
+    model = options.model or re.sub(r"\.jsonl?(\.gz)?$", "", files[0].name)
+    manifest = manifest_of(tasks, replace(options, shuffled=False), {"answers": _names(files)})
+    manifest |= {"model": model, "model_hash": None, "adapter": None}
+    with lock(options.output):
+        folder.check_same(manifest)
+        folder.write_manifest(manifest)
+        rows = []
+        for task, item in each_item(tasks):
+            if item.id in given[task.name]:
+                rows.append(answer_row(task, item, given[task.name][item.id]))
+        folder.write_answers(rows)
+        return write_scores(folder, tasks, options.judge, options.progress)
 
 
 def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -129,15 +106,13 @@ def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, di
         raise UserError("no file with answers is given: `--answers FILE`.")
     records = [record for file in files for record in read_records(file)]
     if all("benchmark" in record.row for record in records):
-        given = _our_answers(records, tasks)
-    elif len(tasks) == 1:
-        given = {tasks[0].name: tasks[0].benchmark.match(records, tasks[0].items)}
-    else:
-        raise UserError(
-            f"{_names(files)} does not say which of {', '.join(task.name for task in tasks)} it answers. Grade one benchmark "
-            "at a time, or write rows with benchmark, id and answer."
-        )
-    return given
+        return _our_answers(records, tasks)
+    if len(tasks) == 1:
+        return {tasks[0].name: tasks[0].benchmark.match(records, tasks[0].items)}
+    raise UserError(
+        f"{_names(files)} does not say which of {', '.join(task.name for task in tasks)} it answers. Grade one benchmark "
+        "at a time, or write rows with benchmark, id and answer."
+    )
 
 
 def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[str, Mapping[str, str]]) -> None:
@@ -173,37 +148,32 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files)
 
 
-# ---- grades and scores ----------------------------------------------------------------------------------------------------
-
-
-def write_scores(folder: Path, tasks: Sequence[Task], judge: str | Spec | None, progress: bool) -> dict[str, Any]:
-    """grades.jsonl, then scores.json, out of answers.jsonl.
+def write_scores(folder: EvaluationFolder, tasks: Sequence[Task], judge: str | Spec | None, progress: bool) -> dict[str, Any]:
+    """grades.jsonl, then scores.json, from answers.jsonl.
 
     Raises:
         UserError: an answer is missing, or a benchmark needs a judge and none is named.
     """
-    begun = read_manifest(folder)
-    answers = {(row["benchmark"], row["id"]): row["answer"] for row in read_rows(folder / ANSWERS, ANSWER)}
+    manifest = folder.read_manifest()
+    answers = {(row["benchmark"], row["id"]): row["answer"] for row in folder.read_answers()}
     judges = open_judges(tasks, judge)
-    left_out = begun.get("skipped") or {}
-    graded = {
-        task.name: _grade_task(folder, task, answers, judges.get(task.name), progress)
-        for task in without_skipped(tasks, folder)
-    }
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in graded.values() for row in rows)
-    write_atomic(folder / GRADES, "".join(lines))
-    kept = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions", "server")
-    scores = {
-        **{key: begun.get(key) for key in kept if key != "server" or key in begun},
-        **({"skipped": _skipped(left_out, tasks)} if "skipped" in begun else {}),
-        "benchmarks": {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks},
-    }
-    write_json(folder / SCORES, scores)
+    skipped = manifest.get("skipped") or {}
+    graded = {}
+    for task in without_skipped(tasks, skipped):
+        graded[task.name] = _grade_task(folder, task, answers, judges.get(task.name), progress)
+    folder.write_grades(row for rows in graded.values() for row in rows)
+    scores = {key: manifest.get(key) for key in KEPT}
+    if "server" in manifest:
+        scores["server"] = manifest["server"]
+    if "skipped" in manifest:
+        scores["skipped"] = _skipped(skipped, tasks)
+    scores["benchmarks"] = {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks}
+    folder.write_scores(scores)
     return scores
 
 
 def _skipped(left_out: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, Any]:
-    """How many items were left out, and the first of them; all stand in evaluation.json."""
+    """How many items were skipped, and the first of them; evaluation.json lists all."""
     rows = [{"what": name, "why": why} for name, why in left_out.items()]
     items = {f"{task.name}/{item.id}" for task, item in each_item(tasks)}
     return {"count": len(rows), "of": len(items | set(left_out)), "rows": rows[:LISTED]}
@@ -224,18 +194,19 @@ def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Ju
             f"{', '.join(task.name for task in needing)} is graded by a judge: name one with --judge (`catpo list judges`). "
             "The answers are kept."
         )
-    made = open_judge(spec)
-    return {task.name: made.decoding_as(task.benchmark.judge_decoding) for task in needing}
+    opened = open_judge(spec)
+    return {task.name: opened.decoding_as(task.benchmark.judge_decoding) for task in needing}
 
 
 def _grade_task(
-    folder: Path, task: Task, answers: Mapping[tuple[str, str], str], judge: Judge | None, progress: bool
+    folder: EvaluationFolder, task: Task, answers: Mapping[tuple[str, str], str], judge: Judge | None, progress: bool
 ) -> list[dict[str, Any]]:
     """A row per item that has an answer."""
     missing = [item.id for item in task.items if (task.name, item.id) not in answers]
     if missing and not task.benchmark.is_gradable_in_part:
         raise UserError(
-            f"{folder} has no answer to item '{some(missing)}' of {task.name}. Give the same `catpo evaluate` command again."
+            f"{folder.path} has no answer to item '{some(missing)}' of {task.name}. Run the same `catpo evaluate` command "
+            "again."
         )
     items = [item for item in task.items if (task.name, item.id) in answers]
     if not task.benchmark.needs_judge:
@@ -258,14 +229,19 @@ def _grade_task(
 
 def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
     """A row of grades.jsonl; `judge` for benchmarks that need one."""
-    has_judge = task.benchmark.needs_judge
-    found: Grade = task.benchmark.grade(item, answer, judge) if has_judge else task.benchmark.grade(item, answer)  # type: ignore[call-arg]
+    judges = [judge] if task.benchmark.needs_judge else []
+    graded: Grade = task.benchmark.grade(item, answer, *judges)
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
-    row |= {"counts": dict(found.counts)}
-    row |= {} if found.mentions is None else {"mentions": [list(mention) for mention in found.mentions]}
-    row |= {} if found.is_right is None else {"right": found.is_right}
-    row |= {} if found.has_verdict else {"verdict": False}
-    return row | ({"notes": dict(found.notes)} if found.notes else {})
+    row["counts"] = dict(graded.counts)
+    if graded.mentions is not None:
+        row["mentions"] = [list(mention) for mention in graded.mentions]
+    if graded.is_right is not None:
+        row["right"] = graded.is_right
+    if not graded.has_verdict:
+        row["verdict"] = False
+    if graded.notes:
+        row["notes"] = dict(graded.notes)
+    return row
 
 
 def _scores(
@@ -273,24 +249,22 @@ def _scores(
 ) -> dict[str, Any]:
     metrics = {}
     for name, values in resample(task.benchmark.summarise, rows, resamples=RESAMPLES).items():
-        numbers = (float(values[0]), *interval(values[1:]))
-        metrics[name] = {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), numbers, strict=True)}
-    official = task.benchmark.official(_sums(rows))
-    return {
-        "options": str(task.spec),
-        "data": task.benchmark.data,
-        "items": len(rows),
-        "pictures": len({row["picture"] for row in rows}),
-        **_completeness(task, rows, answers),
-        **({"tools": tools} if (tools := task.benchmark.provenance()) else {}),
-        **({"judge": judge.identity} if judge else {}),
-        "metrics": metrics,
-        **({"official": official} if official else {}),
-    }
+        figures = estimate(values)._asdict()
+        metrics[name] = {key: None if math.isnan(figure) else figure for key, figure in figures.items()}
+    scores = {"options": str(task.spec), "data": task.benchmark.data, "items": len(rows)}
+    scores |= {"pictures": len({row["picture"] for row in rows}), **_completeness(task, rows, answers)}
+    if tools := task.benchmark.provenance():
+        scores["tools"] = tools
+    if judge:
+        scores["judge"] = judge.identity
+    scores["metrics"] = metrics
+    if official := task.benchmark.official(_sums(rows)):
+        scores["official"] = official
+    return scores
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """How many items of each group were asked and graded; which were left out, answered with nothing, or not decided."""
+    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict."""
     graded = {row["id"] for row in rows}
     parts: dict[str, dict[str, int]] = {}
     for item in task.items:

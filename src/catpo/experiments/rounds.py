@@ -1,20 +1,23 @@
-"""`catpo rounds`: pair, score, train, again and again, each round with the model of the round before: on-policy training.
+"""`catpo rounds`: pair, score, train, then again with the trained model: on-policy training.
 
-Only calls the other commands; each can be stopped and goes on, so the loop can too. A round is a folder: pairs/, rewards/,
-run/, and model/, the whole model that answers in the next round.
+Only calls the other commands. Each of them can be interrupted and resumed, so the loop can be as well. A round is a folder:
+pairs/, rewards/, run/, and model/ where an adapter was merged into the model that answers in the next round.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from catpo.core.errors import UserError
-from catpo.core.spec import Spec, check_options, parse
+from catpo.config.command import command, fit, hints
+from catpo.config.options import COMMANDS, RoundsOptions
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import parse
 from catpo.core.types import Sample
 from catpo.data.datasets import Dataset
 from catpo.data.read import open_data
@@ -22,7 +25,6 @@ from catpo.files.json_files import append_rows, read_json, read_rows, repair_row
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
 from catpo.models import loading
-from catpo.pairing.pair import PairingResult
 from catpo.pairing.pair import pair as make_pairs
 from catpo.scoring.score import score as score_pairs
 from catpo.training.train import train as train_model
@@ -31,127 +33,121 @@ ABOUT, DONE = "rounds.json", "rounds.jsonl"
 ROUND = {"round": int, "model": str, "asked": int, "pairs": int, "accuracy": float | None}
 """A row of `DONE`."""
 ACCURACY = "rewards/accuracies"
-STEPS: dict[str, Callable[..., Any]] = {"pair": make_pairs, "score": score_pairs, "train": train_model}
-OURS = {
+SET_BY_LOOP = {
     "pair": frozenset({"model", "data", "output", "adapter", "seed", "limit", "progress"}),
     "score": frozenset({"pairs", "model", "output", "adapter", "limit", "progress"}),
     "train": frozenset({"pairs", "model", "output", "rewards", "resume", "seed", "limit", "progress"}),
 }
-"""Options of the steps that the loop sets itself."""
+"""Command -> its options that the loop sets itself."""
+ByCommand = Mapping[str, Mapping[str, Any]]
+"""Command (pair, score, train) -> its options."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round made."""
+    """The outcome of a round."""
 
     number: int
     """From 1."""
     folder: Path
     model: Path
-    """The model as the round left it."""
+    """The trained model."""
     asked: int
     pairs: int
     accuracy: float | None
-    """Share of pairs whose chosen response the model came to prefer, at the end of training."""
+    """Share of pairs whose chosen response the model prefers, at the end of training."""
 
     def __str__(self) -> str:
         learned = "" if self.accuracy is None else f", prefers the chosen of {self.accuracy:.0%}"
         return f"Round {self.number}: {self.pairs} pairs of {self.asked} answers{learned}. Model: {self.model}"
 
 
-def rounds(
-    *,
-    output: str | Path,
-    model: str | Path | None = None,
-    data: str | Path | Dataset | None = None,
-    rounds: int = 3,
-    fresh: bool = False,
-    method: str | None = None,
-    judge: str | None = None,
-    objective: str | None = None,
-    pair: str = "",
-    score: str = "",
-    train: str = "",
-    limit: int | None = None,
-    seed: int = 0,
-    steps: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: bool = True,
-) -> list[Round]:
-    """Let a model answer, train it on pairs of its answers, and let the trained model answer; prints a line per round.
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """What a round works on, and where it writes."""
 
-    The reference of each round is the model that answered. A killed run goes on where it stopped.
+    folder: Path
+    data: Dataset
+    seed: int
+    """Of sampling and training."""
+    run: Path
+    """Folder of the training run."""
 
-    Args:
-        output: folder for round-1/, round-2/, …
-        model: the first round's: hub id, folder or `builtin`; the recipe's if left out, as all that follows.
-        data: pictures with prompts, e.g. `scenes(count=400)`.
-        rounds: how many.
-        fresh: every round gets an equal part of the data of its own, instead of all of it.
-        method: how pairs are made, e.g. `csr`.
-        judge: who is asked by methods that need a judge.
-        objective: the loss, e.g. `dpo`.
-        pair: further options of `catpo pair`, e.g. `temperature=0.7, block_size=16`.
-        score: further options of `catpo score`.
-        train: further options of `catpo train`, e.g. `num_train_epochs=1, learning_rate=5e-5, lora=None`.
-        limit: samples in a round.
-        seed: of the first round's sampling and training; the next has the next number.
-        steps: command -> options, as a recipe's sections give them; what is said otherwise wins.
-        progress: show it on stderr.
+
+@command(RoundsOptions)
+def rounds(options: RoundsOptions) -> list[Round]:
+    """Train on-policy: a model answers, is trained on pairs of its answers, and answers again; prints a line per round.
+
+    The reference of each round is the model that answered. An interrupted run resumes where it stopped.
 
     Raises:
-        UserError: an option is missing or wrong; the output was begun with others; a step has something to say.
+        UserError: an option is missing or wrong, the output was created with other options, or a step fails.
     """
-    options = _options(steps or {}, {"pair": pair, "score": score, "train": train})
-    options["pair"] |= {name: value for name, value in {"method": method, "judge": judge}.items() if value is not None}
-    options["train"] |= {} if objective is None else {"objective": objective}
-    section = (steps or {}).get("pair", {})
-    model, data = _given("model", model, section), _given("data", data, section)
-    limit = section.get("limit") if limit is None else limit
-    parts = _parts(data, rounds, fresh, limit)
-    settings = {
-        "model": str(model), "data": str(data), "rounds": rounds, "fresh": fresh, "limit": limit, "seed": seed,
-        "options": {name: {key: _plain(value) for key, value in each.items()} for name, each in options.items()},
+    recipe = options.steps or {}
+    model = _required("model", options.model, recipe)
+    data = _required("data", options.data, recipe)
+    limit = recipe.get("pair", {}).get("limit") if options.limit is None else options.limit
+    by_command = _options(recipe, options)
+    parts = _parts(data, options.rounds, options.fresh, limit)
+    settings: dict[str, Any] = {
+        "model": model, "data": data, "rounds": options.rounds, "fresh": options.fresh, "limit": limit, "seed": options.seed,
+        "options": by_command,
     }  # fmt: skip
-    with lock(output) as folder:
+    settings = json.loads(json.dumps(settings, default=str))  # as they are read back in a later run
+    with lock(options.output) as folder:
         if (folder / ABOUT).exists():
             old = read_json(folder / ABOUT, made_by="catpo rounds", fields={"settings": dict})
             check_same(old["settings"], settings, where=folder, ignore=["rounds"])
         write_json(folder / ABOUT, {"format": 1, "settings": settings, "versions": versions()})
-        done = [_round(folder, row) for row in repair_rows(folder / DONE, ROUND)][:rounds]
-        for number in range(1, rounds + 1):
-            if number > len(done):
-                answering = done[-1].model if done else model
-                made = _do(folder / f"round-{number}", number, answering, parts[number - 1], options, seed, progress)
-                append_rows(folder / DONE, [_row(folder, made)])
-                done.append(made)
-            print(done[number - 1], flush=True)
-        return done
+        plans = []
+        for number, part in enumerate(parts):
+            round_folder = folder / f"round-{number + 1}"
+            plans.append(RoundPlan(folder=round_folder, data=part, seed=options.seed + number, run=round_folder / "run"))
+        outcomes = []
+        for outcome in run_rounds(folder, plans, model, by_command, progress=options.progress):
+            print(outcome, flush=True)
+            outcomes.append(outcome)
+        return outcomes
 
 
-def _do(
-    folder: Path,
-    number: int,
-    model: str | Path,
-    data: Dataset,
-    options: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    progress: bool,
-) -> Round:
-    """One round; what it has already is not made again."""
+def run_rounds(
+    folder: Path, plans: Sequence[RoundPlan], model: str | Path, options: ByCommand, *, progress: bool
+) -> Iterator[Round]:
+    """Run the rounds that are not finished, one after the other, each with the model of the one before; yields every round.
+
+    Args:
+        folder: for the list of finished rounds; locked by the caller.
+        plans: one per round.
+        model: that answers in the first round.
+        options: of the three commands.
+        progress: show progress on stderr.
+    """
+    finished = [_from_row(folder, row) for row in repair_rows(folder / DONE, ROUND)]
+    for number, plan in enumerate(plans, start=1):
+        if number <= len(finished):
+            outcome = finished[number - 1]
+        else:
+            outcome = _run_round(number, plan, model, options, progress)
+            append_rows(folder / DONE, [_as_row(folder, outcome)])
+        yield outcome
+        model = outcome.model
+
+
+def _run_round(number: int, plan: RoundPlan, model: str | Path, options: ByCommand, progress: bool) -> Round:
+    """Pairs, scores and training; a command that has finished in this folder does nothing again."""
+    pairs, rewards = plan.folder / "pairs", plan.folder / "rewards"
     common: dict[str, Any] = {"model": model, "progress": progress}
-    seeds: dict[str, Any] = {"seed": seed + number - 1}
-    made: PairingResult = make_pairs(data=data, output=folder / "pairs", **common, **seeds, **options["pair"])
-    score_pairs(pairs=folder / "pairs", output=folder / "rewards", **common, **options["score"])
+    paired = make_pairs(data=plan.data, output=pairs, seed=plan.seed, **common, **options["pair"])
+    score_pairs(pairs=pairs, output=rewards, **common, **options["score"])
     run = train_model(
-        pairs=folder / "pairs", rewards=folder / "rewards", output=folder / "run", resume=True, **common, **seeds,
-        **options["train"],
+        pairs=pairs, rewards=rewards, output=plan.run, resume=True, seed=plan.seed, **common, **options["train"]
     )  # fmt: skip
-    whole = _merged(run.model, folder / "model")
-    return Round(number, folder, whole, made.asked, made.kept, _accuracy(folder / "run"))
+    whole = _merged(run.model, plan.folder / "model")
+    return Round(number, plan.folder, whole, paired.asked, paired.kept, _accuracy(plan.run))
 
 
 def _merged(trained: Path, target: Path) -> Path:
-    """The trained model as a whole: as it is, or with its adapter merged into what it stands on."""
+    """The trained model without an adapter: as it is, or with its adapter merged into the weights."""
     if not (trained / "adapter_config.json").exists():
         return trained
     if not target.exists():
@@ -170,64 +166,71 @@ def _accuracy(run: Path) -> float | None:
     return values[-1] if values else None
 
 
-class _Part(Dataset):
-    """Some samples of a data set."""
+class SomeSamples(Dataset):
+    """Some samples of a data set, with its words and, unless another is given, its name."""
 
-    def __init__(self, whole: Dataset, samples: Sequence[Sample]) -> None:
-        self.name, self.vocabulary, self._samples = whole.name, whole.vocabulary, samples
+    def __init__(self, whole: Dataset, samples: Sequence[Sample], name: str | None = None) -> None:
+        self.name, self.vocabulary, self._samples = name or whole.name, whole.vocabulary, samples
 
-    def samples(self) -> Any:
+    def samples(self) -> Iterator[Sample]:
         return iter(self._samples)
 
 
-def _parts(data: str | Path | Dataset, rounds: int, fresh: bool, limit: int | None) -> list[Dataset]:
+def equal_parts(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
+    """The samples in their order, split into parts whose sizes differ by one at most."""
+    ends = [len(samples) * number // count for number in range(count + 1)]
+    return [samples[start:end] for start, end in pairwise(ends)]
+
+
+def _parts(data: str | Path | Dataset, rounds: int, fresh: bool, limit: int | None) -> list[SomeSamples]:
     """The samples of each round."""
-    if rounds < 1 or (limit is not None and limit < 1):
-        raise UserError(f"rounds={rounds}, limit={limit}: both must be 1 or more.")
     whole = open_data(data)
     wanted = None if limit is None else limit * (rounds if fresh else 1)
     samples = list(islice(whole.samples(), wanted))
     if not fresh:
-        return [_Part(whole, samples)] * rounds
-    count = len(samples) // rounds
-    if not count or (limit is not None and count < limit):
+        return [SomeSamples(whole, samples)] * rounds
+    size = len(samples) // rounds
+    if size < (limit or 1):
         raise UserError(
-            f"{data} has {len(samples)} samples, too few for {rounds} rounds with fresh ones. Give more, fewer rounds, a "
-            "smaller limit, or the same samples to all rounds."
+            f"{data} has {len(samples)} samples, too few for {rounds} rounds with fresh ones. Give more data, fewer rounds or "
+            "a smaller limit, or use the same samples in all rounds."
         )
-    return [_Part(whole, samples[start * count : (start + 1) * count]) for start in range(rounds)]
+    return [SomeSamples(whole, part) for part in equal_parts(samples[: size * rounds], rounds)]
 
 
-def _options(steps: Mapping[str, Mapping[str, Any]], given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Step -> its options without those that the loop sets."""
-    options = {}
-    for name, engine in STEPS.items():
-        said = dict(parse(f"{name}({given[name]})").options)
-        ours = sorted(said.keys() & OURS[name])
-        if ours:
-            raise UserError(f"{name}: '{ours[0]}' is set by the rounds themselves. Leave it out of --{name}.")
-        own = {key: value for key, value in steps.get(name, {}).items() if key not in OURS[name]}
-        options[name] = own | check_options(engine, Spec(name, said))
-    return options
+def _options(recipe: ByCommand, given: RoundsOptions) -> dict[str, dict[str, Any]]:
+    """Each command's options, checked, from the recipe and from what is given for it, which takes precedence."""
+    by_command = {}
+    for name, of_loop in SET_BY_LOOP.items():
+        options = {key: value for key, value in recipe.get(name, {}).items() if key not in of_loop}
+        known = hints(COMMANDS[name])
+        for key, value in parse(f"{name}({getattr(given, name)})").options.items():
+            if key in of_loop:
+                raise UserError(f"{name}: '{key}' is set by the rounds themselves. Leave it out of --{name}.")
+            if key not in known:
+                raise UserError(f"'{name}' has no option '{key}'. {did_you_mean(key, known)}")
+            options[key] = fit(COMMANDS[name], key, value)
+        by_command[name] = options
+    more = {"pair": {"method": given.method, "judge": given.judge}, "train": {"objective": given.objective}}
+    for name, options in more.items():
+        by_command[name] |= {key: value for key, value in options.items() if value is not None}
+    return by_command
 
 
-def _given(name: str, value: Any, section: Mapping[str, Any]) -> Any:
-    found = section.get(name) if value is None else value
-    if found is None:
+def _required(name: str, value: Any, recipe: ByCommand) -> Any:
+    value = recipe.get("pair", {}).get(name) if value is None else value
+    if value is None:
         raise UserError(f"rounds need {name}: give --{name}, or a recipe with it under `pair`.")
-    return found
+    return value
 
 
-def _plain(value: Any) -> Any:
-    """As JSON reads it back."""
-    return str(value) if isinstance(value, Path | Spec) else list(value) if isinstance(value, tuple) else value
+def _as_row(folder: Path, outcome: Round) -> dict[str, Any]:
+    model = outcome.model.relative_to(folder).as_posix()
+    return {
+        "round": outcome.number, "model": model, "asked": outcome.asked, "pairs": outcome.pairs, "accuracy": outcome.accuracy
+    }  # fmt: skip
 
 
-def _row(folder: Path, made: Round) -> dict[str, Any]:
-    model = made.model.relative_to(folder).as_posix()
-    return {"round": made.number, "model": model, "asked": made.asked, "pairs": made.pairs, "accuracy": made.accuracy}
-
-
-def _round(folder: Path, row: Mapping[str, Any]) -> Round:
+def _from_row(folder: Path, row: Mapping[str, Any]) -> Round:
     number = row["round"]
     return Round(number, folder / f"round-{number}", folder / row["model"], row["asked"], row["pairs"], row["accuracy"])

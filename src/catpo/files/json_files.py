@@ -25,22 +25,13 @@ def read_json(path: str | Path, *, made_by: str = "catpo", fields: Fields | None
         UserError: it is missing, not JSON, not an object, or without one of the `fields` that it must have.
     """
     path = Path(path)
-    content = read_bytes(path, f"It is written by `{made_by}`.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
     value = parse_object(content, place=str(path), remedy=f"Write it again with `{made_by}`.")
     check_fields(value, fields or {}, place=str(path), remedy=_start_again(path.parent))
     return value
-
-
-def read_bytes(path: Path, remedy: str) -> bytes:
-    """A file's content.
-
-    Raises:
-        UserError: it cannot be read; ends with `remedy`.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:

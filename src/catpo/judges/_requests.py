@@ -1,7 +1,7 @@
-"""What ways to make pairs ask of a judge, and how its replies are read. Knows neither the judge nor the method.
+"""Requests of pairing methods to a judge, and how its replies are read. Knows neither the judge nor the method.
 
-A request is one message: the pictures, then a text of an instruction and sections with headings. So a judge that reads no
-pictures, or only rules, finds what it needs: what is known of the picture goes along where the data set tells it.
+A request is one message: the pictures, then a text with an instruction and sections under headings. The text includes what the
+data set knows about the picture, so that a judge that reads no pictures, or only follows rules, finds what it needs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
+from catpo.judges._base import Judge
 from catpo.models.remote import messages as with_pictures
 
 Read = TypeVar("Read")
@@ -35,16 +36,9 @@ TASKS = {
 """Name of a request -> its instruction."""
 
 
-@runtime_checkable
-class _Asked(Protocol):
-    """What is needed of a judge."""
-
-    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str: ...
-
-
 @dataclass(frozen=True)
 class Request:
-    """A request as a judge without a language model reads it."""
+    """A request, for judges without a language model."""
 
     task: str
     sections: Mapping[str, str]
@@ -52,36 +46,41 @@ class Request:
 
 
 def ask(
-    judge: _Asked, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
+    judge: Judge, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
 ) -> Read | None:
-    """What `read` makes of the judge's reply; asked up to three times while it makes nothing of it, then nothing.
+    """The judge's reply as `read` returns it, after up to three attempts; None if no reply could be read.
 
     Args:
         judge: is asked under the key `ID/TASK-NUMBER`.
         task: one of TASKS.
         sample: the picture with its question.
-        read: gives None for a reply that cannot be read.
-        number: tells requests of one task about one sample apart.
+        read: returns None for a reply that cannot be read.
+        number: distinguishes requests of the same task about one sample.
         sections: heading in lower case -> text.
     """
-    text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in _sections(sample, sections).items())])
-    request = with_pictures(replace(sample, prompt=text))
+    headed = {"Question": sample.prompt, **{heading.capitalize(): text for heading, text in sections.items()}}
+    known = known_of(sample)
+    if known:
+        headed = {"Known of the picture": known, **headed}
+    text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in headed.items())])
+    messages = with_pictures(replace(sample, prompt=text))
     for attempt in range(1, ATTEMPTS + 1):
-        found = read(judge.ask(request, key=f"{sample.id}/{task}-{number}", attempt=attempt))
-        if found is not None:
-            return found
+        reply = read(judge.ask(messages, key=f"{sample.id}/{task}-{number}", attempt=attempt))
+        if reply is not None:
+            return reply
     return None
 
 
 def request_of(messages: Sequence[Mapping[str, Any]]) -> Request | None:
-    """The request that the messages are, or nothing if they are something else."""
+    """The request that these messages are, or None if they are something else."""
     content = messages[-1]["content"]
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    instruction, *rest = re.split(r"^## ", text, flags=re.MULTILINE)
-    task = next((name for name, words in TASKS.items() if words == instruction.strip()), None)
-    if task is None:
-        return None
-    return Request(task, {head.strip(): body.strip() for head, _, body in (part.partition("\n") for part in rest)})
+    instruction, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    for task, words in TASKS.items():
+        if words == instruction.strip():
+            headings = [part.partition("\n") for part in parts]
+            return Request(task, {heading.strip(): body.strip() for heading, _, body in headings})
+    return None
 
 
 def as_text(reply: str) -> str | None:
@@ -96,8 +95,8 @@ def as_rating(reply: str) -> float | None:
     >>> as_rating("**Rating**: 7.5"), as_rating("I would say 7"), as_rating("Rating: 70")
     (7.5, None, None)
     """
-    found = re.search(r"rating\W{1,6}(\d+(?:\.\d+)?)", reply, re.I)
-    return float(found[1]) if found and float(found[1]) <= 10 else None
+    match = re.search(r"rating\W{1,6}(\d+(?:\.\d+)?)", reply, re.I)
+    return float(match[1]) if match and float(match[1]) <= 10 else None
 
 
 def as_questions(reply: str) -> list[str] | None:
@@ -118,24 +117,15 @@ def as_verdicts(count: int) -> Callable[[str], list[bool] | None]:
     """
 
     def read(reply: str) -> list[bool] | None:
-        words = (re.search(r"\b(yes|no)\b", line, re.I) for line in reply.splitlines())
-        found = [word[1].lower() == "yes" for word in words if word]
-        return found if len(found) == count else None
+        matches = [re.search(r"\b(yes|no)\b", line, re.I) for line in reply.splitlines()]
+        verdicts = [match[1].lower() == "yes" for match in matches if match]
+        return verdicts if len(verdicts) == count else None
 
     return read
 
 
-def _sections(sample: Sample, given: Mapping[str, str]) -> dict[str, str]:
-    known = known_of(sample)
-    return {
-        **({"Known of the picture": known} if known else {}),
-        "Question": sample.prompt,
-        **{heading.capitalize(): text for heading, text in given.items()},
-    }
-
-
 def known_of(sample: Sample) -> str:
-    """What the data set tells of a picture, in words."""
+    """What the data set knows about a picture, in words."""
     if "present" not in sample.truth:
         return ""
     counts = sample.truth.get("counts", {})
@@ -143,6 +133,5 @@ def known_of(sample: Sample) -> str:
     return f"Objects: {', '.join(named)}." if named else "Objects: none."
 
 
-def no_judge(method: str) -> UserError:
-    """What a method says that was given no judge."""
+def missing_judge(method: str) -> UserError:
     return UserError(f"{method} asks a judge: name one with --judge (`catpo list judges` shows them).")

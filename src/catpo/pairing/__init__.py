@@ -1,5 +1,5 @@
 """`catpo pair`: a model answers, and preference pairs are made of its answers.
 
 May import: judges, models and below.
-Exports: `pair` (pair); what a method and a scorer build on (methods, scorers).
+Exports: `pair` (pair); the bases of plugins (methods, scorers).
 """

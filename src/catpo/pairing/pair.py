@@ -1,7 +1,9 @@
-"""`catpo pair`: a model answers, a pairing method makes preference pairs of its answers. Knows no method by name.
+"""`catpo pair`: a model answers pictures, a pairing method makes preference pairs of the answers. Knows no method by name.
 
-Works in blocks: a block's answers depend on the options and its samples alone, and its pairs are on disk before the next
-begins. A killed run therefore goes on where it stopped and ends with the same files as an undisturbed one.
+A picture's journey: `pair` reads it as a sample; in its block (`_Work.run`) the model answers (`_Method.answering`), the method
+makes a pair of the answer (`_Method.make_pair`), the picture is stored and the row appended to pairs.jsonl (`_Work._write`);
+`_Work.finish` sums up in pairs.json. A block's answers depend on the options and its samples alone, and its pairs are on disk
+before the next block starts, so an interrupted run ends with the same files as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ import inspect
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from catpo.config.command import command
+from catpo.config.options import PairOptions
 from catpo.core import registry
-from catpo.core.checks import check_not_negative, check_positive
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import Picture, PreferencePair, Sample
@@ -40,20 +44,23 @@ from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
 
 BLOCKS = "blocks.jsonl"
-"""One row per finished block, while the work goes on."""
+"""A row per finished block, until all are finished."""
 PART = ".pairs-{}.jsonl"
-LOWEST_TEMPERATURE = 1e-30
-"""Logits are divided by it in float32, which ends at 3e38."""
-"""What each of several processes has made: one row per block."""
-DROPPED = {"dropped": str}
+"""The blocks that one of several processes has made."""
 COUNTS = {"asked": int, "kept": int, "dropped": dict[str, int]}
 BLOCK = {"block": int, **COUNTS, "bytes": int}
-"""A row of `BLOCKS`; the others: why an answer gave no pair, and what pairs.json sums up."""
+"""A row of `BLOCKS`."""
+DROPPED = {"dropped": str}
+"""A row for an answer that gave no pair."""
+LOWEST_TEMPERATURE = 1e-30
+"""Logits are divided by it in float32, whose largest value is 3e38."""
+Answers = list[tuple[str, Sequence[Any]]]
+"""Per sample of a block: the model's answer, and what else the method gets as `others`."""
 
 
 @dataclass(frozen=True)
 class PairingResult:
-    """What `pair` made."""
+    """The outcome of `pair`."""
 
     folder: Path
     asked: int
@@ -64,150 +71,151 @@ class PairingResult:
     """Reason -> answers that gave no pair."""
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.dropped).most_common())
         return f"{self.kept} pairs of {self.asked} answers in {self.folder}" + (f" (not used: {reasons})" if reasons else "")
 
 
-def pair(
-    *,
-    model: str | Path | Family,
-    data: str | Path | Dataset,
-    output: str | Path,
-    method: str | Spec = "corrected",
-    limit: int | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 96,
-    batch_size: int = 32,
-    block_size: int = 64,
-    judge: str | Spec | None = None,
-    adapter: str | Path | None = None,
-    on_error: str = "stop",
-    device: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    progress: bool = True,
-) -> PairingResult:
-    """Let a model answer a data set's samples and write preference pairs: the answers against corrected ones.
+@dataclass(frozen=True)
+class Pairing:
+    """A pairing run before its first answer: options checked, samples read."""
 
-    Args:
-        model: hub id, folder, `builtin`, or a loaded family.
-        data: folder or `name(option=value)` of a data set with samples.
-        output: folder for pairs.jsonl, images/ and pairs.json; opened again by its path wherever pairs are asked for.
-        method: how a pair is made of an answer, e.g. `corrected(counts=True)`, `reference`.
-        limit: ask for the first so many samples only.
-        seed: of sampling, and of choices the method makes.
-        temperature: of sampling; 0 is greedy.
-        top_p: sample from the likeliest tokens of this total probability.
-        max_new_tokens: where an answer is cut.
-        batch_size: answers at once.
-        block_size: answers between two writes.
-        judge: who is asked by methods that need a judge, e.g. `openai(model='gpt-4o')`; it is asked again for nothing it said.
-        adapter: LoRA adapter put on the model.
-        on_error: `skip` leaves out rows and pictures that cannot be used, and says in `pairs.json` which.
-        trust_remote_code: run Python code that the checkpoint brings along.
-        device: `cpu`, `cuda`, ...; None takes what there is.
-        dtype: of the weights; `auto` is the checkpoint's own.
-        progress: show it on stderr.
+    options: PairOptions
+    samples: Sequence[Sample]
+    method: _Method
+    manifest: dict[str, Any]
+    """What must stay the same when the run is resumed."""
+    skip_log: SkipLog
+
+
+def prepare(options: PairOptions) -> Pairing:
+    """Everything that can be refused before a model is loaded.
 
     Raises:
-        UserError: bad model, data or option; the output was begun with others, or another process writes it; no pair came out.
+        UserError: bad data, method, judge or option; the method asks for a truth that the samples do not have.
     """
-    spec = parse(method)
-    check_positive(limit=limit, batch_size=batch_size, block_size=block_size, max_new_tokens=max_new_tokens)
-    _check_temperature(temperature)
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} must lie in (0, 1].")
-    skipped = SkipLog(on_error)
-    samples, vocabulary = read_samples(data, skipped, limit)
+    spec, data = parse(options.method), options.data
+    if 0 < options.temperature < LOWEST_TEMPERATURE:
+        raise UserError(
+            f"temperature={options.temperature} is too small. Give 0 for greedy answers, or {LOWEST_TEMPERATURE} or more."
+        )
+    skip_log = SkipLog(options.on_error)
+    samples, vocabulary = read_samples(data, skip_log, options.limit)
     if not samples:
         raise UserError(f"{data} holds no samples to answer. Give it pictures.")
-    if skipped.goes_on:
-        samples = skipped.usable(samples, lambda sample: [image.open() for image in sample.images], lambda sample: sample.id)
-    decoding = Decoding(seed, temperature, top_p, max_new_tokens, batch_size)
-    grader = open_judge(judge) if judge is not None else None
-    maker = _Maker(spec, vocabulary, decoding, grader)
-    maker.check(samples[0])  # a wrong option or a truth that is not there shows before any answer is paid for
-    begun = {
+    if skip_log.goes_on:
+        samples = skip_log.usable(samples, lambda sample: [image.open() for image in sample.images], lambda sample: sample.id)
+    decoding = Decoding(options.seed, options.temperature, options.top_p, options.max_new_tokens, options.batch_size)
+    method = _Method(spec, vocabulary, decoding, None if options.judge is None else open_judge(options.judge))
+    method.check(samples[0])  # a wrong option or missing truth shows before any answer is paid for
+    drawn = {name: value for name, value in vars(decoding).items() if name != "seed"}
+    manifest: dict[str, Any] = {
         "format": 1,
         "method": str(spec),
-        "data": str(data) if not isinstance(data, Dataset) else data.name,
+        "data": data.name if isinstance(data, Dataset) else data,
         "data_hash": _hash_samples(samples),
-        "seed": seed,
-        "decoding": {**{name: value for name, value in vars(decoding).items() if name != "seed"}, "block_size": block_size},
-        **({} if grader is None else {"judge": str(judge)}),
+        "seed": options.seed,
+        "decoding": drawn | {"block_size": options.block_size},
     }
-    group = WorkGroup()
-    with group.lock(output) as folder:
+    if options.judge is not None:
+        manifest["judge"] = options.judge
+    return Pairing(options, samples, method, manifest, skip_log)
+
+
+@command(PairOptions)
+def pair(options: PairOptions) -> PairingResult:
+    """Let a model answer the samples of a data set, and write preference pairs made of the answers.
+
+    `model` may also be a loaded family, and `data` an open data set. The output folder holds pairs.jsonl, images/ and
+    pairs.json; its path is a data set of pairs.
+
+    Raises:
+        UserError: a wrong model, data set or option; the output was created with others, or another process writes it; no
+            answer gave a pair.
+    """
+    pairing, group = prepare(options), WorkGroup()
+    with group.lock(options.output) as folder:
+        if group.is_main:  # other options show before the model is loaded
+            _check_manifest(folder, pairing.manifest)
+        family = _load(options)
         if group.is_main:
-            _check_begun(folder, begun)
-        family = (
-            loading.load(model, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-            if isinstance(model, str | Path)
-            else model
-        )
-        if group.is_main:
-            begun |= {"model": family.model_id, "model_hash": family.model_hash}
-            _check_begun(folder, begun)
+            manifest = pairing.manifest | {"model": family.model_id, "model_hash": family.model_hash}
+            _check_manifest(folder, manifest)
             if not (folder / ABOUT).exists():
-                write_json(folder / ABOUT, {**begun, "versions": versions(), "complete": False})
+                write_json(folder / ABOUT, {**manifest, "versions": versions(), "complete": False})
         group.barrier("begun")
-        work = _Work(folder, samples, block_size)
+        work = _Work(folder, pairing.samples, options.block_size, pairing.method)
         if not group.broadcast("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
-            work.run(group, maker.answering(family), maker, progress and group.is_main)
-        if skipped.goes_on and group.is_main:
-            skipped.write(folder)
-        counts = group.broadcast("counts", lambda: work.finish(skipped))
+            work.run(group, pairing.method.answering(family), options.progress and group.is_main)
+        if pairing.skip_log.goes_on and group.is_main:
+            pairing.skip_log.write(folder)
+        counts = group.broadcast("counts", lambda: work.finish(pairing.skip_log))
     group.leave()
     return PairingResult(folder, **counts)
 
 
-Answers = list[tuple[str, Sequence[Any]]]
-"""Of each sample of a block: the model's answer, and what else the method has of it."""
+def _load(options: PairOptions) -> Family:
+    if not isinstance(options.model, str):
+        return options.model  # loaded already
+    return loading.load(
+        options.model,
+        adapter=options.adapter,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
-class _Maker:
-    """The pairing method with its options; each sample has random numbers of its own.
+class _Method:
+    """A pairing method with its options; each sample has random numbers of its own.
 
-    Beside `make`, its module may define `asks` (what the model is to answer beside the sample itself) or `search` (its own way
-    to get answers out of the model). `make` names what it wants of `others` and `judge` among its parameters.
+    Besides `make`, its module may define `asks` (further samples that the model answers) or `search` (its own way to get
+    answers out of the model). `make` gets `others` and `judge` if it has parameters of these names.
     """
 
     def __init__(self, spec: Spec, vocabulary: Mapping[str, str] | None, decoding: Decoding, judge: Judge | None) -> None:
         self.make: Callable[..., PreferencePair | Dropped] = registry.load("pairings", spec.name)
         self.options = check_options(self.make, spec)
         self.vocabulary, self.decoding, self.judge = vocabulary, decoding, judge
-        self.workers = 1 if judge is None else judge.workers
         module = sys.modules[self.make.__module__]
         self._asks, self._search = getattr(module, "asks", None), getattr(module, "search", None)
         self._wants = inspect.signature(self.make).parameters.keys() & {"others", "judge"}
 
     def check(self, sample: Sample) -> None:
-        """Raises what the method has to say against its options or a sample, before any work."""
-        self(sample, "", [""] * len(self.asks(sample)))
+        """Raise what the method has against its options or the sample, before any work."""
+        self.make_pair(sample, "", [""] * len(self.asks(sample)))
 
     def asks(self, sample: Sample) -> list[Sample]:
-        """What the method wants answered beside the sample itself, e.g. the same question on another view of the picture."""
+        """Further samples to be answered, e.g. the same question about another view of the picture."""
         return [] if self._asks is None else self._asks(sample, self._random(sample), **self.options)
 
     def answering(self, family: Family) -> Callable[[Sequence[Sample]], Answers]:
-        """What gives a block's answers."""
-        if self._search is not None:
-            find = self._search(family, self.decoding, **self.options)
-            return lambda block: [("", found) for found in find(block)]
-        return lambda block: self._asked(family, block)
+        """The function that gets the answers to a block of samples from a model."""
+        if self._search is None:
+            return lambda block: self._generated(family, block)
+        search = self._search(family, self.decoding, **self.options)
+        return lambda block: [("", candidates) for candidates in search(block)]
 
-    def _asked(self, family: Family, block: Sequence[Sample]) -> Answers:
+    def _generated(self, family: Family, block: Sequence[Sample]) -> Answers:
         further = [self.asks(sample) for sample in block]
-        answers = iter(family.generate([*block, *(each for group in further for each in group)], **vars(self.decoding)))
-        own = [next(answers) for _ in block]
-        return [(answer, [next(answers) for _ in group]) for answer, group in zip(own, further, strict=True)]
+        # one call for the whole block, so that batches are full
+        answers = iter(family.generate([*block, *chain.from_iterable(further)], **vars(self.decoding)))
+        own = list(islice(answers, len(block)))
+        return [(answer, list(islice(answers, len(asked)))) for answer, asked in zip(own, further, strict=True)]
 
-    def __call__(self, sample: Sample, answer: str, others: Sequence[Any] = ()) -> PreferencePair | Dropped:
-        wanted = {"others": others, "judge": self.judge}
-        further = {name: wanted[name] for name in self._wants}
-        return self.make(sample, answer, self._random(sample), self.vocabulary, **further, **self.options)
+    def make_pair(self, sample: Sample, answer: str, others: Sequence[Any]) -> PreferencePair | Dropped:
+        offered = {"others": others, "judge": self.judge}
+        wanted = {name: offered[name] for name in self._wants}
+        return self.make(sample, answer, self._random(sample), self.vocabulary, **wanted, **self.options)
+
+    def make_pairs(self, block: Sequence[Sample], answers: Answers) -> list[PreferencePair | Dropped]:
+        """In as many threads as the judge serves; where one fails, no further ones start."""
+        own, others = zip(*answers, strict=True)
+        with ThreadPoolExecutor(1 if self.judge is None else self.judge.workers) as pool:
+            try:
+                return list(pool.map(self.make_pair, block, own, others))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _random(self, sample: Sample) -> random.Random:
         return random.Random(f"{self.decoding.seed}/{sample.id}")
@@ -216,12 +224,12 @@ class _Maker:
 class _Work:
     """The blocks of one output folder."""
 
-    def __init__(self, folder: Path, samples: Sequence[Sample], block_size: int) -> None:
-        self.folder, self.samples = folder, samples
+    def __init__(self, folder: Path, samples: Sequence[Sample], block_size: int, method: _Method) -> None:
+        self.folder, self.samples, self.method = folder, samples, method
         self.blocks = [samples[start : start + block_size] for start in range(0, len(samples), block_size)]
 
-    def run(self, group: WorkGroup, answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, progress: bool) -> None:
-        """Do the blocks that are not done."""
+    def run(self, group: WorkGroup, answer: Callable[[Sequence[Sample]], Answers], progress: bool) -> None:
+        """Make the blocks that are missing."""
         blocks = Blocks(group, self.folder, PART, self._resume, len(self.blocks), self._belongs)
         seen = {row["id"] for row in read_rows(self.folder / ROWS, PAIR)}
         left = sum(len(self.blocks[number]) for number in blocks.todo)
@@ -230,115 +238,98 @@ class _Work:
 
             def make(number: int) -> Rows:
                 stop.leave_if_asked(f"{bar.count} of {total} answers are in {self.folder}.")
-                block = [_held(sample) for sample in self.blocks[number]]
-                made = _made_of(block, answering, maker, self.folder)
-                bar.advance(total - left + group.add("asked", len(block)) - bar.count, note=f"{len(seen)} pairs")
-                return made
+                block = [_in_memory(sample) for sample in self.blocks[number]]
+                outcomes = self.method.make_pairs(block, answer(block))
+                rows = [_row(self.folder, outcome) for outcome in outcomes]
+                answered = total - left + group.add("asked", len(block))  # by all processes
+                bar.advance(answered - bar.count, note=f"{len(seen)} pairs")
+                return rows
 
-            blocks.run(make, lambda number, made: self._write(number, made, seen))
+            blocks.run(make, lambda number, rows: self._write(number, rows, seen))
 
-    def _belongs(self, number: int, made: Rows) -> bool:
-        return len(made) == len(self.blocks[number]) and all(fits(row, PAIR) or fits(row, DROPPED) for row in made)
+    def _belongs(self, number: int, rows: Rows) -> bool:
+        return len(rows) == len(self.blocks[number]) and all(fits(row, PAIR) or fits(row, DROPPED) for row in rows)
 
-    def _write(self, number: int, made: Rows, seen: set[str]) -> None:
-        """A block's pairs, but those that are there already, and how many answers gave none, by reason; `seen` ids grow."""
-        dropped = Counter(row["dropped"] for row in made if "dropped" in row)
+    def _write(self, number: int, rows: Rows, seen: set[str]) -> None:
+        """Append a block's pairs, each id once, and then the row that marks the block as finished."""
+        dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
         kept = []
-        for row in made:
+        for row in rows:
             if row.get("id") in seen:
                 dropped["same as another pair"] += 1
             elif "id" in row:
                 seen.add(row["id"])
                 kept.append(row)
         size = append_rows(self.folder / ROWS, kept)
-        done = {"block": number, "asked": len(made), "kept": len(kept), "dropped": dict(dropped), "bytes": size}
-        append_rows(self.folder / BLOCKS, [done])
+        finished = {"block": number, "asked": len(rows), "kept": len(kept), "dropped": dict(dropped), "bytes": size}
+        append_rows(self.folder / BLOCKS, [finished])
 
     def _resume(self) -> int:
-        """How many blocks are done; what an unfinished one left behind is cut off."""
+        """The number of finished blocks; cuts off what an unfinished one left behind."""
         rows = repair_rows(self.folder / BLOCKS, BLOCK)
         for number, row in enumerate(rows):
             if number >= len(self.blocks) or (row["block"], row["asked"]) != (number, len(self.blocks[number])):
                 raise UserError(
-                    f"{self.folder / BLOCKS}:{number + 1} is not about block {number} of {len(self.blocks)}. "
-                    f"Remove {self.folder} and start again."
+                    f"{self.folder / BLOCKS}:{number + 1} is not about block {number} of {len(self.blocks)}. {self._again}"
                 )
-        size, path = (rows[-1]["bytes"] if rows else 0), self.folder / ROWS
-        found = path.stat().st_size if path.exists() else 0
-        if found < size:
-            raise UserError(f"{path} is shorter than when its last block was written. Remove {self.folder} and start again.")
-        if found > size:
-            cut_back(path, size)
+        path, finished_size = self.folder / ROWS, rows[-1]["bytes"] if rows else 0
+        size = path.stat().st_size if path.exists() else 0
+        if size < finished_size:
+            raise UserError(f"{path} is shorter than when its last block was written. {self._again}")
+        if size > finished_size:
+            cut_back(path, finished_size)
         return len(rows)
 
+    @property
+    def _again(self) -> str:
+        return f"Remove {self.folder} and start again."
+
     def finish(self, skipped: SkipLog) -> dict[str, Any]:
-        """Sum up, say that all is there, and remove the notes on blocks; gives the counts."""
-        about = read_json(self.folder / ABOUT, made_by="catpo pair")
-        if not about["complete"]:
-            dropped: Counter[str] = Counter()
-            rows = read_rows(self.folder / BLOCKS, BLOCK)
-            for row in rows:
-                dropped.update(row["dropped"])
-            counts = {
-                "asked": len(self.samples),
-                "kept": sum(row["kept"] for row in rows),
-                "dropped": dict(sorted(dropped.items())),
-            }
-            if counts["kept"] != (found := len(read_rows(self.folder / ROWS))):
-                raise UserError(
-                    f"{self.folder / ROWS} holds {found} pairs, {BLOCKS} says {counts['kept']}. "
-                    f"Remove {self.folder} and start again."
-                )
-            if not counts["kept"]:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-                raise UserError(
-                    f"none of {len(self.samples)} answers gave a pair ({reasons}). "
-                    f"Give more --data or a higher --temperature, and another --output than {self.folder}."
-                )
-            about |= {"counts": counts, **({"skipped": skipped.summary()} if skipped.goes_on else {}), "complete": True}
-            write_json(self.folder / ABOUT, about)
-        counted = read_json(self.folder / ABOUT, fields={"counts": COUNTS})["counts"]
+        """Sum up in pairs.json, mark the folder as complete and remove the rows of blocks; returns the counts."""
+        manifest = read_json(self.folder / ABOUT, made_by="catpo pair")
+        if not manifest["complete"]:
+            manifest["counts"] = self._counts()
+            if skipped.goes_on:
+                manifest["skipped"] = skipped.summary()
+            write_json(self.folder / ABOUT, {**manifest, "complete": True})
+        counts = read_json(self.folder / ABOUT, fields={"counts": COUNTS})["counts"]
         (self.folder / BLOCKS).unlink(missing_ok=True)
-        return {name: counted[name] for name in COUNTS}
+        return {name: counts[name] for name in COUNTS}
+
+    def _counts(self) -> dict[str, Any]:
+        dropped: Counter[str] = Counter()
+        kept = 0
+        for row in read_rows(self.folder / BLOCKS, BLOCK):
+            dropped.update(row["dropped"])
+            kept += row["kept"]
+        written = len(read_rows(self.folder / ROWS))
+        if kept != written:
+            raise UserError(f"{self.folder / ROWS} holds {written} pairs, {BLOCKS} says {kept}. {self._again}")
+        if not kept:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            raise UserError(
+                f"none of {len(self.samples)} answers gave a pair ({reasons}). "
+                f"Give more --data or a higher --temperature, and another --output than {self.folder}."
+            )
+        return {"asked": len(self.samples), "kept": kept, "dropped": dict(sorted(dropped.items()))}
 
 
-def _check_temperature(temperature: float) -> None:
-    check_not_negative(temperature=temperature)
-    if 0 < temperature < LOWEST_TEMPERATURE:
-        raise UserError(f"temperature={temperature} is too small. Give 0 for greedy answers, or {LOWEST_TEMPERATURE} or more.")
-
-
-def _held(sample: Sample) -> Sample:
-    """The sample with its pictures in memory: they are wanted three times, for the answer, the pair's id and its file."""
+def _in_memory(sample: Sample) -> Sample:
+    """The sample with its pictures read once: the answer, the pair's id and its file need them."""
     images = tuple(Picture(data=image.read(), name=image.name or str(image.path)) for image in sample.images)
     return replace(sample, images=images)
 
 
-def _made_of(block: Sequence[Sample], answering: Callable[[Sequence[Sample]], Answers], maker: _Maker, folder: Path) -> Rows:
-    """A row per sample of a block: its pair, or why there is none."""
-    answers = answering(block)
-    made = _in_threads(maker.workers, lambda place: maker(block[place], *answers[place]), range(len(block)))
-    return [{"dropped": each.reason} if isinstance(each, Dropped) else row_of(folder, each) for each in made]
+def _row(folder: Path, outcome: PreferencePair | Dropped) -> dict[str, Any]:
+    """The pair's row, after its pictures were stored; or why there is no pair."""
+    return {"dropped": outcome.reason} if isinstance(outcome, Dropped) else row_of(folder, outcome)
 
 
-def _in_threads(workers: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """The results in the order of the items; where one fails, no further ones are begun."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(function, items)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _check_begun(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Refuse to go on with other options than those the folder was begun with."""
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise if the folder was created with other options, or holds other pairs."""
     if (folder / ABOUT).exists():
         old = read_json(folder / ABOUT, made_by="catpo pair")
-        check_same({key: old.get(key) for key in begun}, begun, where=folder)
+        check_same({key: old.get(key) for key in manifest}, manifest, where=folder)
     elif (folder / ROWS).exists():
         raise UserError(f"{folder} holds pairs that `catpo pair` did not write. Choose another --output.")
 

@@ -10,23 +10,22 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from catpo.reporting.verdicts import number, signed
 
-STYLES, SCRIPTS = ("style.css.j2",), ("fuse.js.j2", "view.js.j2")
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def render(template: str, **values: Any) -> str:
-    """The page: a template with everything inlined; whatever is not `Markup` is escaped."""
-    style, script = (Markup(_text(names)) for names in (STYLES, SCRIPTS))
+    """The page: a template with style and script inlined; whatever is not `Markup` is escaped."""
+    style, script = _static("style.css.j2"), _static("fuse.js.j2", "view.js.j2")
     return _environment().get_template(template).render(style=style, script=script, policy=policy(style, script), **values)
 
 
 def policy(style: str, script: str) -> str:
-    """A content security policy that lets this style and this script in, and pictures that are in the page.
+    """A content security policy that allows only this style, this script, and pictures that are in the page.
 
     >>> policy("a", "b").split("; ")[0]
     "default-src 'none'"
@@ -51,8 +50,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _source(text: str) -> str:
@@ -61,17 +60,19 @@ def _source(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    folder = resources.files("catpo.reporting").joinpath("templates")
-    texts = {each.name: each.read_text(encoding="utf-8") for each in folder.iterdir() if each.name.endswith(".html.j2")}
     environment = Environment(
-        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("catpo.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(number=number, signed=signed)
     return environment
 
 
 @lru_cache(maxsize=2)
-def _text(names: tuple[str, ...]) -> str:
-    """Static files as they are: they are no templates of anything, only inlined."""
+def _static(*names: str) -> Markup:
+    """Files that are inlined as they are, not rendered."""
     folder = resources.files("catpo.reporting").joinpath("templates")
-    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
+    return Markup("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names))

@@ -21,11 +21,11 @@ class Album:
         self.uris: list[str] = []
         """Data URIs, by number."""
         self.problems: list[str] = []
-        """What could not be shown, for a note."""
+        """Why pictures could not be shown."""
         self._numbers: dict[str, int] = {}
 
     def add(self, picture: Picture, *, side: int = 448) -> int | None:
-        """The picture's number, with its longer side made at most so many pixels; None if it cannot be read."""
+        """The picture's number, its longer side reduced to at most `side` pixels; None if it cannot be read."""
         try:
             key = f"{picture.digest()} {side}"
             if key not in self._numbers:
@@ -36,10 +36,9 @@ class Album:
             return None
         return self._numbers[key]
 
-    def add_all(self, pictures: Sequence[Picture], *, side: int = 448) -> list[int]:
+    def add_all(self, pictures: Sequence[Picture]) -> list[int]:
         """Numbers of those that can be read."""
-        numbers = [self.add(picture, side=side) for picture in pictures]
-        return [number for number in numbers if number is not None]
+        return [number for picture in pictures if (number := self.add(picture)) is not None]
 
 
 def _data_uri(image: Image.Image, side: int) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -20,34 +19,28 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.style import context
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+BINS = 24
 SERIES_COUNT = 8
-"""Colours of the page; a ninth line begins again with the first, dashed."""
+"""Colours of the page; a ninth line has the first colour again, dashed."""
 INK, FAINT = "#010203", "#040506"
 """Stand for `currentColor` and `var(--line)` until the drawing is finished."""
 SERIES = tuple(f"#0708{number:02x}" for number in range(SERIES_COUNT))
-PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {each: f"var(--series-{n})" for n, each in enumerate(SERIES)}
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)"} | {colour: f"var(--series-{n})" for n, colour in enumerate(SERIES)}
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 STYLE = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.use_mathtext", "text.parse_math"), False),
     "svg.fonttype": "none",
-    "svg.hashsalt": "catpo",
-    "text.parse_math": False,
+    "svg.hashsalt": "catpo",  # ids are the same in every run
     "font.family": "sans-serif",
     "font.size": 9,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "axes.grid": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.use_mathtext": False,
     "axes.formatter.limits": (-4, 5),
     "axes.unicode_minus": True,
     "lines.linewidth": 1.6,
@@ -58,33 +51,28 @@ STYLE = {
 class Series:
     """One line of a drawing."""
 
-    x: ArrayLike
-    y: ArrayLike
+    x: Sequence[float] | NDArray[np.float64]
+    y: Sequence[float] | NDArray[np.float64]
     colour: int
-    """Number of the page's series colour; lines of one model have the same everywhere."""
+    """Number of the page's series colour; a model has the same colour in all drawings."""
 
 
-def histogram(groups: Sequence[ArrayLike], *, label: str, description: str, bins: int = 24) -> Markup:
-    """Outlined histograms on the same bins, each as a share of its own group, so that a small group is seen.
+def histogram(groups: Sequence[ArrayLike], *, label: str, description: str) -> Markup:
+    """Outlined histograms on the same bins, each in percent of its own group, so that a small group is visible.
 
-    Args:
-        groups: [values] each; drawn in series colours 0, 1, …; an empty one is left out.
-        label: of the horizontal axis.
-        description: what a screen reader says.
-        bins: how many.
+    Groups have series colours 0, 1, …; empty ones are left out. Screen readers say the description.
     """
     values = [np.asarray(group, dtype=np.float64) for group in groups]
-    everything = np.concatenate(values) if values else np.empty(0)
-    edges = np.histogram_bin_edges(everything, bins) if len(everything) else np.linspace(0, 1, 2)
+    edges = np.histogram_bin_edges(np.concatenate([[], *values]), BINS)
 
     def draw(axes: Any) -> None:
         for number, group in enumerate(values):
             if len(group):
                 heights = 100 * np.histogram(group, edges)[0] / len(group)
-                axes.stairs(heights, edges, color=SERIES[number % SERIES_COUNT], linewidth=1.5)
-                axes.stairs(heights, edges, color=SERIES[number % SERIES_COUNT], fill=True, alpha=0.12)
-        axes.set_xlabel(label)
-        axes.set_ylabel("% of tokens")
+                colour = SERIES[number % SERIES_COUNT]
+                axes.stairs(heights, edges, color=colour, linewidth=1.5)
+                axes.stairs(heights, edges, color=colour, fill=True, alpha=0.12)
+        axes.set(xlabel=label, ylabel="% of tokens")
         axes.set_ylim(bottom=0)
 
     return _svg(draw, description, size=(3.4, 2.1))
@@ -93,13 +81,7 @@ def histogram(groups: Sequence[ArrayLike], *, label: str, description: str, bins
 def curves(lines: Sequence[Series], *, x: str, y: str, description: str, markers: bool = False, zero: bool = False) -> Markup:
     """Lines over a common axis; points that are not finite are left out.
 
-    Args:
-        lines: with their colours.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        description: what a screen reader says.
-        markers: mark each point, the last one larger.
-        zero: draw the line y = 0.
+    `markers` marks each point, the last one larger; `zero` draws the line y = 0. Screen readers say the description.
     """
 
     def draw(axes: Any) -> None:
@@ -113,15 +95,14 @@ def curves(lines: Sequence[Series], *, x: str, y: str, description: str, markers
             axes.plot(xs, ys, marker="o" if markers or len(xs) == 1 else "", markersize=2.5, **look)
             if markers and len(xs):
                 axes.plot(xs[-1:], ys[-1:], marker="o", markersize=6, **look)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
 
-    return _svg(draw, description, size=(3.4, 2.1) if not markers else (5.2, 3.2))
+    return _svg(draw, description, size=(5.2, 3.2) if markers else (3.4, 2.1))
 
 
 def _svg(draw: Callable[[Any], None], description: str, size: tuple[float, float]) -> Markup:
     """A drawing as an `<svg>` element: same numbers, same bytes."""
-    with _style():
+    with context(["default", STYLE]):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
@@ -132,39 +113,31 @@ def _svg(draw: Callable[[Any], None], description: str, size: tuple[float, float
     return Markup(_for_a_page(stream.getvalue(), description))
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    with context(["default", STYLE]):
-        yield
-
-
 def _for_a_page(svg: str, description: str) -> str:
-    """The file of matplotlib as an element that a page with a strict content policy shows: no style rules, ids of its own."""
+    """Matplotlib's file as an element that passes the page's content policy: no style rules or attributes, ids of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\s+xmlns:xlink=\"[^\"]*\"", "", svg, flags=re.S)
     svg = re.sub(r' style="([^"]*)"', lambda match: _attributes(match[1]), svg)
     svg = svg.replace("xlink:href", "href")
+    # ids must be unique on the page: each drawing prefixes its own, and the references to them
     prefix = f"p{zlib.crc32(svg.encode()):x}-"
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}\1"', svg)
-    svg = re.sub(r'href="#([^"]*)"', rf'href="#{prefix}\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}\1)", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     for colour, name in PAGE_COLOURS.items():
         svg = svg.replace(colour, name)
-    width, height = (float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) for side in ("width", "height"))  # type: ignore[index]
-    svg = re.sub(r'\b(width|height)="[\d.]+pt"', "", svg, count=2)
     title = escape(description)
-    opening = f'<svg class="plot" role="img" aria-label="{title}" stroke-linejoin="round" width="{width:g}" height="{height:g}"'
+    opening = f'<svg class="plot" role="img" aria-label="{title}" stroke-linejoin="round"'
+    svg = re.sub(r'\b(width|height)="([\d.]+)pt"', lambda match: f'{match[1]}="{float(match[2]):g}"', svg, count=2)
     svg = svg.replace("<svg", opening, 1)
-    return re.sub(r"(<svg[^>]*>)", lambda match: f"{match[1]}<title>{title}</title>", svg, count=1)
+    return svg.replace(">", f"><title>{title}</title>", 1)
 
 
 def _attributes(style: str) -> str:
     """`fill: none; stroke: red` as ` fill="none" stroke="red"`: a content policy forbids style attributes."""
-    found = []
+    attributes = ""
     for rule in style.split(";"):
         name, _, value = (part.strip() for part in rule.partition(":"))
         if name == "font":
-            found.append(("font-size", value.split("px")[0].split()[-1]))
-        elif name and value and name not in ("font-family", "font-stretch", "font-variant"):
-            found.append((name, value))
-    return "".join(f' {name}="{escape(value)}"' for name, value in found)
+            name, value = "font-size", value.split("px")[0].split()[-1]
+        if name and value and name not in ("font-family", "font-stretch", "font-variant"):
+            attributes += f' {name}="{escape(value)}"'
+    return attributes

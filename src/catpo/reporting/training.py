@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from catpo.core.errors import UserError
@@ -45,14 +44,14 @@ class Run:
 
     name: str
     path: Path
-    about: Mapping[str, Any]
+    settings: Mapping[str, Any]
     """catpo.json."""
     rows: list[dict[str, Any]]
     """metrics.jsonl."""
 
     @property
     def objective(self) -> str:
-        return str(self.about.get("objective", ""))
+        return str(self.settings.get("objective", ""))
 
     @property
     def step_count(self) -> int:
@@ -62,10 +61,10 @@ class Run:
         """The last value logged."""
         return next((row[metric] for row in reversed(self.rows) if _is_number(row.get(metric))), None)
 
-    def series(self, metric: str, colour: int) -> Series | None:
-        """Metric over steps, if it was logged."""
-        points = [(row["step"], row[metric]) for row in self.rows if _is_number(row.get(metric)) and "step" in row]
-        return Series([x for x, _ in points], [y for _, y in points], colour) if points else None
+    def points(self, metric: str) -> tuple[list[float], list[float]]:
+        """Steps, and values of a metric."""
+        logged = [row for row in self.rows if _is_number(row.get(metric)) and "step" in row]
+        return [row["step"] for row in logged], [row[metric] for row in logged]
 
 
 def load_run(folder: Path, name: str) -> Run:
@@ -74,28 +73,29 @@ def load_run(folder: Path, name: str) -> Run:
     Raises:
         UserError: the folder holds no run.
     """
-    if not (folder / "metrics.jsonl").is_file():
+    log = folder / "metrics.jsonl"
+    if not log.is_file():
         raise UserError(f"{folder} holds no training run (no metrics.jsonl in it). `catpo train --output {folder}` makes one.")
-    about = read_json(folder / "catpo.json", made_by="catpo train") if (folder / "catpo.json").is_file() else {}
-    rows = read_rows(folder / "metrics.jsonl")
+    settings = read_json(folder / "catpo.json", made_by="catpo train") if (folder / "catpo.json").is_file() else {}
+    rows = read_rows(log)
     for number, row in enumerate(rows, start=1):
         if not _is_number(row.get("step", 0)):
-            raise UserError(f"{folder / 'metrics.jsonl'}:{number}: 'step' must be a number. Remove the line or train again.")
-    return Run(name, folder, about, rows)
+            raise UserError(f"{log}:{number}: 'step' must be a number. Remove the line or train again.")
+    return Run(name, folder, settings, rows)
 
 
 def training_curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[tuple[str, Markup]]:
     """(title, drawing) of every metric that a run has logged more than once."""
     drawings = []
     for metric, title in CURVES.items():
-        lines = [line for run in runs if (line := run.series(metric, colours[run.name])) is not None]
-        if any(len(np.atleast_1d(line.x)) > 1 for line in lines):
-            drawings.append(
-                (
-                    title,
-                    curves(lines, x="step", y="", description=f"{title} over training steps", zero=metric in WITH_ZERO),
-                )
-            )
+        lines = []
+        for run in runs:
+            steps, values = run.points(metric)
+            if steps:
+                lines.append(Series(steps, values, colours[run.name]))
+        if any(len(line.x) > 1 for line in lines):
+            description = f"{title} over training steps"
+            drawings.append((title, curves(lines, x="step", y="", description=description, zero=metric in WITH_ZERO)))
     return drawings
 
 

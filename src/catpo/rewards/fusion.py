@@ -1,13 +1,14 @@
-"""From signals to token weights (Eq. 6-7, 11; Fig. 1b, 4a, 4d): normalise, fuse, squash, weigh, keep a share.
+"""From signals to token weights (Eq. 6-7, 11; Fig. 1b, 4a, 4d): normalise, fuse, squash, weigh, select.
 
-Pure NumPy on one pair at a time. Knows nothing of models, files or losses; the same signals can be fused any number of times.
+Plain NumPy on one pair at a time. Knows nothing of models, files or losses; the same signals can be fused any number of times.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,124 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import Side
+from catpo.rewards.fusion_options import GLOBAL, LOCAL, SEMANTIC
+from catpo.rewards.fusion_options import Fusion as Fusion
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-GLOBAL, LOCAL, SEMANTIC = "global_attention", "patch_entropy", "semantic"
-"""The three signals of Eq. 6, by the names of their plugins."""
-NORMALISATIONS = ("none", "minmax", "mean_calibrated", "zscore", "quantile")
+Quantiles = Mapping[str, NDArray[np.floating]]
+"""Signal -> all its values in a reward store, sorted."""
 HALF_WAY = math.atanh(0.5)
 """0.5493…: the relevance at which tanh gives T = 0.5, so that equal tokens of both sides cancel."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """How raw signals become weights; the defaults are the preset `paper`.
-
-    >>> Fusion(alpha=0.3).base_weight
-    0.5
-    >>> Fusion(scope="pairs")
-    Traceback (most recent call last):
-    catpo.core.errors.UserError: fusion: scope='pairs' is not one of response, pair. Did you mean 'pair'?
-    """
-
-    normalise: str = "minmax"
-    """Per signal, before they are summed: `minmax` to [0, 1]; `zscore` to mean 0 and deviation 1; `quantile`, the rank among
-    all tokens of the store; `none`. `mean_calibrated` leaves the signals and scales their sum to a mean of arctanh 0.5, where T
-    is 0.5. Under tanh, `zscore` gives T = 0 to all tokens below the mean; it goes better with activation='sigmoid'."""
-    scope: str = "response"
-    """Minimum, mean and deviation are those of the `response` or of the `pair`."""
-    alpha: float = 0.5
-    """α of Eq. 6: 1 is attention only, 0 is similarity only."""
-    base_weight: float = 0.5
-    """λ_ref of Eq. 7."""
-    activation: str = "tanh"
-    """`tanh` (Eq. 7; what is below 0 counts as 0, so that T stays in [0, 1)) or `sigmoid`."""
-    temperature: float = 1.0
-    """T = activation(s / temperature)."""
-    eos: str = "neutral"
-    """EOS and other special tokens weigh 1 (`neutral`), 0 (`zero`), or are treated as any token (`scored`)."""
-    token_fraction: float = 1.0
-    """Share of the chosen response's tokens that are weighed; the rejected response is not touched."""
-    select: str = "top"
-    """Which tokens `token_fraction` takes: those of largest T (`top`) or of smallest (`bottom`)."""
-    unselected: float | str = 1.0
-    """Weight of the tokens that `token_fraction` leaves out: 1 is plain DPO, 0 drops them, `base` is the base weight."""
-    shared_prefix: str = "own"
-    """`neutral`: tokens before the first difference of the responses get the mean of both sides' weights, and so cancel as in
-    DPO."""
-    signals: Mapping[str, float] | None = None
-    """Another sum in place of Eq. 6, e.g. {"patch_logit": 1.0}; α is then not used."""
-    gamma: float | None = None
-    """γ of Eq. 11, fixed; with `delta` it replaces Eq. 6."""
-    delta: float | None = None
-    """δ of Eq. 11, fixed."""
-    learned: bool = False
-    """Whether training learns γ and δ of Eq. 11, as a softmax over three numbers (Table 4). They begin at `gamma` and `delta`,
-    or at 0.25 each."""
-    learned_rate: float = 0.01
-    """Learning rate of these three numbers."""
-
-    def __post_init__(self) -> None:
-        _one_of("normalise", self.normalise, NORMALISATIONS)
-        _one_of("scope", self.scope, ("response", "pair"))
-        _one_of("activation", self.activation, ("tanh", "sigmoid"))
-        _one_of("eos", self.eos, ("neutral", "zero", "scored"))
-        _one_of("select", self.select, ("top", "bottom"))
-        _one_of("shared_prefix", self.shared_prefix, ("own", "neutral"))
-        for option, high in (("alpha", 1.0), ("token_fraction", 1.0), ("base_weight", math.inf), ("temperature", math.inf)):
-            object.__setattr__(self, option, _number(option, getattr(self, option), low=0.0, high=high))
-        if self.temperature == 0:
-            raise UserError("fusion: temperature=0 would divide by zero. Give a small positive number, such as 0.1.")
-        if self.unselected != "base":
-            object.__setattr__(self, "unselected", _number("unselected", self.unselected, low=0.0, words=" or 'base'"))
-        if self.normalise == "mean_calibrated" and self.activation == "sigmoid":
-            raise UserError(
-                "fusion: normalise='mean_calibrated' needs activation='tanh': a sigmoid of positive scores is above 0.5 "
-                "however they are scaled. With a sigmoid use normalise='zscore'."
-            )
-        self._check_coefficients()
-
-    def _check_coefficients(self) -> None:
-        if self.learned:
-            self._check_learned()
-        if (self.gamma is None) != (self.delta is None):
-            raise UserError("fusion: gamma and delta (Eq. 11) go together. Give both, or neither.")
-        if self.gamma is not None and self.delta is not None:
-            object.__setattr__(self, "gamma", _number("gamma", self.gamma, low=0.0, high=1.0))
-            object.__setattr__(self, "delta", _number("delta", self.delta, low=0.0, high=1.0))
-            if self.gamma + self.delta > 1 + 1e-9:
-                raise UserError(
-                    f"fusion: gamma + delta = {self.gamma + self.delta:g} is more than 1, which would turn the semantic signal "
-                    "round (Eq. 11). Make them smaller."
-                )
-            if self.signals is not None:
-                raise UserError("fusion: signals and gamma/delta each replace Eq. 6. Give one of them.")
-        if self.signals is not None:
-            if not isinstance(self.signals, Mapping) or not self.signals:
-                raise UserError(f"fusion: signals={self.signals!r} is not of the form {{'patch_logit': 1.0}}.")
-            numbers = {name: _number(f"signals[{name!r}]", coefficient) for name, coefficient in self.signals.items()}
-            object.__setattr__(self, "signals", numbers)
-
-    def _check_learned(self) -> None:
-        """Eq. 11 with coefficients that move: what else would choose or replace them is refused."""
-        object.__setattr__(self, "learned_rate", _number("learned_rate", self.learned_rate, low=0.0))
-        for option, plain in (("signals", None), ("token_fraction", 1.0), ("alpha", 0.5)):
-            if getattr(self, option) != plain:
-                raise UserError(
-                    f"fusion: learned=True goes with Eq. 11 over all tokens; {option} has no place there. Leave it out."
-                )
-        if self.normalise == "mean_calibrated":
-            raise UserError("fusion: learned=True needs signals that are normalised one by one, e.g. normalise='minmax'.")
-        if self.gamma is None and self.delta is None:
-            object.__setattr__(self, "gamma", 0.25)
-            object.__setattr__(self, "delta", 0.25)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the signals that are read."""
-        return tuple(self.signals) if self.signals is not None else (GLOBAL, LOCAL, SEMANTIC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +46,9 @@ class PairWeights:
     chosen: Floats
     """w of Eq. 7, [chosen tokens]."""
     rejected: Floats
-    """w of Eq. 7, [rejected tokens]."""
     chosen_relevance: Floats
     """T of Eq. 7, [chosen tokens]; 0.5 on special tokens that are not scored."""
     rejected_relevance: Floats
-    """T of Eq. 7, [rejected tokens]; 0.5 on special tokens that are not scored."""
     shared_count: int
     """Tokens before the first difference of the two responses."""
     net_shared_coefficient: float
@@ -167,18 +57,11 @@ class PairWeights:
 
 
 def fuse(
-    chosen: ResponseSignals,
-    rejected: ResponseSignals,
-    fusion: Fusion | None = None,
-    quantiles: Mapping[str, NDArray[np.floating]] | None = None,
+    chosen: ResponseSignals, rejected: ResponseSignals, fusion: Fusion | None = None, quantiles: Quantiles | None = None
 ) -> PairWeights:
     """Weights of both responses' tokens (Eq. 6-7).
 
-    Args:
-        chosen: signals of the chosen response.
-        rejected: signals of the rejected response.
-        fusion: options; the paper's when left out.
-        quantiles: signal -> all its values in the store, sorted; only `normalise='quantile'` reads it.
+    `fusion` is the paper's if None; only `normalise='quantile'` reads the quantiles.
 
     Raises:
         UserError: a signal is missing, has a wrong length, or is not finite.
@@ -194,19 +77,14 @@ def fuse(
     (array([0.5 , 1.26, 1.  ]), array([0.74, 1.5 , 1.  ]), 1)
     """
     fusion = fusion or Fusion()
-    is_scored = [_scored(response, fusion.eos) for response in (chosen, rejected)]
-    branches = [
-        _branches(chosen, "chosen", fusion.needs, is_scored[0]),
-        _branches(rejected, "rejected", fusion.needs, is_scored[1]),
-    ]
-    if fusion.scope == "pair":
-        both = {name: np.concatenate([branches[0][name], branches[1][name]]) for name in fusion.needs}
-        relevances = np.split(_squashed(both, fusion, quantiles), [int(is_scored[0].sum())])
-    else:
-        relevances = [_squashed(branch, fusion, quantiles) for branch in branches]
+    signals, is_scored = _normalised(chosen, rejected, fusion, quantiles)
+    scores = [_score(of_side, fusion) for of_side in signals]  # s
+    if fusion.normalise == "mean_calibrated":
+        scores = _over_scope(calibrate, scores, fusion.scope)
+    squashed = [squash(score, fusion.activation, fusion.temperature) for score in scores]  # T
 
-    chosen_weights = _weights(relevances[0], "chosen", is_scored[0], fusion)
-    rejected_weights = _weights(relevances[1], "rejected", is_scored[1], fusion)
+    chosen_weights = _weights(squashed[0], "chosen", is_scored[0], fusion)
+    rejected_weights = _weights(squashed[1], "rejected", is_scored[1], fusion)
     shared = shared_prefix(chosen.token_ids, rejected.token_ids)
     if fusion.shared_prefix == "neutral":
         chosen_weights[:shared] = rejected_weights[:shared] = (chosen_weights[:shared] + rejected_weights[:shared]) / 2
@@ -214,46 +92,29 @@ def fuse(
     return PairWeights(
         chosen=chosen_weights,
         rejected=rejected_weights,
-        chosen_relevance=_spread(relevances[0], is_scored[0], elsewhere=0.5),
-        rejected_relevance=_spread(relevances[1], is_scored[1], elsewhere=0.5),
+        chosen_relevance=_spread(squashed[0], is_scored[0], elsewhere=0.5),
+        rejected_relevance=_spread(squashed[1], is_scored[1], elsewhere=0.5),
         shared_count=shared,
         net_shared_coefficient=net,
     )
 
 
 def normalised_signals(
-    chosen: ResponseSignals,
-    rejected: ResponseSignals,
-    fusion: Fusion,
-    quantiles: Mapping[str, NDArray[np.floating]] | None = None,
+    chosen: ResponseSignals, rejected: ResponseSignals, fusion: Fusion, quantiles: Quantiles | None = None
 ) -> list[tuple[Floats, Bools]]:
-    """Per response, the signals of Eq. 11 before they are summed, [tokens, 3], and which tokens are scored; 0 at the others.
-
-    Raises:
-        UserError: as `fuse`.
-    """
-    is_scored = [_scored(response, fusion.eos) for response in (chosen, rejected)]
-    branches = [
-        _branches(chosen, "chosen", fusion.needs, is_scored[0]),
-        _branches(rejected, "rejected", fusion.needs, is_scored[1]),
-    ]
-    tables = quantiles if quantiles and fusion.normalise == "quantile" else {}
-    columns = []
-    for name in fusion.needs:
-        table = tables[find_signal(tables, name)] if tables else None
-        values = [branch[name] for branch in branches]
-        if fusion.scope == "pair":
-            values = np.split(normalise(np.concatenate(values), fusion.normalise, table), [len(values[0])])
-        else:
-            values = [normalise(each, fusion.normalise, table) for each in values]
-        columns.append([_spread(each, scored, elsewhere=0.0) for each, scored in zip(values, is_scored, strict=True)])
-    return [(np.stack([column[side] for column in columns], axis=1), is_scored[side]) for side in (0, 1)]
+    """Per response, the signals of Eq. 11 before they are summed, [tokens, 3], and which tokens are scored; 0 at the others."""
+    signals, is_scored = _normalised(chosen, rejected, fusion, quantiles)
+    sides = []
+    for of_side, scored in zip(signals, is_scored, strict=True):
+        columns = [_spread(of_side[name], scored, elsewhere=0.0) for name in fusion.needs]
+        sides.append((np.stack(columns, axis=1), scored))
+    return sides
 
 
 def normalise(values: Floats, how: str = "minmax", table: NDArray[np.floating] | None = None) -> Floats:
-    """One signal of one response (or one pair), comparable with the other signals; same length.
+    """One signal of one response (or one pair) on the scale of the others: [tokens] -> [tokens].
 
-    `none` and `mean_calibrated` return it as it is: the latter acts on the sum, see `calibrate`.
+    `none` and `mean_calibrated` return it unchanged: the latter scales the sum, see `calibrate`.
 
     >>> normalise(np.array([2.0, 3.0, 6.0]))
     array([0.  , 0.25, 1.  ])
@@ -268,42 +129,38 @@ def normalise(values: Floats, how: str = "minmax", table: NDArray[np.floating] |
         low, high = values.min(), values.max()
         return (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
     if how == "zscore":
-        deviation = values.std() if values.max() > values.min() else 0.0  # rounding leaves equal values a tiny deviation
+        deviation = values.std() if values.max() > values.min() else 0.0  # rounding gives equal values a tiny deviation
         return (values - values.mean()) / deviation if deviation else np.zeros_like(values)
     if table is None or not len(table):
-        raise UserError(
-            "fusion: normalise='quantile' ranks among all tokens of a reward store, and there are none here. Use 'minmax'."
-        )
-    values = values.astype(table.dtype)  # as stored; otherwise NumPy would widen the whole table at each call
+        raise UserError("fusion: normalise='quantile' ranks tokens among all of a reward store; without one use 'minmax'.")
+    values = values.astype(table.dtype)  # the stored type, else NumPy widens the whole table at each call
     return (table.searchsorted(values, "left") + table.searchsorted(values, "right")) / (2 * len(table))  # mid-rank
 
 
-def relevance(global_attention: ArrayLike, patch_entropy: ArrayLike, semantic: ArrayLike, *, alpha: float = 0.5) -> Floats:
+def relevance(global_attention: Floats, patch_entropy: Floats, semantic: Floats, *, alpha: float = 0.5) -> Floats:
     """Unified visual relevance score s of every token (Eq. 6).
 
-    >>> relevance([0.2], [0.6], [0.1], alpha=0.5)
+    >>> relevance(np.array([0.2]), np.array([0.6]), np.array([0.1]), alpha=0.5)
     array([0.25])
     """
-    global_attention, patch_entropy, semantic = np.asarray(global_attention), np.asarray(patch_entropy), np.asarray(semantic)
     return alpha * (0.5 * global_attention + 0.5 * patch_entropy) + (1 - alpha) * semantic  # Eq. 6
 
 
 def relevance_by_coefficients(
-    global_attention: ArrayLike, patch_entropy: ArrayLike, semantic: ArrayLike, *, gamma: float, delta: float
+    global_attention: Floats, patch_entropy: Floats, semantic: Floats, *, gamma: float, delta: float
 ) -> Floats:
     """Relevance score s with a coefficient per signal (Eq. 11).
 
-    >>> relevance_by_coefficients([0.2], [0.6], [0.1], gamma=0.25, delta=0.25)
+    >>> relevance_by_coefficients(np.array([0.2]), np.array([0.6]), np.array([0.1]), gamma=0.25, delta=0.25)
     array([0.25])
     """
-    global_attention, patch_entropy, semantic = np.asarray(global_attention), np.asarray(patch_entropy), np.asarray(semantic)
     return gamma * global_attention + delta * patch_entropy + (1 - gamma - delta) * semantic  # Eq. 11
 
 
 def calibrate(relevance: Floats) -> Floats:
-    """The relevance scaled to a mean of arctanh 0.5, so that tanh of the mean token is T = 0.5.
+    """The relevance scaled to a mean of arctanh 0.5, so that tanh gives T = 0.5 at the mean.
 
-    Scores below 0 count as 0, and if all do, every token gets the mean.
+    Scores below 0 count as 0; if there are no others, every token gets arctanh 0.5.
 
     >>> np.tanh(calibrate(np.array([0.1, 0.1])))
     array([0.5, 0.5])
@@ -316,8 +173,7 @@ def calibrate(relevance: Floats) -> Floats:
 def squash(relevance: Floats, activation: str = "tanh", temperature: float = 1.0) -> Floats:
     """T of every token: a smooth map into [0, 1) (Sec. 3.3).
 
-    tanh takes a score below 0 as 0: Eq. 7 promises T in (0, 1), and a raw cosine can be negative. For scores up to 1, tanh
-    reaches at most 0.76.
+    Under tanh, scores below 0 count as 0: Eq. 7 promises T in (0, 1), and a raw cosine can be negative.
 
     >>> squash(np.array([-1.0, 0.0, 1.0])).round(2)
     array([0.  , 0.  , 0.76])
@@ -332,7 +188,7 @@ def squash(relevance: Floats, activation: str = "tanh", temperature: float = 1.0
 def weigh(squashed: ArrayLike, side: Side, base_weight: float = 0.5) -> Floats:
     """Weights of one response's tokens (Eq. 7).
 
-    Chosen tokens weigh more the better they fit the picture, rejected ones the worse.
+    Chosen tokens weigh more the better they are grounded in the image, rejected tokens the worse.
 
     >>> weigh([0.9, 0.1], side="chosen", base_weight=1.0)
     array([1.9, 1.1])
@@ -346,7 +202,7 @@ def weigh(squashed: ArrayLike, side: Side, base_weight: float = 0.5) -> Floats:
 
 
 def select_tokens(squashed: Floats, share: float, select: str = "top") -> Bools:
-    """Which tokens are weighed when only a share of them is (Fig. 1b, 4a, 4d): ⌈share · tokens⌉, ties by position.
+    """Which tokens get weights when only a share of them does (Fig. 1b, 4a, 4d): ⌈share · tokens⌉, ties by position.
 
     >>> select_tokens(np.array([0.1, 0.7, 0.7, 0.3]), 0.5)
     array([False,  True,  True, False])
@@ -355,13 +211,13 @@ def select_tokens(squashed: Floats, share: float, select: str = "top") -> Bools:
     """
     count = math.ceil(round(share * len(squashed), 9))  # 0.07 · 100 is 7.000000000000001
     ranked = np.argsort(-squashed if select == "top" else squashed, kind="stable")
-    is_kept = np.zeros(len(squashed), dtype=bool)
-    is_kept[ranked[:count]] = True
-    return is_kept
+    is_selected = np.zeros(len(squashed), dtype=bool)
+    is_selected[ranked[:count]] = True
+    return is_selected
 
 
 def shared_prefix(chosen_ids: ArrayLike, rejected_ids: ArrayLike) -> int:
-    """How many tokens come before the first difference of the two responses.
+    """Number of tokens before the first difference of the two responses.
 
     >>> shared_prefix([5, 6, 7, 2], [5, 6, 8])
     2
@@ -373,7 +229,7 @@ def shared_prefix(chosen_ids: ArrayLike, rejected_ids: ArrayLike) -> int:
 
 
 def find_signal(signals: Mapping[str, Any], name: str) -> str:
-    """The key of signal `name`: as it stands, or with the options it was stored with.
+    """The key of signal `name`: the name itself, or with the options it was stored with.
 
     >>> find_signal({"semantic(embedding='hidden')": ...}, "semantic")
     "semantic(embedding='hidden')"
@@ -383,61 +239,39 @@ def find_signal(signals: Mapping[str, Any], name: str) -> str:
     """
     if name in signals:
         return name
-    found = [key for key in signals if key.partition("(")[0] == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    matches = [key for key in signals if key.partition("(")[0] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise UserError(
-            f"signal '{name}' was scored with several options: {', '.join(found)}. "
-            f"Name one in full: signals={{{found[0]!r}: 1.0}}."
+            f"signal '{name}' was scored with several options: {', '.join(matches)}. "
+            f"Name one in full: signals={{{matches[0]!r}: 1.0}}."
         )
     raise UserError(
         f"signal '{name}' was not scored. {did_you_mean(name, signals)} Or score again with it: `catpo list signals` shows all."
     )
 
 
-def _squashed(branches: Mapping[str, Floats], fusion: Fusion, quantiles: Mapping[str, NDArray[np.floating]] | None) -> Floats:
-    """T of the scored tokens of one response, or of both, whose statistics are taken together."""
-    parts = {}
-    for name, values in branches.items():
+def _normalised(
+    chosen: ResponseSignals, rejected: ResponseSignals, fusion: Fusion, quantiles: Quantiles | None
+) -> tuple[list[dict[str, Floats]], list[Bools]]:
+    """Of both responses, the normalised signals at the scored tokens, and which tokens are scored."""
+    is_scored, raw = [], []
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        is_special = np.asarray(response.is_special, dtype=bool)
+        is_scored.append(np.ones_like(is_special) if fusion.eos == "scored" else ~is_special)
+        raw.append(_scored_signals(response, side, fusion.needs, is_scored[-1]))
+    normalised: list[dict[str, Floats]] = [{}, {}]
+    for name in fusion.needs:
         table = quantiles[find_signal(quantiles, name)] if quantiles and fusion.normalise == "quantile" else None
-        parts[name] = normalise(values, fusion.normalise, table)
-    score = _sum(parts, fusion)
-    if fusion.normalise == "mean_calibrated":
-        score = calibrate(score)
-    return squash(score, fusion.activation, fusion.temperature)
+        how = partial(normalise, how=fusion.normalise, table=table)
+        normalised[0][name], normalised[1][name] = _over_scope(how, [signals[name] for signals in raw], fusion.scope)
+    return normalised, is_scored
 
 
-def _sum(parts: Mapping[str, Floats], fusion: Fusion) -> Floats:
-    if fusion.signals is not None:
-        return np.sum([coefficient * parts[name] for name, coefficient in fusion.signals.items()], axis=0)
-    if fusion.gamma is not None and fusion.delta is not None:
-        return relevance_by_coefficients(parts[GLOBAL], parts[LOCAL], parts[SEMANTIC], gamma=fusion.gamma, delta=fusion.delta)
-    return relevance(parts[GLOBAL], parts[LOCAL], parts[SEMANTIC], alpha=fusion.alpha)
-
-
-def _weights(squashed: Floats, side: Side, is_scored: Bools, fusion: Fusion) -> Floats:
-    """Weights of all tokens of one response, from T of its scored ones."""
-    weights = weigh(squashed, side, fusion.base_weight)
-    if side == "chosen" and fusion.token_fraction < 1:
-        unselected = fusion.base_weight if fusion.unselected == "base" else fusion.unselected
-        weights = np.where(select_tokens(squashed, fusion.token_fraction, fusion.select), weights, unselected)
-    return _spread(weights, is_scored, elsewhere=1.0 if fusion.eos == "neutral" else 0.0)
-
-
-def _spread(values: Floats, is_scored: Bools, *, elsewhere: float) -> Floats:
-    spread = np.full(len(is_scored), elsewhere)
-    spread[is_scored] = values
-    return spread
-
-
-def _scored(response: ResponseSignals, eos: str) -> Bools:
-    return np.ones(len(response.token_ids), dtype=bool) if eos == "scored" else ~np.asarray(response.is_special, dtype=bool)
-
-
-def _branches(response: ResponseSignals, side: Side, names: tuple[str, ...], is_scored: Bools) -> dict[str, Floats]:
+def _scored_signals(response: ResponseSignals, side: str, names: tuple[str, ...], is_scored: Bools) -> dict[str, Floats]:
     """The signals at the scored tokens, after checking length and finiteness."""
-    branches = {}
+    signals = {}
     for name in names:
         values = np.asarray(response.signals[find_signal(response.signals, name)], dtype=np.float64)
         if values.shape != is_scored.shape:
@@ -451,25 +285,38 @@ def _branches(response: ResponseSignals, side: Side, names: tuple[str, ...], is_
                 f"signal '{name}' of the {side} response is {values[token]} at token {token}; a weight must be a number. "
                 "Score the pair again, in float32 if it was scored in half precision."
             )
-        branches[name] = values[is_scored]
-    return branches
+        signals[name] = values[is_scored]
+    return signals
 
 
-def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value in allowed:
-        return
-    hint = did_you_mean(str(value), allowed)
-    ending = f" {hint}" if hint.startswith("Did") else ""
-    raise UserError(f"fusion: {option}={value!r} is not one of {', '.join(allowed)}.{ending}")
+def _over_scope(function: Callable[[Floats], Floats], sides: Sequence[Floats], scope: str) -> list[Floats]:
+    """`function` of each response, or of both together, so that its statistics are those of the pair."""
+    if scope == "response":
+        return [function(values) for values in sides]
+    return np.split(function(np.concatenate(sides)), [len(sides[0])])
 
 
-def _number(option: str, value: object, *, low: float = -math.inf, high: float = math.inf, words: str = "") -> float:
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        number = float(value)
-        if math.isfinite(number) and low <= number <= high:
-            return number
-    if math.isfinite(high):
-        limits = f"a number from {low:g} to {high:g}"
-    else:
-        limits = "a number of 0 or more" if low == 0 else "a finite number"
-    raise UserError(f"fusion: {option}={value!r} is not {limits}{words}.")
+def _score(signals: Mapping[str, Floats], fusion: Fusion) -> Floats:
+    """Relevance s of the scored tokens of one response: Eq. 6, Eq. 11, or a sum of the user's."""
+    if fusion.signals is not None:
+        return np.sum([coefficient * signals[name] for name, coefficient in fusion.signals.items()], axis=0)
+    branches = signals[GLOBAL], signals[LOCAL], signals[SEMANTIC]
+    if fusion.gamma is not None and fusion.delta is not None:
+        return relevance_by_coefficients(*branches, gamma=fusion.gamma, delta=fusion.delta)
+    return relevance(*branches, alpha=fusion.alpha)
+
+
+def _weights(squashed: Floats, side: Side, is_scored: Bools, fusion: Fusion) -> Floats:
+    """Weights of all tokens of one response, from T of its scored ones."""
+    weights = weigh(squashed, side, fusion.base_weight)
+    if side == "chosen" and fusion.token_fraction < 1:
+        unselected = fusion.base_weight if fusion.unselected == "base" else fusion.unselected
+        weights = np.where(select_tokens(squashed, fusion.token_fraction, fusion.select), weights, unselected)
+    return _spread(weights, is_scored, elsewhere=1.0 if fusion.eos == "neutral" else 0.0)
+
+
+def _spread(values: Floats, is_scored: Bools, *, elsewhere: float) -> Floats:
+    """Values of the scored tokens as values of all tokens."""
+    spread = np.full(len(is_scored), elsewhere)
+    spread[is_scored] = values
+    return spread

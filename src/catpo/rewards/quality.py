@@ -1,11 +1,9 @@
-"""Reward quality: how well each signal tells grounded object tokens from hallucinated ones. Knows nothing of models."""
+"""Reward quality: how well each signal separates grounded object tokens from hallucinated ones. Knows nothing of models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +12,13 @@ from catpo.core.errors import UserError
 from catpo.core.intervals import auroc, bootstrap_auroc, interval
 from catpo.core.types import SIDES
 from catpo.data.spool import spread
-from catpo.rewards.fusion import Fusion, find_signal
+from catpo.rewards.fusion import Bools, Floats, Fusion, find_signal
 from catpo.rewards.store import RewardStore
 
 FINAL = "final weight (T)"
 """Name of the row of the fused and squashed score."""
 MEASURED_PAIRS = 10_000
-"""A larger store is measured on so many of its pairs, spread evenly over it."""
+"""Of a larger store, this many pairs are measured, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -46,83 +44,108 @@ class SignalQuality:
     rejected: Separation
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores and labels of the tokens of a store, or of `MEASURED_PAIRS` of its pairs."""
+
+    scores: dict[str, NDArray[np.floating]]
+    """Signal -> [tokens], and T as `FINAL` where there is a fusion."""
+    labels: NDArray[np.integer]
+    """[tokens], as in `ResponseRow`."""
+    pair: NDArray[np.integer]
+    """[tokens], number of the token's pair."""
+    is_rejected: Bools
+    """[tokens]"""
+    is_special: Bools
+    """[tokens]"""
+    net_shared: Floats
+    """[pairs], net coefficient of the shared prefix (see `PairWeights`); NaN without a prefix or a fusion."""
+
+
 def signal_quality(
     store: RewardStore, fusion: Fusion | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> list[SignalQuality]:
     """How well every stored signal, and T of a fusion, separates grounded from hallucinated tokens.
 
-    Only tokens that carry a label count; a store without labels gives NaN and counts of 0. Of a store with more than
-    `MEASURED_PAIRS` pairs that many are read.
+    Only labelled tokens count; a store without labels gives NaN and counts of 0.
 
     Args:
         store: scored pairs with token labels.
-        fusion: whose T is the last row. Left out, it is the paper's, or no row where its signals were not scored.
+        fusion: whose T is the last row. If None, the paper's, or no such row where its signals were not scored.
         resamples: of the bootstrap over pairs.
-        seed: of the same.
+        seed: of the bootstrap.
 
     Raises:
         UserError: the fusion reads a signal that was not scored.
     """
-    if fusion is None and _can_fuse(store):
+    if fusion is None and can_fuse(store, Fusion()):
         fusion = Fusion()
-    tokens = _labelled_tokens(store, fusion)
-    return [
-        SignalQuality(
-            name,
-            overall=_separation(scores, tokens, slice(None), resamples, seed),
-            chosen=_separation(scores, tokens, ~tokens["is_rejected"], resamples, seed),
-            rejected=_separation(scores, tokens, tokens["is_rejected"], resamples, seed),
-        )
-        for name, scores in tokens["scores"].items()
-    ]
+    return quality_of(read_scores(store, fusion), resamples=resamples, seed=seed)
 
 
-def measured(pair_count: int) -> str:
-    """On how many pairs of a store its signals are measured, as tables say it: `8 pairs`, `10,000 of 12,345 pairs`."""
-    return f"{pair_count:,} pairs" if pair_count <= MEASURED_PAIRS else f"{MEASURED_PAIRS:,} of {pair_count:,} pairs"
-
-
-def _can_fuse(store: RewardStore) -> bool:
+def can_fuse(store: RewardStore, fusion: Fusion) -> bool:
+    """Whether the store holds all signals that a fusion reads."""
     try:
-        return bool([find_signal(dict.fromkeys(store.signals), name) for name in Fusion().needs])
+        return all(find_signal(dict.fromkeys(store.signals), name) for name in fusion.needs)
     except UserError:
         return False
 
 
-def _labelled_tokens(store: RewardStore, fusion: Fusion | None) -> dict[str, Any]:
-    """Scores by name, and pair, side and label of every labelled token: [tokens] each."""
+def read_scores(store: RewardStore, fusion: Fusion | None) -> TokenScores:
+    """Signals of the store's tokens, and T of the fusion.
+
+    Raises:
+        UserError: the fusion reads a signal that was not scored.
+    """
     scores: dict[str, list[NDArray[np.floating]]] = {name: [] for name in [*store.signals, *([FINAL] if fusion else [])]}
-    pair, is_rejected, labels = [], [], []
+    labels, pair, is_rejected, is_special, net_shared = [], [], [], [], []
     for number, pair_id in enumerate(spread(store.pair_ids, MEASURED_PAIRS)):
-        rows = [store.get(pair_id, side) for side in SIDES]
-        is_labelled = [row.labels >= 0 for row in rows]
-        if not any(mask.any() for mask in is_labelled):
-            continue
         weights = store.weights(pair_id, fusion) if fusion else None
-        for side, row, mask in zip(SIDES, rows, is_labelled, strict=True):
+        net_shared.append(weights.net_shared_coefficient if weights else math.nan)
+        for side in SIDES:
+            row = store.get(pair_id, side)
             for name in store.signals:
-                scores[name].append(row.signals[name][mask])
+                scores[name].append(row.signals[name])
             if weights is not None:
-                scores[FINAL].append(getattr(weights, f"{side}_relevance")[mask])
-            pair.append(np.full(mask.sum(), number))
-            is_rejected.append(np.full(mask.sum(), side == "rejected"))
-            labels.append(row.labels[mask])
-    return {
-        "scores": {name: _joined(parts, np.float64) for name, parts in scores.items()},
-        "pair": _joined(pair, np.int64),
-        "is_rejected": _joined(is_rejected, np.bool_),
-        "is_grounded": _joined(labels, np.int8) == 1,
-    }
+                scores[FINAL].append(getattr(weights, f"{side}_relevance"))
+            labels.append(row.labels)
+            pair.append(np.full(len(row.labels), number))
+            is_rejected.append(np.full(len(row.labels), side == "rejected"))
+            is_special.append(row.is_special)
+    return TokenScores(
+        scores={name: np.concatenate(parts) for name, parts in scores.items()},
+        labels=np.concatenate(labels),
+        pair=np.concatenate(pair),
+        is_rejected=np.concatenate(is_rejected),
+        is_special=np.concatenate(is_special),
+        net_shared=np.array(net_shared),
+    )
 
 
-def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+def quality_of(tokens: TokenScores, *, resamples: int = 1000, seed: int = 0) -> list[SignalQuality]:
+    """A row per score: AUROC over the labelled tokens of both sides, of chosen and of rejected responses."""
+    is_labelled = tokens.labels >= 0
+    rows = []
+    for name, scores in tokens.scores.items():
+        parts = []
+        for part in (is_labelled, is_labelled & ~tokens.is_rejected, is_labelled & tokens.is_rejected):
+            parts.append(_separation(scores[part], tokens.labels[part] == 1, tokens.pair[part], resamples, seed))
+        rows.append(SignalQuality(name, *parts))
+    return rows
+
+
+def measured(pair_count: int) -> str:
+    """On how many pairs of a store its signals are measured, as tables say it.
+
+    >>> measured(8), measured(12_345)
+    ('8 pairs', '10,000 of 12,345 pairs')
+    """
+    return f"{pair_count:,} pairs" if pair_count <= MEASURED_PAIRS else f"{MEASURED_PAIRS:,} of {pair_count:,} pairs"
 
 
 def _separation(
-    scores: NDArray[np.floating], tokens: Mapping[str, Any], which: slice | NDArray[np.bool_], resamples: int, seed: int
+    scores: NDArray[np.floating], is_grounded: Bools, pair: NDArray[np.integer], resamples: int, seed: int
 ) -> Separation:
-    scores, is_grounded, pair = scores[which], tokens["is_grounded"][which], tokens["pair"][which]
     grounded, hallucinated = int(is_grounded.sum()), int((~is_grounded).sum())
     if not grounded or not hallucinated:
         return Separation(math.nan, math.nan, math.nan, grounded, hallucinated)

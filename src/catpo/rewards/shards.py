@@ -30,15 +30,13 @@ COLUMNS = {
     "is_special": pa.list_(pa.bool_()),
 }
 """Columns with one value per token, beside one per signal."""
-
-
-MAX_GRID = 10_000
-"""Most rows and columns of patches: a hundred times those of the largest pictures that models take."""
 GRID = {
     **dict.fromkeys(("picture", "rows", "columns"), pa.int32()),
     **dict.fromkeys(("left", "top", "right", "bottom"), pa.float64()),
 }
-"""Fields of a `PatchGrid` in the column `grids`; its separator tokens are no patches and have no place in a map."""
+"""Fields of a `PatchGrid` in the column `grids`; separator tokens are not patches, so they are left out."""
+MAX_GRID = 10_000
+"""Most rows or columns of patches: a hundred times those of the largest images that models take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +55,57 @@ class ResponseRow(ResponseSignals):
     """How the patches lie on the pictures, in the order of the patches."""
 
 
+def check_row(row: ResponseRow, signals: Sequence[str]) -> None:
+    """Raise UserError for a row that a later step could not use: lengths differ, or a number is not finite."""
+    where, tokens = f"pair {row.pair_id}, {row.side}", len(row.token_ids)
+    if not tokens:
+        raise UserError(f"{where}: the response has no tokens. Remove the pair or give it a text.")
+    if set(row.signals) != set(signals):
+        raise UserError(f"{where}: signals {sorted(row.signals)} were scored, but the store holds {sorted(signals)}.")
+    for name, values in {**{name: getattr(row, name) for name in COLUMNS}, **row.signals}.items():
+        if len(values) != tokens:
+            raise UserError(f"{where}: {name} has {len(values)} values for {tokens} tokens.")
+    for name, values in {"logps": row.logps, **row.signals}.items():
+        if not np.isfinite(values).all():
+            token = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise UserError(
+                f"{where}: {name} is {values[token]} at token {token}. Score in float32 if this was half precision."
+            )
+
+
+def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
+    """The token columns of a shard as a Parquet file, one row per response."""
+    offsets = pa.array(np.cumsum([0, *(len(row.token_ids) for row in rows)], dtype=np.int32))
+    columns: dict[str, pa.Array] = {
+        "pair_id": pa.array([row.pair_id for row in rows], pa.string()),
+        "side": pa.array([row.side for row in rows], pa.string()),
+    }
+    for name, kind in COLUMNS.items():
+        values: Any = [value for row in rows for value in row.pieces] if name == "pieces" else None
+        if values is None:
+            values = np.concatenate([getattr(row, name) for row in rows])
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type))
+    for name in signals:
+        values = np.concatenate([np.asarray(row.signals[name], np.float32) for row in rows])
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32()))
+    grids = []
+    for row in rows:
+        grids.append([dict(zip(GRID, (grid.picture, grid.rows, grid.columns, *grid.box), strict=True)) for grid in row.grids])
+    columns["grids"] = pa.array(grids, pa.list_(pa.struct(GRID)))
+    stream = BytesIO()
+    # dictionary encoding pays for texts only; for numbers it costs time and space
+    pq.write_table(pa.table(columns), stream, compression="zstd", use_dictionary=["pieces.list.element"])
+    return stream.getvalue()
+
+
 class Shard:
-    """The files of one shard: arrays, token columns, and last their checksums, which say that the shard is whole."""
+    """The files of one shard: arrays, token columns, and last their checksums, whose presence says that the shard is whole.
+
+    Reading raises UserError where a file is not what was written.
+    """
 
     def __init__(self, store: Path, number: int) -> None:
-        self.store = store
-        self.number = number
+        self.store, self.number = store, number
         stem = store / "shards" / f"{number:05d}"
         self.tensors_path, self.parquet_path = stem.with_suffix(".safetensors"), stem.with_suffix(".parquet")
         self.checksums_path = stem.with_suffix(".json")
@@ -72,11 +115,11 @@ class Shard:
         if tensors is not None:
             checksums[self.tensors_path.name] = checksum(tensors)
             write_atomic(self.tensors_path, tensors, is_durable=False)
-        write_atomic(self.parquet_path, parquet, is_durable=False)  # what a power cut loses, the checksums tell
+        write_atomic(self.parquet_path, parquet, is_durable=False)  # the checksums reveal what a power cut loses
         write_json(self.checksums_path, checksums)
         self.checksums = checksums
 
-    def is_there(self) -> bool:
+    def is_written(self) -> bool:
         return self.checksums_path.exists()
 
     def is_whole(self) -> bool:
@@ -88,48 +131,33 @@ class Shard:
             return False
         return True
 
-    def read_table(self, signals: Sequence[str]) -> pa.Table:
-        """The token columns, which have the kinds and hold the values that a writer of this library gives them.
+    def read_ids(self) -> tuple[list[str], list[str]]:
+        """Pair and side of each row; the whole file is verified."""
+        table = self._read_parquet(columns=["pair_id", "side"])
+        if table.schema.names != ["pair_id", "side"] or any(kind != pa.string() for kind in table.schema.types):
+            raise self._damage(self.parquet_path.name)
+        return table["pair_id"].to_pylist(), table["side"].to_pylist()
 
-        Raises:
-            UserError: the file is not what was written, or somebody else wrote it.
-        """
-        try:
-            table = pq.read_table(pa.BufferReader(self._read(self.parquet_path.name)), use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise self._damage(self.parquet_path.name) from error
+    def read_columns(self, signals: Sequence[str]) -> ShardColumns:
+        """The token columns; refused, too, if they hold what this library never writes."""
+        table = self._read_parquet()
         if problem := _problem_of(table, signals):
             raise UserError(
                 f"{self.store}: shard {self.number:05d}: {problem}. `catpo score` did not write that: score the pairs again "
                 "into a new folder."
             )
-        return table
+        return ShardColumns.of(table, signals)
 
     def read_array(self, name: str, rows: slice, width: int | None = None) -> NDArray[Any]:
-        """Rows of one of the arrays, through a memory map; of each the first `width` values, or all.
-
-        Raises:
-            UserError: the file is not what was written, or has no such array or rows.
-        """
+        """Rows of one of the arrays, through a memory map; the first `width` values of each, or all."""
         try:
-            found = self.tensors.get_slice(name)[rows, :width] if width is not None else self.tensors.get_slice(name)[rows]
+            stored = self.tensors.get_slice(name)
+            values = stored[rows] if width is None else stored[rows, :width]
         except (SafetensorError, IndexError, OSError) as error:
             raise self._damage(self.tensors_path.name) from error
-        if len(found) != rows.stop - rows.start or (width is not None and found.shape[1:] != (width,)):
+        if len(values) != rows.stop - rows.start or (width is not None and values.shape[1:] != (width,)):
             raise self._damage(self.tensors_path.name)
-        return found
-
-    def read_ids(self) -> tuple[list[str], list[str]]:
-        """Pair and side of each row; the whole file is verified."""
-        source = pa.BufferReader(self._read(self.parquet_path.name))
-        try:
-            table = pq.read_table(source, columns=["pair_id", "side"], use_threads=False)
-            ids, sides = (table[name].to_pylist() for name in ("pair_id", "side"))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise self._damage(self.parquet_path.name) from error
-        if not all(isinstance(each, str) for each in (*ids, *sides)):
-            raise self._damage(self.parquet_path.name)
-        return ids, sides
+        return values
 
     @cached_property
     def tensors(self) -> Any:
@@ -143,9 +171,16 @@ class Shard:
     @cached_property
     def checksums(self) -> dict[str, str]:
         try:
-            return {name: str(each) for name, each in read_json(self.checksums_path).items()}
+            return {name: str(value) for name, value in read_json(self.checksums_path).items()}
         except UserError as error:
             raise self._damage(self.checksums_path.name) from error
+
+    def _read_parquet(self, columns: list[str] | None = None) -> pa.Table:
+        source = pa.BufferReader(self._read(self.parquet_path.name))
+        try:
+            return pq.read_table(source, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damage(self.parquet_path.name) from error
 
     def _read(self, name: str) -> bytes:
         try:
@@ -163,56 +198,47 @@ class Shard:
         )
 
 
-def check_row(row: ResponseRow, signals: Sequence[str]) -> None:
-    """Refuse what a later step could not use."""
-    where, tokens = f"pair {row.pair_id}, {row.side}", len(row.token_ids)
-    if not tokens:
-        raise UserError(f"{where}: the response has no tokens. Remove the pair or give it a text.")
-    if set(row.signals) != set(signals):
-        raise UserError(f"{where}: signals {sorted(row.signals)} were scored, but the store holds {sorted(signals)}.")
-    columns: dict[str, Any] = {"logps": row.logps, "labels": row.labels, "pieces": row.pieces, "is_special": row.is_special}
-    for name, values in {**columns, **row.signals}.items():
-        if len(values) != tokens:
-            raise UserError(f"{where}: {name} has {len(values)} values for {tokens} tokens.")
-    for name, values in {"logps": row.logps, **row.signals}.items():
-        if not np.isfinite(values).all():
-            token = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise UserError(
-                f"{where}: {name} is {values[token]} at token {token}. Score in float32 if this was half precision."
-            )
+@dataclass(frozen=True)
+class ShardColumns:
+    """The token columns of a shard, each as one flat array; rows are responses."""
 
+    values: dict[str, NDArray[Any]]
+    pieces: pa.Array
+    """Texts of the tokens; kept in Arrow, as Python strings they would take ten times the memory."""
+    offsets: NDArray[np.int64]
+    """Where each row's tokens begin."""
+    grids: NDArray[np.float64]
+    """[grids, fields of `GRID`]"""
+    grid_offsets: NDArray[np.int64]
 
-def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
-    """The token columns of a shard as a Parquet file, one row per response."""
-    offsets = pa.array(np.cumsum([0, *(len(row.token_ids) for row in rows)], dtype=np.int32))
+    @classmethod
+    def of(cls, table: pa.Table, signals: Sequence[str]) -> ShardColumns:
+        """From a table in which `_problem_of` sees nothing wrong."""
+        columns = {name: table[name].combine_chunks() for name in [*COLUMNS, *signals, "grids"]}
+        offsets, grid_offsets = (columns[name].offsets.to_numpy().astype(np.int64) for name in ("token_ids", "grids"))
+        fields, pieces = columns.pop("grids").flatten(), columns.pop("pieces").flatten()
+        grids = np.stack([_numbers(fields.field(name)) for name in GRID], axis=1).astype(np.float64)
+        values = {name: np.array(_numbers(column.flatten())) for name, column in columns.items()}
+        return cls(values, pieces, offsets, grids, grid_offsets)
 
-    def per_token(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
-        if kind.value_type == pa.string():
-            return pa.ListArray.from_arrays(offsets, pa.array([text for each in values for text in each], kind.value_type))
-        return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), kind.value_type))
+    @property
+    def nbytes(self) -> int:
+        arrays = [*self.values.values(), self.offsets, self.grids, self.grid_offsets]
+        return sum(array.nbytes for array in arrays) + self.pieces.nbytes
 
-    columns = {
-        "pair_id": pa.array([row.pair_id for row in rows], pa.string()),
-        "side": pa.array([row.side for row in rows], pa.string()),
-        **{name: per_token(kind, [getattr(row, name) for row in rows]) for name, kind in COLUMNS.items()},
-        **{
-            name: per_token(pa.list_(pa.float32()), [np.asarray(row.signals[name], np.float32) for row in rows])
-            for name in signals
-        },
-        "grids": pa.array([[_grid_fields(grid) for grid in row.grids] for row in rows], pa.list_(pa.struct(GRID))),
-    }
-    stream = BytesIO()
-    # dictionaries pay for texts only; for numbers they cost time and space
-    pq.write_table(pa.table(columns), stream, compression="zstd", use_dictionary=["pieces.list.element"])
-    return stream.getvalue()
+    def tokens(self, row: int) -> slice:
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
+    def pieces_of(self, row: int) -> list[str]:
+        return self.pieces[self.tokens(row)].to_pylist()
 
-def _grid_fields(grid: PatchGrid) -> dict[str, float]:
-    return dict(zip(GRID, (grid.picture, grid.rows, grid.columns, *grid.box), strict=True))
+    def grids_of(self, row: int) -> list[PatchGrid]:
+        fields = self.grids[self.grid_offsets[row] : self.grid_offsets[row + 1]].tolist()
+        return [PatchGrid(int(picture), int(rows), int(columns), tuple(box)) for picture, rows, columns, *box in fields]
 
 
 def _problem_of(table: pa.Table, signals: Sequence[str]) -> str:
-    """What in a table no writer of this library has put there; empty if nothing."""
+    """What in a table this library never writes; empty if nothing."""
     kinds = {"pair_id": pa.string(), "side": pa.string(), **COLUMNS, **dict.fromkeys(signals, pa.list_(pa.float32()))}
     for name, kind in {**kinds, "grids": pa.list_(pa.struct(GRID))}.items():
         if name not in table.column_names or table.schema.field(name).type != kind:
@@ -221,75 +247,30 @@ def _problem_of(table: pa.Table, signals: Sequence[str]) -> str:
         inner = cells.flatten() if pa.types.is_list(kind) else cells
         if cells.null_count or inner.null_count:
             return f"column '{name}' has empty cells"
-        if pa.types.is_floating(inner.type) and not np.isfinite(inner.to_numpy(zero_copy_only=False)).all():
+        if pa.types.is_floating(inner.type) and not np.isfinite(_numbers(inner)).all():
             return f"column '{name}' holds what is not a finite number"
-    labels = table["labels"].combine_chunks().flatten().to_numpy()
+    offsets = table["token_ids"].combine_chunks().offsets
+    for name in [*COLUMNS, *signals]:
+        if not table[name].combine_chunks().offsets.equals(offsets):
+            return f"column '{name}' has other lengths than the tokens"
+    labels = _numbers(table["labels"].combine_chunks().flatten())
     if ((labels < -1) | (labels > 1)).any():
         return "column 'labels' holds other values than -1, 0 and 1"
     return _problem_of_grids(table["grids"].combine_chunks())
 
 
 def _problem_of_grids(column: pa.ListArray) -> str:
-    if (column.value_lengths().to_numpy() < 1).any():
+    if (_numbers(column.value_lengths()) < 1).any():
         return "column 'grids' has a row without a grid"
-    fields = column.flatten()
-    picture, rows, columns = (fields.field(name).to_numpy(zero_copy_only=False) for name in ("picture", "rows", "columns"))
+    picture, rows, columns = (_numbers(column.flatten().field(name)) for name in ("picture", "rows", "columns"))
     sides = np.concatenate([rows, columns])
     if (picture < 0).any() or (sides < 1).any() or (sides > MAX_GRID).any():
         return f"column 'grids' has a grid that is not of 1 to {MAX_GRID} rows and columns"
     return ""
 
 
-@dataclass(frozen=True)
-class ShardColumns:
-    """The token columns of a shard, each as one flat array; rows are responses."""
-
-    values: dict[str, NDArray[Any]]
-    pieces: pa.Array
-    """Texts of the tokens, as Arrow has them: as Python objects they would take ten times the memory."""
-    offsets: NDArray[np.int64]
-    """Where each row's tokens begin."""
-    grids: NDArray[np.float64]
-    grid_offsets: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, table: pa.Table, signals: Sequence[str], path: Path) -> ShardColumns:
-        """Raises UserError for a column that is missing, or has other lengths than the tokens."""
-        table = table.combine_chunks()
-        columns: dict[str, pa.Array] = {}
-        offsets = table["token_ids"].chunk(0).offsets.to_numpy().astype(np.int64)
-        for name in [*COLUMNS, *signals]:
-            if name not in table.column_names or not np.array_equal(table[name].chunk(0).offsets.to_numpy(), offsets):
-                raise UserError(
-                    f"{path}: column {name} is missing or has other lengths than the tokens. Score the pairs again."
-                )
-            columns[name] = table[name].chunk(0).flatten()
-        pieces = columns.pop("pieces")
-        values = {name: np.array(column.to_numpy(zero_copy_only=False)) for name, column in columns.items()}
-        grids = table["grids"].chunk(0)
-        fields = grids.flatten()
-        numbers = np.stack([fields.field(name).to_numpy(zero_copy_only=False) for name in GRID], axis=1)
-        return cls(values, pieces, offsets, numbers.astype(np.float64), grids.offsets.to_numpy().astype(np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        numbers = [*self.values.values(), self.offsets, self.grids, self.grid_offsets]
-        return sum(each.nbytes for each in numbers) + self.pieces.nbytes
-
-    def tokens(self, row: int) -> slice:
-        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-
-    def pieces_of(self, row: int) -> list[str]:
-        return self.pieces[self.tokens(row)].to_pylist()
-
-    def grids_of(self, row: int) -> NDArray[np.float64]:
-        """As `as_grids` takes them."""
-        return self.grids[self.grid_offsets[row] : self.grid_offsets[row + 1]]
-
-
-def as_grids(fields: NDArray[np.float64]) -> list[PatchGrid]:
-    """Rows of `ShardColumns.grids_of`."""
-    return [PatchGrid(int(row[0]), int(row[1]), int(row[2]), tuple(row[3:].tolist())) for row in fields]
+def _numbers(column: pa.Array) -> NDArray[Any]:
+    return column.to_numpy(zero_copy_only=False)
 
 
 def checksum(content: bytes) -> str:

@@ -50,6 +50,15 @@ class Scoring:
     family: Family
     skip_log: SkipLog
 
+    def encodable_pairs(self) -> SpooledPairs:
+        """The pairs that the model can read; the others go to the skip log."""
+
+        def encode(index: int) -> None:
+            self.family.encode(self.pairs[index], max_length=self.options.max_length)
+
+        usable = self.skip_log.usable(range(len(self.pairs)), encode, lambda index: f"pair {self.pairs[index].id}")
+        return self.pairs.select(usable)
+
 
 def prepare(options: ScoreOptions, open_model: Callable[[ScoreOptions], Family] | None = None) -> Scoring:
     """Everything that can be refused before the first forward pass; the run and `--dry-run` both start here.
@@ -99,14 +108,12 @@ def score(options: ScoreOptions) -> RewardStore:
         UserError: bad pair, option or model; the output belongs to another model, processor, template or options.
     """
     scoring = prepare(options)
-    pairs, family = scoring.pairs, scoring.family
+    pairs = scoring.pairs
     if scoring.skip_log.goes_on:
-        encode = lambda index: family.encode(pairs[index], max_length=options.max_length)
-        usable = scoring.skip_log.usable(range(len(pairs)), encode, lambda index: f"pair {pairs[index].id}")
-        pairs = pairs.select(usable)
+        pairs = scoring.encodable_pairs()
     return score_pairs(
         pairs,
-        family,
+        scoring.family,
         options.output,
         scoring.settings,
         cache=options.cache,

@@ -23,7 +23,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, notes: Sequence[str] = ()) -> str:
-    r"""A booktabs `tabular`; the first `left` columns are left-aligned. Cells are escaped, notes become comments.
+    r"""A booktabs `tabular`; the first `left` columns are aligned left, the others right. Notes become comments.
 
     >>> print(latex_table(["model", "CHAIRi"], [["dpo_kl", "+2.5"]]))
     % needs \usepackage{booktabs}

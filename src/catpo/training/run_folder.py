@@ -59,10 +59,10 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return manifest
 
 
-def whole_run(
+def describe_run(
     trainer: CatPOTrainer, options: TrainOptions, train_count: int, eval_count: int, skip_log: SkipLog
 ) -> dict[str, Any]:
-    """What `catpo.json` says of a run, but for whether it is complete."""
+    """What `catpo.json` says of a run, except whether it is complete."""
     objective = trainer.objective
     manifest = {
         "format": 1,

@@ -34,12 +34,12 @@ from catpo.training.pairs import read_training_pairs, usable_pairs
 from catpo.training.run_folder import (
     RUN,
     complete_so_far,
+    describe_run,
     free_output,
     last_metrics,
     read_manifest,
     save_model,
     settings_of,
-    whole_run,
 )
 from catpo.training.trainer import CatPOTrainer
 
@@ -144,15 +144,19 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
             training.skip_log.write(output)
     train_pairs, eval_pairs = dev_split(pairs, options.eval_fraction, options.seed)
     trainer = _trainer(training, train_pairs, eval_pairs)
-    manifest = lambda: whole_run(trainer, options, len(train_pairs), len(eval_pairs), training.skip_log)
+
+    def write_manifest(*, complete: bool) -> None:
+        facts = describe_run(trainer, options, len(train_pairs), len(eval_pairs), training.skip_log)
+        write_json(output / RUN, {**facts, "complete": complete})
+
     if group.is_main:
-        write_json(output / RUN, {**manifest(), "complete": False})
+        write_manifest(complete=False)
     with loading.quiet(), on_sigterm() as stop, disk_errors.explained(lambda: complete_so_far(output)):
         _run(trainer, checkpoint, stop)
         weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:
             save_model(trainer, output / "model", weights)
-            write_json(output / RUN, {**manifest(), "complete": True})  # with coefficients as they were learned
+            write_manifest(complete=True)  # with coefficients as they were learned
     group.barrier("saved")
 
 

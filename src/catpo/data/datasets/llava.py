@@ -27,8 +27,7 @@ from catpo.core.types import Picture, PreferencePair
 from catpo.data import datasets
 from catpo.data.datasets import Row, make_pair, message_text
 from catpo.data.datasets._table import Table
-from catpo.files.json_files import read_bytes
-from catpo.files.strict_json import parse
+from catpo.files.records import decode, parse_json, read_bytes
 
 QUESTION_AND_ANSWER = ("user", "assistant")
 PICTURES = ("images", "image", "img_path", "image_path")
@@ -129,13 +128,11 @@ class Dataset(datasets.RowDataset):
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Objects of a JSON list, of an object by picture number (HA-DPO), or of lines."""
-    remedy = "Correct the file, or write it again in UTF-8."
-    content = read_bytes(path, "Check the path.").removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    content = decode(read_bytes(path), path)
     if path.suffix == ".jsonl":
-        lines = [line for line in content.split(b"\n") if line.strip()]
-        values: Any = [parse(line, place=str(path), remedy=remedy) for line in lines]
+        values: Any = [parse_json(line, str(path)) for line in content.split("\n") if line.strip()]
     else:
-        values = parse(content, place=str(path), remedy=remedy)
+        values = parse_json(content, str(path))
     if isinstance(values, dict):
         values = [{"image_id": number, **value} if isinstance(value, dict) else value for number, value in values.items()]
     if not isinstance(values, list):

@@ -1,7 +1,7 @@
-"""Figures of a study, for print (SVG and PDF): trade-offs, sweeps, training curves, log-probs token by token.
+"""Figures of a study for print (SVG and PDF): trade-offs, sweeps, training curves, log-probs token by token.
 
-A figure is named with its options in the study's file, `sweep(metric='chair_i')`. Text that comes from a user is drawn as it
-is: nothing in it is markup or mathematics.
+A study's file names a figure with its options, `sweep(metric='chair_i')`. A user's text is drawn literally: nothing in it is
+markup or mathematics.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from matplotlib.ticker import MaxNLocator
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import check_options, parse
+from catpo.evaluation.bootstrap import Estimate
 from catpo.experiments.study.probe import FILE as PROBE
 from catpo.experiments.study.probe import Response, read, risen
-from catpo.experiments.study.results import EQUAL, HEADINGS, Result, Results, full_name
+from catpo.experiments.study.results import EQUAL, EQUAL_HEADING, Result, Results, full_name, half_width
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_rows
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
-"""Told apart by people who see colours differently (Okabe and Ito)."""
+"""Safe for colour-blind readers (Okabe and Ito)."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "svg.fonttype": "none",
@@ -58,26 +59,26 @@ LABELS = {
     "loss": "loss",
     "rewards/margins": "reward margin",
     "grad_norm": "gradient norm",
-    EQUAL: f"{HEADINGS[EQUAL]} (%)",
+    EQUAL: f"{EQUAL_HEADING} (%)",
 }
 
 
-def draw(found: Results, output: Path, folder: Path) -> dict[str, Path]:
-    """All figures of a study as `folder/NAME.svg` and `.pdf`; name -> SVG. One that cannot be drawn becomes a note."""
+def draw(results: Results, output: Path, folder: Path) -> dict[str, Path]:
+    """Draw all figures of a study as `folder/NAME.svg` and `.pdf`; name -> SVG. One that cannot be drawn becomes a note."""
     drawn = {}
-    for name, text in found.study.figures.items():
+    for name, text in results.study.figures.items():
         spec = parse(text)
         try:
             with context(["default", STYLE]):
-                figure = FIGURES[spec.name](found, output, **check_options(FIGURES[spec.name], spec))
+                figure = FIGURES[spec.name](results, output, **check_options(FIGURES[spec.name], spec))
                 drawn[name] = _write(figure, folder / name)
         except UserError as error:
-            found.notes.append(f"{name} is not drawn: {error}")
+            results.notes.append(f"{name} is not drawn: {error}")
     return drawn
 
 
 def check_figure(where: str, name: str, text: str) -> None:
-    """Raise UserError unless there is such a figure with these options, and `name` can be a file's; `where` begins messages."""
+    """Raise UserError unless there is such a figure with these options and `name` can be a file's; `where` begins messages."""
     spec = parse(text)
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"{where}: the name becomes a file's. Use letters, digits, '-' and '_'.")
@@ -86,145 +87,133 @@ def check_figure(where: str, name: str, text: str) -> None:
     check_options(FIGURES[spec.name], spec)
 
 
-def tradeoff(found: Results, output: Path, *, x: str = "cover", y: str = "chair_i") -> Figure:
-    """Every row as a point with its intervals over seeds: what it says of the picture against what it makes up."""
+def tradeoff(results: Results, output: Path, *, x: str = "cover", y: str = "chair_i") -> Figure:
+    """Every row as a point with its intervals over seeds: how much it says against how much it hallucinates."""
     figure, axes = _panels(1, height=3.0, width=1.6 * WIDTH)
-    for number, row in enumerate(found.rows):
-        across, up = row.spread(_metric(found, x)), row.spread(_metric(found, y))
+    for number, row in enumerate(results.rows):
+        across, up = row.mean(_metric(results, x)), row.mean(_metric(results, y))
         axes[0].errorbar(
-            across.value,
-            up.value,
-            xerr=_half(across),
-            yerr=_half(up),
-            capsize=2,
-            linestyle="none",
-            elinewidth=0.6,
+            across.value, up.value, xerr=half_width(across), yerr=half_width(up), capsize=2, elinewidth=0.6, linestyle="none",
             **_look(number),
-        )
+        )  # fmt: skip
     axes[0].set(xlabel=_label(x), ylabel=_label(y))
-    _legend(figure, axes[0], [row.name for row in found.rows], lines=False)
+    _legend(figure, axes[0], [row.name for row in results.rows], lines=False)
     return figure
 
 
-def sweep(found: Results, output: Path, *, metric: str = EQUAL, baseline: str = "") -> Figure:
+def sweep(results: Results, output: Path, *, metric: str = EQUAL, baseline: str = "") -> Figure:
     """One panel for each `panel` of the rows, the metric over `at` with intervals over seeds; a dashed line for `baseline`."""
-    rows = [(found.study.rows[row.name], row) for row in found.rows]
-    panels = list(dict.fromkeys(of.panel for of, _ in rows if of.panel))
+    panels: dict[str, list[tuple[float, Estimate]]] = {}
+    name = _metric(results, metric)
+    for row in results.rows:
+        plan = results.study.rows[row.name]
+        if plan.panel:
+            points = panels.setdefault(plan.panel, [])
+            points.extend([] if plan.at is None else [(plan.at, row.mean(name))])
     if not panels:
         raise UserError("no row has a 'panel' and an 'at'.")
-    figure, axes = _panels(len(panels))
-    name = _metric(found, metric)
-    for panel, drawing in zip(panels, axes, strict=True):
-        points = sorted(
-            ((of.at, row.spread(name)) for of, row in rows if of.panel == panel and of.at is not None),
-            key=lambda point: point[0],
-        )
-        drawing.errorbar(
-            [at for at, _ in points], [spread.value for _, spread in points], yerr=[_half(spread) or 0 for _, spread in points],
-            capsize=2, elinewidth=0.6, **_look(0),
+    figure, every_axes = _panels(len(panels))
+    for (panel, points), axes in zip(panels.items(), every_axes, strict=True):
+        points.sort(key=lambda point: point[0])
+        means = [mean for _, mean in points]
+        axes.errorbar(
+            [at for at, _ in points], [mean.value for mean in means], yerr=_error_bars(means), capsize=2,
+            elinewidth=0.6, **_look(0),
         )  # fmt: skip
-        if (level := found.row(baseline)) is not None:
-            drawing.axhline(level.spread(name).value, color=COLOURS[6], linestyle="--", linewidth=0.8)
-            drawing.annotate(
-                baseline, (0.98, level.spread(name).value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-            )
-        drawing.set(xlabel=panel, ylabel=_label(metric))
+        level = results.row(baseline)
+        if level is not None:
+            height = level.mean(name).value
+            axes.axhline(height, color=COLOURS[6], linestyle="--", linewidth=0.8)
+            axes.annotate(baseline, (0.98, height), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.set(xlabel=panel, ylabel=_label(metric))
     return figure
 
 
-def bars(found: Results, output: Path, *, metrics: Sequence[str] = (EQUAL,), rows: Sequence[str] = ()) -> Figure:
+def bars(results: Results, output: Path, *, metrics: Sequence[str] = (EQUAL,), rows: Sequence[str] = ()) -> Figure:
     """Rows side by side, a panel for each metric, with intervals over seeds."""
-    shown = _chosen(found, rows)
-    figure, axes = _panels(len(metrics), height=0.6 + 0.22 * len(shown))
-    for metric, drawing in zip(metrics, axes, strict=True):
-        spreads = [row.spread(_metric(found, metric)) for row in shown]
-        places = np.arange(len(shown))[::-1]
-        drawing.barh(
-            places, [spread.value for spread in spreads], xerr=[_half(spread) or 0 for spread in spreads], height=0.7,
-            color=[COLOURS[number % len(COLOURS)] for number in range(len(shown))], error_kw={"elinewidth": 0.8, "capsize": 2},
-        )  # fmt: skip
-        drawing.set_yticks(places, [row.name for row in shown])
-        drawing.set_xlabel(_label(metric))
-        drawing.grid(visible=False, axis="y")
+    shown = _chosen(results, rows)
+    figure, every_axes = _panels(len(metrics), height=0.6 + 0.22 * len(shown))
+    for metric, axes in zip(metrics, every_axes, strict=True):
+        means = [row.mean(_metric(results, metric)) for row in shown]
+        _horizontal_bars(axes, {row.name: mean.value for row, mean in zip(shown, means, strict=True)}, _label(metric),
+                         xerr=_error_bars(means), error_kw={"elinewidth": 0.8, "capsize": 2})  # fmt: skip
     return figure
 
 
 def curves(
-    found: Results,
+    results: Results,
     output: Path,
     *,
     metrics: Sequence[str] = ("loss", "rewards/margins", "grad_norm"),
     rows: Sequence[str] = (),
 ) -> Figure:
-    """What training logged over its steps (Fig. 6): the mean over seeds, and the range of the seeds behind it."""
-    shown = [row for row in _chosen(found, rows) if row.rate is not None]
-    figure, axes = _panels(len(metrics))
+    """Training metrics over the steps (Fig. 6): the mean over seeds, shaded by their range."""
+    shown = [row for row in _chosen(results, rows) if row.rate is not None]
+    figure, every_axes = _panels(len(metrics))
     for number, row in enumerate(shown):
         logs = [read_rows(cell.folder(output) / "run" / "metrics.jsonl") for cell in row.cells.values()]
-        for metric, drawing in zip(metrics, axes, strict=True):
+        for metric, axes in zip(metrics, every_axes, strict=True):
             steps, values = _by_step(logs, metric)
             colour = COLOURS[number % len(COLOURS)]
-            drawing.plot(steps, values.mean(0), color=colour)
-            drawing.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-            drawing.set(xlabel="step", ylabel=_label(metric))
-            drawing.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes[-1], [row.name for row in shown], lines=True)
+            axes.plot(steps, values.mean(0), color=colour)
+            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.set(xlabel="step", ylabel=_label(metric))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, every_axes[-1], [row.name for row in shown], lines=True)
     return figure
 
 
-def token_logps(found: Results, output: Path, *, row: str = "catpo", against: str = "dpo", pairs: int = 2) -> Figure:
+def token_logps(results: Results, output: Path, *, row: str = "catpo", against: str = "dpo", pairs: int = 2) -> Figure:
     """Log-probs of chosen responses token by token under two methods, bars for their difference (Fig. 8-9); first seed."""
-    ours, theirs = (_probed(found, output, name)[0] for name in (row, against))
+    ours, theirs = (_probed(results, output, name)[0] for name in (row, against))
     shown = [pair for pair in ours if pair in theirs][:pairs]
-    figure, axes = _panels(len(shown), height=2.3, width=2 * WIDTH, columns=1)
-    for pair, drawing in zip(shown, axes, strict=True):
+    figure, every_axes = _panels(len(shown), height=2.3, width=2 * WIDTH, columns=1)
+    for pair, axes in zip(shown, every_axes, strict=True):
         first, second = ours[pair], theirs[pair]
-        places = np.arange(len(first.pieces))
-        drawing.bar(places, first.policy - second.policy, color="#f0c419", width=0.8, label=f"{row} minus {against}")
-        drawing.plot(places, first.policy, color=COLOURS[0], label=row)
-        drawing.plot(places, second.policy, color=COLOURS[2], label=against)
-        drawing.set_xticks(places, [piece.strip() or "·" for piece in first.pieces], rotation=90, fontsize=5)
-        drawing.set_ylabel("log-prob (nats)")
-        drawing.grid(visible=False, axis="x")
-    axes[0].legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        tokens = np.arange(len(first.pieces))
+        axes.bar(tokens, first.policy - second.policy, color="#f0c419", width=0.8, label=f"{row} minus {against}")
+        axes.plot(tokens, first.policy, color=COLOURS[0], label=row)
+        axes.plot(tokens, second.policy, color=COLOURS[2], label=against)
+        axes.set_xticks(tokens, [piece.strip() or "·" for piece in first.pieces], rotation=90, fontsize=5)
+        axes.set_ylabel("log-prob (nats)")
+        axes.grid(visible=False, axis="x")
+    every_axes[0].legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
-def rises(found: Results, output: Path, *, rows: Sequence[str] = ("dpo", "catpo"), against: str = "dpo") -> Figure:
-    """Share of tokens and of responses that became likelier (Fig. 11): of chosen ones against the reference model and against
-    another row; every seed's pairs together.
+def rises(results: Results, output: Path, *, rows: Sequence[str] = ("dpo", "catpo"), against: str = "dpo") -> Figure:
+    """Share of chosen tokens and responses that became likelier (Fig. 11), compared with the reference model and with another
+    row; pairs of all seeds together.
     """
-    bars: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for name in rows:
-        probed = _probed(found, output, name)
-        bars[f"{name} − reference"] = risen([response for of in probed for response in of.values()])
-        if name != against:
-            pairs = zip(probed, _probed(found, output, against), strict=False)
-            bars[f"{name} − {against}"] = risen(
-                [_less(of[pair], base[pair]) for of, base in pairs for pair in of if pair in base]
-            )
-    figure, axes = _panels(3, height=0.7 + 0.25 * len(bars))
-    labels = {
+        by_seed = _probed(results, output, name)
+        figures[f"{name} − reference"] = risen([response for probed in by_seed for response in probed.values()])
+        if name == against:
+            continue
+        differences = []
+        for ours, theirs in zip(by_seed, _probed(results, output, against), strict=False):
+            for pair in (pair for pair in ours if pair in theirs):
+                differences.append(Response(ours[pair].pieces, theirs[pair].policy, ours[pair].policy))
+        figures[f"{name} − {against}"] = risen(differences)
+    panels = {
         "probe/risen_tokens": "tokens that rose (%)",
         "probe/risen_responses": "responses that rose (%)",
         "probe/gain": "nats gained per token",
     }
-    for (metric, label), drawing in zip(labels.items(), axes, strict=True):
-        places = np.arange(len(bars))[::-1]
-        drawing.barh(places, [values[metric] for values in bars.values()], color=COLOURS[: len(bars)], height=0.7)
-        drawing.set_yticks(places, list(bars))
-        drawing.set_xlabel(label)
-        drawing.grid(visible=False, axis="y")
+    figure, every_axes = _panels(len(panels), height=0.7 + 0.25 * len(figures))
+    for (metric, label), axes in zip(panels.items(), every_axes, strict=True):
+        _horizontal_bars(axes, {name: values[metric] for name, values in figures.items()}, label)
     return figure
 
 
 FIGURES: Mapping[str, Callable[..., Figure]] = {
-    each.__name__: each for each in (tradeoff, sweep, bars, curves, token_logps, rises)
+    figure.__name__: figure for figure in (tradeoff, sweep, bars, curves, token_logps, rises)
 }
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    """Same numbers, same bytes: no dates."""
+    """The same numbers give the same bytes: no dates."""
     for ending, canvas, metadata in (
         (".svg", FigureCanvasSVG, {"Date": None, "Creator": None}),
         (".pdf", FigureCanvasPdf, {"CreationDate": None, "Creator": None, "Producer": None}),
@@ -245,30 +234,38 @@ def _panels(count: int, *, height: float = 2.2, width: float = WIDTH, columns: i
     return figure, axes[:count]
 
 
+def _horizontal_bars(axes: Any, values: Mapping[str, float], label: str, **options: Any) -> None:
+    """Named bars, the first on top."""
+    heights = np.arange(len(values))[::-1]
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(values))]
+    axes.barh(heights, list(values.values()), height=0.7, color=colours, **options)
+    axes.set_yticks(heights, list(values))
+    axes.set_xlabel(label)
+    axes.grid(visible=False, axis="y")
+
+
 def _look(number: int) -> dict[str, Any]:
-    """Colour and marker of a row; the marker changes when colours begin again."""
+    """Colour and marker of a row; the marker changes when the colours repeat."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
 def _legend(figure: Figure, axes: Any, names: Sequence[str], *, lines: bool) -> None:
-    """Names are drawn by hand: matplotlib leaves out of a legend what begins with an underscore."""
-    handles = [
-        axes.plot([], [], **({"color": COLOURS[n % len(COLOURS)]} if lines else {**_look(n), "linestyle": "none"}))[0]
-        for n in range(len(names))
-    ]
+    """Handles are drawn by hand, since matplotlib drops names that begin with an underscore from a legend."""
+    handles = []
+    for number in range(len(names)):
+        look = {"color": COLOURS[number % len(COLOURS)]} if lines else {**_look(number), "linestyle": "none"}
+        handles.extend(axes.plot([], [], **look))
     figure.legend(handles, names, loc="outside right upper", fontsize=7)
 
 
-def _half(spread: Any) -> float | None:
-    half = spread.high - spread.value
-    return None if math.isnan(half) or half < 1e-9 else half
+def _error_bars(means: Sequence[Estimate]) -> list[float]:
+    return [half_width(mean) or 0 for mean in means]
 
 
-def _metric(found: Results, name: str) -> str:
-    known = list(dict.fromkeys(metric for row in found.rows for metric in row.values))
-    full = full_name(name, known)
-    if full not in known:
-        raise UserError(f"no row has the metric '{name}'. {did_you_mean(name, known)}")
+def _metric(results: Results, name: str) -> str:
+    full = full_name(name, results.metrics)
+    if full not in results.metrics:
+        raise UserError(f"no row has the metric '{name}'. {did_you_mean(name, results.metrics)}")
     return full
 
 
@@ -276,33 +273,28 @@ def _label(metric: str) -> str:
     return LABELS.get(metric, metric)
 
 
-def _chosen(found: Results, names: Sequence[str]) -> list[Result]:
+def _chosen(results: Results, names: Sequence[str]) -> list[Result]:
     """The rows named, or all of them."""
-    rows = [row for row in found.rows if not names or row.name in names]
+    rows = [row for row in results.rows if not names or row.name in names]
     if not rows:
         raise UserError(f"none of the rows {', '.join(names)} is finished.")
     return rows
 
 
 def _by_step(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> tuple[list[int], np.ndarray]:
-    """Steps that every seed has logged, and the metric there: [seeds, steps]."""
+    """Steps that all seeds have logged, and the metric there: [seeds, steps]."""
     series = [{row["step"]: float(row[metric]) for row in rows if metric in row} for rows in logs]
-    steps = sorted(set.intersection(*(set(of) for of in series)))
+    steps = sorted(set.intersection(*(set(values) for values in series)))
     if not steps:
         raise UserError(f"training has not logged '{metric}'.")
-    return steps, np.array([[of[step] for step in steps] for of in series])
+    return steps, np.array([[values[step] for step in steps] for values in series])
 
 
-def _probed(found: Results, output: Path, name: str) -> list[dict[str, Response]]:
+def _probed(results: Results, output: Path, name: str) -> list[dict[str, Response]]:
     """Chosen responses of each seed."""
-    row = found.row(name)
+    row = results.row(name)
     paths = [cell.folder(output) / PROBE for cell in row.cells.values()] if row else []
-    there = [path for path in paths if path.is_file()]
-    if not there:
+    probed = [read(path, "chosen") for path in paths if path.is_file()]
+    if not probed:
         raise UserError(f"row '{name}' has kept no log-probs. Set 'probe' in the study.")
-    return [read(path, "chosen") for path in there]
-
-
-def _less(first: Response, second: Response) -> Response:
-    """The first as it is under its policy, against the second's."""
-    return Response(first.pieces, second.policy, first.policy)
+    return probed

@@ -28,50 +28,44 @@ class Response(NamedTuple):
     reference: NDArray[np.float64]
     policy: NDArray[np.float64]
 
-    @property
-    def gain(self) -> NDArray[np.float64]:
-        return self.policy - self.reference
-
 
 def probe(model: str | Path, store: RewardStore, pairs: Sequence[PreferencePair], path: Path) -> dict[str, float]:
-    """Write the log-probs of pairs under a model beside those of the store's reference; gives the figures of `risen`.
+    """Write the log-probs of pairs under a trained model beside those of the reference; returns the figures of `risen`.
 
     Args:
-        model: the trained one.
-        store: in which the reference scored the pairs.
+        model: the trained model.
+        store: the reward store in which the reference scored the pairs.
         pairs: some of them.
         path: the Parquet file.
     """
-    family = loading.load(model)
-    lines: dict[str, list[Any]] = {name: [] for name in ("pair", "side", "piece", "reference", "policy")}
-    for pair, by_side in zip(pairs, response_logps(family, pairs), strict=True):
+    rows = []
+    for pair, by_side in zip(pairs, response_logps(loading.load(model), pairs), strict=True):
         for side, policy in zip(SIDES, by_side, strict=True):
-            row = store.get(pair.id, side)
-            columns = ([pair.id] * len(policy), [side] * len(policy), row.pieces, row.logps.tolist(), policy.tolist())
-            for name, values in zip(lines, columns, strict=True):
-                lines[name].extend(values)
+            scored = store.get(pair.id, side)
+            for piece, before, after in zip(scored.pieces, scored.logps.tolist(), policy.tolist(), strict=True):
+                rows.append({"pair": pair.id, "side": side, "piece": piece, "reference": before, "policy": after})
     stream = io.BytesIO()
-    pq.write_table(pa.table(lines), stream)
+    pq.write_table(pa.Table.from_pylist(rows), stream)
     write_atomic(path, stream.getvalue())
     return risen(list(read(path, "chosen").values()))
 
 
 def read(path: Path, side: Side) -> dict[str, Response]:
     """Pair id -> response of one side."""
-    table = pq.read_table(path).to_pydict()
-    tokens: dict[str, list[tuple[str, float, float]]] = {}
-    for pair, of, *token in zip(*(table[name] for name in ("pair", "side", "piece", "reference", "policy")), strict=True):
-        if of == side:
-            tokens.setdefault(pair, []).append(tuple(token))
-    return {
-        pair: Response([piece for piece, _, _ in of], np.array([r for _, r, _ in of]), np.array([p for _, _, p in of]))
-        for pair, of in tokens.items()
-    }
+    tokens: dict[str, list[dict[str, Any]]] = {}
+    for row in pq.read_table(path).to_pylist():
+        if row["side"] == side:
+            tokens.setdefault(row["pair"], []).append(row)
+    responses = {}
+    for pair, rows in tokens.items():
+        reference, policy = (np.array([row[name] for row in rows]) for name in ("reference", "policy"))
+        responses[pair] = Response([row["piece"] for row in rows], reference, policy)
+    return responses
 
 
 def risen(responses: Sequence[Response]) -> dict[str, float]:
-    """Percent of tokens (per response, on average) and of responses that became likelier; nats gained per token (Fig. 11)."""
-    gains = [response.gain for response in responses]
+    """Percent of tokens (mean over responses) and of responses that became likelier; nats gained per token (Fig. 11)."""
+    gains = [response.policy - response.reference for response in responses]
     return {
         "probe/risen_tokens": float(np.mean([100 * np.mean(gain > 0) for gain in gains])),
         "probe/risen_responses": float(np.mean([100.0 * (gain.sum() > 0) for gain in gains])),

@@ -1,4 +1,4 @@
-"""What ways to make pairs share: the reason a sample gives none, labels of object words, the truth that must be there."""
+"""What pairing methods share: the reason for a missing pair, labels of object words, the check of a pair's texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from catpo.text.object_words import mentions
 
 @dataclass(frozen=True)
 class Dropped:
-    """No pair comes of this answer; `reason` is counted in pairs.json."""
+    """An answer gives no pair; pairs.json counts the reasons."""
 
     reason: str
 
@@ -24,12 +24,12 @@ class Candidate:
 
     text: str
     reward: float
-    """Larger is better; what it measures is the method's."""
+    """Larger is better; its unit is the method's own."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How `catpo pair` was told to sample."""
+    """The sampling options of `catpo pair`."""
 
     seed: int = 0
     temperature: float = 1.0
@@ -51,10 +51,10 @@ def label(text: str, present: Collection[str], vocabulary: Mapping[str, str] | N
 
 
 def present_objects(sample: Sample) -> list[str]:
-    """The objects that are on the picture.
+    """The objects in the picture.
 
     Raises:
-        UserError: the data set does not tell.
+        UserError: the data set does not list them.
     """
     if "present" not in sample.truth:
         raise UserError(
@@ -72,7 +72,7 @@ def finish(
     vocabulary: Mapping[str, str] | None,
     meta: Mapping[str, Any],
 ) -> PreferencePair | Dropped:
-    """The pair with its labels, or the reason why there is nothing to learn from; no labels where nobody knows the objects."""
+    """The pair with its labels (none if `present` is None: objects unknown), or the reason why it teaches nothing."""
     chosen, rejected = chosen.strip(), rejected.strip()
     if not rejected:
         return Dropped("empty answer")
@@ -80,13 +80,15 @@ def finish(
         return Dropped("nothing left")
     if chosen == rejected:
         return Dropped("same text")
-    texts = {} if present is None else {"chosen": chosen, "rejected": rejected}
+    labels = {}
+    if present is not None:
+        labels = {"chosen": label(chosen, present, vocabulary), "rejected": label(rejected, present, vocabulary)}
     return PreferencePair(
         id=pair_id(sample.images, sample.prompt, chosen, rejected),
         images=sample.images,
         prompt=sample.prompt,
         chosen=chosen,
         rejected=rejected,
-        labels={side: label(text, present or (), vocabulary) for side, text in texts.items()},
+        labels=labels,
         meta={"sample": sample.id, **meta},
     )

@@ -1,4 +1,4 @@
-"""Chosen is the model's own answer with its hallucinated objects corrected from the truth (the part people play in RLHF-V)."""
+"""Chosen is the model's answer with its hallucinated objects corrected from the truth, as annotators do in RLHF-V."""
 
 from __future__ import annotations
 
@@ -24,20 +24,17 @@ def make(
 ) -> PreferencePair | Dropped:
     """The smallest edit of the answer that leaves no hallucinated object; the answer itself is rejected.
 
-    An object that is not there gives its place in the sentence to one that is there and was not named, or, when all are named,
-    is cut out (list item, phrase, clause or sentence). Which objects are there is read from `sample.truth["present"]`, how
-    many of each from `sample.truth["counts"]` if given. What the answer says of places stays as it is.
+    An absent object is replaced by a present one that was not named or, when all are named, cut out (list item, phrase, clause
+    or sentence). `sample.truth["present"]` lists the objects, `sample.truth["counts"]` their numbers, if known. What the answer
+    says about positions is left unchanged.
 
     Args:
-        sample: the picture with its truth.
-        answer: the model's answer.
-        rng: chooses among the objects that could take a place.
-        vocabulary: surface form -> object; the built-in words if None.
-        replace: let present objects take the place of absent ones; False only cuts.
+        rng: chooses among the objects that could replace an absent one.
+        replace: replace absent objects by present ones; False only cuts.
         counts: correct wrong numbers too ("two dogs" for one).
 
     Raises:
-        UserError: `sample.truth` does not say what is present.
+        UserError: `sample.truth` does not list the present objects.
     """
     present = present_objects(sample)
     answer = answer.strip()
@@ -66,56 +63,64 @@ class _Editor:
         self.nameable = set((default_vocabulary() if vocabulary is None else vocabulary).values())
 
     def correct(self, text: str, *, replace: bool, counts: bool) -> tuple[str, list[list[str]]]:
-        """The corrected text, and what was done: [["replaced", "cat", "owl"], ["removed", "fox"], …]."""
+        """The corrected text and its edits: [["replaced", "cat", "owl"], ["removed", "fox"], …]."""
         edits: list[list[str]] = []
-        for name in self.absent(text) if replace else []:
-            replaced = self._replaced(text, name)
-            if replaced is not None:
-                text, taker = replaced
-                edits.append(["replaced", name, taker])
+        for absent in self.absent(text) if replace else []:
+            substitute = self._substitute(text, absent)
+            if substitute is None:
+                continue
+            edited = self._replaced(text, absent, substitute)
+            named = self._named(edited)
+            if substitute in named and absent not in named:
+                text = edited
+                edits.append(["replaced", absent, substitute])
         left = self.absent(text)
         if left:
             text = remove_objects(text, left, self.vocabulary)
-            edits += [["removed", name] for name in left]
-        return self._counted(text, edits) if counts else (text, edits)
+            edits += [["removed", absent] for absent in left]
+        if counts:
+            for name, count in self.counts.items():
+                edited = self._counted(text, name, count)
+                if edited != text:
+                    text = edited
+                    edits.append(["counted", name, str(count)])
+        return text, edits
 
     def absent(self, text: str) -> list[str]:
         """Objects that the text names and the picture does not show, in order."""
-        names = dict.fromkeys(mention.object for mention in mentions(text, self.vocabulary))
-        return [name for name in names if name not in self.present]
+        return [name for name in self._named(text) if name not in self.present]
 
-    def _replaced(self, text: str, name: str) -> tuple[str, str] | None:
-        """The text with a present, not yet named object in the place of `name`, and which; best one of the same number."""
-        named = {mention.object for mention in mentions(text, self.vocabulary)}
-        takers = [other for other in self.present if other not in named and other in self.nameable]
-        if not takers:
+    def _named(self, text: str) -> list[str]:
+        return list(dict.fromkeys(mention.object for mention in mentions(text, self.vocabulary)))
+
+    def _substitute(self, text: str, absent: str) -> str | None:
+        """A present object that is not named yet, of the same number (one or many) if there is one."""
+        named = self._named(text)
+        candidates = [name for name in self.present if name not in named and name in self.nameable]
+        if not candidates:
             return None
-        is_many = next(phrase.is_plural for phrase in noun_phrases(text, self.vocabulary) if phrase.object == name)
-        fitting = [other for other in takers if (self.counts.get(other, 2 if is_many else 1) > 1) == is_many]
-        taker = self.rng.choice(fitting or takers)
-        edited = self._put(text, name, taker)
-        found = {mention.object for mention in mentions(edited, self.vocabulary)}
-        return (edited, taker) if taker in found and name not in found else None
+        is_many = next(phrase.is_plural for phrase in noun_phrases(text, self.vocabulary) if phrase.object == absent)
+        same_number = []
+        for name in candidates:
+            count = self.counts.get(name)
+            if count is None or (count > 1) == is_many:  # an unknown number fits
+                same_number.append(name)
+        return self.rng.choice(same_number or candidates)
 
-    def _put(self, text: str, name: str, taker: str) -> str:
-        """In its true number where the sentence allows it, else in the number of the text."""
-        count = self.counts.get(taker)
-        edited = replace_object(text, name, taker, count=count, vocabulary=self.vocabulary) if count else None
-        return edited or replace_object(text, name, taker, vocabulary=self.vocabulary) or text
+    def _replaced(self, text: str, absent: str, substitute: str) -> str:
+        """With the substitute in its true number where the sentence allows it, else in the number of the text."""
+        count = self.counts.get(substitute)
+        edited = replace_object(text, absent, substitute, count=count, vocabulary=self.vocabulary) if count else None
+        return edited or replace_object(text, absent, substitute, vocabulary=self.vocabulary) or text
 
-    def _counted(self, text: str, edits: list[list[str]]) -> tuple[str, list[list[str]]]:
-        """Wrong numbers of present objects corrected."""
-        for name, count in self.counts.items():
-            told = [phrase for phrase in noun_phrases(text, self.vocabulary) if phrase.object == name]
-            told = [
-                phrase
-                for phrase in told
-                if phrase.determiner in ONE or phrase.determiner in MANY or phrase.determiner.isdigit()
-            ]
+    def _counted(self, text: str, name: str, count: int) -> str:
+        """With the number of a present object corrected, if the text gives a wrong one."""
+        for phrase in noun_phrases(text, self.vocabulary):
+            word = phrase.determiner
+            if phrase.object != name or not (word in ONE or word in MANY or word.isdigit()):
+                continue
             right = name_object(name, count, self.vocabulary).split(" ", 1)[0]
-            is_right = not told or told[0].determiner == right or (count == 1 and told[0].determiner in ONE)
-            if not is_right and told[0].determiner not in ("some", "several", "many"):
-                edited = replace_object(text, name, name, count=count, vocabulary=self.vocabulary)
-                if edited and edited != text:
-                    text, edits = edited, [*edits, ["counted", name, str(count)]]
-        return text, edits
+            is_right = word == right or (count == 1 and word in ONE) or word in ("some", "several", "many")
+            edited = None if is_right else replace_object(text, name, name, count=count, vocabulary=self.vocabulary)
+            return edited or text  # the first number decides
+        return text

@@ -1,4 +1,4 @@
-"""Chosen is the model's answer as a judge corrects it, rejected the answer itself, both in the judge's style (HA-DPO)."""
+"""Chosen is the answer as corrected by a judge, rejected the answer itself, both in the judge's style (HA-DPO)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Mapping
 
 from catpo.core.checks import check_word
 from catpo.core.types import PreferencePair, Sample
-from catpo.judges import Judge
-from catpo.judges._requests import as_text, ask, no_judge
+from catpo.judges import Judge, as_text, ask, missing_judge
 from catpo.pairing.methods import Dropped, finish
-
-RESTYLED = ("both", "rejected", "none")
 
 
 def make(
@@ -25,23 +22,19 @@ def make(
 ) -> PreferencePair | Dropped:
     """The corrected answer against the original (Zhao et al. 2023, Hallucination-Aware DPO).
 
-    A corrected text reads as its corrector writes, and training would learn the style; so the judge writes the original anew
-    too. An answer in which the judge finds nothing to correct gives no pair.
+    A corrected text has its corrector's style, which training would learn, so the judge rewrites the original as well. An
+    answer in which the judge finds nothing to correct gives no pair.
 
     Args:
-        sample: the picture with its question.
-        answer: the model's answer.
-        rng: not used.
-        vocabulary: surface form -> object; the built-in words if None.
-        judge: corrects, and writes anew; it is told the objects that `sample.truth["present"]` names.
-        restyle: which side is written anew after the correction: `both`, as the authors do, `rejected`, or `none`.
+        judge: corrects and rewrites; it is told the objects in `sample.truth["present"]`.
+        restyle: the sides rewritten after the correction: `both`, as the authors do, `rejected`, or `none`.
 
     Raises:
         UserError: no judge, or another word for `restyle`.
     """
-    check_word("hadpo", "restyle", restyle, RESTYLED)
+    check_word("hadpo", "restyle", restyle, ("both", "rejected", "none"))
     if judge is None:
-        raise no_judge("hadpo")
+        raise missing_judge("hadpo")
     answer = answer.strip()
     if not answer:
         return Dropped("empty answer")

@@ -1,4 +1,4 @@
-"""The best against the worst of several answers of the model, as a judge finds them claim by claim (RLAIF-V)."""
+"""The best against the worst of several answers of the model, judged claim by claim (RLAIF-V)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from dataclasses import replace
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair, Sample
-from catpo.judges import Judge
-from catpo.judges._requests import as_questions, as_rating, as_verdicts, ask, no_judge
+from catpo.judges import Judge, as_questions, as_rating, as_verdicts, ask, missing_judge
 from catpo.pairing.methods import Candidate, Dropped, finish
-
-WAYS = ("claims", "rating")
 
 
 def asks(sample: Sample, rng: random.Random, *, candidates: int = 5, by: str = "claims") -> list[Sample]:
@@ -37,39 +34,39 @@ def make(
     """The candidate with the fewest wrong claims against that with the most (Yu et al. 2024, RLAIF-V).
 
     Args:
-        sample: the picture with its question.
-        answer: the first candidate.
-        rng: chooses among candidates of the same reward.
-        vocabulary: surface form -> object; the built-in words if None.
+        rng: breaks ties between candidates of the same reward.
         others: the further candidates.
-        judge: takes answers apart and looks at the picture.
-        candidates: how many answers are drawn; equal ones count once. The authors draw 10.
-        by: `claims` divides an answer into claims, asks of each whether it is true, and counts those that are not; `rating`
-            asks for one number from 0 to 10.
+        judge: splits answers into claims and verifies them against the picture.
+        candidates: answers drawn; equal ones count once. The authors draw 10.
+        by: `claims` splits an answer into claims, asks whether each is true, and counts those that are not; `rating` asks for
+            one number from 0 to 10.
 
     Raises:
         UserError: no judge, or another word for `by`.
     """
-    check_word("rlaif", "by", by, WAYS)
+    check_word("rlaif", "by", by, ("claims", "rating"))
     if judge is None:
-        raise no_judge("rlaif")
+        raise missing_judge("rlaif")
     texts = list(dict.fromkeys(text.strip() for text in (answer, *others) if text.strip()))
     if len(texts) < 2:
         return Dropped("same text" if texts else "empty answer")
-    reward = _true_claims if by == "claims" else _rating
-    rewards = [reward(judge, sample, text, number) for number, text in enumerate(texts)]
-    graded = [Candidate(text, value) for text, value in zip(texts, rewards, strict=True) if value is not None]
+    graded = []
+    for number, text in enumerate(texts):
+        reward = _minus_wrong_claims(judge, sample, text, number) if by == "claims" else _rating(judge, sample, text, number)
+        if reward is not None:
+            graded.append(Candidate(text, reward))
     if len(graded) < 2:
         return Dropped("unreadable reply")
     rng.shuffle(graded)
-    best, worst = (pick(graded, key=lambda each: each.reward) for pick in (max, min))
+    best = max(graded, key=lambda candidate: candidate.reward)
+    worst = min(graded, key=lambda candidate: candidate.reward)
     if best.reward == worst.reward:
         return Dropped("all equally good")
     meta = {"rewards": [best.reward, worst.reward], "answers": len(graded)}
     return finish(sample, best.text, worst.text, sample.truth.get("present"), vocabulary, meta)
 
 
-def _true_claims(judge: Judge, sample: Sample, text: str, number: int) -> float | None:
+def _minus_wrong_claims(judge: Judge, sample: Sample, text: str, number: int) -> float | None:
     """Minus the number of claims that the judge calls wrong."""
     questions = ask(judge, "claims", sample, as_questions, number=number, answer=text)
     if questions is None:

@@ -1,4 +1,4 @@
-"""Chosen is the model's answer to the picture, rejected its answer to a noised one: no truth, no judge (SeVa)."""
+"""Chosen is the model's answer to the picture, rejected its answer to a noised one: needs no truth, no judge (SeVa)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,10 @@ def make(
 ) -> PreferencePair | Dropped:
     """The answer against the one to the corrupted picture (Zhu et al. 2024); equal answers give no pair.
 
-    Object words are labelled where `sample.truth["present"]` tells what is there. The authors noise the normalised pixels, at
-    step 500 or 800; here the picture itself is noised.
+    Object words are labelled if `sample.truth["present"]` lists the objects. The authors noise the normalised pixels, at step
+    500 or 800; here the picture itself is noised.
 
     Args:
-        sample: the picture with its question.
-        answer: the model's answer.
-        rng: not used here; `asks` draws the noise.
-        vocabulary: surface form -> object; the built-in words if None.
         others: the answer to the corrupted picture.
         view: how the picture is corrupted.
     """

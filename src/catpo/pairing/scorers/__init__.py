@@ -1,4 +1,4 @@
-"""One scorer of sentences per file. A plugin defines `Scorer`, a subclass of the one exported here."""
+"""Scorers of sentences, one per file. A plugin defines `Scorer`, a subclass of the one exported here."""
 
 from catpo.pairing.scorers._base import Scorer, check_scorer, scorer
 

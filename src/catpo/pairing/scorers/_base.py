@@ -1,4 +1,4 @@
-"""What scorers share: a picture is looked at once, then texts are held against what was seen. Knows no way to make pairs."""
+"""The base of scorers: a picture is encoded once, then texts are compared with it. Knows no pairing method."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Scorer(ABC):
 
     @abstractmethod
     def look(self, samples: Sequence[Sample]) -> list[Any]:
-        """What is kept of each sample's pictures."""
+        """Encode each sample's pictures, once."""
 
     @abstractmethod
     def relevance(self, seen: Sequence[Any], texts: Sequence[str]) -> list[float]:
-        """How well each text fits what was seen of its pictures, in [-1, 1]; larger is better."""
+        """How well each text fits its pictures, given what `look` returned for them, in [-1, 1]; larger is better."""
 
 
 def scorer(text: str | Spec, family: Family) -> Scorer:
@@ -37,11 +37,11 @@ def scorer(text: str | Spec, family: Family) -> Scorer:
     """
     spec = parse(text)
     make = registry.load("scorers", spec.name)
-    made: Scorer = make(family, **check_options(make, spec))
-    return made
+    opened: Scorer = make(family, **check_options(make, spec))
+    return opened
 
 
 def check_scorer(text: str | Spec) -> None:
-    """Raises UserError for a scorer or option that does not exist; loads no weights."""
+    """Raise UserError for a scorer or option that does not exist; loads no weights."""
     spec = parse(text)
     check_options(registry.load("scorers", spec.name), spec)

@@ -1,7 +1,4 @@
-"""Cosine of picture and text in a CLIP or SigLIP checkpoint, as CSR has it.
-
-clip(source='openai/clip-vit-large-patch14-336')
-"""
+"""Cosine between picture and text in a CLIP or SigLIP checkpoint, as in CSR: clip(source='…')."""
 
 from __future__ import annotations
 
@@ -22,15 +19,14 @@ if TYPE_CHECKING:
 
 
 class Scorer(scorers.Scorer):
-    """A model that was trained to tell which text belongs to which picture.
+    """A model trained to match texts with pictures; runs on the device of the model that answers.
 
     Args:
-        family: the model that answers; its device is used.
-        source: hub id or folder of the checkpoint; CSR's authors have the default.
+        source: hub id or folder of the checkpoint. The default is that of CSR's authors.
         batch_size: pictures or texts at once.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or holds no model of pictures and texts.
+        UserError: the checkpoint cannot be loaded, or does not embed pictures and texts.
     """
 
     def __init__(self, family: Family, *, source: str = "openai/clip-vit-large-patch14-336", batch_size: int = 32) -> None:
@@ -40,9 +36,9 @@ class Scorer(scorers.Scorer):
             model = AutoModel.from_pretrained(source, use_safetensors=True)
             self.processor = AutoProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first_line = str(error).strip().split("\n", 1)[0]
+            reason = str(error).strip().split("\n", 1)[0]
             raise UserError(
-                f"clip(source='{source}') cannot be loaded: {first_line} Give the hub id or folder of a CLIP or SigLIP "
+                f"clip(source='{source}') cannot be loaded: {reason} Give the hub id or folder of a CLIP or SigLIP "
                 "checkpoint, or use the model's own features: scorer='own'."
             ) from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
@@ -53,25 +49,25 @@ class Scorer(scorers.Scorer):
     def look(self, samples: Sequence[Sample]) -> list[Tensor]:
         """The picture's unit vector; of several pictures, the mean direction."""
         pictures = [picture.open() for sample in samples for picture in sample.images]
-        vectors = iter(self._vectors(self.model.get_image_features, [{"images": each} for each in self._parts(pictures)]))
+        vectors = iter(self._embedded(self.model.get_image_features, "images", pictures))
         return [F.normalize(torch.stack([next(vectors) for _ in sample.images]).mean(0), dim=-1) for sample in samples]
 
     @torch.inference_mode()
     def relevance(self, seen: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
-        """Cosine of each text with its picture; a text longer than the checkpoint reads is cut, as its authors do."""
-        padding = {"padding": "max_length" if "siglip" in self.model.config.model_type else True, "truncation": True}
-        vectors = self._vectors(self.model.get_text_features, [{"text": each, **padding} for each in self._parts(texts)])
-        cosines: list[float] = (torch.stack(list(seen)) * torch.stack(vectors)).sum(-1).tolist() if texts else []
+        """Cosine of each text with its picture; texts longer than the checkpoint's context are cut, as by the authors."""
+        if not texts:
+            return []
+        padding = "max_length" if "siglip" in self.model.config.model_type else True  # SigLIP was trained on padded texts
+        vectors = self._embedded(self.model.get_text_features, "text", texts, padding=padding, truncation=True)
+        cosines: list[float] = (torch.stack(list(seen)) * torch.stack(vectors)).sum(-1).tolist()
         return cosines
 
-    def _parts(self, values: Sequence[Any]) -> list[list[Any]]:
-        return [list(values[start : start + self.batch_size]) for start in range(0, len(values), self.batch_size)]
-
-    def _vectors(self, features: Any, parts: Sequence[dict[str, Any]]) -> list[Tensor]:
+    def _embedded(self, features: Any, kind: str, values: Sequence[Any], **options: Any) -> list[Tensor]:
         """Unit vectors in float32."""
         vectors: list[Tensor] = []
-        for part in parts:
-            output = features(**self.processor(**part, return_tensors="pt").to(self.model.device))
+        for start in range(0, len(values), self.batch_size):
+            batch = {kind: list(values[start : start + self.batch_size])}
+            output = features(**self.processor(**batch, **options, return_tensors="pt").to(self.model.device))
             pooled = output if isinstance(output, Tensor) else output.pooler_output
             vectors.extend(F.normalize(pooled.float(), dim=-1))
         return vectors

@@ -1,4 +1,4 @@
-"""Cosine of the answering model's own image features with the words of a text: no other model, works offline."""
+"""Cosine between the answering model's own image features and the tokens of a text: needs no other model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from catpo.pairing import scorers
 if TYPE_CHECKING:
     from catpo.models.family import Family
 
-FEATURES = ("hidden", "input")
-
 
 class Scorer(scorers.Scorer):
     """Mean over a text's tokens of the cosine with the patch that fits the token best.
 
     Args:
-        family: the model that answers.
-        features: of the patches: `hidden`, after the last decoder layer, where they lie near the words they say, or `input`,
-            as they enter the language model, where for most models they lie near no word.
-        batch_size: pictures at once.
+        features: of the patches: `hidden`, after the last decoder layer, where they lie near the tokens they predict; or
+            `input`, as they enter the language model, where in most models they lie near no token.
+        batch_size: samples at once.
 
     Raises:
         UserError: another word for `features`.
@@ -34,27 +31,27 @@ class Scorer(scorers.Scorer):
 
     def __init__(self, family: Family, *, features: str = "hidden", batch_size: int = 16) -> None:
         super().__init__(family)
-        check_word("own", "features", features, FEATURES)
+        check_word("own", "features", features, ("hidden", "input"))
         self.features, self.batch_size = features, batch_size
-        self.words = (
-            family.unwrapped.get_output_embeddings() if features == "hidden" else family.unwrapped.get_input_embeddings()
-        )
+        model = family.unwrapped
+        self.words = model.get_output_embeddings() if features == "hidden" else model.get_input_embeddings()
 
     @torch.inference_mode()
     def look(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Unit vectors of each sample's patches [patches, width]."""
-        seen: list[Tensor] = []
+        encoded: list[Tensor] = []
         for start in range(0, len(samples), self.batch_size):
-            some = samples[start : start + self.batch_size]
-            texts = [self.family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in some]
-            inputs = self.family.process([sample.images for sample in some], texts, padding=True, padding_side="left")
+            batch = samples[start : start + self.batch_size]
+            texts = [self.family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in batch]
+            inputs = self.family.process([sample.images for sample in batch], texts, padding=True, padding_side="left")
             inputs = {name: value.to(self.family.device) for name, value in inputs.items()}
-            with self.family.decoder_inputs() as taken:
+            with self.family.decoder_inputs() as decoder_inputs:
                 hidden = self.family.backbone(**inputs).last_hidden_state
-            vectors = hidden if self.features == "hidden" else taken["embeddings"]
+            vectors = hidden if self.features == "hidden" else decoder_inputs["embeddings"]
             is_patch = inputs["input_ids"] == self.family.image_token_id
-            seen.extend(F.normalize(row[places].float(), dim=-1) for row, places in zip(vectors, is_patch, strict=True))
-        return seen
+            for row, patches in zip(vectors, is_patch, strict=True):
+                encoded.append(F.normalize(row[patches].float(), dim=-1))
+        return encoded
 
     @torch.inference_mode()
     def relevance(self, seen: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
