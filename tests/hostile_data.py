@@ -101,7 +101,7 @@ def lines() -> None:
     text = json.dumps(PAIR)
     for name, line, reason in [
         ("not-json", b"{image: a.png}", "not valid JSON"),
-        ("list", b"[1, 2]", "not an object"),
+        ("list", b"[1, 2]", "must be a JSON object"),
         ("nan", text[:-1].encode() + b', "meta": {"score": NaN}}', "NaN"),
         ("key-twice", text[:-1].encode() + b', "chosen": "A bird."}', "'chosen' stands twice"),
         ("deep", text[:-1].encode() + b', "meta": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "not valid JSON"),

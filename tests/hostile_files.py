@@ -42,7 +42,7 @@ def stores() -> None:
         ("torn", b'{"format": 2, "sig', "not valid JSON"),
         ("list", b"[]", "JSON object"),
         ("key-twice", b'{"format": 2, "format": 2}', "stands twice"),
-        ("binary", b"\xff\xfe\0", "not valid JSON"),
+        ("binary", b"\xff\xfe\0", "not UTF-8"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)
     bad("store-absent", lambda p: show_store(p), "is not a reward store")

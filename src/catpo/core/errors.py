@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Knows nothing of what went wrong; the code that raises it does."""
+"""Errors that a user can act on, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The process was asked to leave (SIGTERM) and has left at a safe place; says how far it came. Exit code 143."""
+    """The process received SIGTERM and stopped where nothing is lost; says how far it got. Exit code 143."""
 
 
 def shown(text: str, *, length: int = 80) -> str:
-    r"""Somebody's text as a message can quote it: on one line, and not too long.
+    r"""Somebody's text as a message quotes it: on one line, and shortened.
 
     >>> shown("a\nb"), len(shown("a" * 100))
     ('a\\nb', 80)
@@ -25,9 +25,9 @@ def shown(text: str, *, length: int = 80) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """The end of an error message about an unknown word: the closest known word, or all of them.
+    """The end of an error message about an unknown word: the closest known word, or all known words.
 
-    `prefix` is put before the closest word, e.g. the section of a recipe.
+    `prefix` goes before the closest word, e.g. the section of a recipe.
 
     >>> did_you_mean("alfa", ["alpha", "beta"])
     "Did you mean 'alpha'?"
@@ -42,6 +42,6 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; a first line that ends with a colon says nothing without the second."""
+    """An error's first line, with the second if the first ends with a colon."""
     first, _, rest = (str(error).strip() or type(error).__name__).partition("\n")
     return f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first

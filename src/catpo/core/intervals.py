@@ -1,4 +1,4 @@
-"""How sure a number is: AUROC, bootstrap resamples, intervals. Knows nothing of tokens, benchmarks or models; NumPy only."""
+"""AUROC, bootstrap resamples and confidence intervals. Knows nothing of tokens, benchmarks or models; NumPy only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES_AT_ONCE = 64
-"""Resamples worked on together; bounds the memory of `bootstrap_auroc` to this many rows of scores."""
+"""Resamples per batch; `bootstrap_auroc` holds this many rows of scores in memory."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
 
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Share of (positive, negative) couples in which the positive scores higher; a tie counts half (mid-rank).
 
-    0.5 is chance. NaN when there is no positive or no negative: then nothing can be said.
+    0.5 is chance; NaN without positives or without negatives.
 
     Args:
         scores: [items], finite.
@@ -39,14 +39,14 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 def bootstrap_auroc(
     scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, resamples: int = 1000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """AUROC of each bootstrap resample, where whole groups are drawn: tokens of one pair are not independent.
+    """AUROC of each bootstrap resample of whole groups, since tokens of one pair are not independent.
 
     Args:
         scores: [items], finite.
         labels: [items], true (or 1) for positives.
-        groups: [items], any integers; items with the same one are drawn together.
+        groups: [items], integers; items of a group are drawn together.
         resamples: how many to draw.
-        seed: of the draw, see `bootstrap_indices`.
+        seed: see `bootstrap_indices`.
 
     Returns:
         [resamples]; NaN where a resample has no positive or no negative.
@@ -78,7 +78,7 @@ def bootstrap_indices(count: int, *, resamples: int = 1000, seed: int = 0) -> ND
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """The middle `level` of bootstrap values (percentile interval). NaNs are left out; NaN when nothing is left.
+    """Percentile interval of bootstrap values; NaNs are left out, and the ends are NaN if nothing is left.
 
     >>> interval(np.arange(101), level=0.5)
     Interval(low=25.0, high=75.0)
@@ -92,7 +92,7 @@ def interval(values: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def mean_interval(values: ArrayLike) -> Interval:
-    """95 % interval of the mean of few independent numbers, such as training seeds: Student's t. NaN for less than two.
+    """95 % interval (Student's t) of the mean of few independent numbers, such as training seeds; NaN for fewer than two.
 
     >>> low, high = mean_interval([1.0, 2.0, 3.0])
     >>> round(low, 2), round(high, 2)

@@ -1,4 +1,4 @@
-"""The folder is the registry: a plugin is one module, its name is its file name. Imports nothing until it is named."""
+"""The folder is the registry: a plugin is a module, named by its file and imported only when it is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLACES = {
     "judges": ("catpo.judges", "Judge"),
     "scorers": ("catpo.pairing.scorers", "Scorer"),
 }
-"""Kind of plugin -> the package whose modules are the plugins, and the one public name that each of them defines."""
+"""Kind of plugin -> the package whose modules are plugins, and the public name that each defines."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,14 @@ def names(kind: str) -> list[str]:
 def plugins(kind: str) -> list[Plugin]:
     """All plugins of a kind with the first line of their docstring, read without importing them."""
     own = _own_modules(kind)
-    return [Plugin(kind, name, _first_line(own[name]) if name in own else "from another package") for name in names(kind)]
+    listed = []
+    for name in names(kind):
+        summary = "from another package"
+        if name in own:
+            docstring = ast.get_docstring(ast.parse(own[name].read_text(encoding="utf-8"))) or ""
+            summary = docstring.split("\n", 1)[0]
+        listed.append(Plugin(kind, name, summary))
+    return listed
 
 
 def _own_modules(kind: str) -> dict[str, Path]:
@@ -75,8 +82,3 @@ def _entry_points(kind: str) -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points  # a tenth of the time that --help takes
 
     return {entry.name: entry for entry in entry_points(group=f"catpo.{kind}")}
-
-
-def _first_line(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.split("\n", 1)[0]

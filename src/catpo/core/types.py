@@ -1,4 +1,4 @@
-"""What the parts hand to each other: pictures, samples, pairs. Knows nothing of models or files' layouts."""
+"""Pictures, samples and preference pairs, which every room uses. Knows nothing of models or file layouts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 200_000_000
 """A larger file is refused before it is read."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-"""Formats that are opened. Pillow knows more, among them PostScript, which it hands to another program to run."""
+"""Formats that are opened. Pillow knows more, among them PostScript, for which it runs another program."""
+
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What Pillow raises for broken pictures."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """A picture that is opened only when it is needed.
 
-    Give one of `path`, `data` (the encoded bytes) and `load` (which gives them when it is called with `at`); `name` is what
-    messages call it.
+    Give one of `path`, `data` (the encoded bytes) and `load` (a function that returns them when called with `at`); `name` is
+    what messages call it.
     """
 
     path: Path | None = None
@@ -53,17 +58,8 @@ class Picture:
                         raise UserError(
                             f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
                         )
-                    return _of_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        except UserError:
-            raise
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            EOFError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
+                    return _as_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        except UNREADABLE as error:
             raise UserError(f"{self} is not a picture that can be read ({error}). Replace or remove it.") from error
 
     def read(self) -> bytes:
@@ -75,17 +71,21 @@ class Picture:
         if self.data is not None:
             return self.data
         try:
-            if self.load is None and (size := cast(Path, self.path).stat().st_size) > MAX_BYTES:
-                raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")
-            content = self.load(*self.at) if self.load is not None else cast(Path, self.path).read_bytes()
+            content = self.load(*self.at) if self.load is not None else self._read_file(cast(Path, self.path))
         except OSError as error:
             raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
         if not content:
             raise UserError(f"{self} is an empty file. Replace or remove it.")
         return content
 
+    def _read_file(self, path: Path) -> bytes:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")
+        return path.read_bytes()
+
     def digest(self) -> str:
-        """Hash of the encoded bytes: the picture's identity."""
+        """Hash of the encoded bytes, which identifies the picture."""
         return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
 
     @property
@@ -98,13 +98,13 @@ class Picture:
 
 
 def opened(content: bytes) -> Image.Image:
-    """Encoded bytes as a picture whose pixels are not read yet; raises what Pillow raises."""
-    Image.init()  # else it knows its most frequent formats only
+    """Encoded bytes as a picture whose pixels are not decoded yet; raises what Pillow raises."""
+    Image.init()  # otherwise Pillow knows only its most frequent formats
     return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _of_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits as viewers show it; Pillow would cut all values above 255 off."""
+def _as_eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture as viewers show it; Pillow would clip values above 255."""
     if not image.mode.startswith("I"):
         return image
     return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -112,18 +112,18 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Patches of a picture, or of one tile of it, in rows: as they stand in the prompt and as they lie on the picture."""
+    """Patches of a picture, or of one tile of it: their order in the prompt, and where they are on the picture."""
 
     picture: int
     """Number of the picture in its pair, from 0."""
     rows: int
     columns: int
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-    """Left, top, right and bottom of the part of the picture that the patches show, as shares of its width and height."""
+    """Left, top, right and bottom of what the patches show, as fractions of the picture's width and height."""
     row_end: int = 0
-    """Image tokens after each row that show nothing (LLaVA-NeXT's newline); they are no patches."""
+    """Separator tokens after each row (LLaVA-NeXT's newline); they are no patches."""
     end: int = 0
-    """Image tokens after the last row that show nothing."""
+    """Separator tokens after the last row."""
 
     @property
     def size(self) -> int:
@@ -142,7 +142,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Sample:
-    """Picture(s) with a prompt: what a model is asked. What is known to be true of it goes beside it."""
+    """Picture(s) with a prompt, for a model to answer, and what is known of them."""
 
     id: str
     images: tuple[Picture, ...]
@@ -150,7 +150,7 @@ class Sample:
     references: tuple[str, ...] = ()
     """Human (or ground-truth) answers, if any."""
     truth: Mapping[str, Any] = field(default_factory=dict)
-    """What is known of the picture, e.g. {"present": [...], "tempting": [...]}; the key set is the data set's."""
+    """What is known of the picture, e.g. {"present": [...], "tempting": [...]}; the keys depend on the data set."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class PreferencePair:
     labels: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     """Per side, object words known to be grounded or hallucinated."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else that came with the row; kept, never used in training."""
+    """Other fields of the row; kept, never used in training."""
 
     def response(self, side: Side) -> str:
         return self.chosen if side == "chosen" else self.rejected
@@ -181,7 +181,7 @@ def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str
 
 
 def check_pair(pair: PreferencePair) -> PreferencePair:
-    """The pair itself, after checking what every later step relies on.
+    """Check what every later step relies on; returns the pair.
 
     Raises:
         UserError: a response is empty, both are the same, or there is no picture; names the pair.

@@ -1,4 +1,4 @@
-"""`catpo data check` and `catpo data convert`: everything that is wrong with a data set at once, and the common format.
+"""`catpo data check`, which lists all problems of a data set at once, and `catpo data convert`, which writes the common format.
 
 Knows no format; token counts come from a model's own processor.
 """
@@ -6,12 +6,12 @@ Knows no format; token counts come from a model's own processor.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Sample
@@ -27,7 +27,7 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """Something about one row that a later step would refuse, or that nobody can have meant."""
+    """Something about one row that a later step would refuse, or that is surely a mistake."""
 
     kind: str
     """unusable row, broken picture, duplicate pair, duplicate chosen (or rejected) response, or over-long."""
@@ -38,7 +38,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long something is, over all pairs."""
+    """Lengths over all pairs."""
 
     unit: str
     least: int
@@ -46,9 +46,8 @@ class Lengths:
     most: int
 
     @classmethod
-    def of(cls, unit: str, values: Iterable[int]) -> Lengths | None:
-        numbers = list(values)
-        return cls(unit, min(numbers), median(numbers), max(numbers)) if numbers else None
+    def of(cls, unit: str, values: Sequence[int]) -> Lengths:
+        return cls(unit, min(values), median(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,14 @@ class DataReport:
         return asdict(self)
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """A model's family, as far as counting tokens needs it."""
-
-    def encode(self, pair: PreferencePair) -> Any: ...
-
-
-def check_data(
-    data: str | Path, *, family: Encoder | None = None, max_length: int | None = None, limit: int | None = None
-) -> DataReport:
-    """Read every row, open every picture, and gather what is wrong.
+def check_data(data: str | Path, *, family: Any = None, max_length: int | None = None, limit: int | None = None) -> DataReport:
+    """Read every row, open every picture, and collect what is wrong.
 
     Args:
         data: folder, file or `name(option=value)` of a data set.
-        family: the model whose tokens are counted; without one, words are.
-        max_length: most tokens of the prompt and the longer response (needs `family`).
-        limit: the first so many rows only.
+        family: the model (`Family`) whose tokens are counted; without one, words are.
+        max_length: largest number of tokens of the prompt with the longer response (needs `family`).
+        limit: read at most this many rows.
 
     Raises:
         UserError: the data set cannot be read at all.
@@ -94,61 +84,65 @@ def check_data(
         raise UserError("max_length counts tokens, so it needs a model: --model.")
     checker = _Checker(family, max_length)
     for where, row in islice(scan(data), limit):
-        checker.take(where, row)
+        checker.check(where, row)
     return checker.report(str(data))
 
 
 class _Checker:
-    """Takes rows one by one; keeps numbers, not rows."""
+    """Checks row by row; keeps numbers, not rows."""
 
-    def __init__(self, family: Encoder | None, max_length: int | None) -> None:
+    def __init__(self, family: Any, max_length: int | None) -> None:
         self.family, self.max_length = family, max_length
         self.problems: list[Problem] = []
         self.lengths: dict[str, list[int]] = defaultdict(list)
-        self.first: dict[tuple[str, ...], str] = {}
+        self.first_places: dict[tuple[str, ...], str] = {}
+        """Texts and pictures -> the row that had them first."""
         self.pictures: set[str] = set()
-        self.places: set[str] = set()
+        self.rows: set[str] = set()
         self.pairs = self.samples = 0
 
-    def take(self, where: str, row: PreferencePair | Sample | UserError) -> None:
-        self.places.add(where)
+    def check(self, where: str, row: PreferencePair | Sample | UserError) -> None:
+        self.rows.add(where)
         if isinstance(row, UserError):
-            self.problems.append(Problem("unusable row", where, _without_place(str(row), where)))
+            self._add("unusable row", where, str(row).removeprefix(where).lstrip(": ,"))
             return
         try:
             for image in row.images:
                 image.open()
-                self.pictures.add(image.digest())
+            digests = [image.digest() for image in row.images]
         except UserError as error:
-            self.problems.append(Problem("broken picture", where, str(error)))
+            self._add("broken picture", where, str(error))
             return
+        self.pictures.update(digests)
         if isinstance(row, Sample):
             self.samples += 1
             return
         self.pairs += 1
-        self._look_for_twins(where, row)
+        self._find_duplicate(where, row, digests)
         self._measure(where, row)
 
-    def _look_for_twins(self, where: str, pair: PreferencePair) -> None:
-        images = [image.digest() for image in pair.images]
-        same_answers = {"pair": (*images, pair.prompt, pair.chosen, pair.rejected)}
-        same_answers |= {f"{side} response": (side, *images, pair.prompt, pair.response(side)) for side in SIDES}
-        for what, key in same_answers.items():
-            before = self.first.setdefault(key, where)
-            if before != where:
-                self.problems.append(Problem(f"duplicate {what}", where, f"is that of {before}"))
+    def _add(self, kind: str, where: str, what: str) -> None:
+        self.problems.append(Problem(kind, where, what))
+
+    def _find_duplicate(self, where: str, pair: PreferencePair, digests: Sequence[str]) -> None:
+        keys = {"pair": (*digests, pair.prompt, pair.chosen, pair.rejected)}
+        for side in SIDES:
+            keys[f"{side} response"] = (side, *digests, pair.prompt, pair.response(side))
+        for what, key in keys.items():
+            first = self.first_places.setdefault(key, where)
+            if first != where:
+                self._add(f"duplicate {what}", where, f"is that of {first}")
                 return
 
     def _measure(self, where: str, pair: PreferencePair) -> None:
         if self.family is None:
-            self.lengths["prompt"].append(len(pair.prompt.split()))
-            for side in SIDES:
-                self.lengths[side].append(len(pair.response(side).split()))
+            for name, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+                self.lengths[name].append(len(text.split()))
             return
         try:
             encoded = self.family.encode(pair)
         except UserError as error:
-            self.problems.append(Problem("unusable row", where, str(error)))
+            self._add("unusable row", where, str(error))
             return
         self.lengths["picture"].append(len(encoded.patches))
         self.lengths["prompt"].append(len(encoded.prompt_ids))
@@ -156,22 +150,20 @@ class _Checker:
             self.lengths[side].append(len(encoded.response_ids[side]))
         longest = len(encoded.prompt_ids) + max(len(ids) for ids in encoded.response_ids.values())
         if self.max_length is not None and longest > self.max_length:
-            self.problems.append(Problem("over-long", where, f"{longest} tokens exceed max_length={self.max_length}"))
+            self._add("over-long", where, f"{longest} tokens exceed max_length={self.max_length}")
 
     def report(self, name: str) -> DataReport:
-        unit = dict.fromkeys(("prompt", *SIDES), "tokens" if self.family else "words") | {"picture": "image tokens"}
-        lengths = {name: found for name, values in self.lengths.items() if (found := Lengths.of(unit[name], values))}
-        return DataReport(name, len(self.places), self.pairs, self.samples, len(self.pictures), lengths, self.problems)
-
-
-def _without_place(message: str, where: str) -> str:
-    return message.removeprefix(where).lstrip(": ,")
+        unit = "tokens" if self.family else "words"
+        lengths = {}
+        for part, values in self.lengths.items():
+            lengths[part] = Lengths.of("image tokens" if part == "picture" else unit, values)
+        return DataReport(name, len(self.rows), self.pairs, self.samples, len(self.pictures), lengths, self.problems)
 
 
 def convert_data(data: str | Path, output: str | Path) -> int:
-    """Write a data set's pairs as a folder that every command reads; gives their number.
+    """Write a data set's pairs as a folder that every command reads; returns their number.
 
-    Pictures are kept as they are, each once. Until the last pair is written, the folder counts as unfinished.
+    Each picture is kept as it is, once. Until the last pair is written, the folder counts as unfinished.
 
     Raises:
         UserError: a row cannot be used (`catpo data check` shows all of them), or the folder holds pairs already.
@@ -180,18 +172,13 @@ def convert_data(data: str | Path, output: str | Path) -> int:
     with lock(folder):
         if (folder / ROWS).exists():
             raise UserError(f"{folder} holds pairs already. Choose another --output, or remove it.")
-        about = {"format": 1, "data": str(data), "versions": versions()}
-        write_json(folder / ABOUT, {**about, "complete": False})
-        count = 0
-        for block in _blocks(open_data(data).pairs()):
+        metadata = {"format": 1, "data": str(data), "versions": versions()}
+        write_json(folder / ABOUT, {**metadata, "complete": False})
+        pairs, count = open_data(data).pairs(), 0
+        while block := list(islice(pairs, BLOCK)):
             append_pairs(folder, block)
             count += len(block)
         if not count:
             raise UserError(f"{data} holds no preference pairs. `catpo data check` says what is wrong with its rows.")
-        write_json(folder / ABOUT, {**about, "pairs": count, "complete": True})
+        write_json(folder / ABOUT, {**metadata, "pairs": count, "complete": True})
     return count
-
-
-def _blocks(pairs: Iterator[PreferencePair]) -> Iterator[list[PreferencePair]]:
-    while block := list(islice(pairs, BLOCK)):
-        yield block

@@ -21,7 +21,7 @@ EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
 
 
 def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance: Mapping[str, Any]) -> None:
-    """Write all pairs with their pictures, and say in pairs.json that they are complete.
+    """Write all pairs with their pictures, and mark the folder as complete in pairs.json.
 
     Raises:
         UserError: the folder holds pairs already, or cannot be written.
@@ -35,12 +35,12 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance:
 
 
 def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
-    """Add pairs and those of their pictures that are not there yet; gives the new size of the row file in bytes."""
+    """Append pairs and save their new pictures; returns the new size of the row file in bytes."""
     return append_rows(folder / ROWS, [row_of(folder, pair) for pair in pairs])
 
 
 def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:
-    """A pair's row, after its pictures were put into the folder."""
+    """A pair's row; its pictures are saved in the folder."""
     return {
         "id": pair.id,
         "images": [_save(folder, picture) for picture in pair.images],
@@ -53,18 +53,14 @@ def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:
 
 
 def _save(folder: Path, picture: Picture) -> str:
-    """The picture's bytes as they are, once, under a name made of them; a broken one is refused."""
+    """Save the picture's bytes as they are, once, named by their hash; a broken picture is refused."""
     content = picture.read()
-    held = Picture(data=content, name=picture.label)
-    held.open()
-    path = Path(PICTURES) / f"{held.digest()}.{_extension(content)}"
+    in_memory = Picture(data=content, name=picture.label)
+    in_memory.open()
+    with opened(content) as image:
+        kind = image.format or "img"
+    path = Path(PICTURES) / f"{in_memory.digest()}.{EXTENSIONS.get(kind, kind.lower())}"
     if not (folder / path).exists():
         make_folder(folder / PICTURES)
         write_atomic(folder / path, content, is_durable=False)
     return path.as_posix()
-
-
-def _extension(content: bytes) -> str:
-    with opened(content) as image:
-        kind = image.format or "img"
-    return EXTENSIONS.get(kind, kind.lower())

@@ -1,7 +1,7 @@
-"""Open a data set by what a user writes: `scenes(count=400)`, or a path; and take a part of it. Knows no data set by name.
+"""Open a data set by what a user writes, `scenes(count=400)` or a path, and select rows of it. Knows no data set by name.
 
-Options of every data set, beside its own: `limit`, `where='field=value'`, `max_words`, and `part='train'` or `'dev'` with
-`dev_share` and `dev_seed`.
+Options of every data set, besides its own: `limit`, `where='field=value'`, `max_words`, and `part='train'` or `'dev'` with
+`eval_fraction` and `dev_seed`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from catpo.data.datasets import Dataset, Scanned
 from catpo.data.spool import SpooledPairs, ids_of, select
 from catpo.runtime.skip_log import SkipLog
 
-DEV_SHARE, DEV_SEED = 0.1, 42
-
 
 def open_data(text: str | Path | Spec | Dataset) -> Dataset:
     """A data set: `name(option=value)`, a path (a folder or a file, as data set `folder`), or one that is open already.
 
-    A plugin that reads files takes the place as option `source`: `folder(source='DIR', limit=10)`. Where a folder has the
-    name of a plugin, the plugin is meant; `./scenes` is the folder.
+    A plugin that reads files takes their path as option `source`: `folder(source='DIR', limit=10)`. If a folder has the name of
+    a plugin, the plugin is meant; `./scenes` is the folder.
 
     >>> len(list(open_data("scenes(count=3)").samples()))
     3
@@ -41,73 +39,77 @@ def open_data(text: str | Path | Spec | Dataset) -> Dataset:
     if isinstance(text, Dataset):
         return text
     request = _request(text)
-    dataset = request.make(*request.arguments, **request.options)
-    return dataset if request.part.is_all else _PartOf(dataset, request.part)
+    dataset = request.plugin(*request.source, **request.options)
+    return dataset if request.part == Part() else Subset(dataset, request.part.samples, request.part.pairs)
 
 
 def scan(text: str | Path) -> Iterator[Scanned]:
-    """Every row of a data set with its place, bad ones as the error they raise.
+    """Every row of a data set with its place; a bad row comes as the error it raises.
 
     Raises:
         UserError: there is no such data set, or it cannot be read at all.
     """
     request = _request(text)
-    rows = request.make.scan(*request.arguments, **request.options)
-    return islice((row for row in rows if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit)
+    return islice(
+        (row for row in request.scan() if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit
+    )
 
 
-def read_pairs(data: str | Path, skipped: SkipLog, limit: int | None = None) -> SpooledPairs:
-    """The first so many pairs, checked, on disk; bad rows are left out if `skipped` goes on.
+def read_pairs(data: str | Path, skip_log: SkipLog, limit: int | None = None) -> SpooledPairs:
+    """The first `limit` pairs, checked, on disk; bad rows are left out if `skip_log` goes on.
 
     Raises:
         UserError: a row cannot be used, or none can.
     """
-    if not skipped.goes_on:
+    if not skip_log.goes_on:
         return SpooledPairs.of(check_pair(pair) for pair in islice(open_data(data).pairs(), limit))
     request = _request(data)
-    usable = skipped.sieve(_different_pairs(request, skipped), lambda found: check_pair(found[1]), lambda found: found[0])
-    return SpooledPairs.of(_of_part(SpooledPairs.of(pair for _, pair in usable), request.part))[:limit]
+    usable = skip_log.sieve(
+        _unique_pairs(request, skip_log), lambda scanned: check_pair(scanned[1]), lambda scanned: scanned[0]
+    )
+    whole = SpooledPairs.of(pair for _, pair in usable)
+    return SpooledPairs.of(request.part.pairs(whole))[:limit]
 
 
-def _different_pairs(request: _Request, skipped: SkipLog) -> Iterator[tuple[str, PreferencePair]]:
-    """Pairs with their places; what is none, or was there before, is noted."""
+def _unique_pairs(request: _Request, skip_log: SkipLog) -> Iterator[tuple[str, PreferencePair]]:
+    """Pairs with their places; bad rows and repeated pairs are noted."""
     seen = set()
-    for where, row in request.make.scan(*request.arguments, **request.options):
+    for where, row in request.scan():
         if isinstance(row, UserError):
-            skipped.note(where, row)
+            skip_log.note(where, row)
         elif isinstance(row, PreferencePair) and request.part.has(row):
             if row.id in seen:
-                skipped.note(where, UserError(f"{where}: pair {row.id} stands in the data twice. Remove one of them."))
-            else:
-                seen.add(row.id)
-                yield where, row
+                skip_log.note(where, UserError(f"{where}: pair {row.id} stands in the data twice. Remove one of them."))
+                continue
+            seen.add(row.id)
+            yield where, row
 
 
 def read_samples(
-    data: str | Path | Dataset, skipped: SkipLog, limit: int | None = None
+    data: str | Path | Dataset, skip_log: SkipLog, limit: int | None = None
 ) -> tuple[list[Sample], Mapping[str, str] | None]:
-    """The first so many samples, and the data set's object words; bad rows are left out if `skipped` goes on.
+    """The first `limit` samples, and the data set's object words; bad rows are left out if `skip_log` goes on.
 
     Raises:
         UserError: a row cannot be used, or none can.
     """
-    if not skipped.goes_on or isinstance(data, Dataset):
+    if not skip_log.goes_on or isinstance(data, Dataset):
         dataset = open_data(data)
         return list(islice(dataset.samples(), limit)), dataset.vocabulary
     request = _request(data)
     samples = []
-    for where, row in request.make.scan(*request.arguments, **request.options):
+    for where, row in request.scan():
         if isinstance(row, UserError):
-            skipped.note(where, row)
-        elif isinstance(row, Sample) and request.part.has(row):
+            skip_log.note(where, row)
+        elif isinstance(row, Sample):
             samples.append(row)
-    return list(islice(samples, request.part.limit))[:limit], request.make.words(*request.arguments, **request.options)
+    return list(request.part.samples(samples))[:limit], request.plugin.words(*request.source, **request.options)
 
 
 def dev_split(
     pairs: Sequence[PreferencePair], share: float, seed: int
 ) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
-    """Pairs for training and for the dev set; which pair goes where depends on its id and the seed only.
+    """Pairs for training and for validation; which pair goes where depends only on its id and the seed.
 
     Raises:
         UserError: nothing is left to train on.
@@ -115,28 +117,47 @@ def dev_split(
     if not 0 <= share < 1:
         raise UserError(f"eval_fraction={share} must lie in [0, 1).")
     ids = ids_of(pairs)
-    order = sorted(range(len(ids)), key=lambda place: hashlib.blake2b(f"{seed}/{ids[place]}".encode()).digest())
+    order = sorted(range(len(ids)), key=lambda index: hashlib.blake2b(f"{seed}/{ids[index]}".encode()).digest())
     held_out = set(order[: int(len(order) * share)])
     if len(held_out) == len(ids):
         raise UserError("There are no preference pairs to train on.")
-    kept = [place for place in range(len(ids)) if place not in held_out]
+    kept = [index for index in range(len(ids)) if index not in held_out]
     return select(pairs, kept), select(pairs, sorted(held_out))
+
+
+class Subset(Dataset):
+    """Some rows of another data set, e.g. the samples of one round; each function gets all rows and returns those to keep."""
+
+    def __init__(
+        self,
+        whole: Dataset,
+        samples: Callable[[Iterator[Sample]], Iterable[Sample]] = iter,
+        pairs: Callable[[Iterator[PreferencePair]], Iterable[PreferencePair]] = iter,
+    ) -> None:
+        self.whole, self.choose_samples, self.choose_pairs = whole, samples, pairs
+        self.name, self.vocabulary = whole.name, whole.vocabulary
+
+    def samples(self) -> Iterator[Sample]:
+        return iter(self.choose_samples(self.whole.samples()))
+
+    def pairs(self) -> Iterator[PreferencePair]:
+        return iter(self.choose_pairs(self.whole.pairs()))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows of a data set are taken; the options that every data set has."""
+    """Which rows of a data set are read: the options that every data set has."""
 
     limit: int | None = None
-    """The first so many."""
+    """At most this many."""
     where: str = ""
-    """`field=value` in a pair's `meta`."""
+    """`field=value` in a pair's `meta` or a sample's `truth`."""
     max_words: int | None = None
-    """The longest response, in words."""
+    """Of the longer response."""
     part: str = "all"
-    """`train`, `dev`, or `all`."""
-    eval_fraction: float = DEV_SHARE
-    dev_seed: int = DEV_SEED
+    """`train`, `dev`, or `all`; of pairs."""
+    eval_fraction: float = 0.1
+    dev_seed: int = 42
 
     def __post_init__(self) -> None:
         if self.part not in ("all", "train", "dev"):
@@ -149,104 +170,82 @@ class Part:
         if self.where and "=" not in self.where:
             raise UserError(f"where='{self.where}' must have the form field=value, e.g. where='ds_name=COCO'.")
 
-    @property
-    def is_all(self) -> bool:
-        return self == Part()
-
     def has(self, row: PreferencePair | Sample) -> bool:
         """Whether a row fits `where` and `max_words`."""
         field, _, value = self.where.partition("=")
-        meta: Mapping[str, Any] = row.meta if isinstance(row, PreferencePair) else row.truth
-        if self.where and str(meta.get(field.strip())) != value.strip():
+        facts = row.meta if isinstance(row, PreferencePair) else row.truth
+        if self.where and str(facts.get(field.strip())) != value.strip():
             return False
         if self.max_words is None or not isinstance(row, PreferencePair):
             return True
         return all(len(row.response(side).split()) <= self.max_words for side in SIDES)
 
+    def samples(self, rows: Iterable[Sample]) -> Iterator[Sample]:
+        return islice(filter(self.has, rows), self.limit)
 
-class _PartOf(Dataset):
-    """Some of another data set's rows."""
-
-    def __init__(self, whole: Dataset, part: Part) -> None:
-        self.whole, self.part = whole, part
-        self.name, self.vocabulary = whole.name, whole.vocabulary
-
-    def samples(self) -> Iterator[Sample]:
-        return islice(filter(self.part.has, self.whole.samples()), self.part.limit)
-
-    def pairs(self) -> Iterator[PreferencePair]:
-        return _of_part(filter(self.part.has, self.whole.pairs()), self.part)
-
-
-def _of_part(pairs: Iterable[PreferencePair], part: Part) -> Iterator[PreferencePair]:
-    if part.part != "all":
-        whole = pairs if isinstance(pairs, SpooledPairs) else SpooledPairs.of(pairs)
-        train, dev = dev_split(whole, part.eval_fraction, part.dev_seed)
-        pairs = train if part.part == "train" else dev
-    return islice(pairs, part.limit)
+    def pairs(self, rows: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
+        kept: Iterable[PreferencePair] = filter(self.has, rows)
+        if self.part != "all":
+            train, dev = dev_split(SpooledPairs.of(kept), self.eval_fraction, self.dev_seed)
+            kept = train if self.part == "train" else dev
+        return islice(kept, self.limit)
 
 
 @dataclass(frozen=True)
 class _Request:
     """What a user's text asks for."""
 
-    make: type[Dataset]
-    arguments: tuple[str, ...]
+    plugin: type[Dataset]
+    source: tuple[str, ...]
     options: dict[str, Any]
     part: Part
 
+    def scan(self) -> Iterator[Scanned]:
+        return self.plugin.scan(*self.source, **self.options)
+
 
 def _request(text: str | Path | Spec) -> _Request:
+    """The plugin and its options; a plugin's name wins over a path, and a path over a mistyped option."""
+    path, known = Path(str(text)), registry.names("datasets")
     if isinstance(text, Path):
-        return _made(Spec("folder", {"source": str(text)}))
-    spec = _spec(text)
-    if spec is not None and spec.name in registry.names("datasets"):
-        return _made(spec)
-    if Path(str(text)).exists():
-        return _made(Spec("folder", {"source": str(text)}))
-    raise _unknown(str(text), spec)
-
-
-def _spec(text: str | Spec) -> Spec | None:
-    """The text as `name(option=value)`, or nothing if it is a path; a bad option is the user's to hear of."""
+        return _request_of(Spec("folder", {"source": str(text)}))
     try:
-        return parse(text)
+        spec = parse(text)
     except UserError:
-        name = str(text).split("(", 1)[0].strip()
-        if name in registry.names("datasets") and not Path(str(text)).exists():
+        if str(text).split("(", 1)[0].strip() in known and not path.exists():
             raise
-        return None
+        spec = None
+    if spec is not None and spec.name in known:
+        return _request_of(spec)
+    if path.exists():
+        return _request_of(Spec("folder", {"source": str(text)}))
+    if spec is None or "/" in str(text) or "." in str(text):
+        raise UserError(f"'{text}' does not exist. Give a folder, a .jsonl file, or a data set such as scenes(count=400).")
+    raise UserError(
+        f"'{spec.name}' is neither a path nor a data set. {did_you_mean(spec.name, known)} `catpo list` shows them all."
+    )
 
 
-def _made(spec: Spec) -> _Request:
-    make = registry.load("datasets", spec.name)
+def _request_of(spec: Spec) -> _Request:
+    plugin = registry.load("datasets", spec.name)
     options = dict(spec.options)
     source = options.pop("source", None)
     if source is not None and not isinstance(source, str):
         raise UserError(f"{spec.name}: source={source!r} must be a path in quotes.")
-    if source is not None and "source" not in inspect.signature(make).parameters:
+    if source is not None and "source" not in inspect.signature(plugin).parameters:
         raise UserError(f"'{spec.name}' reads no file, so it has no option 'source'.")
-    part = _taken(spec.name, options, make)
-    checked = check_options(make, Spec(spec.name, options))
+    part = _take_part(spec.name, options, plugin)
+    checked = check_options(plugin, Spec(spec.name, options))
     if "sources" in checked:
-        checked["sources"] = [open_data(each) for each in checked["sources"]]
-    return _Request(make, () if source is None else (source,), checked, part)
+        checked["sources"] = [open_data(source) for source in checked["sources"]]
+    return _Request(plugin, () if source is None else (source,), checked, part)
 
 
-def _taken(name: str, options: dict[str, Any], make: Callable[..., Any]) -> Part:
-    """Removes from the options those of every data set, as far as the plugin has none of that name."""
-    own = keyword_options(make)
-    common = {field: default for field, default in vars(Part()).items() if field not in own}
-    given = {field: options.pop(field) for field in common if field in options}
+def _take_part(name: str, options: dict[str, Any], plugin: type[Dataset]) -> Part:
+    """Remove the options of every data set from `options`, except those for which the plugin has its own."""
+    own = keyword_options(plugin)
+    defaults = {field: default for field, default in vars(Part()).items() if field not in own}
+    given = {field: options.pop(field) for field in defaults if field in options}
     for field, value in given.items():
-        check_kind(f"{name}({field}={value!r})", value, common[field])
+        check_kind(f"{name}({field}={value!r})", value, defaults[field])
     return Part(**given)
-
-
-def _unknown(text: str, spec: Spec | None) -> UserError:
-    if spec is None or "/" in text or "." in text:
-        return UserError(f"'{text}' does not exist. Give a folder, a .jsonl file, or a data set such as scenes(count=400).")
-    known = registry.names("datasets")
-    return UserError(
-        f"'{spec.name}' is neither a path nor a data set. {did_you_mean(spec.name, known)} `catpo list` shows them all."
-    )

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, whatever kills the writer."""
+"""Atomic writes: a reader sees a whole file or none, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PART = re.compile(r"\..+\.\d+\.part")
 def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = True) -> None:
     """Write a file so that a reader sees the old one or the whole new one, never a part.
 
-    Not durable: survives a killed process, not a power cut, and costs no wait for the disk; for many small files.
+    With `is_durable=False`, it survives a killed process but not a power cut, and does not wait for the disk.
 
     Raises:
         UserError: it cannot be written (no space, no permission); the old file is untouched.
@@ -43,16 +43,16 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
 
 
 def check_path(path: Path) -> None:
-    """Raises UserError for a path that no file can have."""
+    """Raise UserError for a path that no file can have."""
     if "\0" in str(path):
         raise UserError(f"{str(path)!r} cannot be written (a path holds no NUL character). Give another --output.")
 
 
 def cut_back(path: str | Path, size: int) -> None:
-    """Make a file as short as it was.
+    """Truncate a file to `size` bytes, if it is longer.
 
     Raises:
-        UserError: it cannot be changed.
+        UserError: it cannot be written.
     """
     try:
         if os.path.getsize(path) > size:
@@ -62,10 +62,10 @@ def cut_back(path: str | Path, size: int) -> None:
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder and those above it, where they are not there yet.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

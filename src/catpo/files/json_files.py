@@ -1,4 +1,4 @@
-"""Files that outlive a killed process: atomic writes, append-only rows, one writer per folder, versions. Knows no model."""
+"""JSON files that outlive a killed process: objects written whole, rows appended, a torn last line cut off. Knows no model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError
-from catpo.files import strict_json
 from catpo.files.atomic import cut_back, reason_of, write_atomic
-from catpo.files.strict_json import Fields, check_fields
+from catpo.files.strict_json import Fields, check_fields, parse_object
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -27,19 +26,16 @@ def read_json(path: str | Path, *, made_by: str = "catpo", fields: Fields | None
     """
     path = Path(path)
     try:
-        value = strict_json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Write it again with `{made_by}`.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object. Write it again with `{made_by}`.")
-    check_fields(value, fields or {}, place=str(path), remedy=_again(path.parent))
+    value = parse_object(content, place=str(path), remedy=f"Write it again with `{made_by}`.")
+    check_fields(value, fields or {}, place=str(path), remedy=_start_again(path.parent))
     return value
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Append rows to a JSON Lines file in one write, on disk before it returns; gives the file's new size in bytes.
+    """Append rows to a JSON Lines file in one write, on disk before it returns; returns the file's new size in bytes.
 
     Raises:
         UserError: it cannot be written.
@@ -63,27 +59,23 @@ def read_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | 
     Args:
         path: of the file.
         fields: what every row must have.
-        remove: what has to go, with all that was made since, where a row is not as it was written; the folder if None.
+        remove: what to delete when a row is damaged, named in the message; the file's folder if None.
 
     Raises:
         UserError: a line before the last is not a JSON object, or lacks a field; names the line.
     """
-    return _rows(Path(path), fields or {}, _again(remove or Path(path).parent))[0]
+    return _complete_rows(Path(path), fields, remove)[0]
 
 
 def repair_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | None = None) -> list[dict[str, Any]]:
-    """`read_rows`, after a torn last line (of a killed process) was cut off the file, so that it can be appended to."""
-    rows, size = _rows(Path(path), fields or {}, _again(remove or Path(path).parent))
+    """`read_rows`, after cutting a torn last line (of a killed process) off the file, so that it can be appended to."""
+    rows, size = _complete_rows(Path(path), fields, remove)
     if Path(path).exists():
         cut_back(path, size)
     return rows
 
 
-def _again(place: Path) -> str:
-    return f"Remove {place} and start again."
-
-
-def _rows(path: Path, fields: Fields, remedy: str) -> tuple[list[dict[str, Any]], int]:
+def _complete_rows(path: Path, fields: Fields | None, remove: Path | None) -> tuple[list[dict[str, Any]], int]:
     """Complete rows, and their size in bytes."""
     try:
         content = path.read_bytes()
@@ -91,15 +83,13 @@ def _rows(path: Path, fields: Fields, remedy: str) -> tuple[list[dict[str, Any]]
         return [], 0
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check permissions.") from error
-    lines = content.split(b"\n")  # not splitlines(): U+2028 may stand inside a JSON text
+    *lines, torn = content.split(b"\n")  # not splitlines(): U+2028 may stand inside a JSON text
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is not valid JSON ({error}). {remedy}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} must be a JSON object. {remedy}")
-        check_fields(row, fields, place=f"{path}:{number}", remedy=remedy)
-        rows.append(row)
-    return rows, len(content) - len(lines[-1])
+    for number, line in enumerate(lines, start=1):
+        place, remedy = f"{path}:{number}", _start_again(remove or path.parent)
+        rows.append(parse_object(line, place=place, remedy=remedy, fields=fields, loads=json.loads))
+    return rows, len(content) - len(torn)
+
+
+def _start_again(path: Path) -> str:
+    return f"Remove {path} and start again."

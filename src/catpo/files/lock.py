@@ -1,4 +1,4 @@
-"""One writer per folder; a killed process leaves no lock behind."""
+"""One writer per folder, by an advisory lock that ends with the process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ except ImportError:  # Windows: no advisory locks, the rest works
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[Path]:
-    """Make the folder and keep every other process from writing to it; a killed process leaves no lock behind.
+    """Create the folder and keep other processes from writing to it; a killed process leaves no lock behind.
 
     Raises:
-        UserError: another live process holds it, or the folder cannot be made.
+        UserError: another live process holds the lock, or the folder cannot be created.
     """
     folder = Path(folder)
     check_path(folder)
@@ -52,6 +52,6 @@ def _take(stream: Any, folder: Path) -> None:
         ) from error
     except OSError:  # a file system without locks
         return
-    with suppress(OSError):  # a full disk: who holds it is not told
+    with suppress(OSError):  # on a full disk the holder's pid is not recorded
         os.truncate(stream.fileno(), 0)
         os.write(stream.fileno(), str(os.getpid()).encode())

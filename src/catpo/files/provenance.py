@@ -1,4 +1,4 @@
-"""What a folder was made with: versions and options, compared when work is resumed."""
+"""The versions and options that a folder was created with, compared when work is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from catpo.core.errors import UserError
 
 LIBRARIES = ("catpo", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
-"""What `versions` tells: libraries that can change a number."""
+"""Libraries that can change a number."""
 
 
 def versions() -> dict[str, str]:
@@ -21,17 +21,17 @@ def versions() -> dict[str, str]:
     """
     from importlib.metadata import PackageNotFoundError, version  # --help does not wait for it
 
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            installed[library] = version(library)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | Path, ignore: Iterable[str] = ()) -> None:
-    """Refuse to continue work that was begun with other options.
+    """Raise if work was begun with different options.
 
     >>> check_same({"seed": 0}, {"seed": 1}, where="pairs")
     Traceback (most recent call last):

@@ -63,10 +63,7 @@ def parse_json(text: str, place: str) -> Any:
     Raises:
         UserError: it is not JSON; names the place.
     """
-    try:
-        return strict_json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON ({error}). Mend or remove it.") from error
+    return strict_json.parse(text, place=place, remedy="Correct or remove it.")
 
 
 def parse_records(text: str, place: str) -> list[Record]:

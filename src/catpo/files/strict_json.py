@@ -1,13 +1,17 @@
-"""JSON as its standard has it: no NaN, no key twice, since readers disagree on both. Knows no file."""
+"""JSON read strictly: no NaN and no duplicate key, on which readers disagree; and rows that have the fields they must have."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from catpo.core.errors import UserError
+
+Fields = Mapping[str, Any]
+"""Name -> what the field holds: `str`, `int` (a count, 0 or more), `list[str]`, `dict[str, int]`, `str | None` (or absent), or
+fields again."""
 
 
 def loads(text: str | bytes) -> Any:
@@ -18,32 +22,62 @@ def loads(text: str | bytes) -> Any:
     ValueError: key 'a' stands twice in one object
 
     Raises:
-        ValueError: it is not JSON, or not in UTF-8; holds NaN or an infinity; a key stands twice.
+        ValueError: it is not JSON or not UTF-8, holds NaN or an infinity, or repeats a key.
         RecursionError: it is nested too deep.
     """
-    return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
 
 
-def _refuse(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key '{double[:80]}' stands twice in one object")
-    return made
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key '{duplicate[:80]}' stands twice in one object")
+    return unique
 
 
-Fields = Mapping[str, Any]
-"""Name -> what stands there: `str`, `int` (a count, 0 or more), `list[str]`, `dict[str, int]`, `str | None` (or not there at
-all), or fields again."""
+def parse(content: str | bytes, *, place: str, remedy: str, loads: Callable[[str], Any] = loads) -> Any:
+    """The value of a JSON text that a user can see.
+
+    Args:
+        content: the text, in UTF-8 if it is encoded.
+        place: file and line, which a message starts with.
+        remedy: what to do next, which a message ends with.
+        loads: `json.loads` where this library wrote the text, so that NaN is one of its numbers.
+
+    Raises:
+        UserError: it is not UTF-8, or not JSON.
+    """
+    try:
+        return loads(content.decode("utf-8") if isinstance(content, bytes) else content)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}). {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON ({error}). {remedy}") from error
+
+
+def parse_object(
+    content: str | bytes, *, place: str, remedy: str, fields: Fields | None = None, loads: Callable[[str], Any] = loads
+) -> dict[str, Any]:
+    """`parse` for a text that must be an object with these fields.
+
+    Raises:
+        UserError: it is not UTF-8, not JSON, not an object, or lacks a field.
+    """
+    value = parse(content, place=place, remedy=remedy, loads=loads)
+    if not isinstance(value, dict):
+        raise UserError(f"{place} must be a JSON object, not a {type(value).__name__}. {remedy}")
+    check_fields(value, fields or {}, place=place, remedy=remedy)
+    return value
 
 
 def check_fields(row: Mapping[str, Any], fields: Fields, *, place: str, remedy: str) -> None:
-    """Refuse a row that lacks a field or has something else in it; further fields are allowed.
+    """Refuse a row that lacks a field or holds something else in it; other fields are allowed.
 
     >>> check_fields({"rows": []}, {"block": int}, place="part.jsonl:1", remedy="Remove part.jsonl.")
     Traceback (most recent call last):
@@ -65,12 +99,12 @@ def fits(value: Any, kind: Any) -> bool:
     (True, False, False, True)
     """
     if isinstance(kind, Mapping):
-        return type(value) is dict and all(fits(value.get(name), each) for name, each in kind.items())
+        return type(value) is dict and all(fits(value.get(name), inner) for name, inner in kind.items())
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
-        return any(fits(value, each) for each in inner)
+        return any(fits(value, option) for option in inner)
     if origin is list:
-        return type(value) is list and all(fits(each, inner[0]) for each in value)
+        return type(value) is list and all(fits(item, inner[0]) for item in value)
     if origin is dict:
-        return type(value) is dict and all(fits(each, inner[1]) for each in value.values())
+        return type(value) is dict and all(fits(item, inner[1]) for item in value.values())
     return type(value) is kind and (kind is not int or value >= 0)

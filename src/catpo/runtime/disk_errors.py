@@ -1,4 +1,4 @@
-"""What to say when the disk refuses a write, also from inside safetensors and torch, which have errors of their own."""
+"""Error messages for refused writes (full disk, quota, permissions), also those of safetensors and torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed|iost
 
 
 def refusal(error: BaseException) -> str | None:
-    """What the disk refused, in the words of the system; None for an error of another kind.
+    """Why a write was refused, in the system's words; None for any other error.
 
     >>> refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     'No space left on device'
@@ -35,10 +35,10 @@ def refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def explained(left: Callable[[], str]) -> Iterator[None]:
-    """Turns a refused write into a message; `left` says what is whole on disk, and what to do next.
+    """Turn a refused write into a message that ends with `left()`: what is complete on disk, and what to do next.
 
     Raises:
-        UserError: the disk refused.
+        UserError: a write was refused.
     """
     try:
         yield

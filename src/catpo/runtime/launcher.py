@@ -1,4 +1,4 @@
-"""What `torchrun` and `accelerate launch` say in the environment: this process's rank, and how many there are."""
+"""This process's rank and the number of processes, as `torchrun` and `accelerate launch` set them in the environment."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from catpo.core.errors import UserError
 
 
 def is_main_process() -> bool:
-    """Whether this process writes: of several that `torchrun` or `accelerate launch` started for one command, the first."""
+    """Whether this is rank 0, the process that writes."""
     return process_number() == 0
 
 
 def process_number() -> int:
-    """Which of the processes that `torchrun` or `accelerate launch` started this is."""
-    number, count = _from_launcher("RANK", 0), process_count()
+    """The rank of this process.
+
+    Raises:
+        UserError: RANK or WORLD_SIZE is not a number, or out of range.
+    """
+    number, count = _from_environment("RANK", 0), process_count()
     if not 0 <= number < count:
         raise UserError(
             f"RANK={number} in the environment must be from 0 to WORLD_SIZE - 1, which is {count - 1}. Start with torchrun or "
@@ -24,16 +28,15 @@ def process_number() -> int:
 
 
 def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started for one command."""
-    count = _from_launcher("WORLD_SIZE", 1)
+    """How many processes the launcher started for this command; 1 without a launcher."""
+    count = _from_environment("WORLD_SIZE", 1)
     if count < 1:
         raise UserError(f"WORLD_SIZE={count} in the environment must be 1 or more. Remove it to run one process.")
     return count
 
 
-def _from_launcher(name: str, alone: int) -> int:
-    """A number that launchers set in the environment."""
-    text = os.environ.get(name, str(alone))
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
     try:
         return int(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Leave on SIGTERM, as a scheduler sends it before it takes the machine away, where nothing is lost. Knows no work.
+"""Stop cleanly on SIGTERM, which a scheduler sends before it takes the machine away, at a point where nothing is lost.
 
 with on_sigterm() as stop:
     for shard in shards:
@@ -20,15 +20,15 @@ AGAIN = "Give the same command again to go on."
 
 
 class Stop:
-    """Whether the process has been asked to leave."""
+    """Whether SIGTERM was received."""
 
     is_asked = False
 
     def leave_if_asked(self, done: str, next_step: str = AGAIN) -> None:
-        """To be called where everything done so far is on disk; `done` says what that is.
+        """Call this where everything done so far is on disk; `done` says what that is.
 
         Raises:
-            Stopped: it has been asked.
+            Stopped: SIGTERM was received.
         """
         if self.is_asked:
             raise Stopped(f"SIGTERM: {done} {next_step}")
@@ -39,8 +39,9 @@ _listening: list[Stop] = []
 
 @contextmanager
 def on_sigterm() -> Iterator[Stop]:
-    """Within it SIGTERM only asks to leave, a second one ends the process. Where another handler is at work, or in a thread,
-    nothing changes. Inside another `on_sigterm` both are asked.
+    """Inside it, SIGTERM only sets `is_asked`; a second one ends the process.
+
+    Nothing changes in a thread or where another handler is installed. A nested `on_sigterm` shares the outer one's `Stop`.
     """
     if _listening:
         yield _listening[0]

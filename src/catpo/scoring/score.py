@@ -27,7 +27,7 @@ from catpo.models.memory import pass_tokens
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import RewardWriter, check_place
-from catpo.runtime.progress import Track, track
+from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
@@ -204,7 +204,6 @@ class _StoreRun:
         done = len(self.pairs) - missing_count
         if self.is_resumed and missing:
             self._tell_size()
-        bar: Track[PreferencePair]
         with track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar, on_sigterm() as stop:
             for shard in self.group.claim("missing", missing):
                 stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")

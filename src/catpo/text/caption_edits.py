@@ -1,6 +1,6 @@
-"""Small edits to English descriptions: put one object's name in the place of another, or take an object out of a sentence.
+"""Edit English descriptions: replace one object by another, or remove an object from a sentence. Knows nothing of pictures.
 
-Rules over words, no parser: what cannot be edited with confidence is left to the caller to drop. Knows nothing of pictures.
+Rules over words, no parser: what cannot be edited with confidence is refused, and the caller drops it.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def noun_phrases(text: str, vocabulary: Mapping[str, str] | None = None) -> list
 
 
 def _start(before: str) -> tuple[int, str]:
-    """Where in the words before a noun its phrase begins, and its determiner."""
+    """Where a noun's phrase begins in the words before it, and its determiner."""
     for pattern in (_MEASURE, _BEFORE_NOUN):
-        found = pattern.search(before)
-        while found:
-            between = found.groupdict().get("between") or ""
+        match = pattern.search(before)
+        while match:
+            between = match.groupdict().get("between") or ""
             if not any(_NOT_ADJECTIVE.match(word) for word in between.split()):
-                return found.start(), found["determiner"].lower()
-            found = pattern.search(before, found.start() + 1)
+                return match.start(), match["determiner"].lower()
+            match = pattern.search(before, match.start() + 1)
     return len(before), ""
 
 
@@ -96,7 +96,7 @@ def _is_plural_form(noun: str, name: str, vocabulary: Mapping[str, str]) -> bool
 
 
 def name_object(name: str, count: int | None, vocabulary: Mapping[str, str] | None = None, *, bare: bool = False) -> str:
-    """An object with article or number, or `bare`: without. Count None is any number above one.
+    """An object with its article or number, or `bare`; count None is any number above one.
 
     >>> name_object("knife", 2), name_object("bread", 1), name_object("knife", 1, bare=True)
     ('two knives', 'a loaf of bread', 'knife')
@@ -107,8 +107,9 @@ def name_object(name: str, count: int | None, vocabulary: Mapping[str, str] | No
         return one.split(" ", 1)[1] if bare else one
     if bare:
         return plural
-    number = "some" if count is None else NUMBERS[count] if count < len(NUMBERS) else str(count)
-    return f"{number} {plural}"
+    if count is None:
+        return f"some {plural}"
+    return f"{NUMBERS[count] if count < len(NUMBERS) else count} {plural}"
 
 
 def _forms(name: str, vocabulary: Mapping[str, str]) -> tuple[str, str]:
@@ -133,16 +134,16 @@ def article(noun: str) -> str:
     return "an" if is_vowel else "a"
 
 
-# ---- one object in the place of another ---------------------------------------------------------------------------------
+# ---- replacing an object ------------------------------------------------------------------------------------------------
 
 
 def replace_object(
     text: str, old: str, new: str, *, count: int | None = None, vocabulary: Mapping[str, str] | None = None
 ) -> str | None:
-    """The text with `new` wherever `old` was named, in the number `count`, or in that of the text if None.
+    """The text with `new` wherever `old` was named: `count` of them, or as many as the text has if None.
 
-    None where that is too risky: the number would have to change beside a verb whose other form is not known here, the name
-    is part of a longer one ("ski lift"), or the text speaks of "the dog" before there was a dog.
+    Returns None where that is too risky: a verb would have to change whose other form is not known here, the name is part of
+    a longer one ("ski lift"), or the text says "the dog" before it introduced a dog.
 
     >>> replace_object("There is a dog. A cat is below the dog.", "dog", "owl", count=2)
     'There are two owls. A cat is below the owls.'
@@ -159,7 +160,7 @@ def replace_object(
 
 
 def _is_many(phrase: NounPhrase, phrases: Sequence[NounPhrase]) -> bool:
-    """Its number; "the deer" does not tell, the phrase that introduced them does."""
+    """Whether a phrase is plural; for "the deer", the phrase that introduced them decides."""
     item = classes().get(phrase.object)
     if phrase.is_definite and item is not None and item.plural == item.name:
         return next((other for other in phrases if other.determiner and not other.is_definite), phrase).is_plural
@@ -185,24 +186,26 @@ def _replace_phrase(
         fresh = f"{phrase.determiner} {noun}"
     else:
         fresh = name_object(new, count or 1, vocabulary)
-    return before + (fresh[:1].upper() + fresh[1:] if old[:1].isupper() and not before.strip().endswith(",") else fresh) + after
+    if old[:1].isupper() and not before.strip().endswith(","):
+        fresh = fresh[:1].upper() + fresh[1:]
+    return before + fresh + after
 
 
 def _definite(determiner: str, is_many: bool) -> str:
-    swaps = {"these": "this", "those": "that"}
-    return {v: k for k, v in swaps.items()}.get(determiner, determiner) if is_many else swaps.get(determiner, determiner)
+    forms = {"this": "these", "that": "those"} if is_many else {"these": "this", "those": "that"}
+    return forms.get(determiner, determiner)
 
 
 _FORMS = {"is": "are", "was": "were", "has": "have"}
 
 
 def _agree(before: str, after: str, is_many: bool) -> tuple[str, str] | None:
-    """The words around a phrase after a change of its number; None if its verb is not one of those known."""
+    """The words around a phrase after a change of its number; None if its verb is not a known one."""
     forms = _FORMS if is_many else {many: one for one, many in _FORMS.items()}
     there = re.search(r"\b(there )(is|are|was|were)((?: also| still)? )$", before, re.I)
     if there:
         before = before[: there.start(2)] + forms.get(there[2].lower(), there[2]) + before[there.end(2) :]
-    is_inside = re.search(rf"(?:\band|,|\b{_PREPOSITION})\s+$", before, re.I)  # then it is not what the next verb speaks of
+    is_inside = re.search(rf"(?:\band|,|\b{_PREPOSITION})\s+$", before, re.I)  # then it is not the next verb's subject
     verb = re.match(r"(\s+)(is|are|was|were|has|have)\b", after)
     if is_inside or re.match(
         rf"\s*(?:$|[^\w\s])|\s+(?:{_PREPOSITION}|and|or|can|could|there|we|I|you|while|that)\b", after, re.I
@@ -213,18 +216,17 @@ def _agree(before: str, after: str, is_many: bool) -> tuple[str, str] | None:
     return None
 
 
-# ---- taking objects out -------------------------------------------------------------------------------------------------
-
+# ---- removing objects ---------------------------------------------------------------------------------------------------
 
 ITEM, PHRASE, CLAUSE, SENTENCE, REWRITE = range(5)
-"""What may be cut, the most welcome first."""
+"""What may be cut, preferred first."""
 
 
 def remove_objects(text: str, unwanted: Sequence[str], vocabulary: Mapping[str, str] | None = None) -> str:
     """The text without the unwanted objects: the smallest cut per sentence that leaves a sentence and loses no other object.
 
-    In this order of preference: a list item, a phrase with its preposition, a clause, the sentence. Where each of these would
-    lose a wanted object, the sentence becomes "There is ..." with the wanted ones. May be empty.
+    In this order of preference: a list item, a phrase with its preposition, a clause, the sentence. If each of these would
+    lose a wanted object, the sentence becomes "There is ..." with the wanted ones. The result may be empty.
 
     >>> remove_objects("There is a dog, a cat and an owl. A fox is next to the cat.", ["cat"])
     'There is a dog and an owl. There is a fox.'
@@ -235,7 +237,7 @@ def remove_objects(text: str, unwanted: Sequence[str], vocabulary: Mapping[str, 
     for index, sentence in enumerate(sentences):
         names = {phrase.object for phrase in noun_phrases(sentence, vocabulary)}
         if was_dropped and not names and re.match(r"\s*(?:It|They|This|These|He|She)\b", sentence):
-            continue  # it spoke of what was dropped
+            continue  # it was about what was dropped
         if names & set(unwanted):
             needed = names - set(unwanted) - _introduced("".join(kept), "".join(sentences[index + 1 :]), vocabulary)
             sentence = _without(sentence, set(unwanted), needed, vocabulary)
@@ -247,7 +249,7 @@ def remove_objects(text: str, unwanted: Sequence[str], vocabulary: Mapping[str, 
 
 
 def _introduced(before: str, after: str, vocabulary: Mapping[str, str] | None) -> set[str]:
-    """Objects that a sentence between these need not name: known by then, or introduced later ("the dog" does not)."""
+    """Objects that a sentence between these need not name: introduced before, or later ("the dog" introduces none)."""
     known = {phrase.object for phrase in noun_phrases(before, vocabulary)}
     return known | {phrase.object for phrase in noun_phrases(after, vocabulary) if not phrase.is_definite}
 
@@ -260,19 +262,21 @@ def _without(sentence: str, unwanted: set[str], needed: set[str], vocabulary: Ma
         bad = next((phrase for phrase in phrases if phrase.object in unwanted), None)
         if bad is None:
             break
-        choices = [(rank, _tidy(choice, original)) for rank, choice in _cuts(sentence, bad, phrases)]
-        choices = [(rank, choice) for rank, choice in choices if _is_sentence(choice, original)]
-        choices += [(SENTENCE, ""), (REWRITE, _there_is(original, unwanted, needed, vocabulary))]
-        _, sentence = min(choices, key=lambda choice: (_lost(choice[1], needed, vocabulary), choice[0], -len(choice[1])))
+        choices = [(SENTENCE, ""), (REWRITE, _there_is(original, unwanted, needed, vocabulary))]
+        for rank, cut in _cuts(sentence, bad, phrases):
+            tidied = _tidy(cut, original)
+            if _is_sentence(tidied, original):
+                choices.append((rank, tidied))
+        by_cost: dict[tuple[int, int, int], str] = {}
+        for rank, choice in choices:
+            kept = {phrase.object for phrase in noun_phrases(choice, vocabulary)}
+            by_cost.setdefault((len(needed - kept), rank, -len(choice)), choice)
+        sentence = by_cost[min(by_cost)]
     return sentence
 
 
-def _lost(choice: str, needed: set[str], vocabulary: Mapping[str, str] | None) -> int:
-    return len(needed - {phrase.object for phrase in noun_phrases(choice, vocabulary)})
-
-
 def _cuts(sentence: str, bad: NounPhrase, phrases: Sequence[NounPhrase]) -> Iterator[tuple[int, str]]:
-    """What the sentence becomes by each possible cut, with the cut's rank."""
+    """The sentence after each possible cut, with the cut's rank."""
     before, after = sentence[: bad.start], sentence[bad.end :]
     if is_attached(sentence, bad):
         yield from ((CLAUSE, sentence[:start] + sentence[end:]) for start, end in _clauses(sentence, bad))
@@ -329,7 +333,7 @@ def _clauses(sentence: str, bad: NounPhrase) -> Iterator[tuple[int, int]]:
 
 
 def _tidy(sentence: str, original: str) -> str:
-    """White space, verb and capital letter after a cut."""
+    """Repair white space, verb and capital letter after a cut."""
     tail = original[len(original.rstrip()) :]
     words = re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"[^\S\n]+", " ", sentence)).strip()
     words = re.sub(r",(?=[.!?]|$)", "", words)
@@ -360,7 +364,7 @@ _VERB = re.compile(rf"\b(?:{VERBS})\b", re.I)
 
 
 def _is_sentence(choice: str, original: str) -> bool:
-    """Whether a cut left something that can stand: no dangling words, and a verb if there was one."""
+    """Whether a cut left a sentence: no dangling words, and a verb if there was one."""
     if not re.search(r"\w", choice):
         return False
     join = re.search(r",?\s*\b(?:while|but|where)\b", choice)
@@ -373,15 +377,15 @@ def _is_sentence(choice: str, original: str) -> bool:
 
 
 def _there_is(original: str, unwanted: set[str], needed: set[str], vocabulary: Mapping[str, str] | None) -> str:
-    """The objects that must stay, in a sentence of their own; empty if there are none."""
+    """The needed objects, in a sentence of their own; empty if there are none."""
     items, are_many = [], []
     for phrase in noun_phrases(original, vocabulary):
         if phrase.object in needed and phrase.object not in unwanted:
-            is_told = phrase.determiner and not phrase.is_definite
-            words = original[phrase.start : phrase.end] if is_told else ""
-            items.append(
-                words[:1].lower() + words[1:] or name_object(phrase.object, None if phrase.is_plural else 1, vocabulary)
-            )
+            if phrase.determiner and not phrase.is_definite:
+                words = original[phrase.start : phrase.end]
+                items.append(words[:1].lower() + words[1:])
+            else:
+                items.append(name_object(phrase.object, None if phrase.is_plural else 1, vocabulary))
             are_many.append(phrase.is_plural)
             needed = needed - {phrase.object}
     if not items:

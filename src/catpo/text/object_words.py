@@ -1,4 +1,4 @@
-"""The built-in object words, and where a text mentions them. Knows nothing of pictures or models."""
+"""The built-in object words, and where a text mentions objects. Knows nothing of pictures or models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mention:
-    """A stretch of a text that names an object: `text[start:end]`."""
+    """A span of a text that names an object: `text[start:end]`."""
 
     start: int
     end: int
@@ -22,7 +22,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class ObjectClass:
-    """One kind of object in the built-in pictures and the words for it."""
+    """A kind of object in the built-in pictures, and the words for it."""
 
     name: str
     one: str
@@ -31,14 +31,14 @@ class ObjectClass:
     synonyms: tuple[str, ...]
     """Other surface forms, singular and plural."""
     contexts: tuple[str, ...]
-    """Where it is usually seen."""
+    """Contexts in which it usually occurs."""
     codepoint: str
     """Of the emoji that draws it, e.g. "U+1F34E"."""
     sprite: int
-    """Its place on the sprite sheet, row by row."""
+    """Its index on the sprite sheet, row by row."""
 
     def phrase(self, count: int) -> str:
-        """The object in that number.
+        """The object, `count` times.
 
         >>> classes()["knife"].phrase(2)
         'two knives'
@@ -51,22 +51,19 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 @lru_cache(maxsize=1)
 def classes() -> dict[str, ObjectClass]:
-    """Name -> class, in alphabetical order (the order of the sprite sheet)."""
+    """Name -> class, in alphabetical order, which is that of the sprite sheet."""
     rows = _table()["objects"]
-    return {
-        row["name"]: ObjectClass(**{**row, "synonyms": tuple(row["synonyms"]), "contexts": tuple(row["contexts"])})
-        for row in rows
-    }
+    return {row["name"]: ObjectClass(**row | {key: tuple(row[key]) for key in ("synonyms", "contexts")}) for row in rows}
 
 
 @lru_cache(maxsize=1)
 def contexts() -> dict[str, tuple[str, ...]]:
-    """Context -> its objects, most frequent first; neighbours (1st and 2nd, 3rd and 4th, ...) are companions."""
+    """Context -> its objects, most frequent first; the 1st and 2nd are companions, the 3rd and 4th, and so on."""
     return {name: tuple(members) for name, members in _table()["contexts"].items()}
 
 
 def companion(context: str, name: str) -> str | None:
-    """The object that often comes together with `name` in that context, if any."""
+    """The object that often occurs together with `name` in that context, if any."""
     members = contexts()[context]
     if name not in members:
         return None
@@ -76,7 +73,7 @@ def companion(context: str, name: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def default_vocabulary() -> Mapping[str, str]:
-    """Surface form -> object: singular, plural and other words, some of several words ("traffic light")."""
+    """Surface form -> object: singular, plural and synonyms, some of several words ("traffic light")."""
     forms: dict[str, str] = {}
     for item in classes().values():
         for form in (item.name, item.plural, *item.synonyms):
@@ -85,21 +82,18 @@ def default_vocabulary() -> Mapping[str, str]:
 
 
 def mentions(text: str, vocabulary: Mapping[str, str] | None = None) -> list[Mention]:
-    """Every object that the text names, in order; upper and lower case are the same, the longest words win.
+    """Every object that the text names, in order; case is ignored, and the longest form wins.
 
-    >>> [(m.object, text[m.start : m.end]) for text in ["A teddy bear and two DOGS."] for m in mentions(text)]
-    [('teddy bear', 'teddy bear'), ('dog', 'DOGS')]
+    `vocabulary` maps surface forms to objects; the built-in one if None.
 
-    Args:
-        text: any.
-        vocabulary: surface form -> object; the built-in one if None.
+    >>> [(mention.object, mention.start, mention.end) for mention in mentions("A teddy bear and two DOGS.")]
+    [('teddy bear', 2, 12), ('dog', 21, 25)]
     """
     words = default_vocabulary() if vocabulary is None else vocabulary
     pattern, objects = _compiled(tuple(words.items()))
     if pattern is None:
         return []
-    found = pattern.finditer(text)
-    return [Mention(match.start(), match.end(), objects[_folded(match.group())]) for match in found]
+    return [Mention(match.start(), match.end(), objects[_folded(match.group())]) for match in pattern.finditer(text)]
 
 
 @lru_cache(maxsize=32)
@@ -109,8 +103,8 @@ def _compiled(items: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str] | Non
     if not objects:
         return None, objects
     longest_first = sorted(objects, key=lambda form: (-len(form), form))
-    choices = "|".join(r"\s+".join(map(re.escape, form.split(" "))) for form in longest_first)
-    return re.compile(rf"(?<!\w)(?:{choices})(?!\w)", re.IGNORECASE), objects
+    patterns = [r"\s+".join(re.escape(word) for word in form.split(" ")) for form in longest_first]
+    return re.compile(rf"(?<!\w)(?:{'|'.join(patterns)})(?!\w)", re.IGNORECASE), objects
 
 
 def _folded(form: str) -> str:

@@ -1,4 +1,4 @@
-"""Tokens as people read them: sub-word tokens merged to words, control characters taken out. Knows no model and no page."""
+"""Tokens as people read them: merged to words, without control characters. Knows no model and no page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LABELS = {1: "grounded", 0: "hallucinated"}
-"""Labels of tokens in a reward store; -1 is none."""
+"""Labels of tokens in a reward store; -1 means no label."""
 SPACELESS = ("CJK ", "HIRAGANA", "KATAKANA", "THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN")
-"""Beginnings of Unicode names of scripts that are written without spaces; there, a token is a word."""
+"""How Unicode names of scripts without spaces begin; there, a token is a word."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Word:
 
 
 def words(pieces: Sequence[str], is_special: Sequence[bool] | NDArray[np.bool_], labels: ArrayLike | None = None) -> list[Word]:
-    """The words of a response; each token is in exactly one, and their texts with the spaces before them are the response.
+    """The words of a response; each token is in exactly one, and spaces and texts joined give the response.
 
     A word begins at white space, where letters meet other signs, and at a special token.
 
@@ -57,7 +57,7 @@ def words(pieces: Sequence[str], is_special: Sequence[bool] | NDArray[np.bool_],
 
 
 def _begins(word: str, piece: str) -> bool:
-    """Whether a piece begins a new word after the one so far; white space alone goes with the word after it."""
+    """Whether a piece begins a new word after `word`; white space alone belongs to the word after it."""
     if not piece or not word.strip():
         return False
     if piece[0].isspace() or word[-1].isspace():
@@ -83,7 +83,7 @@ def merge(values: ArrayLike, merged: Sequence[Word], how: Literal["mean", "max"]
 
 
 def plain(text: str) -> str:
-    r"""The text without what a terminal could act on: control characters, and marks that turn the direction of writing.
+    r"""The text without what a terminal acts on: control characters, and marks that change the writing direction.
 
     >>> plain("a\x1b[31mb\u202ec\n")
     'a[31mbc\n'
@@ -92,7 +92,7 @@ def plain(text: str) -> str:
 
 
 def _is_active(sign: str) -> bool:
-    # U+200D joins emoji, U+FE0F asks for their coloured form; both are harmless
+    # U+200D joins emoji and U+FE0F selects their coloured form; both are harmless
     return unicodedata.category(sign) in ("Cc", "Cs", "Co", "Zl", "Zp") or (
         unicodedata.category(sign) == "Cf" and sign != "\u200d"
     )

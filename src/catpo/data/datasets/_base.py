@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any
 
 from catpo.core.errors import UserError, shown
 from catpo.core.types import Picture, PreferencePair, Sample, check_pair, pair_id
+from catpo.files import strict_json
 
 MAX_TEXT = 1_000_000
 """Characters of the longest text; no model reads as much, so a longer one is a mistake in the data."""
-Made = TypeVar("Made")
+CORRECT = "Correct the row or remove it."
 Scanned = tuple[str, "PreferencePair | Sample | UserError"]
-"""Place of a row, and what it becomes, or why it becomes nothing."""
+"""Place of a row, and what it becomes, or why it cannot be used."""
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Role in a conversation, as LLaVA or TRL writes it -> who speaks."""
 
 
 class Dataset:
@@ -42,7 +46,7 @@ class Dataset:
 
     @classmethod
     def scan(cls, *arguments: Any, **options: Any) -> Iterator[Scanned]:
-        """Every row, bad ones too, for `catpo data check`; a data set that is made of rows tells their places."""
+        """Every row with its place, bad ones too, for `catpo data check`."""
         dataset = cls(*arguments, **options)
         rows: Iterator[Any] = dataset.pairs() if type(dataset).pairs is not Dataset.pairs else dataset.samples()
         yield from ((f"row {number}", row) for number, row in enumerate(rows))
@@ -54,14 +58,14 @@ class Dataset:
 
 
 class RowDataset(Dataset):
-    """A data set whose pairs are made of rows, each by itself, so that a bad row does not hide the next."""
+    """A data set whose pairs are made row by row, so that a bad row does not hide the next."""
 
     def rows(self) -> Iterator[Row]:
         """The rows in their order, as they are read."""
         raise NotImplementedError
 
     def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
-        """The pairs of a row: most often one.
+        """The pairs of a row, usually one.
 
         Raises:
             UserError: a field is missing or is not what it should be.
@@ -70,29 +74,42 @@ class RowDataset(Dataset):
 
     def pairs(self) -> Iterator[PreferencePair]:
         for row in self.rows():
-            yield from row.named(lambda row=row: list(self.pairs_of(row)))  # type: ignore[misc]
+            yield from self._pairs_of(row)
 
     @classmethod
     def scan(cls, *arguments: Any, **options: Any) -> Iterator[Scanned]:
         dataset = cls(*arguments, **options)
         for row in dataset.rows():
             try:
-                yield from ((row.where, pair) for pair in row.named(lambda row=row: list(dataset.pairs_of(row))))  # type: ignore[misc]
+                for pair in dataset._pairs_of(row):
+                    yield row.where, pair
             except UserError as error:
                 yield row.where, error
+
+    def _pairs_of(self, row: Row) -> list[PreferencePair]:
+        with row.named():
+            return list(self.pairs_of(row))
 
 
 @dataclass(frozen=True)
 class Row:
-    """Fields with their place in the file; each reader names the field it does not like."""
+    """Fields with their place in the file; an error names the place and the field."""
 
     where: str
     values: Mapping[str, Any]
 
     def error(self, field: str, problem: str) -> UserError:
-        """What is wrong with a field; where the problem does not say what to do, mending or removing the row is it."""
-        advice = "" if ". " in problem else " Correct the row or remove it."
+        """What is wrong with a field; advice is added unless the problem ends with some."""
+        advice = "" if ". " in problem else f" {CORRECT}"
         return UserError(f"{self.where}: field '{field}' {problem}.{advice}")
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the row's place in front of errors raised inside."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error) if str(error).startswith(self.where) else f"{self.where}: {error}") from error
 
     def text(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""
@@ -101,7 +118,7 @@ class Row:
         return self.checked(field, self.values.get(field))
 
     def texts(self, field: str) -> list[str]:
-        """A list of texts that are not blank; none if the field is not there."""
+        """A list of texts that are not blank; empty if the field is missing."""
         values = self.values.get(field, [])
         if not isinstance(values, list):
             raise self.error(field, "must be a list of texts")
@@ -113,12 +130,28 @@ class Row:
             raise self.error(field, "must be an object: {...}")
         return value
 
-    def named(self, make: Callable[[], Made]) -> Made:
-        """What `make` gives; its own complaint gets the place in the file put in front."""
-        try:
-            return make()
-        except UserError as error:
-            raise UserError(str(error) if str(error).startswith(self.where) else f"{self.where}: {error}") from error
+    def inner(self, field: str, content: str | bytes) -> Row:
+        """The JSON object that a field holds as text."""
+        place = f"{self.where}: field '{field}'"
+        return Row(self.where, strict_json.parse_object(content, place=place, remedy=CORRECT))
+
+    def turns(self, field: str, messages: Any, speakers: Sequence[str]) -> list[str]:
+        """The texts of a conversation in LLaVA's or TRL's form, in which these speak, in this order.
+
+        System messages are left out: the model's own template has one.
+        """
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise self.error(field, "must be a list of messages")
+        roles, texts = [], []
+        for message in messages:
+            role = ROLES.get(str(message.get("from", message.get("role"))), "unknown")
+            if role != "system":
+                roles.append(role)
+                texts.append(message_text(message))
+        if roles != list(speakers):
+            wanted = "one question" if len(speakers) == 1 else "one question with one answer"
+            raise self.error(field, f"must be {wanted}, not the turns {roles}")
+        return [self.checked(field, text) for text in texts]
 
     def checked(self, field: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -134,7 +167,7 @@ class Row:
         return value
 
     def picture(self, field: str, name: Any, root: Path) -> Picture:
-        """A picture by its name inside `root` (resolved), which it must not leave, neither by its text nor by a link."""
+        """A picture by its name inside `root` (resolved), which neither the name nor a link may leave."""
         name = self.checked(field, name)
         is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or PureWindowsPath(name).drive
         if is_absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
@@ -151,10 +184,17 @@ class Row:
         return Picture(path=path, name=f"{name} ({self.where})")
 
 
+def message_text(message: Mapping[str, Any]) -> Any:
+    """What a message says; its picture parts are placed by the model's own template."""
+    content = message.get("value", message.get("content"))
+    if not isinstance(content, list):
+        return content
+    return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+
+
 def make_pair(
     images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str, meta: Mapping[str, Any] | None = None
 ) -> PreferencePair:
-    """A checked pair that is known by its content."""
-    prompt, chosen, rejected = prompt.strip(), chosen.strip(), rejected.strip()
-    name = pair_id(images, prompt, chosen, rejected)
-    return check_pair(PreferencePair(name, images, prompt, chosen, rejected, meta=dict(meta or {})))
+    """A checked pair whose id is the hash of its content."""
+    texts = prompt.strip(), chosen.strip(), rejected.strip()
+    return check_pair(PreferencePair(pair_id(images, *texts), images, *texts, meta=dict(meta or {})))

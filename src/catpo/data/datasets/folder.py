@@ -1,16 +1,15 @@
-"""Your own pictures and texts: a folder with one .jsonl of pairs or samples, or what `catpo pair` wrote.
+"""Your own pictures and texts: a folder with one .jsonl of pairs or samples, or one that `catpo pair` wrote.
 
     {"image": "a.jpg", "prompt": "Describe the image.", "chosen": "A dog.", "rejected": "A cat."}       a pair
     {"image": "a.jpg", "references": ["A dog on a beach."], "truth": {"present": ["dog"]}}              a sample
 
-Every row is checked when the folder is opened, so that nothing fails halfway; pictures are decoded when they are needed.
+Every row is checked when the folder is opened, so that no later step fails halfway; pictures are decoded when needed.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import SIDES, Picture, PreferencePair, Sample, Span, check_pair, pair_id
 from catpo.data import datasets
 from catpo.data.datasets import Row
-from catpo.files import strict_json
 from catpo.files.json_files import read_json
+from catpo.files.strict_json import parse_object
 
 DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "labels", "meta", "references", "truth")
@@ -28,22 +27,23 @@ USUAL_FILES = ("pairs.jsonl", "data.jsonl")
 LABELS = ("grounded", "hallucinated")
 MAX_LINE = 16_000_000
 """Bytes of the longest row."""
+ONE_PER_LINE = "Each line must be one JSON object, in UTF-8."
 
 
 class Dataset(datasets.Dataset):
     """Rows of DIR/pairs.jsonl, DIR/data.jsonl, or the one .jsonl in DIR.
 
-    Rows with chosen and rejected are pairs, the others are samples. Fields that are not ours are kept in a pair's `meta`.
+    Rows with chosen and rejected are pairs, the others are samples. Other fields are kept in a pair's `meta`.
 
     Args:
         source: the folder, or the .jsonl file in it; every picture must lie inside the folder.
-        limit: read only the first so many rows.
+        limit: read at most this many rows.
         prompt: for rows without one.
-        vocabulary: JSON file inside the folder, surface form -> object, e.g. {"puppies": "dog"}; DIR/vocabulary.json is taken
-            by itself. Without one, the built-in words hold.
+        vocabulary: JSON file inside the folder, surface form -> object, e.g. {"puppies": "dog"}; by default DIR/vocabulary.json
+            if there is one, else the built-in words.
 
     Raises:
-        UserError: a file is missing, or a row is not as it should be; names file, line and field.
+        UserError: a file is missing, or a row is wrong; names file, line and field.
     """
 
     def __init__(
@@ -56,17 +56,22 @@ class Dataset(datasets.Dataset):
     ) -> None:
         if source is None:
             raise UserError("folder needs a place to read: folder(source='DIR'), or simply the path.")
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        if limit is not None and (type(limit) is not int or limit < 1):
             raise UserError(f"folder: limit={limit!r} must be a whole number, 1 or more.")
         self.name = str(source)
-        reader = _reader(Path(source), prompt)
-        self.file, self.root = reader.file, reader.file.parent
-        self.vocabulary = _vocabulary(self.root, vocabulary)
-        rows = list(islice(reader.rows(), limit))
-        self._pairs = [row for row in rows if isinstance(row, PreferencePair)]
-        self._samples = [row for row in rows if isinstance(row, Sample)]
-        if not rows:
-            raise UserError(f"{self.file} holds no rows. Give it one JSON object per line.")
+        scanned = _scan(Path(source), prompt)
+        self.vocabulary = self.words(source, vocabulary=vocabulary)
+        self._pairs: list[PreferencePair] = []
+        self._samples: list[Sample] = []
+        for _, row in islice(scanned, limit):
+            if isinstance(row, UserError):
+                raise row
+            if isinstance(row, PreferencePair):
+                self._pairs.append(row)
+            else:
+                self._samples.append(row)
+        if not self._pairs and not self._samples:
+            raise UserError(f"{_row_file(Path(source))} holds no rows. Give it one JSON object per line.")
 
     def samples(self) -> Iterator[Sample]:
         """The rows without chosen and rejected."""
@@ -81,91 +86,60 @@ class Dataset(datasets.Dataset):
         cls, source: str | Path, *, limit: int | None = None, prompt: str = DEFAULT_PROMPT, **options: Any
     ) -> Iterator[datasets.Scanned]:
         """Every line, bad ones too."""
-        return islice(_reader(Path(source), prompt).scan(), limit)
+        return islice(_scan(Path(source), prompt), limit)
 
     @classmethod
     def words(cls, source: str | Path, *, vocabulary: str | None = None, **options: Any) -> Mapping[str, str] | None:
         """DIR/vocabulary.json, or the file named."""
-        return _vocabulary(_row_file(Path(source)).parent, vocabulary)
+        path = _row_file(Path(source)).parent / (vocabulary or "vocabulary.json")
+        if vocabulary is None and not path.exists():
+            return None
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file. Put a JSON file there that maps words to objects, or remove it.")
+        words = read_json(path, made_by="you: surface form -> object")
+        if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
+            raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
+        return words
 
 
-def _reader(source: Path, prompt: str) -> _Reader:
+def _scan(source: Path, prompt: str) -> Iterator[datasets.Scanned]:
+    """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
     file = _row_file(source)
     _check_finished(file)
-    return _Reader(file, file.parent.resolve(), prompt)
+    return _scan_lines(file, file.parent.resolve(), prompt)
 
 
-@dataclass
-class _Reader:
-    """Turns lines into pairs and samples."""
-
-    file: Path
-    root: Path
-    """Resolved; no picture may lie outside."""
-    prompt: str
-
-    def rows(self) -> Iterator[PreferencePair | Sample]:
-        """Each line's pair or sample; the first bad line ends it."""
-        for _, made in self.scan():
-            if isinstance(made, UserError):
-                raise made
-            yield made
-
-    def scan(self) -> Iterator[datasets.Scanned]:
-        """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
-        seen: dict[str, int] = {}
-        for number, line in self._lines():
-            where = f"{self.file}:{number}"
-            try:
-                row = _Row(where, _object(line, where))
-                row.unknown()
-                made = self._pair(row) if row.is_pair else self._sample(row, number)
-                if made.id in seen:
-                    raise UserError(
-                        f"{where}: id '{made.id}' is that of line {seen[made.id]}. Remove the row or give it another id."
-                    )
-            except UserError as error:
-                yield where, error
-                continue
-            seen[made.id] = number
-            yield where, made
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
+def _scan_lines(file: Path, root: Path, prompt: str) -> Iterator[datasets.Scanned]:
+    seen: dict[str, int] = {}
+    for number, line in _lines(file):
+        where = f"{file}:{number}"
         try:
-            with open(self.file, "rb") as stream:
-                for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
-                    content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                    if content.strip():
-                        yield number, content
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be read ({error.strerror}). Check the path.") from error
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where} is longer than {MAX_LINE:,} bytes. {ONE_PER_LINE}")
+            row = _Row(where, parse_object(line, place=where, remedy=ONE_PER_LINE))
+            row.unknown()
+            item = row.pair(root, prompt) if row.is_pair else row.sample(root, prompt, number)
+            if item.id in seen:
+                raise UserError(
+                    f"{where}: id '{item.id}' is that of line {seen[item.id]}. Remove the row or give it another id."
+                )
+        except UserError as error:
+            yield where, error
+            continue
+        seen[item.id] = number
+        yield where, item
 
-    def _pair(self, row: _Row) -> PreferencePair:
-        images = self._images(row)
-        prompt, chosen, rejected = row.text("prompt", self.prompt), row.text("chosen"), row.text("rejected")
-        texts = {"chosen": chosen, "rejected": rejected}
-        meta = {**row.mapping("meta"), **row.unknown()}
-        labels: dict[str, tuple[Span, ...]] = {side: row.spans(side, texts[side]) for side in SIDES if side in row.labels()}
-        name = row.identity() or row.named(lambda: pair_id(images, prompt, chosen, rejected))
-        return row.named(lambda: check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta)))
 
-    def _sample(self, row: _Row, number: int) -> Sample:
-        return Sample(
-            id=row.identity() or str(number),
-            images=self._images(row),
-            prompt=row.text("prompt", self.prompt),
-            references=tuple(row.texts("references")),
-            truth=row.truth(),
-        )
-
-    def _images(self, row: _Row) -> tuple[Picture, ...]:
-        if ("image" in row.values) == ("images" in row.values):
-            raise row.error("image", "or 'images' must be given, and not both")
-        field = "image" if "image" in row.values else "images"
-        names = [row.text(field)] if field == "image" else row.texts(field)
-        if not names:
-            raise row.error(field, "is an empty list. Give at least one picture")
-        return tuple(row.picture(field, name, self.root) for name in names)
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank; of one that is too long, its beginning."""
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
+                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
+                if content.strip():
+                    yield number, content
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Check the path.") from error
 
 
 class _Row(Row):
@@ -173,21 +147,48 @@ class _Row(Row):
 
     @property
     def is_pair(self) -> bool:
-        has = [side for side in SIDES if side in self.values]
-        if len(has) == 1:
-            other = "rejected" if has == ["chosen"] else "chosen"
-            raise UserError(f"{self.where}: field '{has[0]}' stands without '{other}'. A pair needs both, a sample neither.")
-        return bool(has)
+        sides = [side for side in SIDES if side in self.values]
+        if len(sides) == 1:
+            other = "rejected" if sides == ["chosen"] else "chosen"
+            raise UserError(f"{self.where}: field '{sides[0]}' stands without '{other}'. A pair needs both, a sample neither.")
+        return bool(sides)
+
+    def pair(self, root: Path, prompt: str) -> PreferencePair:
+        images, prompt = self.images(root), self.text("prompt", prompt)
+        chosen, rejected = self.text("chosen"), self.text("rejected")
+        labels = self.labels({"chosen": chosen, "rejected": rejected})
+        meta = {**self.mapping("meta"), **self.unknown()}
+        with self.named():
+            name = self.identity() or pair_id(images, prompt, chosen, rejected)
+            return check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta))
+
+    def sample(self, root: Path, prompt: str, number: int) -> Sample:
+        return Sample(
+            id=self.identity() or str(number),
+            images=self.images(root),
+            prompt=self.text("prompt", prompt),
+            references=tuple(self.texts("references")),
+            truth=self.truth(),
+        )
+
+    def images(self, root: Path) -> tuple[Picture, ...]:
+        if ("image" in self.values) == ("images" in self.values):
+            raise self.error("image", "or 'images' must be given, and not both")
+        field = "image" if "image" in self.values else "images"
+        names = [self.text(field)] if field == "image" else self.texts(field)
+        if not names:
+            raise self.error(field, "is an empty list. Give at least one picture")
+        return tuple(self.picture(field, name, root) for name in names)
 
     def identity(self) -> str:
-        """The row's own id, or nothing."""
+        """The row's own id, or an empty text."""
         value = self.values.get("id")
         if value is None:
             return ""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self.checked("id", value)
+        return str(value) if type(value) is int else self.checked("id", value)
 
     def truth(self) -> dict[str, Any]:
-        """What is known of the picture; lists of objects must be that."""
+        """What is known of the picture."""
         truth = self.mapping("truth")
         for key in ("present", "tempting"):
             names = truth.get(key, [])
@@ -195,21 +196,17 @@ class _Row(Row):
                 raise self.error(f"truth.{key}", "must be a list of object names")
         return truth
 
-    def labels(self) -> dict[str, Any]:
-        """Side -> its labelled stretches, not yet checked."""
-        labels = self.mapping("labels")
-        for key in labels:
-            if key not in SIDES:
-                raise self.error(f"labels.{key}", f"is not known. {did_you_mean(key, SIDES)} Rename it")
-        return labels
-
-    def spans(self, side: str, text: str) -> tuple[Span, ...]:
-        """Labelled stretches of a response: [[start, end, "grounded" or "hallucinated"], ...]."""
-        field = f"labels.{side}"
-        rows = self.mapping("labels")[side]
-        if not isinstance(rows, list):
-            raise self.error(field, "must be a list of [start, end, label]")
-        return tuple(self._span(field, row, text) for row in rows)
+    def labels(self, texts: Mapping[str, str]) -> dict[str, tuple[Span, ...]]:
+        """Labelled spans of each side's text: {side: [[start, end, "grounded" or "hallucinated"], ...]}."""
+        spans = {}
+        for side, rows in self.mapping("labels").items():
+            field = f"labels.{side}"
+            if side not in SIDES:
+                raise self.error(field, f"is not known. {did_you_mean(side, SIDES)} Rename it")
+            if not isinstance(rows, list):
+                raise self.error(field, "must be a list of [start, end, label]")
+            spans[side] = tuple(self._span(field, row, texts[side]) for row in rows)
+        return {side: spans[side] for side in SIDES if side in spans}
 
     def _span(self, field: str, row: Any, text: str) -> Span:
         if not isinstance(row, list) or len(row) != 3 or any(type(value) is not int for value in row[:2]):
@@ -222,11 +219,11 @@ class _Row(Row):
         return Span(start, end, label)
 
     def unknown(self) -> dict[str, Any]:
-        """Fields that are not ours; one that looks like a slip of the pen is refused."""
+        """Fields that are not ours; one that looks like a typing error is refused."""
         extra = {key: value for key, value in self.values.items() if key not in FIELDS}
         for key in extra:
-            close = [known for known in difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.8) if known not in self.values]
-            if close:
+            close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.8)
+            if close and close[0] not in self.values:
                 raise self.error(key, f"is not known. Did you mean '{close[0]}'? Rename it")
         return extra
 
@@ -239,43 +236,17 @@ def _row_file(source: Path) -> Path:
     for name in USUAL_FILES:
         if (source / name).is_file():
             return source / name
-    found = sorted(file for file in source.glob("*.jsonl") if file.is_file())  # not a pipe, which would be waited for
-    if len(found) != 1:
-        problem = "no .jsonl file" if not found else f"{len(found)} .jsonl files ({found[0].name}, {found[1].name}, ...)"
+    files = sorted(file for file in source.glob("*.jsonl") if file.is_file())  # not a pipe, which would block
+    if len(files) != 1:
+        problem = "no .jsonl file" if not files else f"{len(files)} .jsonl files ({files[0].name}, {files[1].name}, ...)"
         raise UserError(f"{source} holds {problem}. Call one of them data.jsonl or pairs.jsonl, or give the file itself.")
-    return found[0]
+    return files[0]
 
 
 def _check_finished(file: Path) -> None:
-    """What `catpo pair` was killed over is not all there; a folder made by hand has no pairs.json and needs none."""
-    about = file.parent / "pairs.json"
-    if file.name == "pairs.jsonl" and about.is_file() and not read_json(about, made_by="catpo pair").get("complete"):
+    """Raise if `catpo pair` was killed before the folder was complete; a folder made by hand needs no pairs.json."""
+    metadata = file.parent / "pairs.json"
+    if file.name == "pairs.jsonl" and metadata.is_file() and not read_json(metadata, made_by="catpo pair").get("complete"):
         raise UserError(
             f"{file.parent} is not finished. Give the same `catpo pair` command again; it goes on where it stopped."
         )
-
-
-def _vocabulary(root: Path, name: str | None) -> Mapping[str, str] | None:
-    path = root / (name or "vocabulary.json")
-    if name is None and not path.exists():
-        return None
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file. Put a JSON file there that maps words to objects, or remove it.")
-    words = read_json(path, made_by="you: surface form -> object")
-    if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
-        raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
-    return words
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise UserError(f"{where} is longer than {MAX_LINE:,} bytes. Is it JSON Lines? Each line must be one JSON object.")
-    try:
-        value = strict_json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}). Each line must be one JSON object.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is a JSON {type(value).__name__}, not an object. Each line must be one JSON object.")
-    return value

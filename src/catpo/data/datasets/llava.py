@@ -2,9 +2,9 @@
 
     llava(source='povid.json', images='coco/train2014')        llava(source='MMInstruction/VLFeedback')
 
-The formats are told apart by their fields:
+The format is recognised by its fields:
 
-| Fields | Of |
+| Fields | Format of |
 |---|---|
 | `conversations`, `rejected_conversations` | POVID, CSR |
 | `conversations`, `chosen`, `rejected` | LLaMA-Factory (ShareGPT) |
@@ -25,11 +25,11 @@ from typing import Any
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair
 from catpo.data import datasets
-from catpo.data.datasets import Row, make_pair
+from catpo.data.datasets import Row, make_pair, message_text
 from catpo.data.datasets._table import Table
-from catpo.files import strict_json
+from catpo.files.records import decode, parse_json, read_bytes
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+QUESTION_AND_ANSWER = ("user", "assistant")
 PICTURES = ("images", "image", "img_path", "image_path")
 VISUAL_GENOME = ("{}.jpg", "VG_100K/{}.jpg", "VG_100K_2/{}.jpg")
 
@@ -39,11 +39,11 @@ class Dataset(datasets.RowDataset):
 
     Args:
         source: the file, or a hub id.
-        images: folder of the pictures; the file's own folder if left out.
+        images: folder of the pictures; by default the file's own.
         prompt: question of rows that have none (HA-DPO's descriptions).
-        seed: which of several chosen and rejected texts are taken (HA-DPO has three of each).
-        min_gap: least difference of two ranked answers' scores that makes a pair.
-        split: which split of a hub data set.
+        seed: draws one of several chosen and rejected texts (HA-DPO has three of each).
+        min_gap: two ranked answers make a pair if their scores differ by more than this.
+        split: of a hub data set.
     """
 
     def __init__(
@@ -70,26 +70,25 @@ class Dataset(datasets.RowDataset):
     def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
         fields = row.values
         if "rejected_conversations" in fields:
-            question, chosen = _turn(row, "conversations", fields.get("conversations"))
-            rejected = _turn(row, "rejected_conversations", fields["rejected_conversations"])[1]
+            question, chosen = row.turns("conversations", fields.get("conversations"), QUESTION_AND_ANSWER)
+            _, rejected = row.turns("rejected_conversations", fields["rejected_conversations"], QUESTION_AND_ANSWER)
         elif "rejected_response" in fields:
-            question, chosen = _turn(row, "messages", fields.get("messages"))
+            question, chosen = row.turns("messages", fields.get("messages"), QUESTION_AND_ANSWER)
             rejected = row.text("rejected_response")
         elif "completions" in fields:
             return self._ranked(row)
         elif "conversations" in fields:
-            question = _question(row, fields["conversations"])
-            chosen, rejected = (_said(row, side) for side in ("chosen", "rejected"))
+            [question] = row.turns("conversations", fields["conversations"], ("user",))
+            chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
         else:
             question, chosen, rejected = self._plain(row)
         return [make_pair(self._pictures(row), _without_placeholder(question), chosen, rejected, _meta(row))]
 
     def _plain(self, row: Row) -> tuple[str, str, str]:
-        """Question and answers as texts; of lists one each, drawn by the seed and the picture."""
-        rejected = "reject" if "reject" in row.values else "rejected"
+        """Question and answers as texts; from lists, one each is drawn by the seed and the picture."""
         rng = random.Random(f"{self.seed}/{row.values.get('image_id', row.where)}")
         answers = []
-        for field in ("chosen", rejected):
+        for field in ("chosen", "reject" if "reject" in row.values else "rejected"):
             value = row.values.get(field)
             answers.append(row.checked(field, rng.choice(value)) if isinstance(value, list) and value else row.text(field))
         question = "question" if "question" in row.values else "prompt"
@@ -108,34 +107,32 @@ class Dataset(datasets.RowDataset):
         return pairs
 
     def _pictures(self, row: Row) -> tuple[Picture, ...]:
-        if "image_id" in row.values and not any(field in row.values for field in PICTURES):
-            number = row.values["image_id"]
-            names = [pattern.format(number) for pattern in VISUAL_GENOME]
-            found = next((name for name in names if isinstance(number, int | str) and (self.root / name).is_file()), names[0])
-            return (row.picture("image_id", found, self.root),)
         field = next((name for name in PICTURES if row.values.get(name) is not None), "image")
-        if self.table is not None:
+        if "image_id" in row.values and not any(name in row.values for name in PICTURES):
+            field, names = "image_id", self._visual_genome_files(row.values["image_id"])
+        elif self.table is not None:
             return self.table.pictures(row, field)
-        value = row.values.get(field)
-        if value == []:
+        else:
+            value = row.values.get(field)
+            names = value if isinstance(value, list) else [value]
+        if not names:
             raise row.error(field, "is an empty list. Give at least one picture")
-        return tuple(row.picture(field, name, self.root) for name in (value if isinstance(value, list) else [value]))
+        return tuple(row.picture(field, name, self.root) for name in names)
+
+    def _visual_genome_files(self, number: Any) -> list[Any]:
+        """The picture's name in whichever of Visual Genome's folders has it."""
+        names = [pattern.format(number) for pattern in VISUAL_GENOME]
+        existing = [name for name in names if isinstance(number, int | str) and (self.root / name).is_file()]
+        return (existing or names)[:1]
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Objects of a JSON list, of an object by picture number (HA-DPO), or of lines."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            values: Any = [strict_json.loads(line) for line in content.split("\n") if line.strip()]
-        else:
-            values = strict_json.loads(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Mend it, or write it again.") from error
+    content = decode(read_bytes(path), path)
+    if path.suffix == ".jsonl":
+        values: Any = [parse_json(line, str(path)) for line in content.split("\n") if line.strip()]
+    else:
+        values = parse_json(content, str(path))
     if isinstance(values, dict):
         values = [{"image_id": number, **value} if isinstance(value, dict) else value for number, value in values.items()]
     if not isinstance(values, list):
@@ -144,58 +141,39 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row(f"{path}, row {number}", value if isinstance(value, dict) else {})
 
 
-def _turn(row: Row, field: str, messages: Any) -> tuple[str, str]:
-    """The one question and the one answer of a conversation."""
-    turns = [(role, words) for role, words in _messages(row, field, messages) if role != "system"]
-    if [role for role, _ in turns] != ["user", "assistant"]:
-        raise row.error(field, f"must be one question with one answer, not the turns {[role for role, _ in turns]}")
-    return row.checked(field, turns[0][1]), row.checked(field, turns[1][1])
-
-
-def _question(row: Row, messages: Any) -> str:
-    turns = [(role, words) for role, words in _messages(row, "conversations", messages) if role != "system"]
-    if [role for role, _ in turns] != ["user"]:
-        raise row.error("conversations", f"must be one question, not the turns {[role for role, _ in turns]}")
-    return row.checked("conversations", turns[0][1])
-
-
-def _messages(row: Row, field: str, messages: Any) -> list[tuple[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(each, Mapping) for each in messages):
-        raise row.error(field, "must be a list of messages")
-    return [
-        (ROLES.get(str(each.get("from", each.get("role"))), "unknown"), each.get("value", each.get("content")))
-        for each in messages
-    ]
-
-
-def _said(row: Row, field: str) -> str:
+def _answer(row: Row, field: str) -> str:
     """An answer that is a text or one message."""
     value = row.values.get(field)
-    return row.checked(field, value.get("value", value.get("content")) if isinstance(value, Mapping) else value)
+    return row.checked(field, message_text(value) if isinstance(value, Mapping) else value)
 
 
 def _scored(row: Row) -> list[tuple[float, str]]:
-    """Score and text of each answer: its `score`, or the mean of its ratings (Silkie); unrated answers are left out."""
+    """Score and text of each answer that has a score."""
     completions = row.values["completions"]
-    if isinstance(completions, Mapping):  # as the `datasets` library turns a list of objects: an object of lists
+    if isinstance(completions, Mapping):  # the `datasets` library turns a list of objects into an object of lists
         columns = list(completions.values())
-        if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
             raise row.error("completions", "must be a list of answers")
-        completions = [dict(zip(completions, values, strict=True)) for values in zip(*completions.values(), strict=True)]
-    if not isinstance(completions, list) or not all(isinstance(each, Mapping) for each in completions):
+        completions = [dict(zip(completions, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if not isinstance(completions, list) or not all(isinstance(answer, Mapping) for answer in completions):
         raise row.error("completions", "must be a list of answers")
-    scores = [(_score(row, each), row.checked("completions.response", each.get("response"))) for each in completions]
-    return [(score, text) for score, text in scores if score is not None]
+    scored = []
+    for answer in completions:
+        score, text = _score(row, answer), row.checked("completions.response", answer.get("response"))
+        if score is not None:
+            scored.append((score, text))
+    return scored
 
 
 def _score(row: Row, answer: Mapping[str, Any]) -> float | None:
-    score = answer.get("score")
+    """An answer's `score`, or the mean of its ratings (Silkie), if it has any."""
+    score, annotations = answer.get("score"), answer.get("annotations") or {}
     if isinstance(score, int | float):
         return float(score)
-    if not isinstance(annotations := answer.get("annotations") or {}, Mapping):
+    if not isinstance(annotations, Mapping):
         raise row.error("completions.annotations", "must be an object: {...}")
-    ratings = [each.get("Rating") for each in annotations.values() if isinstance(each, Mapping)]
-    numbers = [float(str(rating)) for rating in ratings if str(rating).replace(".", "", 1).isdigit()]
+    ratings = [str(aspect.get("Rating")) for aspect in annotations.values() if isinstance(aspect, Mapping)]
+    numbers = [float(rating) for rating in ratings if rating.replace(".", "", 1).isdigit()]
     return sum(numbers) / len(numbers) if numbers else None
 
 

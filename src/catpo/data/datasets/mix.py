@@ -1,4 +1,4 @@
-"""Several data sets as one, in given proportions, without repeating a pair.
+"""Several data sets mixed in given proportions, without repeating a pair.
 
 mix(sources=["rlhf_v(source='openbmb/RLHF-V-Dataset')", "my-pairs"], weights=[3, 1], seed=0)
 """
@@ -14,13 +14,13 @@ from catpo.data import datasets
 
 
 class Dataset(datasets.Dataset):
-    """Pairs of all sources in an order drawn by the seed; which are taken depends on their ids and the seed only.
+    """Pairs of all sources; which are taken and in which order depends only on their ids and the seed.
 
     Args:
         sources: the data sets, opened.
-        weights: how many pairs of each, in proportion; all alike if left out.
-        count: pairs altogether; as many as the proportions allow if left out.
-        seed: which pairs are taken, and their order.
+        weights: proportions of the sources; equal by default.
+        count: number of pairs; by default as many as the proportions allow.
+        seed: draws the pairs and their order.
 
     Raises:
         UserError: the weights do not fit, or a source has too few pairs.
@@ -37,21 +37,24 @@ class Dataset(datasets.Dataset):
         if not sources:
             raise UserError("mix needs data sets: mix(sources=['pairs', \"rlhf_v(source='…')\"], weights=[3, 1]).")
         weights = [1.0] * len(sources) if weights is None else list(weights)
-        if len(weights) != len(sources) or not all(isinstance(each, int | float) and each > 0 for each in weights):
+        if len(weights) != len(sources) or not all(isinstance(weight, int | float) and weight > 0 for weight in weights):
             raise UserError(f"mix: weights={weights} must be {len(sources)} positive numbers, one per source.")
         self.sources, self.weights, self.count, self.seed = list(sources), weights, count, seed
         self.name = f"mix of {', '.join(source.name for source in sources)}"
 
     def pairs(self) -> Iterator[PreferencePair]:
         read = [list(source.pairs()) for source in self.sources]
-        chosen = [pair for pairs, count in zip(read, self._counts(read), strict=True) for pair in self._drawn(pairs)[:count]]
-        return iter(self._drawn(list({pair.id: pair for pair in chosen}.values())))
+        chosen: dict[str, PreferencePair] = {}
+        for pairs, count in zip(read, self._counts(read), strict=True):
+            chosen |= {pair.id: pair for pair in self._drawn(pairs)[:count]}
+        return iter(self._drawn(list(chosen.values())))
 
     def _counts(self, read: Sequence[Sequence[PreferencePair]]) -> list[int]:
         whole = sum(self.weights)
         shares = [weight / whole for weight in self.weights]
         most = min(len(pairs) / share for pairs, share in zip(read, shares, strict=True))
-        counts = [round((most if self.count is None else self.count) * share) for share in shares]
+        total = most if self.count is None else self.count
+        counts = [round(total * share) for share in shares]
         for source, pairs, count in zip(self.sources, read, counts, strict=True):
             if count > len(pairs):
                 raise UserError(

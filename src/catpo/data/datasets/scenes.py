@@ -1,8 +1,8 @@
-"""Built-in pictures: scenes composed from emoji art, with exact truth, drawn on the fly.
+"""Built-in pictures: scenes composed of emoji art and drawn on the fly, with exact truth.
 
     scenes(count=500, seed=1, split='test')
 
-Samples only; `catpo pair` makes preference pairs of them. What is on a scene depends on split, seed and its number alone.
+Samples only; `catpo pair` makes preference pairs of them. A scene depends only on its split, seed and number.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Dataset(datasets.Dataset):
     """Scenes 0 to `count` - 1 of a stream.
 
     Args:
-        source: not used; scenes come from no file.
-        count: how many scenes.
+        source: not used; scenes are not read from a file.
+        count: number of scenes.
         seed: which stream; scene number i of a stream is the same for any count.
         split: 'train' or 'test'; the built-in VLM has seen no scene of 'test', and they share none with 'train'.
         size: width and height in pixels; the built-in VLM looks at 96.
-        questions: yes/no questions per scene, split and answer (at most; fewer on scenes with fewer objects).
-        prompts: how many different prompts take turns, 1 to 3; the first is "Describe the image."
+        questions: at most this many yes/no questions per scene, split and answer; fewer on scenes with fewer objects.
+        prompts: number of prompts that take turns, 1 to 3; the first is "Describe the image."
         start: number of the first scene.
     """
 
@@ -70,25 +70,22 @@ class Dataset(datasets.Dataset):
         return self.count
 
     def samples(self) -> Iterator[Sample]:
-        """Scenes with their truth; a picture is drawn when it is opened, so the truth alone is cheap."""
+        """Scenes with their truth; reading the truth is cheap, since a picture is drawn only when opened."""
         for index in range(self.start, self.start + self.count):
-            yield self._sample(index)
-
-    def _sample(self, index: int) -> Sample:
-        planned = scene(split=self.split, seed=self.seed, index=index)
-        name = f"scenes-{self.split}-{self.seed}-{index:06d}"
-        return Sample(
-            id=name,
-            images=(ScenePicture(name=name, scene=planned, size=self.size),),
-            prompt=PROMPTS[index % self.prompt_count],
-            references=(true_caption(planned, planned.generator("reference")),),
-            truth=truth(planned, questions_per_answer=self.question_count),
-        )
+            planned = scene(split=self.split, seed=self.seed, index=index)
+            name = f"scenes-{self.split}-{self.seed}-{index:06d}"
+            yield Sample(
+                id=name,
+                images=(ScenePicture(name=name, scene=planned, size=self.size),),
+                prompt=PROMPTS[index % self.prompt_count],
+                references=(true_caption(planned, planned.generator("reference")),),
+                truth=truth(planned, questions_per_answer=self.question_count),
+            )
 
 
 @dataclass(frozen=True)
 class ScenePicture(Picture):
-    """A scene that is drawn when it is read; it keeps nothing, so a million of them fit in memory."""
+    """A scene that is drawn on every read and kept nowhere, so that a million of them fit in memory."""
 
     scene: Scene | None = None
     size: int = CANVAS
@@ -102,7 +99,7 @@ def truth(planned: Scene, *, questions_per_answer: int = 3) -> dict[str, Any]:
     """All that is known of a scene, in plain lists and dictionaries.
 
     Keys: "context"; "present", typical objects first; "counts"; "tempting", absent objects of the context, the most tempting
-    first; "boxes" [[x0, y0, x1, y1], ...] per object in pixels of a 96 x 96 picture; "questions", see `scenery.questions`.
+    first; "boxes" [[x0, y0, x1, y1], ...] per object in pixels of a 96 x 96 picture; "questions", see `data.scenes.questions`.
     """
     return {
         "context": planned.context,
@@ -115,7 +112,6 @@ def truth(planned: Scene, *, questions_per_answer: int = 3) -> dict[str, Any]:
 
 
 def _check_range(option: str, value: int, *, low: int, high: int | None = None) -> None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not is_number or value < low or (high is not None and value > high):
+    if type(value) is not int or value < low or (high is not None and value > high):
         limits = f"{low} or more" if high is None else f"{low} to {high}"
         raise UserError(f"scenes: {option}={value!r} must be a whole number, {limits}.")

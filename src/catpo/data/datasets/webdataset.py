@@ -2,8 +2,8 @@
 
     webdataset(source='shards/')        webdataset(source='shards/train-000.tar')
 
-The format (github.com/webdataset/webdataset, "The WebDataset Format"): files of one sample follow one another and share their
-name up to the first dot. Several pictures are `name.0.jpg`, `name.1.jpg`. Pictures stay in the tar until they are opened.
+The format (github.com/webdataset/webdataset, "The WebDataset Format"): the files of a sample are neighbours and share
+their name up to the first dot. Several pictures are `name.0.jpg`, `name.1.jpg`. Pictures stay in the tar until they are opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from catpo.core.errors import UserError
 from catpo.core.types import MAX_BYTES, Picture, PreferencePair
 from catpo.data import datasets
 from catpo.data.datasets import Row, make_pair
-from catpo.files import strict_json
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -51,32 +50,27 @@ class Dataset(datasets.RowDataset):
 
     def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
         file, members = row.values["file"], row.values["members"]
-        of = lambda *kinds: [each for each in members if Path(each.name).suffix.lower() in kinds]
-        texts = of(".json")
-        for each in members:
-            if each.size > MAX_BYTES:
-                raise row.error(each.name, f"has {each.size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it")
-        if len(texts) != 1:
-            raise row.error("json", f"must be there once, not {len(texts)} times")
-        try:
-            values = strict_json.loads(_read(file, texts[0].offset_data, texts[0].size))
-        except (ValueError, RecursionError) as error:
-            raise row.error("json", f"is not valid JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise row.error("json", "must be an object with prompt, chosen and rejected")
-        pictures = tuple(
-            Picture(load=_read, at=(str(file), each.offset_data, each.size), name=f"{each.name} ({file})")
-            for each in of(*PICTURES)
-        )
+        for member in members:
+            if member.size > MAX_BYTES:
+                problem = f"has {member.size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it"
+                raise row.error(member.name, problem)
+        jsons = [member for member in members if Path(member.name).suffix.lower() == ".json"]
+        if len(jsons) != 1:
+            raise row.error("json", f"must be there once, not {len(jsons)} times")
+        texts = row.inner("json", _read(file, jsons[0].offset_data, jsons[0].size))
+        pictures = []
+        for member in members:
+            if Path(member.name).suffix.lower() in PICTURES:
+                at = (str(file), member.offset_data, member.size)
+                pictures.append(Picture(load=_read, at=at, name=f"{member.name} ({file})"))
         if not pictures:
             raise row.error("jpg", f"is missing. Put a picture ({', '.join(PICTURES)}) beside the .json")
-        inner = Row(row.where, values)
-        return [make_pair(pictures, inner.text("prompt"), inner.text("chosen"), inner.text("rejected"))]
+        return [make_pair(tuple(pictures), texts.text("prompt"), texts.text("chosen"), texts.text("rejected"))]
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
-        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        archive.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
         if member.isfile():
             yield member
 

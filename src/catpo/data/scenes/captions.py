@@ -1,7 +1,7 @@
-"""Describe a scene in English: truthfully, or as captions on the web do, naming tempting objects that are not there.
+"""Describe a scene in English: truthfully, or as web captions do, naming tempting objects that are absent.
 
-Each object is introduced with its number and its place relative to one already named. An absent object gets an invented
-place and then exactly the same phrases, so that only the picture tells the difference.
+Each object is introduced with its number and its place relative to one already named. An absent object gets an invented place
+and the same phrases, so that only the picture tells the difference.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from catpo.data.scenes.plan import CANVAS, SIZES, Box, Scene
 from catpo.text.object_words import classes, contexts
 
 SECOND_TEMPTATION = 0.15
-"""Probability that a web caption which names one absent object names another."""
+"""Probability that a web caption with one absent object names another."""
 COMPANION_TEMPTATION, OTHER_TEMPTATION = 0.9, 0.5
-"""Probability that a web caption names the most tempting absent object, if its companion is there, and if not."""
+"""Probability that a web caption names an absent object: with and without its companion on the scene."""
 FORGETTING = 0.06
 """Probability that a web caption leaves out a present object."""
 NEAR = 36
-"""Distance of centres, in pixels, below which two objects can be called next to each other."""
+"""Distance of centres, in pixels, below which two objects may be called next to each other."""
 
 OPENINGS = (
     "This picture shows {place} with {thing}.",
@@ -58,7 +58,7 @@ MIN_WORDS = 15
 
 @dataclass(frozen=True)
 class _Thing:
-    """An object as a caption speaks of it: real or invented, with its number and place."""
+    """An object in a caption, real or invented, with its number and place."""
 
     name: str
     count: int
@@ -85,14 +85,14 @@ def true_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def web_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as found on the web: it forgets a present object now and then, and names tempting absent ones."""
+    """A caption as on the web: it leaves out a present object now and then, and names tempting absent ones."""
     things = [thing for thing in _present_things(scene) if rng.random() >= FORGETTING] or _present_things(scene)[:1]
     invented = [_invent(name, rng) for name in tempted(scene, rng)]
     return _compose(scene, things + invented, rng)
 
 
 def tempted(scene: Scene, rng: random.Random) -> list[str]:
-    """The absent objects that a web caption names, up to two; mostly the most tempting (a power law over their ranks)."""
+    """Absent objects that a web caption names, at most two, mostly the most tempting (a power law over ranks)."""
     names = scene.tempting
     if not names:
         return []
@@ -118,7 +118,7 @@ def _invent(name: str, rng: random.Random) -> _Thing:
 
 
 def _compose(scene: Scene, things: list[_Thing], rng: random.Random) -> str:
-    """Opening, one sentence for each further object, sometimes a closing; typical objects tend to come first."""
+    """An opening, one sentence per further object, sometimes a closing; typical objects tend to come first."""
     members = contexts()[scene.context]
     rank = {thing.name: members.index(thing.name) if thing.name in members else len(members) for thing in things}
     things = sorted(things, key=lambda thing: rank[thing.name] + rng.uniform(-2, 2))
@@ -139,7 +139,7 @@ def _fill(template: str, thing: _Thing, *, relation: str = "", anchor: str = "",
 
 
 def _relation(thing: _Thing, anchor: _Thing, rng: random.Random) -> str:
-    """Where `thing` is, seen from `anchor`: along the axis of the larger distance."""
+    """Where `thing` is relative to `anchor`, along the axis of the larger distance."""
     dx, dy = thing.centre[0] - anchor.centre[0], thing.centre[1] - anchor.centre[1]
     if dx * dx + dy * dy < NEAR * NEAR and rng.random() < 0.3:
         return "next to"
@@ -149,6 +149,7 @@ def _relation(thing: _Thing, anchor: _Thing, rng: random.Random) -> str:
 
 
 def _centre(boxes: list[Box]) -> tuple[float, float]:
-    xs = [(box[0] + box[2]) / 2 for box in boxes]
-    ys = [(box[1] + box[3]) / 2 for box in boxes]
+    """The mean of the boxes' centres."""
+    xs = [(x0 + x1) / 2 for x0, _, x1, _ in boxes]
+    ys = [(y0 + y1) / 2 for _, y0, _, y1 in boxes]
     return sum(xs) / len(xs), sum(ys) / len(ys)

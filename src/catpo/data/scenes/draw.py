@@ -1,4 +1,4 @@
-"""Draw a planned scene: background of its context, then the objects. Decides nothing about what is on it."""
+"""Draw a planned scene: its context's background, then the objects."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def _background(scene: Scene) -> Image.Image:
-    """Two colours with a horizon, each varied a little and slightly darker downwards, and a few soft spots."""
+    """Two slightly varied colours with a horizon, darker towards the bottom, and a few soft spots."""
     rng = scene.generator("background")
     upper, lower = (_vary(colour, rng) for colour in BACKGROUNDS[scene.context])
     horizon = rng.randint(CANVAS // 3, 2 * CANVAS // 3)

@@ -1,7 +1,7 @@
-"""What is on a scene: a context, objects with places and sizes. Everything else about it follows. Draws nothing.
+"""Plan a scene: a context, and objects with places and sizes, from which all else follows. Draws nothing.
 
-Objects come with the frequency of a power law per context, and companions (cup and spoon) come together more often than
-chance. That is the language prior which tempts a model to name an absent companion, as it does on photographs.
+Per context, objects are as frequent as a power law says, and companions (cup and spoon) occur together more often than chance:
+the language prior that tempts a model to name an absent companion, as photographs do.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MAX_OBJECTS = 6
 STRAY_SHARE = 0.08
 """Probability that an object is drawn from anywhere instead of the context."""
 COMPANION_WEIGHT = 4.0
-"""How many times likelier an object becomes when its companion is there."""
+"""Factor on an object's probability when its companion is there."""
 PLACE_TRIES = 24
 MAX_OVERLAP = 0.3
-"""Share of the smaller of two boxes that may be covered, unless no better place is found."""
+"""Fraction of the smaller of two boxes that may be covered, unless no better place is found."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn, and all that is true of it."""
+    """A picture before it is drawn, and what is true of it."""
 
     key: str
     """"split/seed/index": the seed of everything random about it."""
@@ -50,7 +50,7 @@ class Scene:
 
     @cached_property
     def boxes(self) -> dict[str, list[Box]]:
-        """Object -> boxes of its copies, in the order in which a person would name them (typical ones first)."""
+        """Object -> boxes of its copies, typical objects first, as a person would name them."""
         grouped: dict[str, list[Box]] = {}
         for name in sorted({placed.name for placed in self.objects}, key=self._typicality):
             grouped[name] = [placed.box for placed in self.objects if placed.name == name]
@@ -66,7 +66,7 @@ class Scene:
 
     @cached_property
     def tempting(self) -> list[str]:
-        """Absent objects of the context: companions of present ones first, then the more frequent first."""
+        """Absent objects of the context: companions of present ones first, then by frequency."""
         absent = [name for name in contexts()[self.context] if name not in self.boxes]
         return sorted(absent, key=lambda name: (not self.is_companion(name), self._typicality(name)))
 
@@ -75,7 +75,7 @@ class Scene:
         return companion(self.context, name) in self.boxes
 
     def generator(self, purpose: str) -> random.Random:
-        """Random numbers of this scene for one purpose, the same everywhere and always."""
+        """This scene's random numbers for one purpose, the same on every machine."""
         return random.Random(f"{self.key}/{purpose}")
 
     def _typicality(self, name: str) -> tuple[int, str]:
@@ -84,7 +84,7 @@ class Scene:
 
 
 def scene(*, split: str, seed: int, index: int) -> Scene:
-    """Scene number `index` of an endless stream; streams of different splits and seeds have nothing in common."""
+    """Scene number `index` of an endless stream; streams of different splits or seeds share none."""
     key = f"{split}/{seed}/{index}"
     rng = random.Random(f"{key}/plan")
     context = rng.choice(sorted(contexts()))
@@ -95,7 +95,7 @@ def scene(*, split: str, seed: int, index: int) -> Scene:
 
 
 def weights(context: str, chosen: Sequence[str]) -> dict[str, float]:
-    """How likely each object of the context comes next, given those chosen (not normalised)."""
+    """Weight of each object of the context as the next one, given those chosen; not normalised."""
     table = {name: (rank + 1) ** -0.5 for rank, name in enumerate(contexts()[context])}
     for name in chosen:
         other = companion(context, name)
@@ -105,7 +105,7 @@ def weights(context: str, chosen: Sequence[str]) -> dict[str, float]:
 
 
 def _instances(context: str, rng: random.Random) -> list[str]:
-    """Names of the objects to place, a class as often as it has copies, in random order."""
+    """Names of the objects to place, one per copy, in random order."""
     chosen: list[str] = []
     for _ in range(rng.choice(CLASS_COUNTS)):
         chosen.append(_next_class(context, chosen, rng))
@@ -144,7 +144,7 @@ def _place(placed: list[Placed], rng: random.Random) -> Box:
 
 
 def _overlap(box: Box, others: list[Box]) -> float:
-    """Covered share of the smaller one of the box and another, at most over the others."""
+    """Largest overlap with another box, as a fraction of the smaller of the two."""
     worst = 0.0
     x0, y0, x1, y1 = box
     for a0, b0, a1, b1 in others:

@@ -1,7 +1,7 @@
-"""Yes/no questions about a scene, balanced as in POPE: per split as many with the answer yes as with no.
+"""Yes/no questions about a scene, balanced as in POPE: each split has as many with the answer yes as with no.
 
-The splits differ in which absent objects are asked for: any (random), those frequent in all scenes (popular), those that
-usually come with what is there (adversarial).
+The splits differ in the absent objects asked for: any (random), frequent in all scenes (popular), usually seen with what is
+there (adversarial).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def negatives(scene: Scene, split: str, count: int, rng: random.Random) -> list[
 
 
 def question(name: str) -> str:
-    """What is asked about an object.
+    """The question about an object.
 
     >>> question("apple")
     'Is there an apple in the image?'
@@ -48,7 +48,7 @@ def question(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def popular() -> list[str]:
-    """All objects, those most frequent over all contexts first (sum of the contexts' power laws)."""
+    """All objects by frequency over all contexts (the sum of their power laws)."""
     weight = dict.fromkeys(classes(), 0.0)
     for members in contexts().values():
         for rank, name in enumerate(members):

@@ -34,25 +34,25 @@ def test_each_token_is_in_one_word_and_no_text_is_lost():
     for _ in range(200):
         pieces = ["".join(rng.choices("ab é\n.,狗\u200d", k=rng.randrange(4))) for _ in range(rng.randrange(12))]
         is_special = [rng.random() < 0.1 for _ in pieces]
-        found = words(pieces, is_special)
-        assert [token for word in found for token in range(word.first, word.end)] == list(range(len(pieces)))
-        assert "".join(word.space + word.text for word in found) == "".join(pieces)
+        merged = words(pieces, is_special)
+        assert [token for word in merged for token in range(word.first, word.end)] == list(range(len(pieces)))
+        assert "".join(word.space + word.text for word in merged) == "".join(pieces)
 
 
 def test_a_special_token_is_a_word_of_its_own():
-    found = words(["a", "</s>", "b"], [False, True, False])
-    assert [(word.text, word.is_special) for word in found] == [("a", False), ("</s>", True), ("b", False)]
+    merged = words(["a", "</s>", "b"], [False, True, False])
+    assert [(word.text, word.is_special) for word in merged] == [("a", False), ("</s>", True), ("b", False)]
 
 
 def test_a_word_with_one_hallucinated_token_is_hallucinated():
-    found = words([" tea", "pot", " cup", " and"], [False] * 4, [1, 0, 1, -1])
-    assert [word.label for word in found] == ["hallucinated", "grounded", ""]
+    merged = words([" tea", "pot", " cup", " and"], [False] * 4, [1, 0, 1, -1])
+    assert [word.label for word in merged] == ["hallucinated", "grounded", ""]
 
 
 def test_word_values_are_the_mean_or_the_largest_of_the_tokens():
-    found = words([" tea", "pot", "."], [False] * 3)
-    assert merge([1, 3, 7], found).tolist() == [2, 7]
-    assert merge([1, 3, 7], found, "max").tolist() == [3, 7]
+    merged = words([" tea", "pot", "."], [False] * 3)
+    assert merge([1, 3, 7], merged).tolist() == [2, 7]
+    assert merge([1, 3, 7], merged, "max").tolist() == [3, 7]
 
 
 def test_plain_text_has_nothing_a_terminal_acts_on():

@@ -1,4 +1,4 @@
-"""`--on-error skip`: what cannot be used is left out, counted and written down; `stop` stays the default."""
+"""`--on-error skip` leaves out rows that cannot be used, counts and lists them; `stop` is the default."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check(summary: dict[str, Any], folder: str, *, of: int) -> None:
         assert row["what"].endswith(what) and why in row["why"]
 
 
-def test_scoring_and_training_leave_bad_pairs_out_and_say_which(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_and_training_skip_bad_pairs_and_list_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(good(0), *BAD, good(1), good(2), good(3))
     score = ["score", "--pairs", "data", "--model", folder, "--output", "store"]
     assert run(*score) == 2
@@ -68,7 +68,7 @@ def test_scoring_and_training_leave_bad_pairs_out_and_say_which(folder: Path, ca
     store = RewardStore.open("store")
     assert store.pair_ids == ["good-0", "good-1", "good-2", "good-3"]
     check(read_json("store/store.json")["skipped"], "store", of=10)
-    assert run(*score, "--on-error", "skip") == 0  # nothing is left to do, and nothing is refused
+    assert run(*score, "--on-error", "skip") == 0  # resuming a complete store does nothing
 
     train = ["train", "--pairs", "data", "--model", folder, "--rewards", "store", "--output", "run", "--max-steps", "1",
              "--gradient-accumulation-steps", "1", "--eval-fraction", "0"]  # fmt: skip
@@ -79,7 +79,7 @@ def test_scoring_and_training_leave_bad_pairs_out_and_say_which(folder: Path, ca
     assert about["skipped"]["count"] == 6 and len(read_rows("run/skipped.jsonl")) == 6
 
 
-def test_a_store_without_the_bad_pairs_is_that_of_the_good_ones(folder: Path) -> None:
+def test_a_store_with_bad_pairs_skipped_equals_that_of_the_good_ones(folder: Path) -> None:
     write(good(0), *BAD, good(1))
     assert run("score", "--pairs", "data", "--model", folder, "--output", "all", "--on-error", "skip") == 0
     Path("data/data.jsonl").write_text("".join(json.dumps(good(number)) + "\n" for number in (0, 1)))
@@ -89,7 +89,7 @@ def test_a_store_without_the_bad_pairs_is_that_of_the_good_ones(folder: Path) ->
     assert "skipped" not in stores[1].provenance
 
 
-def test_pairing_leaves_bad_samples_out_and_says_which(folder: Path) -> None:
+def test_pairing_skips_bad_samples_and_lists_them(folder: Path) -> None:
     truth = {"truth": {"present": ["dog"]}}
     write({**SAMPLE, **truth}, {**SAMPLE, "prompt": ""}, {**SAMPLE, "image": "broken.png"}, {**SAMPLE, "prompt": "And now?"})
     Path("data/vocabulary.json").write_text('{"dog": "dog"}')
@@ -102,7 +102,7 @@ def test_pairing_leaves_bad_samples_out_and_says_which(folder: Path) -> None:
     assert about["skipped"]["of"] == 4
 
 
-def test_an_evaluation_without_some_pictures_says_so_and_is_not_complete(builtin: Path) -> None:
+def test_an_evaluation_with_skipped_pictures_is_marked_incomplete(builtin: Path) -> None:
     write(*({**SAMPLE, "image": image, "id": image} for image in ("a.png", "broken.png")), {**SAMPLE, "prompt": 3})
     evaluate = ["evaluate", "--benchmarks", "captions(data='data')", "--model", "builtin", "--max-new-tokens", "4"]
     assert run(*evaluate, "--output", "out") == 2
@@ -117,14 +117,14 @@ def test_an_evaluation_without_some_pictures_says_so_and_is_not_complete(builtin
     assert graded["items"] == 1 and not graded["complete"] and graded["missing"]["count"] == 1
 
 
-def test_where_nothing_can_be_used_skipping_is_no_way_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipping_every_row_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(*(row for row in BAD if row.get("id") != "good-0"))
     assert run("score", "--pairs", "data", "--model", folder, "--output", "store", "--on-error", "skip") == 2
     assert "can be used" in capsys.readouterr().err
     assert not Path("store/store.json").exists()
 
 
-def test_data_sets_of_tables_skip_rows_too(tmp_path: Path) -> None:
+def test_rows_of_tables_can_be_skipped(tmp_path: Path) -> None:
     Path("a.png").write_bytes(encoded())
     rows = [
         {"image": "a.png", "question": "What?", "chosen": each, "reject": "A cat."}
@@ -138,6 +138,6 @@ def test_data_sets_of_tables_skip_rows_too(tmp_path: Path) -> None:
     assert [pair.chosen for pair in read.read_pairs("llava(source='rows.json', limit=1)", skipped)] == ["A dog."]
 
 
-def test_only_two_words_are_known() -> None:
+def test_an_unknown_on_error_is_refused() -> None:
     with pytest.raises(UserError, match="Did you mean 'skip'"):
         SkipLog("skipp")

@@ -1,4 +1,4 @@
-"""Files that outlive a killed process, and the progress lines."""
+"""Atomic writes, locks, provenance and rows that survive a killed process; progress lines."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def test_a_second_live_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_pa
         assert folder == tmp_path / "out"
 
 
-def test_a_file_in_the_place_of_the_folder_is_a_clear_error(tmp_path):
+def test_a_file_instead_of_the_folder_is_a_clear_error(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="Choose another --output"), lock.lock(tmp_path / "out"):
         pass
 
 
-def test_changed_options_are_named_also_when_they_vanish():
+def test_changed_or_missing_options_are_named():
     provenance.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
     with pytest.raises(UserError, match=r"x was begun with b=2, now it is None"):
         provenance.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
@@ -140,21 +140,18 @@ def test_progress_without_a_terminal_prints_a_line_about_every_ten_seconds(ticki
     assert len(lines) == 4
 
 
-def test_progress_over_a_collection_yields_its_items_and_can_be_silent():
-    stream = io.StringIO()
-    assert list(progress.track([1, 2, 3], "Reading", stream=stream, enabled=False)) == [1, 2, 3]
-    assert stream.getvalue() == ""
-
-
-def test_progress_on_a_terminal_draws_a_bar():
+def test_progress_on_a_terminal_draws_a_bar_and_can_be_silent():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    stream = Terminal()
-    assert list(progress.track([1, 2, 3], "Reading", "files", stream=stream)) == [1, 2, 3]
-    assert "Reading" in stream.getvalue()
-    assert "3/3" in stream.getvalue()
+    stream, silent = Terminal(), Terminal()
+    for enabled, terminal in ((True, stream), (False, silent)):
+        with progress.track(3, "Reading", "files", stream=terminal, enabled=enabled) as bar:
+            bar.advance(3)
+        assert bar.count == 3
+    assert "Reading" in stream.getvalue() and "3/3" in stream.getvalue()
+    assert silent.getvalue() == ""
 
 
 def test_an_error_inside_is_not_reported_as_done(ticking):
