@@ -37,7 +37,7 @@ from catpo.rewards.writer import RewardWriter
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SIGNALS
 from catpo.training.config import CatPOConfig, lora_config
-from catpo.training.pair_stats import PairStats
+from catpo.training.pair_stats import PairStats, Quantity
 from catpo.training.trainer import CatPOTrainer
 
 LORA = "lora(r=16, alpha=32)"
@@ -171,20 +171,20 @@ class NaiveTrainer(CatPOTrainer):
 
     def pair_stats(self, model: Any, batch: Batch) -> PairStats:
         mask = batch["mask"]
-        with torch.no_grad(), self._reference() as (reference, _):
+        with torch.no_grad():
             for _ in range(2):
-                reference_log_probs = self._log_probs(reference, batch)
+                reference_log_probs = self._in_reference(batch, lambda model: self._log_probs(model, batch))
         for _ in range(2):
             log_probs = self._log_probs(model, batch)
         kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
         place = batch["row"][:, :, None], batch["predictors"].clamp(min=0)
         at_token = lambda values: values[place].gather(-1, batch["token_ids"][..., None])[..., 0]
         values = {
-            "mask": mask,
-            "weights": batch["weights"],
-            "policy_logps": at_token(log_probs),
-            "reference_logps": at_token(reference_log_probs),
-            f"kl {self.direction}": kl[place],
+            Quantity("mask"): mask,
+            Quantity("weights"): batch["weights"],
+            Quantity("policy_logps"): at_token(log_probs),
+            Quantity("reference_logps"): at_token(reference_log_probs),
+            Quantity("kl", argument=str(self.direction)): kl[place],
         }
         return PairStats(values.__getitem__)
 

@@ -33,11 +33,11 @@ def raw(logits, tokens):
 
 def divergence(first, second):
     """KL[first || second] of each position over the whole vocabulary."""
-    found = []
+    divergences = []
     for row, other in zip(first, second, strict=True):
         log_p, log_q = log_softmax(row), log_softmax(other)
-        found.append(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
-    return found
+        divergences.append(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
+    return divergences
 
 
 def ratio(p, r, ids, key, weights=None):
@@ -78,19 +78,19 @@ def matching_blocks(a, b, a_from, a_to, b_from, b_to):
 
 def joined(blocks):
     """Neighbouring blocks are one."""
-    found = []
+    merged = []
     for i, j, size in blocks:
-        if found and found[-1][0] + found[-1][2] == i and found[-1][1] + found[-1][2] == j:
-            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + size)
+        if merged and merged[-1][0] + merged[-1][2] == i and merged[-1][1] + merged[-1][2] == j:
+            merged[-1] = (merged[-1][0], merged[-1][1], merged[-1][2] + size)
         else:
-            found.append((i, j, size))
-    return found
+            merged.append((i, j, size))
+    return merged
 
 
 def segment_weights(ids, weight, block=3, one_sided=False, elsewhere=1.0):
     rejected, chosen = ids["rejected"], ids["chosen"]
     blocks = joined(matching_blocks(rejected, chosen, 0, len(rejected), 0, len(chosen)))
-    kept = [each for each in blocks if each[2] >= block] + [(len(rejected), len(chosen), 0)]
+    kept = [match for match in blocks if match[2] >= block] + [(len(rejected), len(chosen), 0)]
     weights = {"chosen": [elsewhere] * len(chosen), "rejected": [elsewhere] * len(rejected)}
     a = b = 0
     for i, j, size in kept:
@@ -175,10 +175,12 @@ def povid(p, r, ids, view, one_sigmoid=False):
     return -0.5 * log_sigmoid(BETA * (chosen - rejected)) - 0.5 * log_sigmoid(BETA * (chosen - slipped))
 
 
-def mdpo(p, r, ids, view):
+def mdpo(p, r, ids, view, image_weight=1.0, anchor_weight=1.0):
+    """The sums of OPA-DPO's paper and of TARS have the same terms, with other weights."""
     chosen = ratio(p, r, ids, "chosen")
     image = chosen - ratio(p, r, ids, f"chosen@{view}")
-    return -log_sigmoid(BETA * margin(p, r, ids)) - log_sigmoid(BETA * image) - log_sigmoid(BETA * chosen)
+    terms = image_weight * log_sigmoid(BETA * image) + anchor_weight * log_sigmoid(BETA * chosen)
+    return -log_sigmoid(BETA * margin(p, r, ids)) - terms
 
 
 def tdpo(p, r, ids, version, alpha=0.5):
@@ -237,8 +239,8 @@ def opa_dpo(p, r, ids, view, weights=None):
     def rewards(key):
         side = key.split("@")[0]
         pairs = zip(weights[side], logps(p[key], ids[side]), logps(r[key], ids[side]), strict=True)
-        found = [weight * (a - b) for weight, a, b in pairs]
-        return found + [0.0] * (longest - len(found))
+        values = [weight * (a - b) for weight, a, b in pairs]
+        return values + [0.0] * (longest - len(values))
 
     chosen, rejected, masked = rewards("chosen"), rewards("rejected"), rewards(f"chosen@{view}")
     total = 0.0
@@ -247,14 +249,3 @@ def opa_dpo(p, r, ids, view, weights=None):
         total -= 0.2 * log_sigmoid(BETA * (chosen[at] - masked[at]))
         total -= log_sigmoid(BETA * chosen[at])
     return total / longest
-
-
-def opa_dpo_sums(p, r, ids, view):
-    chosen = ratio(p, r, ids, "chosen")
-    image = chosen - ratio(p, r, ids, f"chosen@{view}")
-    return -log_sigmoid(BETA * margin(p, r, ids)) - 0.2 * log_sigmoid(BETA * image) - log_sigmoid(BETA * chosen)
-
-
-def tars(p, r, ids, view):
-    image = ratio(p, r, ids, "chosen") - ratio(p, r, ids, f"chosen@{view}")
-    return -log_sigmoid(BETA * margin(p, r, ids)) - log_sigmoid(BETA * image)

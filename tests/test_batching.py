@@ -37,12 +37,10 @@ def plain_logps(family, encoded, side):
     return logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"prefix": "separate"}, {"padding_side": "left"}, {"prefix": "separate", "padding_side": "left"}]
-)
-def test_every_layout_gives_the_plain_forwards_logps(family, options):
+@pytest.mark.parametrize("prefix", ["shared", "separate"])
+def test_every_layout_gives_the_plain_forwards_logps(family, prefix):
     encoded = [family.encode(each) for each in pairs(4)]
-    found = logps(family, encoded, **options)
+    found = logps(family, encoded, prefix=prefix)
     for number, each in enumerate(encoded):
         for side_number, side in enumerate(SIDES):
             expected = plain_logps(family, each, side)

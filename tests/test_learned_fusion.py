@@ -15,9 +15,9 @@ from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
 from catpo.training.collator import PairCollator
 from catpo.training.learned_fusion import LearnedFusion
-from catpo.training.train import train
-from catpo.training.trainer import CatPOTrainer
+from catpo.training.pair_stats import Quantity
 from tiny import pairs
+from training_runs import interrupted_and_resumed, logged, training
 
 OPTIONS = [
     {}, {"gamma": 0.5, "delta": 0.1}, {"normalise": "none"}, {"normalise": "zscore", "activation": "sigmoid"},
@@ -29,27 +29,27 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_before_training_weights_are_those_of_fixed_coefficients(folder, store, options):
     fusion = Fusion(learned=True, **options)
-    needs = frozenset({"weights", "policy_logps", "reference_logps", "mask"})
+    needs = frozenset({Quantity("weights")})
     rewards = RewardStore.open(store)
     batch = PairCollator(loading.load(folder), rewards, fusion, needs)(pairs(8)[:4])
-    found = LearnedFusion(fusion)(batch)
-    for number, pair in enumerate(pairs(8)[:4]):
+    learned = LearnedFusion(fusion)(batch)
+    for index, pair in enumerate(pairs(8)[:4]):
         fixed = rewards.weights(pair.id, Fusion(**{"gamma": 0.25, "delta": 0.25, **options}))
         for side, expected in enumerate((fixed.chosen, fixed.rejected)):
-            assert found[number, side, : len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-            assert not found[number, side, len(expected) :].any()
+            assert learned[index, side, : len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+            assert not learned[index, side, len(expected) :].any()
 
 
 def slow_weights(signals, logits, base_weight=0.5):
     """Eq. 11 and 7, token by token; signals are [side][token][3]."""
-    total = sum(math.exp(each) for each in logits)
-    found = []
+    total = sum(math.exp(logit) for logit in logits)
+    weights = []
     for side, tokens in enumerate(signals):
         for token in tokens:
             score = sum(math.exp(logit) / total * value for logit, value in zip(logits, token, strict=True))
             squashed = math.tanh(max(score, 0.0))
-            found.append(base_weight + (squashed if side == 0 else 1 - squashed))
-    return found
+            weights.append(base_weight + (squashed if side == 0 else 1 - squashed))
+    return weights
 
 
 def test_learned_weights_are_equation_11_at_any_coefficients():
@@ -72,58 +72,24 @@ def test_learned_weights_are_equation_11_at_any_coefficients():
     assert torch.autograd.gradcheck(of, (torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True),))
 
 
-def run(folder, store, output, **options):
-    given = dict(
-        pairs=pairs(8),
-        model=str(folder),
-        rewards=store,
-        output=output,
-        learning_rate=1e-3,
-        num_train_epochs=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        lora="lora(r=4, alpha=8)",
-        save_steps=2,
-        logging_steps=1,
-        eval_fraction=0.0,
-        progress=False,
-        objective="catpo(learned=True, learned_rate=0.05)",
-    )
-    return train(**{**given, **options})
+OBJECTIVE = "catpo(learned=True, learned_rate=0.05)"
+COEFFICIENTS = [f"fusion/{name}" for name in Fusion().needs]
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_learns_the_coefficients_and_resumes_them(folder, store, tmp_path, monkeypatch):
-    whole = run(folder, store, tmp_path / "whole")
-    logged = [[row[f"fusion/{name}"] for name in Fusion().needs] for row in rows(whole.output) if "loss" in row]
-    assert logged[0] == pytest.approx([0.25, 0.25, 0.5], abs=1e-6)
-    assert logged[-1] != pytest.approx(logged[0], abs=1e-3) and sum(logged[-1]) == pytest.approx(1)
+def test_a_run_learns_the_coefficients_and_resumes_them(folder, store, tmp_path):
+    whole = training(folder, store, tmp_path / "whole", objective=OBJECTIVE)
+    coefficients = logged(whole, *COEFFICIENTS)
+    assert coefficients[0] == pytest.approx([0.25, 0.25, 0.5], abs=1e-6)
+    assert coefficients[-1] != pytest.approx(coefficients[0], abs=1e-3) and sum(coefficients[-1]) == pytest.approx(1)
     final = json.loads((whole.output / "catpo.json").read_text())["learned_fusion"]
-    assert set(final) == set(Fusion().needs) and list(final.values()) != pytest.approx(logged[0], abs=1e-3)
-
-    step, steps = CatPOTrainer.training_step, []
-
-    def dies(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == 6:  # after the checkpoint of step 4
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, store, tmp_path / "killed")
-    monkeypatch.setattr(CatPOTrainer, "training_step", step)
-    resumed = run(folder, store, tmp_path / "killed", resume=True)
-    again = [[row[f"fusion/{name}"] for name in Fusion().needs] for row in rows(resumed.output) if "loss" in row]
-    assert np.array(again) == pytest.approx(np.array(logged), abs=1e-5)
+    assert set(final) == set(Fusion().needs) and list(final.values()) != pytest.approx(coefficients[0], abs=1e-3)
+    resumed = interrupted_and_resumed(folder, store, tmp_path / "killed", 6, objective=OBJECTIVE)
+    assert np.array(logged(resumed, *COEFFICIENTS)) == pytest.approx(np.array(coefficients), abs=1e-5)
 
 
 def test_any_method_can_learn_its_token_weights(folder, store, tmp_path):
-    result = run(folder, store, tmp_path / "run", objective="dpo(weights='catpo(learned=True)')", max_steps=2)
-    assert "fusion/semantic" in rows(result.output)[-2]
+    result = training(folder, store, tmp_path / "run", objective="dpo(weights='catpo(learned=True)')", max_steps=2)
+    assert len(logged(result, "fusion/semantic")) == 2
 
 
 @pytest.mark.parametrize("options, message", [
@@ -131,6 +97,6 @@ def test_any_method_can_learn_its_token_weights(folder, store, tmp_path):
     ({"alpha": 0.3}, "alpha has no place"), ({"normalise": "mean_calibrated"}, "one by one"),
     ({"learned_rate": -1.0}, "learned_rate"),
 ])  # fmt: skip
-def test_what_does_not_go_with_learning_is_refused(options, message):
+def test_options_that_exclude_learning_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Fusion(learned=True, **options)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -18,10 +18,11 @@ from catpo.models.views import View
 from catpo.scoring.score import score_pairs
 from catpo.testing import loss_from_logits
 from catpo.training.config import CatPOConfig
-from catpo.training.train import train
+from catpo.training.pair_stats import Quantity
 from catpo.training.trainer import CatPOTrainer
 from catpo.training.view_passes import ViewPasses
 from tiny import llava, pairs
+from training_runs import interrupted_and_resumed, logged, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 METHODS = registry.names("objectives")
@@ -62,14 +63,14 @@ def plain_logits(family, encoded, side):
     return logits[0, len(encoded.prompt_ids) - 1 : -1].double().numpy()
 
 
-def logits_of(family, readings, pair):
+def logits_of(family, view_passes, pair):
     """Logits of both sides, clean and under every view that the objective reads."""
     encoded = family.encode(pair)
-    found = {side: plain_logits(family, encoded, side) for side in SIDES}
-    for name in readings.views:
-        seen = replace(readings, family=family)._shown(View.of(name), pair, encoded)[0]
-        found |= {f"{side}@{name}": plain_logits(family, seen, side) for side in SIDES}
-    return found
+    logits = {side: plain_logits(family, encoded, side) for side in SIDES}
+    for name in view_passes.views:
+        shown = replace(view_passes, family=family).show(View.of(name), pair, encoded)[0]
+        logits |= {f"{side}@{name}": plain_logits(family, shown, side) for side in SIDES}
+    return logits
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -91,16 +92,16 @@ def test_the_trainer_computes_the_method_on_plain_logits(folder, store, judge, t
                 parameter += 0.05 * torch.randn_like(parameter)
     given = pairs(8)[:3]
     batch = run.data_collator(given)
-    found = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
+    losses = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
     reference = loading.load(folder)
-    for number, pair in enumerate(given):
-        policy_logits, reference_logits = (logits_of(each, run.readings, pair) for each in (run.family, reference))
+    for index, pair in enumerate(given):
+        policy_logits, reference_logits = (logits_of(family, run.view_passes, pair) for family in (run.family, reference))
         if method == "tgdpo":
             other = llava(seed=4)
             policy_logits |= {f"{side}@judge": plain_logits(other, other.encode(pair), side) for side in SIDES}
-        weights = {
-            side: batch["weights"][number, place][batch["mask"][number, place]].tolist() for place, side in enumerate(SIDES)
-        }
+        weights = {}
+        for side_index, side in enumerate(SIDES):
+            weights[side] = batch["weights"][index, side_index][batch["mask"][index, side_index]].tolist()
         expected = loss_from_logits(
             run.objective.spec,
             policy=policy_logits,
@@ -108,7 +109,7 @@ def test_the_trainer_computes_the_method_on_plain_logits(folder, store, judge, t
             tokens=run.family.encode(pair).response_ids,
             weights=weights,
         )
-        assert found[number].item() == pytest.approx(expected, abs=2e-4, rel=2e-4)
+        assert losses[index].item() == pytest.approx(expected, abs=2e-4, rel=2e-4)
 
 
 # ---- twenty steps ---------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_policy_and_reference_see_one_draw_unless_the_code_form_is_asked_for(fol
     apart = trainer(folder, tmp_path, "mdpo(form='code')", reference="online", max_steps=1)
     apart.train()
     assert curve(apart)[0] != pytest.approx(3 * math.log(2), abs=1e-5)
-    assert len(apart.readings.views) == 2
+    assert len(apart.view_passes.views) == 2
 
 
 @pytest.mark.parametrize("method", ["tpo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("chip", "tars"))])
@@ -152,63 +153,36 @@ def test_online_and_cached_reference_and_separate_rows_give_one_curve(folder, st
 
 @pytest.mark.slow
 def test_a_batch_of_eight_equals_eight_of_one(folder, store, tmp_path):
-    together = trainer(folder, tmp_path, "chip", rewards=str(store), per_device_train_batch_size=8, max_steps=2)
-    alone = trainer(
-        folder, tmp_path, "chip", rewards=str(store), per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=2
-    )
-    together.train()
-    alone.train()
-    assert curve(together) == pytest.approx(curve(alone), abs=3e-5)
+    curves = []
+    for size in (8, 1):
+        sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=2)
+        run = trainer(folder, tmp_path, "chip", rewards=str(store), **sizes)
+        run.train()
+        curves.append(curve(run))
+    assert curves[0] == pytest.approx(curves[1], abs=3e-5)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_path, monkeypatch):
-    options = dict(
-        pairs=pairs(8),
-        model=str(folder),
-        rewards=store,
-        learning_rate=1e-3,
-        num_train_epochs=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        lora="lora(r=4, alpha=8)",
-        save_steps=2,
-        logging_steps=1,
-        eval_fraction=0.0,
-        progress=False,
-        objective="tpo",
-    )
-    whole = train(output=tmp_path / "whole", **options)
-    step, steps = CatPOTrainer.training_step, []
-
-    def dies(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == 7:  # in the second epoch, after the checkpoint of step 6
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(CatPOTrainer, "training_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(output=tmp_path / "killed", **options)
-    monkeypatch.setattr(CatPOTrainer, "training_step", step)
-    resumed = train(output=tmp_path / "killed", **options, resume=True)
-    rows = [
-        [json.loads(line) for line in (each.output / "metrics.jsonl").read_text().splitlines()] for each in (whole, resumed)
-    ]
-    losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_path):
+    whole = training(folder, store, tmp_path / "whole", objective="tpo")
+    # in the second epoch, after the checkpoint of step 6
+    resumed = interrupted_and_resumed(folder, store, tmp_path / "killed", 7, objective="tpo")
+    assert len(logged(whole, "loss")) == 8
+    assert np.array(logged(resumed, "loss")) == pytest.approx(np.array(logged(whole, "loss")), abs=1e-5)
 
 
 def test_every_epoch_draws_anew(folder, store, tmp_path):
     run = trainer(folder, tmp_path, "tpo", rewards=str(store), given=pairs(2), max_steps=3)
-    seen = []
-    plain = run.readings.of_policy
-    run.readings.of_policy = lambda model, hidden, batch: (
-        seen.append(batch["views"]["noised(step=500)"]["model_inputs"]["pixel_values"].clone()), plain(model, hidden, batch)
-    )[1]  # fmt: skip
+    totals, plain = [], run.view_passes.of_policy
+
+    def record(model, hidden, batch):
+        pixels = batch["views"]["noised(step=500)"]["model_inputs"]["pixel_values"]
+        totals.append(pixels.sum(dim=(1, 2, 3)).sort().values)
+        return plain(model, hidden, batch)
+
+    run.view_passes.of_policy = record
     run.train()
-    totals = [each.sum(dim=(1, 2, 3)).sort().values for each in seen]
-    assert len(totals) == 3 and run.readings.epoch == 2
+    assert len(totals) == 3 and run.view_passes.epoch == 2
     assert not torch.allclose(totals[0], totals[1]) and not torch.allclose(totals[1], totals[2])
 
 
@@ -221,7 +195,7 @@ def test_numbers_of_a_row_reach_the_loss(folder, tmp_path):
     batch = plain.data_collator(severe)
     stats = plain.pair_stats(plain.model, batch)
     assert stats.meta("severity", 1.0).tolist() == [2.5, 2.5]
-    assert plain.data_collator(pairs(2))["meta severity 1.0"].tolist() == [1.0, 1.0]
+    assert plain.data_collator(pairs(2))["given"][Quantity("meta", argument="severity", default=1.0)].tolist() == [1.0, 1.0]
     with pytest.raises(UserError, match=r"pair .*: 'severity' is 'high', not a number"):
         plain.data_collator([replace(severe[0], meta={"severity": "high"})])
 
@@ -233,5 +207,5 @@ def test_tgdpo_without_a_judge_says_what_to_do(folder, store, tmp_path):
 
 def test_an_objective_that_reads_no_view_adds_no_row(folder, store, tmp_path):
     run = trainer(folder, tmp_path, "catpo", rewards=str(store))
-    assert run.readings.is_empty and "views" not in run.data_collator(pairs(2))
-    assert not ViewPasses(run.family, frozenset({"policy_logps", "mask"})).reads_reference
+    assert not run.data_collator(pairs(2))["views"]
+    assert not ViewPasses(run.family, frozenset({Quantity("policy_logps")})).reads_reference

@@ -71,8 +71,8 @@ CASES = {
     "amp(is_best=0.0)": lambda *c: oracles.amp(*c, 0.0),
     "rrpo(alpha=0.05)": lambda *c: oracles.rrpo(*c, 0.05),
     "opa_dpo(form='code')": lambda *c: oracles.opa_dpo(*c, VIEW),
-    "opa_dpo(form='paper')": lambda *c: oracles.opa_dpo_sums(*c, VIEW),
-    "tars": lambda *c: oracles.tars(*c, VIEW),
+    "opa_dpo(form='paper')": lambda *c: oracles.mdpo(*c, VIEW, image_weight=0.2),
+    "tars": lambda *c: oracles.mdpo(*c, VIEW, anchor_weight=0.0),
 }
 
 
@@ -107,17 +107,14 @@ def test_tgdpo_takes_the_token_rewards_of_a_judge():
 # ---- token weights in any method ------------------------------------------------------------------------------------------
 
 
-def test_token_weights_turn_dpo_into_weighted_dpo():
+def test_token_weights_scale_the_log_ratios_of_other_methods():
     case = Case(1)
-    weighted = case.loss("dpo(weights='catpo')", weights=case.weights)
-    assert weighted == pytest.approx(oracles.catpo(*case.slow, case.weights, 0.0), abs=1e-10)
-    assert case.loss("dpo", weights=case.weights) == pytest.approx(oracles.dpo(*case.slow), abs=1e-10)
-
-
-def test_token_weights_scale_positions_of_opa_dpo():
-    case = Case(2)
+    given = {"weights": case.weights}
+    assert case.loss("dpo", **given) == pytest.approx(oracles.dpo(*case.slow), abs=1e-10)
+    expected = oracles.catpo(*case.slow, case.weights, 0.0)
+    assert case.loss("dpo(weights='catpo')", **given) == pytest.approx(expected, abs=1e-10)
     expected = oracles.opa_dpo(*case.slow, VIEW, case.weights)
-    assert case.loss("opa_dpo(weights='catpo')", weights=case.weights) == pytest.approx(expected, abs=1e-10)
+    assert case.loss("opa_dpo(weights='catpo')", **given) == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("spec", [
@@ -132,46 +129,28 @@ def test_unit_token_weights_change_nothing_and_others_do(spec):
     assert case.loss(weighted, weights=case.weights) != pytest.approx(case.loss(spec), abs=1e-6)
 
 
+# ---- what is refused ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("spec, message", [
     ("dpo(weights='tpo')", "only 'catpo'"),
     ("dpo(weights='catpo(kl_weight=0.1)')", "the weights have no option 'kl_weight'"),
     ("dpo(token_fraction=0.5)", r'Give dpo\(weights="catpo\(token_fraction=0.5\)"\)'),
-    ("tdpo(alpha=0.3, token_fraction=0.5)", "weighs no tokens by itself"),
-    ("catpo(weights='catpo')", "weighs tokens by itself"),
+    ("tdpo(alpha=0.3, token_fraction=0.5)", "does not weight tokens itself"),
+    ("catpo(weights='catpo')", "weights tokens itself"),
     ("dpo(betta=0.5)", "Did you mean 'beta'"),
-])  # fmt: skip
-def test_weights_that_cannot_be_are_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        Case(0).loss(spec)
-
-
-# ---- what is refused ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec, reason", [
+    ("tpo(view='nosed')", "There is no view 'nosed'"), ("tpo(view='noised(steps=3)')", "Did you mean 'step'"),
+    ("tdpo(version=3)", "versions 1 and 2"), ("vdpo(unconditional='base')", "vdpo has no unconditional='base'"),
+    ("dpo(loss_type='hinge')", "dpo has no loss_type='hinge'"), ("dpo(loss_type='ipo', beta=0.0)", "positive beta"),
+    *((f"{name}(form='other')", f"{name} has no form='other'")
+      for name in ("ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "opa_dpo")),
     ("vdpo(guidance=0.0)", "multiplies the policy's log-probs by 0"),
     ("dpo(beta=0.0)", "its gradient is zero"),
     ("catpo(beta=0.0, kl_weight=0.0)", "its gradient is zero"),
     ("tpo(beta=0.0)", "its gradient is zero"),
     ("povid(text_weight=0.0, noise_weight=0.0)", "its gradient is zero"),
 ])  # fmt: skip
-def test_a_configuration_without_gradient_is_refused_with_the_reason(spec, reason):
-    with pytest.raises(UserError, match=reason):
-        Case(0).loss(spec)
-
-
-@pytest.mark.parametrize("spec", ["ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "opa_dpo"])
-def test_methods_whose_code_and_paper_differ_take_a_form(spec):
-    with pytest.raises(UserError, match="form='other' is not known"):
-        Case(0).loss(f"{spec}(form='other')")
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("tpo(view='nosed')", "There is no view 'nosed'"), ("tpo(view='noised(steps=3)')", "Did you mean 'step'"),
-    ("tdpo(version=3)", "versions 1 and 2"), ("vdpo(unconditional='base')", "unconditional='base' is not known"),
-    ("dpo(loss_type='hinge')", "loss_type='hinge' is not known"), ("dpo(loss_type='ipo', beta=0.0)", "positive beta"),
-])  # fmt: skip
-def test_unknown_words_are_answered(spec, message):
+def test_options_that_cannot_be_or_learn_nothing_are_refused(spec, message):
     with pytest.raises(UserError, match=message):
         Case(0).loss(spec)
 
@@ -190,7 +169,7 @@ def test_of_several_views_the_one_that_is_asked_for_is_read():
     assert case.loss("mdpo(view='noised(step=800)')") == pytest.approx(oracles.mdpo(*case.slow, "noised"), abs=1e-10)
     only = {key: value for key, value in case.policy.items() if "noised" not in key}
     reference = {key: value for key, value in case.reference.items() if "noised" not in key}
-    expected = oracles.tars(*case.slow, "cropped")
+    expected = oracles.mdpo(*case.slow, "cropped", anchor_weight=0.0)
     assert case.loss("tars", policy=only, reference=reference) == pytest.approx(expected, abs=1e-10)
 
 

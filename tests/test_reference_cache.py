@@ -1,4 +1,4 @@
-"""What a store keeps of the reference, and what training makes of it: exact, approximate, nothing, or run beside the policy."""
+"""What a store keeps of the reference, and how training uses it: exact, approximate, not at all, or run beside the policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def curves(folder, store, output, **options):
     return {name: [row[name] for row in rows] for name in ("loss", "kl/chosen")}
 
 
-def test_training_with_likeliest_words_comes_near_the_exact_kl(folder, stores, tmp_path):
+def test_training_with_top_k_tokens_approaches_the_exact_kl(folder, stores, tmp_path):
     exact = curves(folder, stores / "hidden", tmp_path / "run")
     everything = curves(folder, stores / "all", tmp_path / "run")
     assert everything["loss"] == pytest.approx(exact["loss"], abs=1e-4)
@@ -55,7 +55,7 @@ def test_training_with_likeliest_words_comes_near_the_exact_kl(folder, stores, t
     assert missed["few"] > missed["many"] > 0
 
 
-def test_the_store_of_likeliest_words_is_as_large_as_said(stores):
+def test_a_store_of_top_k_tokens_is_as_large_as_documented(stores):
     store = RewardStore.open(stores / "many")
     assert store.has_top and not store.has_hidden and store.provenance["topk"] == 64
     tokens = sum(len(store.get(pair, side).token_ids) for pair in store for side in ("chosen", "rejected"))
@@ -69,7 +69,7 @@ def test_the_store_of_likeliest_words_is_as_large_as_said(stores):
         assert not len(at) or values[at[0]] == pytest.approx(own, abs=1e-5)
 
 
-def test_a_token_takes_as_many_bytes_as_said(tmp_path):
+def test_a_token_takes_as_many_bytes_as_documented(tmp_path):
     """Numbers that do not compress, in shards of the usual size."""
     rng = np.random.default_rng(0)
     words = [f" word{number}" for number in range(2000)]
@@ -79,7 +79,7 @@ def test_a_token_takes_as_many_bytes_as_said(tmp_path):
         signals = {name: rng.random(80, np.float32) for name in ("one", "two", "three")}
         return ResponseRow(
             pair_id=f"pair-{number}", side=side, token_ids=ids, logps=-rng.random(80, np.float32), signals=signals,
-            labels=np.full(80, -1, np.int8), pieces=[words[each] for each in ids], is_special=np.arange(80) == 79,
+            labels=np.full(80, -1, np.int8), pieces=[words[token] for token in ids], is_special=np.arange(80) == 79,
             grids=[PatchGrid(0, 24, 24, (0.0, 0.0, 1.0, 1.0))],
         )  # fmt: skip
 
@@ -88,8 +88,8 @@ def test_a_token_takes_as_many_bytes_as_said(tmp_path):
     assert written / (len(rows) * 80) == pytest.approx(token_bytes(3), rel=0.1)
 
 
-@pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "likeliest words"), ("logps", "signals")])
-def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, monkeypatch, cache, part):
+@pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "top tokens"), ("logps", "signals")])
+def test_the_size_is_printed_before_anything_is_written(folder, tmp_path, capsys, monkeypatch, cache, part):
     def written(*_, **__):
         told = capsys.readouterr().err
         assert f"catpo: {tmp_path / 'store'} will take about" in told and part in told and "attention maps" in told
@@ -101,7 +101,7 @@ def test_the_size_is_told_before_anything_is_written(folder, tmp_path, capsys, m
         score_pairs(PAIRS, loading.load(folder), tmp_path / "store", cache=cache)
 
 
-def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tmp_path):
+def test_a_store_of_log_probs_serves_an_online_kl_but_no_cached_one(folder, stores, tmp_path):
     with pytest.raises(UserError, match="holds no hidden states"):
         curves(folder, stores / "logps", tmp_path / "run")
     online = curves(folder, stores / "logps", tmp_path / "run", reference="online")
@@ -110,21 +110,15 @@ def test_log_probs_alone_serve_no_cached_kl_but_an_online_one(folder, stores, tm
         RewardStore.open(stores / "logps").top(PAIRS[0].id, "chosen")
 
 
-@pytest.mark.parametrize(
-    ("cache", "message"),
-    [
-        ("logits", "cache='logits' is not known"),
-        ("topk(k=0)", "k must be 1 or more"),
-        ("topk(n=4)", "'n'"),
-        ("hidden(k=4)", "'k'"),
-        ("topk(k=1000000)", "the model has"),
-    ],
-)
-def test_a_cache_that_does_not_exist_is_refused(folder, tmp_path, cache, message):
+@pytest.mark.parametrize("cache, message", [
+    ("logits", "cache='logits' is not known"), ("topk(k=0)", "k must be 1 or more"), ("topk(n=4)", "'n'"),
+    ("hidden(k=4)", "'k'"), ("topk(k=1000000)", "the model has"),
+])  # fmt: skip
+def test_an_unknown_cache_is_refused(folder, tmp_path, cache, message):
     with pytest.raises(UserError, match=message):
         score_pairs(PAIRS[:1], loading.load(folder), tmp_path / "store", cache=cache, progress=False)
 
 
-def test_a_store_is_not_gone_on_with_under_another_cache(folder, stores):
+def test_a_store_is_not_continued_with_another_cache(folder, stores):
     with pytest.raises(UserError, match="hidden is True, now False"):
         score_pairs(PAIRS, loading.load(folder), stores / "hidden", cache="topk(k=4)", attention_maps=False, progress=False)

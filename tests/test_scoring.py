@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -15,19 +16,13 @@ from catpo.core.types import SIDES, Picture, Span
 from catpo.files.lock import lock
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import RewardStore
+from catpo.rewards.writer import RewardWriter
 from catpo.scoring.forward import token_labels
 from catpo.scoring.score import score_pairs
-from catpo.scoring.settings import ScoreSettings
+from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings
 from tiny import llava, pairs, picture
 
-ALL = (
-    "global_attention",
-    "patch_entropy",
-    "semantic",
-    "image_contrast",
-    "patch_logit",
-    "semantic(embedding='hidden', layer=1)",
-)
+ALL = (*PAPER_SIGNALS, "image_contrast", "patch_logit", "semantic(embedding='hidden', layer=1)")
 
 
 def settings(signals=ALL, layers="all", heads="mean", query="token", patches="all"):
@@ -94,20 +89,15 @@ def test_the_store_does_not_depend_on_batch_size_beyond_float_error(family, tmp_
     one = score_pairs(data, family, tmp_path / "one", settings(), batch_size=1, progress=False)
     four = score_pairs(data, family, tmp_path / "four", settings(), batch_size=4, progress=False)
     by_tokens = score_pairs(data, family, tmp_path / "tokens", settings(), batch_tokens=120, progress=False)
-    for pair in data:
-        for side in SIDES:
-            for name in ALL:
-                for other in (four, by_tokens):
-                    np.testing.assert_allclose(
-                        one.get(pair.id, side).signals[name], other.get(pair.id, side).signals[name], atol=1e-5
-                    )
+    for pair, side, name in itertools.product(data, SIDES, ALL):
+        expected = one.get(pair.id, side).signals[name]
+        for other in (four, by_tokens):
+            np.testing.assert_allclose(other.get(pair.id, side).signals[name], expected, atol=1e-5)
 
 
 def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):
     data = pairs(6)
     undisturbed = score_pairs(data, family, tmp_path / "whole", settings(), shard_size=2, progress=False)
-    from catpo.rewards.writer import RewardWriter
-
     write, calls = RewardWriter.write_shard, []
 
     def dies_at_the_second(self, *args, **options):
@@ -129,25 +119,20 @@ def test_a_killed_run_resumes_to_the_same_store(family, tmp_path, monkeypatch):
             assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("change, field", [
-    (lambda: (llava(seed=1), settings()), "model_hash"), (lambda: (llava(), settings(layers="last")), "layers"),
-    (lambda: (llava(), settings(query="predictor")), "query"), (lambda: (llava(), settings(signals=ALL[:2])), "signals"),
+RELABELLED = [replace(pair, labels={"chosen": (Span(0, 1, "grounded"),)}) for pair in pairs(2)]
+
+
+@pytest.mark.parametrize("seed, options, data, field", [
+    (1, {}, pairs(2), "model_hash"), (0, {"layers": "last"}, pairs(2), "layers"), (0, {}, RELABELLED, "labels_hash"),
+    (0, {"query": "predictor"}, pairs(2), "query"), (0, {"signals": ALL[:2]}, pairs(2), "signals"),
 ])  # fmt: skip
-def test_a_store_of_another_model_or_other_options_is_not_continued(family, tmp_path, change, field):
+def test_a_store_of_another_model_data_or_options_is_not_continued(family, tmp_path, seed, options, data, field):
     score_pairs(pairs(2), family, tmp_path / "store", settings(), progress=False)
-    other, options = change()
     with pytest.raises(UserError, match=field):
-        score_pairs(pairs(2), other, tmp_path / "store", options, progress=False)
+        score_pairs(data, llava(seed=seed), tmp_path / "store", settings(**options), progress=False)
 
 
-def test_other_labels_are_not_mixed_into_a_store(family, tmp_path):
-    score_pairs(pairs(2), family, tmp_path / "store", settings(ALL[:1]), progress=False)
-    relabelled = [replace(pair, labels={"chosen": (Span(0, 1, "grounded"),)}) for pair in pairs(2)]
-    with pytest.raises(UserError, match="labels_hash"):
-        score_pairs(relabelled, family, tmp_path / "store", settings(ALL[:1]), progress=False)
-
-
-def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
+def test_signals_can_be_of_one_picture_of_several(family, tmp_path):
     data = [replace(pair, images=(picture(10 + n), picture(20 + n))) for n, pair in enumerate(pairs(2))]
     both = score_pairs(data, family, tmp_path / "both", settings(ALL[:1]), progress=False)
     parts = [score_pairs(data, family, tmp_path / f"p{n}", settings(ALL[:1], patches=n), progress=False) for n in (0, 1)]
@@ -155,9 +140,8 @@ def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
         whole = both.get(pair.id, "chosen").signals["global_attention"]
         halves = [part.get(pair.id, "chosen").signals["global_attention"] for part in parts]
         np.testing.assert_allclose(whole, halves[0] + halves[1], atol=1e-5)
-        assert parts[1].maps(pair.id, "chosen").shape[1] == 16 and [
-            grid.size for grid in both.get(pair.id, "chosen").grids
-        ] == [16, 16]
+        assert parts[1].maps(pair.id, "chosen").shape[1] == 16
+        assert [grid.size for grid in both.get(pair.id, "chosen").grids] == [16, 16]
     with pytest.raises(UserError, match="patches=2 asks for a picture it does not have"):
         score_pairs(data, family, tmp_path / "p2", settings(ALL[:1], patches=2), progress=False)
 
@@ -166,7 +150,7 @@ def test_one_picture_of_several_can_be_looked_at(family, tmp_path):
     ({"layers": [7]}, "decoder of 3 layers"), ({"heads": "median"}, "heads="),
     ({"signals": ("semantc",)}, "Did you mean 'semantic'"), ({"signals": ("semantic(layr=1)",)}, "Did you mean 'layer'"),
 ])  # fmt: skip
-def test_unknown_options_are_refused_before_any_work(family, tmp_path, options, message):
+def test_unknown_options_are_refused_before_scoring(family, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         settings(**options).check(family.depth)
 
@@ -178,14 +162,14 @@ def test_image_contrast_of_a_single_picture_is_an_error(family, tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The pictures whose identity was asked for, in order."""
+    """The pictures whose digests were computed, in order."""
     asked = []
     digest = Picture.digest
     monkeypatch.setattr(Picture, "digest", lambda self: (asked.append(self.label), digest(self))[1])
     return asked
 
 
-def test_other_pictures_are_read_where_a_signal_needs_them_only(family, tmp_path, reads):
+def test_other_pictures_are_read_only_if_a_signal_needs_them(family, tmp_path, reads):
     data = pairs(4)
     reads.clear()
     score_pairs(data, family, tmp_path / "plain", settings(ALL[:3]), progress=False)
@@ -199,14 +183,14 @@ def test_no_picture_is_read_twice_to_find_another_one(reads):
     data[7] = replace(data[7], images=(picture(99),))
     reads.clear()
     others = OtherPictures(data)
-    found = [others.of(pair) for pair in data]
+    chosen = [others.of(pair) for pair in data]
     assert len(reads) == 30
-    assert all(images == data[7].images for place, images in enumerate(found) if place != 7)
-    assert found[7] == data[0].images
+    assert all(images == data[7].images for index, images in enumerate(chosen) if index != 7)
+    assert chosen[7] == data[0].images
     assert OtherPictures(data[:3]).of(data[0]) is None
 
 
-def test_the_size_is_told_when_something_is_going_to_be_written(family, tmp_path, capsys):
+def test_the_size_is_printed_only_if_something_will_be_written(family, tmp_path, capsys):
     tell = lambda **options: score_pairs(pairs(2), family, tmp_path / "store", settings(ALL[:1], **options))
     tell()
     assert "store will take about" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""What catpo stands on in transformers, peft and accelerate. `make test-latest` runs this file against their newest releases,
-`make test-lowest` against the oldest that pyproject.toml allows. A failure here names the seam that moved.
+"""What catpo relies on in transformers, peft and accelerate. `make test-latest` runs this file with their newest releases,
+`make test-lowest` with the oldest that pyproject.toml allows. A failure here names the seam that moved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AttentionInterface,
@@ -31,7 +32,7 @@ from tiny import llava
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 
 
-def test_the_versions_are_said(capsys):
+def test_the_versions_are_printed(capsys):
     with capsys.disabled():
         print(f"\n  transformers {transformers.__version__}, peft {peft.__version__}, accelerate {accelerate.__version__}")
 
@@ -67,7 +68,7 @@ def test_a_registered_attention_function_of_the_decoder_gets_queries_keys_and_th
     assert torch.equal(plain, ours) and family.model.config.vision_config._attn_implementation == vision
 
 
-def test_a_finished_mask_of_four_axes_reaches_the_attention_function_as_it_is():
+def test_a_mask_of_four_axes_reaches_the_attention_function_unchanged():
     """The layout of packed rows travels as such a mask: integers, untouched."""
     family, seen = llava(), []
 
@@ -105,15 +106,13 @@ def test_the_decoder_takes_embeddings_that_a_hook_can_read():
 # ---- transformers: saving and loading -------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_in_the_models_own_key_names_loads_back_without_a_missing_key(tmp_path):
-    """With the customary names transformers' Trainer finds no key, and goes on from the base weights."""
+def test_a_checkpoint_in_the_models_own_key_names_loads_without_a_missing_key(tmp_path):
+    """With the usual names transformers' Trainer finds no key, and continues from the base weights."""
     family = llava()
     family.model.save_pretrained(tmp_path, save_original_format=False)
-    from safetensors.torch import load_file
-
     stored = load_file(tmp_path / "model.safetensors")
-    found = family.model.load_state_dict(stored, strict=False)
-    assert not found.unexpected_keys and not found.missing_keys
+    result = family.model.load_state_dict(stored, strict=False)
+    assert not result.unexpected_keys and not result.missing_keys
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, family.model.state_dict()[name]), name
@@ -131,7 +130,7 @@ class Points(Dataset):
 
 
 class Line(torch.nn.Module):
-    """A model that is none of transformers'."""
+    """A model that is not of transformers."""
 
     def __init__(self):
         super().__init__()
@@ -141,8 +140,8 @@ class Line(torch.nn.Module):
         return (self.weight * number.float()).mean()
 
 
-class Told(TrainerCallback):
-    """The order of events."""
+class Events(TrainerCallback):
+    """Records the order of events."""
 
     def __init__(self, folder):
         self.folder, self.events = folder, []
@@ -180,7 +179,7 @@ class Plain(Trainer):
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
         assert float(norm) > 0
-        next(each for each in self.callback_handler.callbacks if isinstance(each, Told)).events.append("gradient")
+        next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Events)).events.append("gradient")
         return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,30 +197,32 @@ def plain(folder, **options):
         save_strategy="steps", save_steps=2, eval_strategy="epoch", logging_steps=2, report_to="none", disable_tqdm=True,
         learning_rate=1e-3, remove_unused_columns=False, seed=3, **options,
     )  # fmt: skip
-    told = Told(folder)
+    recorder = Events(folder)
     collate = lambda rows: {"number": torch.tensor([row["number"] for row in rows])}
-    trainer = Plain(Line(), arguments, data_collator=collate, train_dataset=Points(), eval_dataset=Points(), callbacks=[told])
+    trainer = Plain(
+        Line(), arguments, data_collator=collate, train_dataset=Points(), eval_dataset=Points(), callbacks=[recorder]
+    )
     trainer.model_accepts_loss_kwargs = False
-    return trainer, told
+    return trainer, recorder
 
 
-def test_events_come_in_the_order_that_checkpoints_and_logs_rely_on(tmp_path):
-    trainer, told = plain(tmp_path)
+def test_events_come_in_the_order_on_which_checkpoints_and_logs_rely(tmp_path):
+    trainer, recorder = plain(tmp_path)
     trainer.train()
-    assert told.events[:4] == ["begin 0", "epoch 0", "gradient", "weights"]
-    assert told.events.index("step 2 True") < told.events.index("log loss") < told.events.index("saved 2")
-    end = told.events.index("epoch ends 1 True")
-    assert told.events[end - 1] == "step 3 False" and "evaluated" in told.events[end + 1 : end + 4]
-    assert told.events[-1] == "log train_runtime"
+    assert recorder.events[:4] == ["begin 0", "epoch 0", "gradient", "weights"]
+    assert recorder.events.index("step 2 True") < recorder.events.index("log loss") < recorder.events.index("saved 2")
+    end = recorder.events.index("epoch ends 1 True")
+    assert recorder.events[end - 1] == "step 3 False" and "evaluated" in recorder.events[end + 1 : end + 4]
+    assert recorder.events[-1] == "log train_runtime"
     assert trainer.state.global_step == trainer.state.max_steps == 6
 
 
 def test_a_resumed_trainer_has_its_step_when_it_begins_and_sees_the_same_batches(tmp_path):
     whole, _ = plain(tmp_path / "whole")
     whole.train()
-    resumed, told = plain(tmp_path / "resumed")
+    resumed, recorder = plain(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert told.events[0] == "begin 4"
+    assert recorder.events[0] == "begin 4"
     seen = [batch for batch in resumed.batches if len(batch) == 2]
     trained = [batch for batch in whole.batches if len(batch) == 2]
     assert seen == trained[-len(seen) :] and len(seen) == 4

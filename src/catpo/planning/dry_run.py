@@ -181,7 +181,7 @@ class _TrainingPlan:
         needs = requirements(self.objective.loss, self.objective.options)
         self.has_kl = kl_direction(needs) is not None
         views = view_needs(needs)
-        reference_views = {need.view for need in views if need.quantity.startswith("reference")}
+        reference_views = {need.view for need in views if need.model == "reference"}
         is_online = int(self.options.reference == "online")
         self.policy_rows = 1 + len({need.view for need in views})
         self.reference_rows = is_online + len(reference_views)

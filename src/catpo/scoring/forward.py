@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from catpo.core import registry
 from catpo.core.errors import UserError
@@ -19,7 +20,7 @@ from catpo.models.attention.last_layer import read_at_responses
 from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import token_stats
-from catpo.models.packing import Batch, pack, response_hidden, run_backbone, to_device, unflatten
+from catpo.models.packing import Batch, Prefix, pack, response_hidden, run_backbone, to_device, unflatten
 from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
@@ -27,7 +28,7 @@ from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_pict
 from catpo.scoring.signals import Evidence
 
 SORTED_PAIRS = 32
-"""Pairs that are sorted by length together, if they are fewer than a batch: their pixels are in memory."""
+"""Pairs sorted by length together, unless a batch holds more; their pixels are in memory."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class ScoredResponse:
 
     row: ResponseRow
     hidden: np.ndarray
-    """[tokens, width], float32, or bfloat16 seen as int16."""
+    """[tokens, width], float32, or bfloat16 viewed as int16."""
     map: np.ndarray
     """[tokens, patches] attention, float16."""
     top: TopTokens | None = None
-    """The reference's likeliest words, if they are kept."""
+    """The reference's most likely tokens, if they are kept."""
 
 
 class PairScorer:
@@ -59,23 +60,28 @@ class PairScorer:
     def score_batch(
         self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: OtherPictures
     ) -> list[ScoredResponse]:
-        """The signals of a batch; `others` gives each pair "another picture" if a signal reads it."""
-        doing = f"scoring {len(encoded)} pairs (the longest has {max(each.length for each in encoded):,} tokens)"
+        """The signals of a batch, each pair's chosen first; `others` provides "another picture" if a signal reads it."""
+        doing = f"scoring {len(encoded)} pairs (the longest has {max(item.length for item in encoded):,} tokens)"
+        scored = []
         with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, encoded, self.settings, pairs, others)
-            return [
-                self._response(run, number, side_number, each, pair, side)
-                for number, (each, pair) in enumerate(zip(encoded, pairs, strict=True))
-                for side_number, side in enumerate(SIDES)
-            ]
+            for index in range(len(pairs)):
+                scored += [self._response(run, index, side) for side in SIDES]
+        return scored
 
-    def _response(
-        self, run: TeacherForced, number: int, side_number: int, encoded: Encoded, pair: PreferencePair, side: Side
-    ) -> ScoredResponse:
-        evidence = run.evidence(number, side_number)
+    def _response(self, run: TeacherForced, index: int, side: Side) -> ScoredResponse:
+        encoded, pair, evidence = run.encoded[index], run.pairs[index], run.evidence(index, side)
         ids = encoded.response_ids[side]
         pieces = [*self.family.pieces(ids[:-1]), ""]  # the last is the end-of-sequence token
-        signals = {name: _checked(score(evidence, **options), len(ids), name, pair) for name, score, options in self.signals}
+        signals = {}
+        for name, score, options in self.signals:
+            values = score(evidence, **options)
+            if values.shape != (len(ids),) or not torch.isfinite(values).all():
+                raise UserError(
+                    f"pair {pair.id}: signal {name} gave {tuple(values.shape)} values, not {len(ids)} finite ones. "
+                    "Leave the signal out."
+                )
+            signals[name] = values.float().cpu().numpy()
         row = ResponseRow(
             pair_id=pair.id,
             side=side,
@@ -88,12 +94,12 @@ class PairScorer:
             grids=encoded.grids,
         )
         attention = evidence.attention.half().cpu().numpy()
-        top = run.top_tokens(number, side_number, self.top) if self.top else None
-        return ScoredResponse(row, run.hidden_states(number, side_number), attention, top)
+        top = run.top_tokens(index, side, self.top) if self.top else None
+        return ScoredResponse(row, run.hidden_states(index, side), attention, top)
 
 
 class TeacherForced:
-    """One forward pass of the reference over a batch, and lazily what some signals need beyond it."""
+    """One forward pass of the reference over a batch; what only some signals read is computed when it is first read."""
 
     def __init__(
         self,
@@ -106,86 +112,86 @@ class TeacherForced:
         self.family, self.encoded, self.settings, self.pairs, self.others = family, encoded, settings, pairs, others
         self.head = family.head
         self.batch = self._pack(encoded)
+        self.patches = self._patch_positions()
         recorder = self._recorder()
-        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)  # others may read patches' last states
+        # the last layer may skip all other positions, unless a signal of the user's reads the patches' last states
+        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)
         narrow = read_at_responses(family.decoder) if is_paper else nullcontext()
         with recorder, narrow, family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
-        pairs_count, _, tokens = self.batch["mask"].shape
-        self.attention = recorder.mean().reshape(pairs_count, 2, tokens, -1)  # a row holds both sides, or one
+        pair_count, _, tokens = self.batch["mask"].shape
+        self.attention = recorder.mean().reshape(pair_count, 2, tokens, -1)  # a row holds both sides, or one
 
-    @cached_property
-    def logps(self) -> Tensor:
-        return self._token_logps(self.last_hidden, self.batch)
+    def evidence(self, index: int, side: Side) -> Evidence:
+        """What signals may read of one response of pair `index`."""
+        at = index, SIDES.index(side)
+        mask, row = self.batch["mask"][at], self.batch["row"][at]
+        tokens = self.batch["tokens_at"][at][mask]
+        patches = self.patches[row]
+        patches = patches[patches >= 0]
 
-    def evidence(self, number: int, side: int) -> Evidence:
-        """What signals may read of response `side` of pair `number`."""
-        mask = self.batch["mask"][number, side]
-        row = self.batch["row"][number, side]
-        tokens = self.batch["tokens_at"][number, side][mask]
-        keys = self._keys()[row]
-        keys = keys[keys >= 0]
+        def read_hidden(layer: int) -> tuple[Tensor, Tensor]:
+            hidden = self._hidden(layer)[row]
+            return hidden[tokens].float(), hidden[patches].float()
+
         return Evidence(
-            token_ids=self.batch["token_ids"][number, side][mask],
+            token_ids=self.batch["token_ids"][at][mask],
             head=self.head,
-            read_attention=lambda: self.attention[number, side][mask][:, : len(keys)].float(),
+            read_attention=lambda: self.attention[at][mask][:, : len(patches)].float(),
             read_token_embeddings=lambda: self.embeddings[row, tokens].float(),
-            read_patch_features=lambda: self.embeddings[row, keys].float(),
-            read_logps=lambda: self.logps[number, side][mask].float(),
-            read_view_logps=lambda view: self._view_logps(view)[number, side][mask].float(),
-            read_hidden=lambda layer: tuple(self._hidden(layer)[row, at].float() for at in (tokens, keys)),  # type: ignore[arg-type,return-value]
+            read_patch_features=lambda: self.embeddings[row, patches].float(),
+            read_logps=lambda: self.logps[at][mask].float(),
+            read_view_logps=lambda view: self._view_logps(view)[at][mask].float(),
+            read_hidden=read_hidden,
         )
 
-    def hidden_states(self, number: int, side: int) -> np.ndarray:
+    def hidden_states(self, index: int, side: Side) -> np.ndarray:
         """Final hidden states that predict the response's tokens, [tokens, width]; bfloat16 comes as int16."""
-        states = self._predicting(number, side).cpu()
-        return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
+        states = self._predicting(index, side).cpu()
+        return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()  # NumPy has no bfloat16
 
-    def top_tokens(self, number: int, side: int, k: int) -> TopTokens:
-        """The k likeliest words at each of the response's tokens."""
-        ids, logps = top_tokens(self._predicting(number, side), self.head, k)
+    def top_tokens(self, index: int, side: Side, k: int) -> TopTokens:
+        """The k most likely tokens at each position of the response."""
+        ids, logps = top_tokens(self._predicting(index, side), self.head, k)
         return TopTokens(ids.cpu(), logps.cpu())
 
-    def _predicting(self, number: int, side: int) -> Tensor:
-        mask = self.batch["mask"][number, side]
-        return self.last_hidden[self.batch["row"][number, side], self.batch["predictors"][number, side][mask]]
-
-    @property
-    def _is_shared(self) -> bool:
-        return self.family.shares_prefix
+    def _predicting(self, index: int, side: Side) -> Tensor:
+        at = index, SIDES.index(side)
+        return self.last_hidden[self.batch["row"][at], self.batch["predictors"][at][self.batch["mask"][at]]]
 
     def _pack(self, encoded: Sequence[Encoded]) -> Batch:
-        return to_device(pack(self.family, encoded, prefix="shared" if self._is_shared else "separate"), self.family.device)
+        prefix: Prefix = "shared" if self.family.shares_prefix else "separate"
+        return to_device(pack(self.family, encoded, prefix=prefix), self.family.device)
+
+    def _patch_positions(self) -> Tensor:
+        """Positions of the patches in each row, [rows, patches], -1 in the padding: of all pictures, or the chosen one."""
+        everywhere = self.batch["patches"]
+        if self.settings.patches == "all":
+            return everywhere
+        picture, rows_per_pair = int(self.settings.patches), len(everywhere) // len(self.encoded)
+        selected = []
+        for index, item in enumerate(self.encoded):
+            self.settings.check_patches(item)
+            sizes = patches_by_picture(item)
+            start = sum(sizes[:picture])
+            for row in everywhere[index * rows_per_pair : (index + 1) * rows_per_pair]:
+                selected.append(row[start : start + sizes[picture]])
+        return pad_sequence(selected, batch_first=True, padding_value=-1)
 
     def _recorder(self) -> AttentionRecorder:
         queries = self.batch["tokens_at" if self.settings.query == "token" else "predictors"]
         rows = self.batch["model_inputs"]["input_ids"].shape[0]
         return AttentionRecorder(
             queries=queries.reshape(rows, -1),
-            keys=self._keys(),
+            keys=self.patches,
             layers=choose_layers(self.settings.layers, self.family.depth),
             heads=choose_heads(self.settings.heads),
         )
 
-    def _keys(self) -> Tensor:
-        """Patch positions per row, of all pictures or of the one asked for."""
-        if self.settings.patches == "all":
-            return self.batch["patches"]
-        for each in self.encoded:
-            self.settings.check_patches(each)
-        picture = int(self.settings.patches)
-        spans = []
-        for each in self.encoded:
-            sizes = patches_by_picture(each)
-            spans.append((sum(sizes[:picture]), sizes[picture]))
-        rows = self.batch["patches"].shape[0] // len(spans)
-        longest = max(size for _, size in spans)
-        keys = torch.full((len(spans) * rows, longest), -1, device=self.family.device)
-        for row in range(len(keys)):
-            start, size = spans[row // rows]
-            keys[row, :size] = self.batch["patches"][row, start : start + size]
-        return keys
+    @cached_property
+    def logps(self) -> Tensor:
+        return self._token_logps(self.last_hidden, self.batch)
 
     def _token_logps(self, last_hidden: Tensor, batch: Batch) -> Tensor:
         stats = token_stats(response_hidden(last_hidden, batch), self.head, batch["token_ids"][batch["mask"]])
@@ -198,16 +204,16 @@ class TeacherForced:
 
     @cached_property
     def _another_logps(self) -> Tensor:
-        batch = self._pack([self.family.encode(self._with_another_picture(pair)) for pair in self.pairs])
+        encoded = []
+        for pair in self.pairs:
+            images = self.others.of(pair)
+            if images is None:
+                raise UserError(
+                    f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
+                )
+            encoded.append(self.family.encode(replace(pair, images=images)))
+        batch = self._pack(encoded)
         return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)
-
-    def _with_another_picture(self, pair: PreferencePair) -> PreferencePair:
-        images = self.others.of(pair)
-        if images is None:
-            raise UserError(
-                f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
-            )
-        return replace(pair, images=images)
 
     def _hidden(self, layer: int) -> Tensor:
         if layer in (-1, self.family.depth):
@@ -222,9 +228,10 @@ class TeacherForced:
 
 
 def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) -> np.ndarray:
-    """Labels of characters as labels of tokens: 1 grounded, 0 hallucinated, -1 neither; a token overlaps its span."""
+    """Labels of tokens from labels of characters: 1 grounded, 0 hallucinated, -1 if the token overlaps no labelled span."""
     labels = np.full(len(pieces), -1, dtype=np.int8)
     text = "".join(pieces)
+    # the tokens' text may begin or end with other white space than the response
     offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
     start = 0
     for token, piece in enumerate(pieces):
@@ -239,9 +246,9 @@ def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) ->
 def batches_by_length(
     scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int
 ) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
-    """Batches of pairs of like length, so that little is padded; the order depends on the shard's pairs only.
+    """Batches of pairs of similar length, so that little is padded; the order depends on the shard's pairs only.
 
-    They are sorted some at a time, since the pixels of a whole shard may not fit in memory.
+    Only some are sorted at a time, since the pixels of a whole shard may not fit in memory.
     """
     window = max(SORTED_PAIRS, batch_size)
     for start in range(0, len(pairs), window):
@@ -254,19 +261,13 @@ def batches_by_length(
             encoded = encoded[count:]
 
 
-def _checked(values: Tensor, tokens: int, signal: str, pair: PreferencePair) -> np.ndarray:
-    if values.shape != (tokens,) or not torch.isfinite(values).all():
-        raise UserError(
-            f"pair {pair.id}: signal {signal} gave {tuple(values.shape)} values, not {tokens} finite ones. Leave it out."
-        )
-    return values.float().cpu().numpy()
-
-
 def join_maps(maps: Sequence[np.ndarray]) -> np.ndarray:
-    widest = max(each.shape[1] for each in maps)
-    return np.concatenate([np.pad(each, ((0, 0), (0, widest - each.shape[1]))) for each in maps])
+    """Attention maps of several responses, [all tokens, most patches]."""
+    widest = max(rows.shape[1] for rows in maps)
+    return np.concatenate([np.pad(rows, ((0, 0), (0, widest - rows.shape[1]))) for rows in maps])
 
 
 def join_top(responses: Sequence[ScoredResponse]) -> tuple[np.ndarray, np.ndarray]:
-    kept = [response.top for response in responses if response.top is not None]
-    return np.concatenate([each.ids.numpy() for each in kept]), np.concatenate([each.logps.numpy() for each in kept])
+    """Ids and log-probs of the most likely tokens of several responses, [all tokens, k] and [all tokens, k + 1]."""
+    tops = [response.top for response in responses if response.top is not None]
+    return np.concatenate([top.ids.numpy() for top in tops]), np.concatenate([top.logps.numpy() for top in tops])

@@ -1,4 +1,4 @@
-"""What goes on beside the training steps: new draws, the metrics file, progress. Knows no objective."""
+"""Callbacks beside the training steps: new draws, learned coefficients, the metrics file, progress. Knows no objective."""
 
 from __future__ import annotations
 
@@ -9,33 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import append_rows, read_rows, repair_rows, write_json
 from catpo.runtime.progress import track
+from catpo.training.learned_fusion import LearnedFusion
+from catpo.training.view_passes import ViewPasses
 
 CLOSING = "train_runtime"
-"""Stands in the last row of a run alone."""
+"""A name that only the last row of a run has."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ResampleViews(TrainerCallback):
-    """Random views of the pictures are drawn anew in every epoch, by its number, so that a resumed run draws the same."""
+    """Draws the random views anew in every epoch, seeded by its number, so that a resumed run draws the same."""
 
-    def __init__(self, readings: Any) -> None:
-        self.readings = readings
+    def __init__(self, view_passes: ViewPasses) -> None:
+        self.view_passes = view_passes
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.readings.epoch = math.floor((state.epoch or 0) + 1e-6)
+        self.view_passes.epoch = math.floor((state.epoch or 0) + 1e-6)  # a resumed epoch may come as 0.9999…
 
 
 class KeepFusion(TrainerCallback):
-    """The learned coefficients of Eq. 11: one gradient for all processes, and a file beside each checkpoint."""
+    """The learned coefficients of Eq. 11: one gradient for all processes, and a file in each checkpoint."""
 
     FILE = "fusion.json"
 
-    def __init__(self, fusion: Any, reduce: Any) -> None:
+    def __init__(self, fusion: LearnedFusion, reduce: Any) -> None:
         self.fusion, self.reduce = fusion, reduce
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,13 +50,12 @@ class KeepFusion(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_json(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, {"logits": self.fusion.logits.tolist()}
-            )
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_json(checkpoint / self.FILE, {"logits": self.fusion.logits.tolist()})
 
 
 class KeepSpecialTokens(TrainerCallback):
-    """transformers' Trainer writes the tokenizer's special tokens over the model's: what ends a response would change."""
+    """Keeps the model's special tokens: the Trainer overwrites them with the tokenizer's, and responses would end elsewhere."""
 
     def __init__(self, model: Any) -> None:
         text = model.config.get_text_config()
@@ -67,7 +69,7 @@ class KeepSpecialTokens(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every log to `metrics.jsonl`, cutting off what a resumed run does again."""
+    """Writes every log to `metrics.jsonl`, without the rows that a resumed run will write again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,14 +86,14 @@ class MetricsFile(TrainerCallback):
         if not logs or not state.is_world_process_zero:
             return
         if CLOSING in logs:
-            if state.global_step < state.max_steps:  # left early: the run has no last row yet
+            if state.global_step < state.max_steps:  # stopped early, so this is not the last row
                 return
             logs = {**logs, "train_loss": _mean_loss(read_rows(self.path))}
         append_rows(self.path, [{"step": state.global_step, **logs}])
 
 
 def _check(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Raise UserError unless every row tells its step, and its loss if any as a number."""
+    """Raise UserError unless every row has its step, and a loss, if any, that is a number."""
     for number, row in enumerate(rows, start=1):
         if type(row.get("step")) is not int:
             raise UserError(f"{path}:{number} lacks a whole number 'step'. Remove {path.parent} and start again.")
@@ -100,7 +102,7 @@ def _check(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Over all steps of a run, also those before it was resumed; a row tells the mean since the row before."""
+    """Over all steps of a run, including those before it was resumed; a row has the mean since the row before."""
     total = last = 0.0
     for row in rows:
         if "loss" in row:

@@ -16,9 +16,7 @@ from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, Prefix, pack
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
-from catpo.training.pair_stats import kl_direction
-
-# ---- the collator ---------------------------------------------------------------------------------------------------------
+from catpo.training.pair_stats import Needs, Quantity, kl_direction
 
 
 @dataclass
@@ -33,73 +31,83 @@ class PairCollator:
     family: Family
     rewards: RewardStore | None = None
     fusion: Fusion = field(default_factory=Fusion)
-    needs: frozenset[str] = frozenset()
+    needs: Needs = frozenset()
     max_length: int | None = None
     prefix: Prefix = "shared"
-    padding_side: str = "right"
-    beside: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
-    """Makes what else belongs to a batch, e.g. rows with another view of the picture."""
+    extra: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] = lambda pairs, encoded: {}
+    """Adds to a batch, e.g. rows with another view of the picture."""
     keeps_hidden: bool = False
-    """Whether the reference's hidden states are needed without a KL too."""
+    """Whether the reference's hidden states are needed even without a KL."""
     weights_from: RewardStore | None = None
-    """Store of the weights, where it is another than that of the reference."""
+    """Store of the weights, if another than that of the reference."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
         prefix: Prefix = self.prefix if self.family.shares_prefix else "separate"
-        batch = pack(self.family, encoded, prefix=prefix, padding_side=self.padding_side)
+        batch = pack(self.family, encoded, prefix=prefix)
+        batch["weights"] = batch["mask"].float()
         if self.rewards is not None:
-            for each in encoded:
-                _check_token_ids(self.rewards, each)
-            batch.update(self._stored(self.rewards, encoded))
-        if "weights" not in batch:
-            batch["weights"] = batch["mask"].float()
-        if self.beside is not None:
-            batch.update(self.beside(pairs, encoded))
+            batch["reference_logps"] = stored_logps(self.rewards, encoded)
+            batch |= self._reference_distribution(self.rewards, encoded)
+            if Quantity("weights") in self.needs:
+                batch |= self._weights(self.weights_from or self.rewards, encoded)
+        return batch | self.extra(pairs, encoded)
+
+    def _weights(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
+        """Token weights of Eq. 7, and the signals behind them if their coefficients are learned."""
+        weights, net_shared, signals, is_scored = [], [], [], []
+        for item in encoded:
+            pair_weights = rewards.weights(item.pair_id, self.fusion)
+            weights += [pair_weights.chosen, pair_weights.rejected]
+            coefficient = pair_weights.net_shared_coefficient
+            net_shared.append(np.nan if coefficient is None else coefficient)  # the log's means leave NaN out
+            if self.fusion.learned:
+                for values, flags in rewards.normalised_signals(item.pair_id, self.fusion):
+                    signals.append(values)
+                    is_scored.append(flags)
+        batch: Batch = {"weights": _padded(weights), "net_shared_coefficient": torch.tensor(net_shared)}
+        if self.fusion.learned:
+            columns = [_padded([values[:, column] for values in signals]) for column in range(3)]
+            batch["signals"] = torch.stack(columns, dim=-1)  # (pair, side, token, signal)
+            batch["is_scored"] = _padded(is_scored).bool()
         return batch
 
-    def _stored(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
-        stored: Batch = {}
-        responses = [(each.pair_id, side) for each in encoded for side in SIDES]
-        if "weights" in self.needs:
-            signals = self.weights_from or rewards
-            weights = [signals.weights(each.pair_id, self.fusion) for each in encoded]
-            sides = [values for pair in weights for values in (pair.chosen, pair.rejected)]
-            stored["weights"] = _padded(sides)
-            net = [pair.net_shared_coefficient for pair in weights]
-            stored["net_shared_coefficient"] = torch.tensor([np.nan if value is None else value for value in net])
-            if self.fusion.learned:
-                parts = [part for each in encoded for part in signals.normalised_signals(each.pair_id, self.fusion)]
-                columns = [_padded([signals[:, column] for signals, _ in parts]) for column in range(3)]
-                stored["signals"] = torch.stack(columns, dim=-1)
-                stored["is_scored"] = _padded([is_scored for _, is_scored in parts]).bool()
-        stored["reference_logps"] = _padded([rewards.get(*response).logps for response in responses])
-        if (kl_direction(self.needs) or self.keeps_hidden) and rewards.has_hidden:
-            stored["reference_hidden"] = torch.cat([rewards_hidden(rewards, *response) for response in responses])
-        elif kl_direction(self.needs) and rewards.has_top:
-            kept = [rewards.top(*response) for response in responses]
-            ids, logps = (torch.from_numpy(np.concatenate(each)) for each in zip(*kept, strict=True))
-            stored |= {"reference_top_ids": ids, "reference_top_logps": logps}
-        return stored
+    def _reference_distribution(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
+        """What the store holds of the reference's next-token distributions, if the objective reads it: exact or top-k."""
+        responses = [(item.pair_id, side) for item in encoded for side in SIDES]
+        reads_kl = kl_direction(self.needs) is not None
+        if (reads_kl or self.keeps_hidden) and rewards.has_hidden:
+            return {"reference_hidden": torch.cat([_hidden(rewards, *response) for response in responses])}
+        if not (reads_kl and rewards.has_top):
+            return {}
+        ids, logps = zip(*(rewards.top(*response) for response in responses), strict=True)
+        return {
+            "reference_top_ids": torch.from_numpy(np.concatenate(ids)),
+            "reference_top_logps": torch.from_numpy(np.concatenate(logps)),
+        }
 
 
 def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:
-    """A store's log-probs of pairs, after checking that it holds the same tokens."""
-    for each in encoded:
-        _check_token_ids(rewards, each)
-    return _padded([rewards.get(each.pair_id, side).logps for each in encoded for side in SIDES])
+    """A store's log-probs of pairs, after checking that it holds the same tokens.
+
+    Raises:
+        UserError: a pair was not scored, or its tokens have changed since.
+    """
+    for item in encoded:
+        _check_token_ids(rewards, item)
+    return _padded([rewards.get(item.pair_id, side).logps for item in encoded for side in SIDES])
 
 
-def rewards_hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:
+def _hidden(rewards: RewardStore, pair_id: str, side: Side) -> Float[Tensor, "tokens width"]:
     """The reference's final hidden states of one response, in the precision they were stored in."""
     values = torch.from_numpy(np.array(rewards.hidden(pair_id, side)))
-    return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+    return values.view(torch.bfloat16) if values.dtype == torch.int16 else values  # NumPy has no bfloat16
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Float[Tensor, "pairs 2 tokens"]:
     table = torch.zeros(len(rows), max(len(row) for row in rows))
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float32))
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float32))
     return table.view(len(rows) // 2, 2, -1)
 
 
@@ -110,7 +118,9 @@ def _check_token_ids(rewards: RewardStore, encoded: Encoded) -> None:
         fresh, stored = encoded.response_ids[side], list(rewards.get(encoded.pair_id, side).token_ids)
         if fresh == stored:
             continue
-        first = next((at for at, (a, b) in enumerate(zip(fresh, stored, strict=False)) if a != b), min(len(fresh), len(stored)))
+        first = 0
+        while first < min(len(fresh), len(stored)) and fresh[first] == stored[first]:
+            first += 1
         raise UserError(
             f"pair {encoded.pair_id}, {side}: the store's token ids differ from the fresh ones at token {first} "
             f"({stored[first : first + 1]} stored, {fresh[first : first + 1]} now; {len(stored)} against {len(fresh)} tokens). "

@@ -16,7 +16,7 @@ from catpo.core.spec import Spec, check_options, parse
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.training.objectives import Objective
-from catpo.training.pair_stats import kl_direction, requirements
+from catpo.training.pair_stats import Quantity, kl_direction, requirements
 
 REFERENCES = ("cached", "online")
 
@@ -64,8 +64,8 @@ class CatPOConfig(TrainingArguments):
 def needs_store(objective: Objective, reference: str) -> bool:
     """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
     needs = requirements(objective.loss, objective.options)
-    reads_reference = "reference_logps" in needs or kl_direction(needs) is not None
-    return "weights" in needs or (reference == "cached" and reads_reference)
+    reads_reference = Quantity("reference_logps") in needs or kl_direction(needs) is not None
+    return Quantity("weights") in needs or (reference == "cached" and reads_reference)
 
 
 def check_store(store: RewardStore, objective: Objective, reference: str) -> None:
@@ -80,7 +80,7 @@ def check_store(store: RewardStore, objective: Objective, reference: str) -> Non
 
 def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int, processes: int) -> None:
     """Raises UserError if rewards cannot follow the policy."""
-    if rescore_every and "weights" not in requirements(objective.loss, objective.options):
+    if rescore_every and Quantity("weights") not in requirements(objective.loss, objective.options):
         raise UserError(f"rescore_every={rescore_every}: {objective.spec} reads no token weights. Leave rescore_every out.")
     if rescore_every and (dataloader_num_workers or processes > 1):
         raise UserError(

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from catpo.rewards.fusion import Fusion
+from catpo.training.pair_stats import shared_prefix_mask
 
 
 class LearnedFusion(nn.Module):
@@ -27,11 +28,11 @@ class LearnedFusion(nn.Module):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficient of each signal as it is now."""
+        """The current coefficient of each signal."""
         return dict(zip(self.fusion.needs, self.logits.softmax(0).tolist(), strict=True))
 
     def forward(self, batch: Mapping[str, Any]) -> Float[Tensor, "pairs 2 tokens"]:
-        """Token weights of a batch (Eq. 7) from its `signals` and the present coefficients (Eq. 11)."""
+        """Token weights of a batch (Eq. 7) from its `signals` and the current coefficients (Eq. 11)."""
         fusion, is_scored = self.fusion, batch["is_scored"]
         relevance = batch["signals"] @ self.logits.softmax(0).to(batch["signals"].dtype)  # Eq. 11; (pair, side, token)
         squashed = self._squashed(relevance)  # T
@@ -39,7 +40,8 @@ class LearnedFusion(nn.Module):
         weights = torch.where(is_scored, weights, 1.0 if fusion.eos == "neutral" else 0.0)
         if fusion.shared_prefix == "neutral":
             mean = weights.mean(1, keepdim=True).expand_as(weights)
-            weights = torch.where(_shared_prefix(batch)[:, None], mean, weights)
+            is_shared = shared_prefix_mask(batch["token_ids"], batch["mask"])[:, None]
+            weights = torch.where(is_shared, mean, weights)
         return weights * batch["mask"]
 
     def _squashed(self, relevance: Tensor) -> Tensor:
@@ -47,17 +49,7 @@ class LearnedFusion(nn.Module):
             return torch.sigmoid(relevance / self.fusion.temperature)
         return torch.tanh(relevance.clamp_min(0) / self.fusion.temperature)
 
-    def figures(self, pairs: int) -> dict[str, Tensor]:
-        """The coefficients for the log, once per pair."""
-        return {f"fusion/{name}": torch.full((pairs,), value) for name, value in self.coefficients.items()}
-
     def restore(self, logits: Sequence[float]) -> None:
-        """The three numbers as a checkpoint kept them."""
+        """Set the three numbers to those of a checkpoint."""
         with torch.no_grad():
             self.logits.copy_(torch.tensor(logits))
-
-
-def _shared_prefix(batch: Mapping[str, Any]) -> Bool[Tensor, "pairs tokens"]:
-    """Tokens before the first difference of the two responses."""
-    ids, mask = batch["token_ids"], batch["mask"]
-    return ((ids[:, 0] == ids[:, 1]) & mask[:, 0] & mask[:, 1]).long().cumprod(-1).bool()

@@ -1,4 +1,4 @@
-"""The order of pairs in training: batches of like length, so that little is padded. Knows nothing of what a pair is."""
+"""The order of pairs in training: batches of similar length, so that little is padded. Knows nothing of pairs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class LikeLengths(Sampler[int]):
-    """Pairs of like length side by side, the longest first, otherwise in an order drawn anew for each epoch.
+    """Pairs of similar length side by side, the longest first, otherwise in an order drawn anew for each epoch.
 
-    The order depends on seed and epoch only (accelerate calls `set_epoch`), so a resumed run goes on with the same batches.
+    The order depends on seed and epoch only (accelerate calls `set_epoch`), so a resumed run continues with the same batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on the order of this epoch."""
+        """Draw the order of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:

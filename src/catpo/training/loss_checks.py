@@ -1,4 +1,4 @@
-"""What to say when a loss or a gradient is no number any more: which pairs, which term, what to change. Knows no trainer."""
+"""Checks of a step: losses and gradients must be finite, and the first step's what they must be. Knows no trainer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ CAUSES = {
     "policy_logps": "the policy's log-probs are the cause, so its weights or activations have overflowed: lower the learning "
     "rate, leave max_grad_norm at 1, and use bf16 or float32 instead of float16",
 }
-"""What a loss is made of, in the order in which one becomes the next, with the advice where it is the first to go."""
-KL = "the KL alone is the cause, policy and reference have nothing in common any more: lower the learning rate or kl_weight"
+"""What a loss is made of, in the order of computation, with the advice if it is the first that is not finite."""
+KL = "the KL alone is the cause: policy and reference have nothing in common any more. Lower the learning rate or kl_weight"
 OTHER = "the cause is in the objective alone: lower beta or the learning rate"
-LOOK = "Go on from the last checkpoint with --resume; `catpo inspect` shows a pair."
+LOOK = "Continue from the last checkpoint with --resume; `catpo inspect` shows a pair."
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+"""How far the first loss may lie from log 2, and the first KL from 0, by precision; 0.05 in half precision."""
 
 
 def check_losses(
@@ -29,7 +31,7 @@ def check_losses(
 
     Args:
         losses: [pairs].
-        metrics: what the objective tells of each pair; its terms are called `loss/…`.
+        metrics: the objective's figures of each pair; its terms are called `loss/…`.
         made_of: what the losses were computed from, by the names of `CAUSES`.
         pair_ids: of the batch.
         step: optimiser steps done before.
@@ -37,9 +39,10 @@ def check_losses(
     Raises:
         UserError: names the pairs, the terms, the first cause, and what to change.
     """
-    bad = [pair for pair, is_finite in zip(pair_ids, torch.isfinite(losses.detach()).tolist(), strict=True) if not is_finite]
-    if not bad:
+    is_finite = torch.isfinite(losses.detach()).tolist()
+    if all(is_finite):
         return
+    bad = [pair for pair, fine in zip(pair_ids, is_finite, strict=True) if not fine]
     terms = [name for name, values in metrics.items() if not torch.isfinite(values).all()]
     raise UserError(
         f"The loss became {losses.detach().tolist()} at step {step} (pairs {', '.join(bad)}; "
@@ -51,12 +54,41 @@ def _cause(terms: Sequence[str], made_of: Mapping[str, Tensor]) -> str:
     for name, advice in CAUSES.items():
         if name in made_of and not torch.isfinite(made_of[name]).all():
             return advice
-    losses = [term for term in terms if term.startswith("loss/")]
-    return KL if losses == ["loss/kl"] else OTHER
+    return KL if [term for term in terms if term.startswith("loss/")] == ["loss/kl"] else OTHER
+
+
+def check_first_losses(metrics: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse a first step whose losses say that policy and reference differ, although nothing has been trained yet.
+
+    Args:
+        metrics: the objective's figures of each pair.
+        dtype: precision of the policy's forward pass.
+
+    Raises:
+        UserError: the preference loss is not log 2, or the KL not 0.
+    """
+    tolerance = TOLERANCE.get(dtype, 0.05)
+    loss = metrics["loss/preference"].mean().item()
+    kl = sum(values.mean().item() for name, values in metrics.items() if name.startswith("kl/"))
+    if abs(loss - math.log(2)) > tolerance or abs(kl) > 10 * tolerance:
+        raise UserError(
+            f"First step: the preference loss is {loss:.4f} and the KL {kl:.2g}, but policy and reference are the same, "
+            f"so they must be log 2 = {math.log(2):.4f} and 0. The stored reference comes from other weights, precision "
+            "or attention implementation: score again with this model, or give reference='online'."
+        )
+
+
+def check_first_gradient(norm: float) -> None:
+    """Raise UserError if the norm of the first gradient is zero."""
+    if norm == 0:
+        raise UserError(
+            "First step: the gradient norm is 0, so nothing is learned. Are all weights 0, is the loss constant, "
+            "or are the trained parameters not part of the decoder?"
+        )
 
 
 def check_gradient(norm: float, pair_ids: Sequence[str], step: int) -> None:
-    """Refuse a gradient that is not finite before it goes into the weights, or at least into a checkpoint.
+    """Refuse a gradient that is not finite before it reaches the weights, or at least a checkpoint.
 
     Raises:
         UserError: names the pairs of the step's last batch, and what to change.
@@ -64,18 +96,5 @@ def check_gradient(norm: float, pair_ids: Sequence[str], step: int) -> None:
     if not math.isfinite(norm):
         raise UserError(
             f"The gradient of step {step} is not finite though its losses are (last batch: pairs {', '.join(pair_ids)}). "
-            "No checkpoint holds it. Lower the learning rate, or use bf16 or float32 instead of float16. " + LOOK
-        )
-
-
-def check_first_gradient(norm: float) -> None:
-    """Refuse to train on where nothing would be learned.
-
-    Raises:
-        UserError: the norm is zero.
-    """
-    if norm == 0:
-        raise UserError(
-            "First step: the gradient norm is 0, so nothing is learned. Are all weights 0, is the loss constant, "
-            "or are the trained parameters not part of the decoder?"
+            f"No checkpoint holds it. Lower the learning rate, or use bf16 or float32 instead of float16. {LOOK}"
         )

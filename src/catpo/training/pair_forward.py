@@ -14,17 +14,19 @@ from catpo.models.top_k import TopTokens, top_kl
 
 
 def add_pair_forward(model: Any) -> None:
-    """Teach a transformers model to take `pair_batch=`, so that head and KL run inside the wrapped forward (DDP, FSDP, ZeRO).
+    """Let a transformers model take `pair_batch=`; see `_pair_forward`. Without it the forward stays what it was.
 
-    Without `pair_batch` its forward stays what it was.
+    DDP, FSDP and ZeRO synchronise gradients and gather weights in the forward they wrap, so head and KL must run inside it.
     """
     if getattr(model, "_takes_pairs", False):
         return
 
     def forward(self: Any, *args: Any, pair_batch: Batch | None = None, **options: Any) -> Any:
-        return type(self).forward(self, *args, **options) if pair_batch is None else _pair_forward(self, pair_batch, **options)
+        if pair_batch is None:
+            return type(self).forward(self, *args, **options)
+        return _pair_forward(self, pair_batch, **options)
 
-    model.forward = MethodType(forward, model)
+    model.forward = MethodType(forward, model)  # bound, so that a deep copy runs its own weights
     model._takes_pairs = True
     add_head_reading(model)
 
@@ -40,31 +42,28 @@ def _pair_forward(
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Log-probs and KL of a batch (`TokenStats`); with `read`, what that makes of model and hidden states comes beside them.
+    """Log-probs, and with `direction` the KL to the reference, of a batch's response tokens (`TokenStats`).
 
-    With `inside` only what that makes of the model, as for a reference: here is where sharded weights are whole.
+    Args:
+        reference_hidden: or else `reference_top`: what is known of the reference's next-token distributions.
+        read: if given, the result is a tuple of the above and of `read(model, hidden states, batch)`.
+        inside: if given, the result is `inside(model)` only, run where sharded weights are whole.
     """
     if inside is not None:
         return inside(model)
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
-    stats = at_head(
-        model,
-        hidden,
-        _stats,
-        batch["token_ids"][batch["mask"]],
-        reference_top=reference_top if direction else None,
-        reference_hidden=reference_hidden if direction else None,
-        reference_head=reference_head,
-        direction=direction or "policy||reference",
-    )
+    tokens = batch["token_ids"][batch["mask"]]
+    if direction is None:
+        stats = at_head(model, hidden, token_stats, tokens)
+    elif reference_top is not None:
+        stats = at_head(model, hidden, _top_stats, tokens, reference_top, direction)
+    else:
+        options = {"reference_hidden": reference_hidden, "reference_head": reference_head, "direction": direction}
+        stats = at_head(model, hidden, token_stats, tokens, **options)
     return stats if read is None else (stats, read(model, hidden, batch))
 
 
-def _stats(
-    hidden: Tensor, head: OutputHead, tokens: Tensor, *, reference_top: TopTokens | None, direction: Direction, **reference: Any
-) -> TokenStats:
-    """Log-probs and the KL to what is known of the reference: its hidden states, or its likeliest words."""
-    if reference_top is None:
-        return token_stats(hidden, head, tokens, direction=direction, **reference)
+def _top_stats(hidden: Tensor, head: OutputHead, tokens: Tensor, reference: TopTokens, direction: Direction) -> TokenStats:
+    """Log-probs, and the KL to the reference's most likely tokens and the rest of its probability as one."""
     logps = token_stats(hidden, head, tokens).logps
-    return TokenStats(logps, top_kl(hidden, head, tokens, logps, reference_top, direction))
+    return TokenStats(logps, top_kl(hidden, head, tokens, logps, reference, direction))

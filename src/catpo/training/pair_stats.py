@@ -1,13 +1,14 @@
-"""What an objective may read of a batch of pairs, and how it is found out which of it an objective reads.
+"""What an objective may read of a batch of pairs, and which of it a given objective reads.
 
-Knows nothing of where the figures come from.
+Knows nothing of where the numbers come from.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,192 +21,203 @@ from catpo.models.output_head import Direction
 from catpo.models.tensors import masked_sum
 
 
-class ViewNeed(NamedTuple):
-    """One quantity of one side's tokens under a view of the picture."""
+@dataclass(frozen=True)
+class Quantity:
+    """One thing that an objective reads of a batch."""
 
-    quantity: str
-    side: Side
-    view: str
+    name: str
+    """As the property or method of `PairStats` or `ViewStats` is called."""
+    side: Side | None = None
+    """The side of a quantity under a view; the others have both."""
+    view: str | None = None
+    argument: str = ""
+    """Direction of a `kl`, store of `judge_logps`, or which number of `meta`."""
+    default: float = 0.0
+    """Of a `meta` number that a pair lacks."""
 
-    def __str__(self) -> str:
-        return f"{self.quantity}@{self.side}@{self.view}"
+    @property
+    def model(self) -> str | None:
+        """`policy` or `reference`, for what one of the two models computes."""
+        for model in ("policy", "reference"):
+            if model in self.name:
+                return model
+        return None
 
 
-class PairStats:
+Needs = frozenset[Quantity]
+"""What an objective reads; see `requirements`."""
+
+
+class ModelStats(ABC):
+    """What policy and reference say of a batch's tokens, with the clean picture or under a view."""
+
+    @abstractmethod
+    def _of(self, name: str) -> Tensor: ...
+
+    @property
+    def policy_logps(self) -> Float[Tensor, "pairs *sides tokens"]:
+        """Log pi(y_t), with gradient."""
+        return self._of("policy_logps")
+
+    @property
+    def reference_logps(self) -> Float[Tensor, "pairs *sides tokens"]:
+        """Log pi_ref(y_t)."""
+        return self._of("reference_logps")
+
+    @property
+    def policy_logits(self) -> Float[Tensor, "pairs *sides tokens"]:
+        """The raw logit of y_t under the policy, before the softmax, with gradient."""
+        return self._of("policy_logits")
+
+    @property
+    def reference_logits(self) -> Float[Tensor, "pairs *sides tokens"]:
+        """The raw logit of y_t under the reference."""
+        return self._of("reference_logits")
+
+    @property
+    def mask(self) -> Bool[Tensor, "pairs *sides tokens"]:
+        """Where a token exists; tokens that a view of the text replaced do not count."""
+        return self._of("mask").bool()
+
+
+class PairStats(ModelStats):
     """What an objective may read of a batch; all [pairs, 2 (chosen, rejected), tokens], 0 in the padding.
 
-    Nothing is computed for what nobody reads: `requirements` finds out beforehand what an objective will ask for.
+    Only what the objective reads is computed: `requirements` finds out beforehand.
 
     Args:
-        read: gives a quantity by its name.
-        is_weighted: whether `sum` weighs the tokens.
+        read: returns the values of a quantity.
+        is_weighted: whether `sum` weights the tokens.
     """
 
-    def __init__(self, read: Callable[[str], Tensor], *, is_weighted: bool = False) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[Quantity], Tensor], *, is_weighted: bool = False) -> None:
+        self.read = read
         self._is_weighted = is_weighted
 
+    def _of(self, name: str) -> Tensor:
+        return self.read(Quantity(name))
+
     def weighted(self) -> PairStats:
-        """The same figures, with token weights in every sum over tokens."""
-        return PairStats(self._read, is_weighted=True)
-
-    @property
-    def policy_logps(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """Log pi(y_t), with gradient."""
-        return self._read("policy_logps")
-
-    @property
-    def reference_logps(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """Log pi_ref(y_t)."""
-        return self._read("reference_logps")
-
-    @property
-    def policy_logits(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """The raw logit of y_t under the policy, before the softmax, with gradient."""
-        return self._read("policy_logits")
-
-    @property
-    def reference_logits(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """The raw logit of y_t under the reference."""
-        return self._read("reference_logits")
+        """The same quantities, with token weights in every sum over tokens."""
+        return PairStats(self.read, is_weighted=True)
 
     @property
     def weights(self) -> Float[Tensor, "pairs 2 tokens"]:
         """Token weights w_t of Eq. 7, constants."""
-        return self._read("weights")
-
-    @property
-    def mask(self) -> Bool[Tensor, "pairs 2 tokens"]:
-        """Where a token exists."""
-        return self._read("mask").bool()
+        return self._of("weights")
 
     @property
     def token_ids(self) -> Int[Tensor, "pairs 2 tokens"]:
         """The response tokens y_t."""
-        return self._read("token_ids").long()
+        return self._of("token_ids").long()
 
     @property
     def token_weights(self) -> Float[Tensor, "pairs 2 tokens"]:
-        """What `sum` multiplies with: token weights if the objective was given some, else 1."""
+        """What `sum` multiplies by: the token weights if the user gave any, else 1."""
         return self.weights if self._is_weighted else torch.ones_like(self.policy_logps)
 
     def kl(self, direction: str = "policy||reference") -> Float[Tensor, "pairs 2 tokens"]:
         """KL of the full next-token distributions in nats, with gradient to the policy (Eq. 9).
 
         Raises:
-            UserError: another direction than the two of `head.Direction`.
+            UserError: `direction` is neither policy||reference nor reference||policy.
         """
         if direction not in get_args(Direction):
             raise UserError(f"kl_direction='{direction}' is not known. {did_you_mean(direction, get_args(Direction))}")
-        return self._read(f"kl {direction}")
+        return self.read(Quantity("kl", argument=direction))
 
     def judge_logps(self, judge: str) -> Float[Tensor, "pairs 2 tokens"]:
         """Log-probs of y_t under another checkpoint, which scored the pairs into the store `judge`."""
-        return self._read(f"judge_logps {judge}")
+        return self.read(Quantity("judge_logps", argument=judge))
 
     def meta(self, name: str, default: float) -> Float[Tensor, " pairs"]:
-        """A number that comes with each pair (`PreferencePair.meta`), or `default` where there is none."""
-        return self._read(f"meta {name} {default}")
+        """A number that comes with each pair (`PreferencePair.meta`), or `default` for pairs without it."""
+        return self.read(Quantity("meta", argument=name, default=float(default)))
 
     def view(self, view: str, side: Side) -> ViewStats:
         """One side's tokens under another view of the picture, e.g. `stats.view("noised(step=500)", "chosen")`."""
         return ViewStats(self, str(parse(view)), side)
 
-    def sum(self, values: Float[Tensor, "pairs *side tokens"], side: Side | None = None) -> Float[Tensor, " pairs *side"]:
-        """Sum over the tokens that exist, weighted if the objective was given token weights; of both sides or of one."""
+    def sum(self, values: Float[Tensor, "pairs *sides tokens"], side: Side | None = None) -> Float[Tensor, " pairs *sides"]:
+        """Sum over existing tokens of both sides or of one, weighted if the user gave token weights."""
         mask = self.mask if side is None else self.mask[:, SIDES.index(side)]
         if self._is_weighted:
             values = values * (self.weights if side is None else self.weights[:, SIDES.index(side)])
         return masked_sum(values, mask)
 
 
-class ViewStats:
+class ViewStats(ModelStats):
     """One side's tokens under a view of the picture; all [pairs, tokens]. Policy and reference see the same draw."""
 
     def __init__(self, stats: PairStats, view: str, side: Side) -> None:
         self._stats, self._view, self._side = stats, view, side
 
-    def _read(self, quantity: str) -> Tensor:
-        return self._stats._read(str(ViewNeed(quantity, self._side, self._view)))
-
-    @property
-    def policy_logps(self) -> Float[Tensor, "pairs tokens"]:
-        """Log pi(y_t | view), with gradient."""
-        return self._read("policy_logps")
+    def _of(self, name: str) -> Tensor:
+        return self._stats.read(Quantity(name, self._side, self._view))
 
     @property
     def constant_policy_logps(self) -> Float[Tensor, "pairs tokens"]:
         """Log pi(y_t | view) without gradient: its forward pass keeps no graph."""
-        return self._read("constant_policy_logps").detach()
-
-    @property
-    def reference_logps(self) -> Float[Tensor, "pairs tokens"]:
-        """Log pi_ref(y_t | view)."""
-        return self._read("reference_logps")
-
-    @property
-    def policy_logits(self) -> Float[Tensor, "pairs tokens"]:
-        """The raw logit of y_t under the policy, with gradient."""
-        return self._read("policy_logits")
-
-    @property
-    def reference_logits(self) -> Float[Tensor, "pairs tokens"]:
-        """The raw logit of y_t under the reference."""
-        return self._read("reference_logits")
+        return self._of("constant_policy_logps").detach()
 
     @property
     def policy_top_logps(self) -> Float[Tensor, "pairs tokens"]:
-        """Log pi(a_t | clean picture), a_t the token the policy finds likeliest under this view; with gradient."""
-        return self._read("policy_top_logps")
+        """Log pi(a_t | clean picture), a_t the policy's most likely token under this view; with gradient."""
+        return self._of("policy_top_logps")
 
     @property
     def reference_top_logps(self) -> Float[Tensor, "pairs tokens"]:
-        """Log pi_ref(a_t | clean picture), a_t the token the reference finds likeliest under this view."""
-        return self._read("reference_top_logps")
+        """Log pi_ref(a_t | clean picture), a_t the reference's most likely token under this view."""
+        return self._of("reference_top_logps")
 
-    @property
-    def mask(self) -> Bool[Tensor, "pairs tokens"]:
-        """Where a token counts: all of them, but for those that a view of the text replaced."""
-        return self._read("mask").bool()
+
+def shared_prefix_mask(
+    token_ids: Int[Tensor, "pairs 2 tokens"], mask: Bool[Tensor, "pairs 2 tokens"]
+) -> Bool[Tensor, "pairs tokens"]:
+    """Tokens before the first difference of the two responses."""
+    is_equal = (token_ids[:, 0] == token_ids[:, 1]) & mask.all(1)
+    return is_equal.long().cumprod(-1).bool()
 
 
 # ---- what an objective reads ----------------------------------------------------------------------------------------------
 
 
-def requirements(loss: Callable[..., Any], options: dict[str, Any]) -> frozenset[str]:
-    """Names of what `loss` reads, found by running it once on two tokens."""
-    asked: set[str] = set()
+def requirements(loss: Callable[..., Any], options: dict[str, Any]) -> Needs:
+    """What `loss` reads with these options, recorded in a dry run on two tokens."""
+    needs: set[Quantity] = set()
 
-    def read(name: str) -> Tensor:
-        asked.add(name)
-        return dummy(name, tokens=2)
+    def read(quantity: Quantity) -> Tensor:
+        needs.add(quantity)
+        return dummy(quantity, tokens=2)
 
     loss(PairStats(read), **options)
-    return frozenset(asked)
+    return frozenset(needs)
 
 
-def dummy(name: str, *, tokens: int) -> Tensor:
-    """A stand-in for the quantity `name` of one pair: zeros, or ones, or tokens that all differ."""
-    if name.startswith("meta "):
-        return torch.tensor([float(name.rpartition(" ")[2])])
-    if name == "token_ids":
+def dummy(quantity: Quantity, *, tokens: int) -> Tensor:
+    """Values of one pair for a dry run: ones for mask and weights, distinct token ids, zeros for the rest."""
+    if quantity.name == "meta":
+        return torch.tensor([quantity.default])
+    if quantity.name == "token_ids":
         return torch.arange(2 * tokens).view(1, 2, tokens)
-    shape = (1, tokens) if "@" in name else (1, 2, tokens)
-    return torch.ones(shape) if re.match("mask|weights", name) else torch.zeros(shape)
+    shape = (1, 2, tokens) if quantity.view is None else (1, tokens)
+    return torch.ones(shape) if quantity.name in ("mask", "weights") else torch.zeros(shape)
 
 
-def kl_direction(needs: frozenset[str]) -> Direction | None:
-    """Which KL an objective asked for, if any.
+def kl_direction(needs: Needs) -> Direction | None:
+    """The direction of the KL that an objective reads, if it reads one.
 
     Raises:
-        UserError: it asked for both.
+        UserError: it reads both.
     """
-    directions = [name.removeprefix("kl ") for name in needs if name.startswith("kl ")]
+    directions = [quantity.argument for quantity in needs if quantity.name == "kl"]
     if len(directions) > 1:
         raise UserError("An objective may read the KL in one direction only.")
     return directions[0] if directions else None  # type: ignore[return-value]
 
 
-def view_needs(needs: Iterable[str]) -> list[ViewNeed]:
-    """What an objective reads under other views of the picture."""
-    return [ViewNeed(*name.split("@", 2)) for name in sorted(needs) if "@" in name]  # type: ignore[arg-type]
+def view_needs(needs: Needs) -> list[Quantity]:
+    """What an objective reads under views of the picture, in a fixed order."""
+    return sorted(
+        (quantity for quantity in needs if quantity.view), key=lambda quantity: (quantity.name, quantity.side, quantity.view)
+    )

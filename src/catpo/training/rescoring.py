@@ -1,4 +1,4 @@
-"""Rewards that follow the policy: pairs are scored again with it every so many steps, while the reference stays as it was.
+"""Rewards that follow the policy: it scores the pairs again every few steps, while the reference stays the same.
 
 Not in the paper, whose rewards are computed once (Sec. 4.5). Knows nothing of losses.
 """
@@ -20,10 +20,10 @@ from catpo.training.collator import PairCollator
 
 
 class Rescoring(TrainerCallback):
-    """Gives the collator the weights of a fresh store after every `every` optimiser steps.
+    """Gives the collator the weights of a new store after every `every` optimiser steps.
 
     The stores, without hidden states and maps, stay in `folder` as `rewards-step-N`, so that a resumed run finds the last. A
-    batch that was prepared before still has the weights of its time.
+    batch that was prepared earlier keeps its weights.
     """
 
     def __init__(self, every: int, pairs: Sequence[PreferencePair], collator: PairCollator, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Rescoring(TrainerCallback):
         family = self.collator.family
         was_training = family.model.training
         family.model.eval()
-        family.forget_hash()
+        family.forget_hash()  # the weights have changed since it was computed
         self.collator.weights_from = score_pairs(
             self.pairs, family, self._path(step), self.settings, cache="logps", attention_maps=False, progress=False
         )

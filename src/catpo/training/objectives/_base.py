@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, keyword_options, parse
 from catpo.models.views import View
 from catpo.rewards.fusion import Fusion
-from catpo.training.pair_stats import PairStats, dummy, requirements, view_needs
+from catpo.training.pair_stats import PairStats, Quantity, dummy, requirements, view_needs
 
 FORMS = ("code", "paper")
 """Where a method's released code and its paper differ, `form` chooses; docs/methods.md says how."""
-FUSION = [each.name for each in dataclasses.fields(Fusion)]
+FUSION = [field.name for field in dataclasses.fields(Fusion)]
 """Options of token weights."""
 
 
@@ -40,24 +40,21 @@ def output(
     preference: Float[Tensor, " pairs"],
     chosen: Float[Tensor, " pairs"],
     rejected: Float[Tensor, " pairs"],
-    **more: Float[Tensor, " pairs"],
+    figures: Mapping[str, Float[Tensor, " pairs"]] | None = None,
+    **terms: Float[Tensor, " pairs"],
 ) -> LossOutput:
-    """Losses with the figures every objective logs, and more of its own under `loss/`.
+    """Losses with the figures every objective logs.
 
     Args:
         preference: the preference term by itself; log 2 as long as policy and reference are the same.
         chosen: implicit reward of the chosen response.
         rejected: implicit reward of the rejected response.
+        figures: more figures, by the name in the log.
+        terms: other terms of the loss, logged as `loss/NAME`.
     """
     metrics = {"loss/preference": preference, "rewards/chosen": chosen, "rewards/rejected": rejected}
-    metrics |= {f"loss/{name}": value for name, value in more.items()}
+    metrics |= {f"loss/{name}": value for name, value in terms.items()} | dict(figures or {})
     return LossOutput(losses, {name: value.detach() for name, value in metrics.items()})
-
-
-def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise UserError unless `value` is one of the words an option takes; `what` names it, as in `tpo(form=…)`."""
-    if value not in tuple(allowed):
-        raise UserError(f"{what}='{value}' is not known. {did_you_mean(value, allowed)}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def build(text: str | Spec) -> Objective:
     """The objective that `name(option=value, …)` stands for, e.g. `catpo(preset='paper', shared_prefix='neutral')`.
 
     Options that the loss does not know are options of the token weights (`Fusion`). A `preset` is a named set of options in the
-    objective's module; options given beside it win. Objectives that weigh no tokens by themselves do with
+    objective's module; options given beside it win. Objectives that do not weight tokens themselves do so with
     `weights='catpo(…)'`, whose options are those of `Fusion`.
 
     Raises:
@@ -82,34 +79,51 @@ def build(text: str | Spec) -> Objective:
     """
     spec = parse(text)
     loss = registry.load("objectives", spec.name)
-    given = dict(spec.options)
-    preset = given.pop("preset", None)
-    if preset is not None:
-        given = {**_preset(loss, spec.name, preset), **given}
+    given = _with_preset(spec, loss)
     own = keyword_options(loss)
     options = {name: value for name, value in given.items() if name in own}
+    others = {name: value for name, value in given.items() if name not in own}
     for name, value in options.items():
         check_kind(f"{spec.name}({name}={value!r})", value, own[name])
     needs = requirements(loss, options)
-    of_weights = {name: value for name, value in given.items() if name not in own}
-    if "weights" not in needs and "weights" in of_weights:
-        loss, of_weights = _weighted(loss), _weight_options(spec.name, of_weights, own)
-    elif of_weights:
-        _check_weight_options(spec.name, of_weights, own, weighs="weights" in needs)
+    weighs = Quantity("weights") in needs
+    _check_others(spec.name, others, ["preset", *own], weighs=weighs)
+    if "weights" in others:
+        loss, others = _weighted(loss), _weight_options(spec.name, others["weights"])
     for need in view_needs(needs):
-        View.of(need.view)
+        View.of(str(need.view))
     _check_learns(spec, loss, options)
-    return Objective(spec, loss, options, Fusion(**of_weights))
+    return Objective(spec, loss, options, Fusion(**others))
 
 
-def _preset(loss: Callable[..., Any], objective: str, name: object) -> dict[str, Any]:
+def _with_preset(spec: Spec, loss: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a specification, added to those of the preset it names."""
+    options = dict(spec.options)
+    preset = options.pop("preset", None)
+    if preset is None:
+        return options
     presets = getattr(sys.modules[loss.__module__], "PRESETS", {})  # stands beside the loss in its module
-    if name not in presets:
-        raise UserError(f"'{objective}' has no preset '{name}'. {did_you_mean(str(name), presets)}")
-    return presets[name]
+    if preset not in presets:
+        raise UserError(f"'{spec.name}' has no preset '{preset}'. {did_you_mean(str(preset), presets)}")
+    return {**presets[preset], **options}
 
 
 # ---- token weights --------------------------------------------------------------------------------------------------------
+
+
+def _check_others(objective: str, others: Mapping[str, Any], own: list[str], *, weighs: bool) -> None:
+    """Options that the loss does not know must be options of its token weights, or give it some."""
+    known = FUSION if weighs else ["weights"]
+    for name, value in others.items():
+        if name in FUSION and not weighs:
+            raise UserError(
+                f"'{objective}' has no option '{name}': it does not weight tokens itself. "
+                f'Give {objective}(weights="catpo({name}={value!r})") to weight its log-ratios.'
+            )
+        if name == "weights" and weighs:
+            raise UserError(f"'{objective}' weights tokens itself. Give it the options of its weights directly.")
+        if name not in known:
+            raise UserError(f"'{objective}' has no option '{name}'. {did_you_mean(name, [*own, *known])}")
 
 
 def _weighted(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
@@ -121,38 +135,16 @@ def _weighted(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
     return weighted
 
 
-def _weight_options(objective: str, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Options of `Fusion` from weights='catpo(alpha=0.3)', which says what the weights of another objective are."""
-    text = given["weights"]
+def _weight_options(objective: str, text: object) -> dict[str, Any]:
+    """Options of `Fusion` from weights='catpo(alpha=0.3)', by which another objective gets token weights."""
     spec = parse(str(text))
     if spec.name != "catpo":
         raise UserError(f"{objective}(weights={text!r}): only 'catpo', with options of its token weights, makes weights.")
-    others = {name: value for name, value in given.items() if name != "weights"}
-    _check_weight_options(objective, others, own, weighs=False)
-    options = dict(spec.options)
-    preset = options.pop("preset", None)
-    if preset is not None:
-        of_preset = _preset(registry.load("objectives", "catpo"), "catpo", preset)
-        options = {**{name: value for name, value in of_preset.items() if name in FUSION}, **options}
-    for name in options:
-        if name not in FUSION:
+    for name in spec.options:
+        if name not in ("preset", *FUSION):
             raise UserError(f"{objective}(weights={text!r}): the weights have no option '{name}'. {did_you_mean(name, FUSION)}")
-    return options
-
-
-def _check_weight_options(objective: str, given: dict[str, Any], own: dict[str, Any], *, weighs: bool) -> None:
-    """What the loss does not know must be an option of its token weights; no option may go unused."""
-    known = ["preset", *own, *(FUSION if weighs else ["weights"])]
-    for name, value in given.items():
-        if name in FUSION and not weighs:
-            raise UserError(
-                f"'{objective}' has no option '{name}': it weighs no tokens by itself. "
-                f'Give {objective}(weights="catpo({name}={value!r})") to weigh its log-ratios.'
-            )
-        if name == "weights":
-            raise UserError(f"'{objective}' weighs tokens by itself. Give it the options of its weights directly.")
-        if name not in known:
-            raise UserError(f"'{objective}' has no option '{name}'. {did_you_mean(name, known)}")
+    options = _with_preset(spec, registry.load("objectives", "catpo"))
+    return {name: value for name, value in options.items() if name in FUSION}  # a preset sets options of the loss too
 
 
 # ---- the gradient check ---------------------------------------------------------------------------------------------------
@@ -161,13 +153,17 @@ def _check_weight_options(objective: str, given: dict[str, Any], own: dict[str, 
 def _check_learns(spec: Spec, loss: Callable[..., LossOutput], options: dict[str, Any]) -> None:
     """Refuse options under which the loss does not depend on the policy, e.g. beta=0."""
     generator = torch.Generator().manual_seed(0)
-    trained: dict[str, Tensor] = {}
+    trained: dict[Quantity, Tensor] = {}
 
-    def read(name: str) -> Tensor:
-        value = dummy(name, tokens=5)
-        if value.is_floating_point() and not name.startswith(("mask", "meta", "weights")):
+    def read(quantity: Quantity) -> Tensor:
+        if quantity in trained:
+            return trained[quantity]
+        value = dummy(quantity, tokens=5)
+        if value.is_floating_point() and quantity.name not in ("mask", "meta", "weights"):
             value = torch.randn(value.shape, generator=generator, dtype=torch.float64) - 3
-        return trained.setdefault(name, value.requires_grad_()) if name.startswith(("policy", "kl")) else value
+        if quantity.name.startswith(("policy", "kl")):  # what the policy computes with gradient
+            trained[quantity] = value.requires_grad_()
+        return value
 
     losses = loss(PairStats(read), **options).losses
     gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True) if losses.requires_grad else ()

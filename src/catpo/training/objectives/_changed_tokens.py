@@ -9,31 +9,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import PairStats
 
 
 def changed_tokens(
     rejected: Sequence[int], chosen: Sequence[int], *, block: int = 3, one_sided: bool = False
 ) -> tuple[list[bool], list[bool]]:
-    """For the tokens of the rejected and of the chosen response, whether they were changed (RLHF-V: Muffin's `diff_lib`).
+    """Whether each token of the rejected and of the chosen response was changed (RLHF-V: Muffin's `diff_lib`).
 
-    The gaps between matching blocks of `block` tokens or more are the changes. A gap that is empty on one side, an insertion
-    or a deletion, counts only if `one_sided`. For 200 tokens or more difflib takes frequent tokens for junk, as there.
+    Changes are the gaps between matching blocks of `block` tokens or more. A gap that is empty on one side, an insertion or a
+    deletion, counts only if `one_sided`. From 200 tokens on difflib takes frequent tokens for junk, as it does in RLHF-V.
 
     >>> changed_tokens([7, 8, 9, 1, 4, 5, 6], [7, 8, 9, 2, 3, 4, 5, 6])
     ([False, False, False, True, False, False, False], [False, False, False, True, True, False, False, False])
     """
-    blocks = SequenceMatcher(None, rejected, chosen).get_matching_blocks()
-    kept = [*(each for each in blocks[:-1] if each.size >= block), blocks[-1]]  # the last is empty and marks the ends
-    flags = ([False] * len(rejected), [False] * len(chosen))
-    first = (0, 0)
-    for each in kept:
-        gaps = [range(begin, end) for begin, end in zip(first, (each.a, each.b), strict=True)]
-        if all(gaps) or one_sided:
-            for side, gap in zip(flags, gaps, strict=True):
-                side[gap.start : gap.stop] = [True] * len(gap)
-        first = (each.a + each.size, each.b + each.size)
-    return flags
+    *blocks, end = SequenceMatcher(None, rejected, chosen).get_matching_blocks()  # the last is empty and marks the ends
+    is_changed = ([False] * len(rejected), [False] * len(chosen))
+    a = b = 0
+    for match in [*(match for match in blocks if match.size >= block), end]:
+        gaps = (range(a, match.a), range(b, match.b))
+        if one_sided or all(gaps):
+            for flags, gap in zip(is_changed, gaps, strict=True):
+                flags[gap.start : gap.stop] = [True] * len(gap)
+        a, b = match.a + match.size, match.b + match.size
+    return is_changed
 
 
 def segment_weights(stats: PairStats, weight: float, *, block: int = 3) -> Float[Tensor, "pairs 2 tokens"]:

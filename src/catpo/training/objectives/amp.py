@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from catpo.training.objectives import LossOutput, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import LossOutput, PairStats, output
 
 
 def loss(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.checks import check_word
+from catpo.core.types import SIDES
 from catpo.models.tensors import masked_sum
-from catpo.training.objectives import LossOutput
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import LossOutput, PairStats, output
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -33,42 +33,38 @@ def loss(
     reduction: str = "sum",
     weights_on: str = "both",
 ) -> LossOutput:
-    """Weighted DPO plus weighted KL. Weights are constants, made before training (Eq. 6-7 in `fusion.py`).
+    """Weighted DPO plus weighted KL. Weights are constants, computed before training (Eq. 6-7 in `fusion.py`).
 
     Args:
         beta: scale of the implicit reward.
         kl_weight: lambda_KL of Eq. 9; per side, not divided by beta. With 0 the KL is not computed.
-        kl_direction: the paper's policy||reference, or reference||policy as TDPO has it.
+        kl_direction: policy||reference as in the paper, or reference||policy as in TDPO.
         reduction: over tokens: the paper's `sum`, the `mean`, or divided by the sum of weights (`weighted_mean`).
         weights_on: the side whose weights count; the other side's are 1.
-
-    Raises:
-        UserError: another word for an option.
     """
+    check_word("catpo", "weights_on", weights_on, ("both", "chosen", "rejected"))
+    check_word("catpo", "reduction", reduction, ("sum", "mean", "weighted_mean"))
     weights = _reduced(_on_sides(stats.weights, weights_on), stats.mask, reduction)
     policy = masked_sum(weights * stats.policy_logps, stats.mask)  # pi^(w), above Eq. 8; (pair, side)
     reference = masked_sum(weights * stats.reference_logps, stats.mask)
     chosen, rejected = (policy - reference).unbind(1)
     preference = -F.logsigmoid(beta * (chosen - rejected))  # Eq. 8
-    metrics = {"loss/preference": preference, "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
     losses = preference
+    mean_weights = masked_sum(stats.weights, stats.mask) / stats.mask.sum(-1).clamp_min(1)
+    figures = {"weights/chosen": mean_weights[:, 0], "weights/rejected": mean_weights[:, 1]}
     if kl_weight:
         kl = masked_sum(weights * stats.kl(kl_direction), stats.mask)  # Eq. 9; (pair, side)
         regulariser = kl_weight * kl.sum(1)
         losses = preference + regulariser  # Eq. 10
-        metrics |= {"loss/kl": regulariser, "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
-    mass = masked_sum(stats.weights, stats.mask) / stats.mask.sum(-1).clamp_min(1)
-    metrics |= {"weights/chosen": mass[:, 0], "weights/rejected": mass[:, 1]}
-    return LossOutput(losses, {name: value.detach() for name, value in metrics.items()})
+        figures |= {"loss/kl": regulariser, "kl/chosen": kl[:, 0], "kl/rejected": kl[:, 1]}
+    return output(losses, preference=preference, chosen=beta * chosen, rejected=beta * rejected, figures=figures)
 
 
 def _on_sides(weights: Tensor, weights_on: str) -> Tensor:
     if weights_on == "both":
         return weights
-    if weights_on not in ("chosen", "rejected"):
-        raise UserError(f"catpo has no weights_on='{weights_on}'. {did_you_mean(weights_on, ('both', 'chosen', 'rejected'))}")
-    side = 0 if weights_on == "chosen" else 1
-    return torch.ones_like(weights).index_copy(1, torch.tensor([side], device=weights.device), weights[:, side : side + 1])
+    counts = torch.tensor([side == weights_on for side in SIDES], device=weights.device)[:, None]  # (side, token)
+    return torch.where(counts, weights, 1.0)
 
 
 def _reduced(weights: Tensor, mask: Tensor, reduction: str) -> Tensor:
@@ -76,6 +72,4 @@ def _reduced(weights: Tensor, mask: Tensor, reduction: str) -> Tensor:
         return weights
     if reduction == "mean":
         return weights / mask.sum(-1, keepdim=True).clamp_min(1)
-    if reduction == "weighted_mean":
-        return weights / masked_sum(weights, mask)[..., None].clamp_min(1e-12)
-    raise UserError(f"catpo has no reduction='{reduction}'. {did_you_mean(reduction, ('sum', 'mean', 'weighted_mean'))}")
+    return weights / masked_sum(weights, mask)[..., None].clamp_min(1e-12)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from catpo.core.checks import check_word
 from catpo.models.tensors import masked_sum
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 from catpo.training.objectives._changed_tokens import segment_weights
-from catpo.training.pair_stats import PairStats
 
 
 def loss(
@@ -33,9 +33,9 @@ def loss(
         form: `code`, one log-sigmoid around the sum of all parts, where segment weights stand in for the response level;
             `paper`, a sum of separate losses.
         released_sum: in the code's form, take the corrupted reference as the release does: its sum over tokens times the sum of
-            omega, which shifts the margin by a constant as large as a response is long.
+            omega, which shifts the margin by a constant that grows with the response's length.
     """
-    check_choice("chip: form", form, FORMS)
+    check_word("chip", "form", form, FORMS)
     ratios = stats.policy_logps - stats.reference_logps
     omega = segment_weights(stats, segment_weight, block=block)
     corrupted = stats.view(view, "chosen")
@@ -48,8 +48,8 @@ def loss(
     if form == "code":
         image = segments[:, 0] - stats.sum(omega[:, 0] * corrupted_ratios, "chosen")
         if released_sum:
-            reference, of_omega = (stats.sum(each, "chosen") for each in (corrupted.reference_logps, omega[:, 0]))
-            image = image + reference * of_omega - stats.sum(omega[:, 0] * corrupted.reference_logps, "chosen")
+            released = stats.sum(corrupted.reference_logps, "chosen") * stats.sum(omega[:, 0], "chosen")
+            image = image + released - stats.sum(omega[:, 0] * corrupted.reference_logps, "chosen")
         losses = preference = -F.logsigmoid(beta * (segments[:, 0] - segments[:, 1] + image - token_weight * margin))
         chosen, rejected = segments.unbind(1)
     else:
@@ -57,6 +57,5 @@ def loss(
         segment = -F.logsigmoid(beta * (segments[:, 0] - segments[:, 1]))
         image = -F.logsigmoid(beta * (chosen - stats.sum(corrupted_ratios, "chosen")))
         losses = preference + segment_level * segment + token_weight * beta * margin + image
-    found = output(losses, preference=preference, chosen=beta * chosen, rejected=beta * rejected)
-    moved = {"kl/chosen": moved_chosen.detach(), "kl/rejected": moved_rejected.detach()}
-    return LossOutput(losses, {**found.metrics, **moved})
+    figures = {"kl/chosen": moved_chosen, "kl/rejected": moved_rejected}
+    return output(losses, preference=preference, chosen=beta * chosen, rejected=beta * rejected, figures=figures)

@@ -1,12 +1,12 @@
-"""Dense DPO (RLHF-V): tokens that the correction changed weigh more."""
+"""Dense DPO (RLHF-V): tokens that the correction changed count more."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
+from catpo.core.checks import check_word
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 from catpo.training.objectives._changed_tokens import segment_weights
-from catpo.training.pair_stats import PairStats
 
 SEGMENT_WEIGHTS = {"code": 1.1, "paper": 5.0}
 """gamma of the released command, and of the paper (which goes with beta = 0.5)."""
@@ -29,7 +29,7 @@ def loss(
         block: shortest run of equal tokens that counts as unchanged.
         sft_weight: adds this much of the weighted negative log-likelihood of the chosen response.
     """
-    check_choice("ddpo: form", form, FORMS)
+    check_word("ddpo", "form", form, FORMS)
     gamma = SEGMENT_WEIGHTS[form] if segment_weight is None else segment_weight
     weights = segment_weights(stats, gamma, block=block)
     norm = stats.sum(weights).clamp_min(1e-12) if form == "paper" else 1.0

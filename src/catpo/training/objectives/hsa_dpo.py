@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from catpo.training.objectives import LossOutput, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import LossOutput, PairStats, output
 
 
 def loss(stats: PairStats, *, beta: float = 0.1, severity: float = 1.0, chosen_weight: float = 1.0) -> LossOutput:
     """-log sigmoid(beta [c Delta_w - d Delta_l]) (Xiao et al. 2025, `base_dpo_trainer.py`).
 
     Args:
-        severity: d where a pair brings none; a pair's own stands in its row as `severity`.
+        severity: d of pairs whose row has no `severity`.
         chosen_weight: c.
     """
     chosen, rejected = stats.sum(stats.policy_logps - stats.reference_logps).unbind(1)

@@ -1,12 +1,12 @@
-"""mDPO: prefers the picture to a crop of it, and keeps the chosen response from losing probability."""
+"""mDPO: also prefers the picture to a crop of it, and keeps the chosen response from losing probability."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
+from catpo.core.checks import check_word
 from catpo.core.spec import Spec, parse
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 
 
 def loss(
@@ -26,9 +26,9 @@ def loss(
         anchor_weight: of the anchor.
         anchor: delta, the reward the chosen response is held above.
         view: the corrupted picture.
-        form: in the `code` policy and reference see different crops; in the `paper` the same. The formula is one.
+        form: in the `code` policy and reference see different crops, in the `paper` the same one. The formula is the same.
     """
-    check_choice("mdpo: form", form, FORMS)
+    check_word("mdpo", "form", form, FORMS)
     ratios = stats.sum(stats.policy_logps - stats.reference_logps)  # (pair, side)
     chosen, rejected = ratios.unbind(1)
     reference_view = _other_draw(view) if form == "code" else view

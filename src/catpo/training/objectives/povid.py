@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
-from catpo.training.pair_stats import PairStats
+from catpo.core.checks import check_word
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 
 
 def loss(
@@ -17,10 +17,10 @@ def loss(
     view: str = "noised(step=500)",
     form: str = "code",
 ) -> LossOutput:
-    """DPO against the rejected response and against the tokens that a noised picture makes likeliest (Zhou et al. 2024).
+    """DPO against the rejected response and against the tokens a_t that a noised picture makes most likely (Zhou et al. 2024).
 
-    These tokens a_t are found on the chosen response, by policy and reference each for itself, and their log-probs are those
-    with the clean picture; where a_t is the response's own token nothing is left (`dpo_trainer_inherent.py`).
+    Policy and reference each find their own a_t, along the chosen response; the log-probs are those with the clean picture.
+    Where a_t is the response's own token the terms cancel (`dpo_trainer_inherent.py`).
 
     Args:
         text_weight: of the rejected response.
@@ -28,7 +28,7 @@ def loss(
         view: the corrupted picture.
         form: `code`, two log-sigmoids weighted half and half; `paper`, one, around the chosen less both weighted rejections.
     """
-    check_choice("povid: form", form, FORMS)
+    check_word("povid", "form", form, FORMS)
     chosen, rejected = stats.sum(stats.policy_logps - stats.reference_logps).unbind(1)
     slips = stats.view(view, "chosen")
     slipped = stats.sum(slips.policy_top_logps - slips.reference_top_logps, "chosen")

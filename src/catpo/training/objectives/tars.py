@@ -1,4 +1,4 @@
-"""TARS: mDPO's picture term on texts with random words in them, so that the model looks rather than guesses."""
+"""TARS: mDPO's picture term on texts with random tokens in them, so that the model looks rather than guesses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from torch import Tensor
 
 from catpo.core.spec import Spec
 from catpo.core.types import Side
-from catpo.training.objectives import LossOutput, output
-from catpo.training.pair_stats import PairStats, ViewStats
+from catpo.training.objectives import LossOutput, PairStats, ViewStats, output
 
 
 def loss(
@@ -21,12 +20,12 @@ def loss(
 ) -> LossOutput:
     """-log sigmoid(beta h) - log sigmoid(beta [Delta_w - Delta_w at v']), all on perturbed texts (Zhang et al. 2026).
 
-    Random tokens replace a share of the words of prompt and responses and do not count themselves. The release would draw them
-    by CLIP similarity, which nothing in it computes; here all words are alike. Its third term, on the spectrum of the input
-    embeddings, moves nothing as long as embeddings and projector stay, and is left out.
+    Random tokens replace a share of those of prompt and responses, and do not count. The release means to draw them by CLIP
+    similarity, but nothing in it computes that; here all tokens are equally likely. Its third term, on the spectrum of the
+    input embeddings, has no gradient while embeddings and projector are frozen, and is left out.
 
     Args:
-        share: of the words, that are replaced.
+        share: of the tokens that are replaced.
         image_weight: of the term between picture and corrupted picture.
         view: the corrupted picture.
     """
@@ -41,5 +40,5 @@ def loss(
 
 
 def _ratio(stats: PairStats, view: ViewStats, side: Side) -> Tensor:
-    """Sum of the log-ratios of the words that were not replaced."""
+    """Sum of the log-ratios of the tokens that were not replaced."""
     return stats.sum((view.policy_logps - view.reference_logps).masked_fill(~view.mask, 0.0), side)

@@ -1,13 +1,13 @@
-"""TDPO: DPO with a margin for how far each response's distributions have moved."""
+"""TDPO: DPO with a margin for how far each response's distributions have moved from the reference."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
+from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.models.tensors import masked_sum
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 
 DEFAULT_VERSION = {"code": 1, "paper": 2}
 """The released configuration runs TDPO1 whatever the command says; TDPO2 is what the paper recommends."""
@@ -21,9 +21,9 @@ def loss(
     Args:
         version: 1 as above; 2 takes alpha (K_l - sg[K_w]), without gradient through K_w.
         alpha: of version 2.
-        form: decides the version where none is given: 1 is what the released `code` runs, 2 the `paper`'s choice.
+        form: decides the version if none is given: the released `code` runs 1, the `paper` recommends 2.
     """
-    check_choice("tdpo: form", form, FORMS)
+    check_word("tdpo", "form", form, FORMS)
     version = DEFAULT_VERSION[form] if version is None else version
     if version not in (1, 2):
         raise UserError(f"tdpo(version={version!r}): there are versions 1 and 2.")
@@ -31,11 +31,6 @@ def loss(
     moved_chosen, moved_rejected = masked_sum(stats.kl("reference||policy"), stats.mask).unbind(1)  # K_w, K_l
     margin = moved_rejected - moved_chosen if version == 1 else alpha * (moved_rejected - moved_chosen.detach())
     losses = -F.logsigmoid(beta * (chosen - rejected - margin))
-    found = output(
-        losses,
-        preference=losses,
-        chosen=beta * (chosen + moved_chosen),
-        rejected=beta * (rejected + moved_rejected),
-    )
-    moved = {"kl/chosen": moved_chosen.detach(), "kl/rejected": moved_rejected.detach()}
-    return LossOutput(losses, {**found.metrics, **moved})
+    rewards = beta * (chosen + moved_chosen), beta * (rejected + moved_rejected)
+    figures = {"kl/chosen": moved_chosen, "kl/rejected": moved_rejected}
+    return output(losses, preference=losses, chosen=rewards[0], rejected=rewards[1], figures=figures)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from catpo.training.objectives import LossOutput, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import LossOutput, PairStats, output
 
 
 def loss(stats: PairStats, *, beta: float = 0.1, alpha: float = 0.5, judge: str = "") -> LossOutput:

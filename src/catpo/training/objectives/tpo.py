@@ -1,4 +1,4 @@
-"""TPO: tokens count by how much their logit drops when the picture is noised."""
+"""TPO: a token counts by how much its logit drops when the picture is noised."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from catpo.core.checks import check_word
 from catpo.core.types import SIDES
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
 
 
 def loss(
@@ -17,17 +17,17 @@ def loss(
     """DPO on log pi(y_t) and a visual reward c_t of each token (Gu et al. 2025; `tpo_trainer.py`).
 
     c_t = margin + sigmoid(s_t) on the chosen side, margin + 1 - sigmoid(s_t) on the rejected; s_t is the label's raw logit with
-    the picture less that with the noised one. Policy and reference have each their own; gradients flow through both passes.
+    the picture less that with the noised one. Policy and reference each have their own; gradients flow through both passes.
 
     Args:
         margin: a; with 0.5 c lies in (0.5, 1.5), and is 1 where the picture makes no difference.
         view: the corrupted picture.
         form: the `code` adds log c_t to the log-prob; `paper` multiplies the log-prob by c_t.
     """
-    check_choice("tpo: form", form, FORMS)
-    views = [stats.view(view, side) for side in SIDES]
-    policy_gain = stats.policy_logits - torch.stack([each.policy_logits for each in views], dim=1)
-    reference_gain = stats.reference_logits - torch.stack([each.reference_logits for each in views], dim=1)
+    check_word("tpo", "form", form, FORMS)
+    corrupted = [stats.view(view, side) for side in SIDES]
+    policy_gain = stats.policy_logits - torch.stack([side.policy_logits for side in corrupted], dim=1)  # s_t
+    reference_gain = stats.reference_logits - torch.stack([side.reference_logits for side in corrupted], dim=1)
     policy = _rewarded(stats.policy_logps, policy_gain, margin, form)
     reference = _rewarded(stats.reference_logps, reference_gain, margin, form)
     chosen, rejected = stats.sum(policy - reference).unbind(1)

@@ -1,17 +1,16 @@
-"""V-DPO: the policy's log-probs are guided away from what it would say without the picture."""
+"""V-DPO: guides the policy's log-probs away from what it would say without the picture."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
 from torch import Tensor
 
+from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
-from catpo.rewards.fusion import shared_prefix
-from catpo.training.objectives import FORMS, LossOutput, check_choice, output
-from catpo.training.pair_stats import PairStats
+from catpo.training.objectives import FORMS, LossOutput, PairStats, output
+from catpo.training.pair_stats import shared_prefix_mask
 
 
 def loss(
@@ -25,22 +24,24 @@ def loss(
 ) -> LossOutput:
     """DPO with gamma log pi(y|v) - (gamma - 1) sg[log p_0(y|v0)] in place of the policy's log-probs (Xie et al. 2024).
 
-    Only the policy is guided, the reference is not, so that the first loss is not log 2.
+    Only the policy is guided, not the reference, so the first loss is not log 2.
 
     Args:
-        guidance: gamma; 1 is DPO, above 1 what the picture adds counts more. 0, as the released script sets it, is refused.
+        guidance: gamma; 1 is DPO, above 1 what the picture adds counts more. 0, the released script's value, is refused.
         unconditional: p_0, the current `policy` without gradient, or the `reference`.
-        view: v0, what stands for the missing picture.
-        form: differs for gamma = 1 only: the `code` then counts tokens from the first different one onward.
+        view: v0, what is shown instead of the picture.
+        form: matters for gamma = 1 only: the `code` then counts tokens from the first difference on.
     """
-    check_choice("vdpo: form", form, FORMS)
-    check_choice("vdpo: unconditional", unconditional, ("policy", "reference"))
+    check_word("vdpo", "form", form, FORMS)
+    check_word("vdpo", "unconditional", unconditional, ("policy", "reference"))
     if guidance == 0:
         raise UserError(
             "vdpo(guidance=0.0) multiplies the policy's log-probs by 0 and leaves terms without gradient, so nothing would be "
             "learned. Give a guidance above 1, such as 1.5."
         )
-    counts = _after_the_prefix(stats) if form == "code" and guidance == 1 else torch.ones_like(stats.mask)
+    counts = torch.ones_like(stats.mask)
+    if form == "code" and guidance == 1:
+        counts = ~shared_prefix_mask(stats.token_ids, stats.mask)[:, None]  # (pair, side, token)
     plain = (stats.policy_logps - stats.reference_logps) * counts
     guided = guidance * stats.policy_logps * counts - stats.reference_logps * counts
     if guidance != 1:
@@ -54,13 +55,5 @@ def loss(
 
 def _unconditional(stats: PairStats, unconditional: str, view: str) -> Tensor:
     sides = [stats.view(view, side) for side in SIDES]
-    if unconditional == "policy":
-        return torch.stack([side.constant_policy_logps for side in sides], dim=1)
-    return torch.stack([side.reference_logps for side in sides], dim=1)
-
-
-def _after_the_prefix(stats: PairStats) -> Bool[Tensor, "pairs 2 tokens"]:
-    """Tokens from the first one that differs between the responses."""
-    ids, mask = stats.token_ids.cpu(), stats.mask.cpu()
-    shared = [shared_prefix(*(ids[pair, side][mask[pair, side]] for side in (0, 1))) for pair in range(len(ids))]
-    return (torch.arange(ids.shape[2]) >= torch.tensor(shared)[:, None, None]).expand(ids.shape).to(stats.mask.device)
+    is_policy = unconditional == "policy"
+    return torch.stack([side.constant_policy_logps if is_policy else side.reference_logps for side in sides], dim=1)

@@ -1,0 +1,44 @@
+"""Training runs of the tiny model through `catpo.train`, whole and interrupted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from catpo.training.train import train
+from catpo.training.trainer import CatPOTrainer
+from tiny import pairs
+
+
+def training(folder, store, output, **options):
+    """Two epochs over eight pairs: eight steps, with a checkpoint after every second one."""
+    defaults = dict(
+        pairs=pairs(8), model=str(folder), rewards=store, learning_rate=1e-3, num_train_epochs=2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, lora="lora(r=4, alpha=8)", save_steps=2,
+        logging_steps=1, eval_fraction=0.0, progress=False,
+    )  # fmt: skip
+    return train(output=output, **{**defaults, **options})
+
+
+def interrupted_and_resumed(folder, store, output, step, **options):
+    """The same run, killed within `step` and continued from the checkpoint before it."""
+    training_step, calls = CatPOTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CatPOTrainer, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            training(folder, store, output, **options)
+    return training(folder, store, output, **options, resume=True)
+
+
+def logged(run, *names):
+    """The values under `names` of every row of a run's `metrics.jsonl` that has a loss."""
+    rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    return [[row[name] for name in names] for row in rows if "loss" in row]
