@@ -42,7 +42,7 @@ def plain_logps(family, encoded, side):
     "options", [{}, {"prefix": "separate"}, {"padding_side": "left"}, {"prefix": "separate", "padding_side": "left"}]
 )
 def test_every_layout_gives_the_plain_forwards_logps(family, options):
-    encoded = [family.encode(each) for each in pairs(4)]
+    encoded = [family.encode(item) for item in pairs(4)]
     values = logps(family, encoded, **options)
     for index, item in enumerate(encoded):
         for side_index, side in enumerate(SIDES):
@@ -62,7 +62,7 @@ def test_a_copy_that_takes_pairs_runs_its_own_weights():
 
 
 def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(family):
-    encoded = [family.encode(each) for each in pairs(2)]
+    encoded = [family.encode(item) for item in pairs(2)]
     gradients = []
     for prefix in ("shared", "separate"):
         batch = pack(family, encoded, prefix=prefix)
@@ -76,7 +76,7 @@ def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(fam
 
 
 def test_batch_of_pairs_equals_one_by_one_in_any_order(family):
-    encoded = [family.encode(each) for each in pairs(4)]
+    encoded = [family.encode(item) for item in pairs(4)]
     together = logps(family, encoded)
     for number in (2, 0, 3, 1):
         alone = logps(family, [encoded[number]])[0]
