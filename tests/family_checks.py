@@ -11,8 +11,7 @@ from torch import Tensor
 from catpo.core.types import SIDES, PreferencePair, pair_id
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.family import Encoded, Family
-from catpo.models.output_head import token_stats
-from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
+from catpo.models.packing import hidden_and_logps, pack, unflatten
 from tiny import pair, picture
 
 SIZES = [(160, 60), (60, 110), (90, 90), (200, 120)]
@@ -39,10 +38,11 @@ def plain_outputs(family: Family, encoded: Encoded, side: str) -> tuple[Tensor, 
     a row of its own, the model's own masks and positions, eager attention, whole logits."""
     response = encoded.response_ids[side]
     start, ids = len(encoded.prompt_ids), [*encoded.prompt_ids, *response]
-    per_token = {
-        name: torch.tensor([[*values, *[1 if name == "token_type_ids" and is_prefix_model(family) else 0] * len(response)]])
-        for name, values in encoded.prompt_inputs.items()
-    }
+    per_token = {}
+    for name, values in encoded.prompt_inputs.items():
+        # PaliGemma marks the answer with 1; in Gemma 3 and Qwen-VL 1 marks a picture
+        fill = 1 if name == "token_type_ids" and family.unwrapped.config.model_type == "paligemma" else 0
+        per_token[name] = torch.tensor([[*values, *[fill] * len(response)]])
     with family.eager_attention():
         out = family.unwrapped(
             input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -53,37 +53,31 @@ def plain_outputs(family: Family, encoded: Encoded, side: str) -> tuple[Tensor, 
     return logps, attention
 
 
-def is_prefix_model(family: Family) -> bool:
-    """PaliGemma marks the answer with 1; in Gemma 3 and Qwen-VL 1 marks a picture."""
-    return family.unwrapped.config.model_type == "paligemma"
-
-
 @torch.no_grad()
-def packed_outputs(family: Family, encoded: Sequence[Encoded], prefix: str, side: str = "right") -> tuple[Tensor, Tensor]:
+def packed_outputs(family: Family, encoded: Sequence[Encoded], prefix: str) -> tuple[Tensor, Tensor]:
     """Log-probs [pairs, 2, tokens] and mean attention of all layers [pairs, 2, tokens, patches], as catpo computes them."""
-    batch = pack(family, encoded, prefix=prefix, padding_side=side)
+    batch = pack(family, encoded, prefix=prefix)
     rows = len(batch["model_inputs"]["input_ids"])
     recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], tuple(range(family.depth)))
     with family.recordable_attention(), recorder:
-        hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
-    logps = unflatten(token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps, batch["mask"])
-    return logps, recorder.mean().reshape(*batch["mask"].shape, -1)
+        _, logps = hidden_and_logps(family.unwrapped, batch)
+    return unflatten(logps, batch["mask"]), recorder.mean().reshape(*batch["mask"].shape, -1)
 
 
-def difference_from_plain(family: Family, pairs: Sequence[PreferencePair], prefix: str, **options: str) -> tuple[float, float]:
+def difference_from_plain(family: Family, pairs: Sequence[PreferencePair], prefix: str) -> tuple[float, float]:
     """Largest differences of log-probs and of attention probabilities between a packed batch and plain eager rows."""
     encoded = [family.encode(each) for each in pairs]
-    logps, attention = packed_outputs(family, encoded, prefix, **options)
-    worst = [0.0, 0.0]
-    for number, each in enumerate(encoded):
-        for place, side in enumerate(SIDES):
-            expected, maps = plain_outputs(family, each, side)
-            tokens, patches = len(expected), len(each.patches)
-            ours = logps[number, place, :tokens], attention[number, place, :tokens, :patches]
-            for kind, (found, wanted) in enumerate(zip(ours, (expected, maps.mean(0)), strict=True)):
-                worst[kind] = max(worst[kind], float((found - wanted).abs().max()))
-            assert float(attention[number, place, :tokens, patches:].abs().sum()) == 0
-    return worst[0], worst[1]
+    logps, attention = packed_outputs(family, encoded, prefix)
+    logps_difference = attention_difference = 0.0
+    for row, one in enumerate(encoded):
+        for number, side in enumerate(SIDES):
+            expected, maps = plain_outputs(family, one, side)
+            tokens, patches = len(expected), len(one.patches)
+            recorded = attention[row, number, :tokens]
+            logps_difference = max(logps_difference, float((logps[row, number, :tokens] - expected).abs().max()))
+            attention_difference = max(attention_difference, float((recorded[:, :patches] - maps.mean(0)).abs().max()))
+            assert float(recorded[:, patches:].abs().sum()) == 0
+    return logps_difference, attention_difference
 
 
 @torch.no_grad()
@@ -94,7 +88,7 @@ def greedy_surprise(family: Family, one: PreferencePair, tokens: int = 6) -> flo
     ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
     encoded = replace(family.encode(one), response_ids={"chosen": ids, "rejected": ids})
     batch = pack(family, [encoded], prefix="shared" if family.shares_prefix else "separate")
-    hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
+    hidden, _ = hidden_and_logps(family.unwrapped, batch)
     logits = family.head.logits(hidden).log_softmax(-1)
     logits[:, family.eos_token_id] = -torch.inf  # generation was made to go on
     return float((logits.amax(-1) - logits.gather(1, torch.tensor([ids + ids]).T)[:, 0]).max())

@@ -41,32 +41,31 @@ def refused(server: ChatServer) -> str:
     return str(caught.value)
 
 
-def test_a_conversation_goes_out_with_its_decoding_and_the_text_comes_back():
+def test_a_conversation_is_sent_with_its_decoding_and_the_text_comes_back():
     with serve(completion("Rating: 4")) as chat:
         reply = client(chat)[0].ask(HELLO, temperature=0.0, max_tokens=7)
-    assert (reply.text, reply.model, reply.is_cut) == ("Rating: 4", "judge-0613", False)
+    assert (reply.text, reply.model) == ("Rating: 4", "judge-0613")
     assert chat.asked == [
         {"path": "/v1/chat/completions", "model": "judge", "messages": HELLO, "temperature": 0.0, "max_tokens": 7}
     ]
 
 
-def test_a_busy_server_is_asked_again_after_growing_waits():
-    script = [Answer(429), Answer(500, b"oops"), Answer(503), completion("done")]
-    with serve(*script) as chat:
+def test_a_busy_server_is_retried_after_growing_waits():
+    with serve(Answer(429), Answer(500, b"oops"), Answer(503), completion("done")) as chat:
         server, waits = client(chat)
         assert server.ask(HELLO).text == "done"
     assert waits == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("0", 0.0), ("86400", 60.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0)])
-def test_a_server_that_says_when_is_asked_then_but_within_a_minute(asked, waited):
+def test_retry_after_is_obeyed_up_to_a_minute(asked, waited):
     with serve(Answer(429, headers={"Retry-After": asked}), completion("done")) as chat:
         server, waits = client(chat)
         server.ask(HELLO)
     assert waits == [waited]
 
 
-def test_a_server_that_stays_busy_is_given_up_with_its_last_words():
+def test_a_server_that_stays_busy_raises_with_its_last_message():
     with serve(reply=lambda _: Answer(500, b'{"error": {"message": "out of memory"}}')) as chat:
         server, waits = client(chat, retries=3)
         message = refused(server)
@@ -74,7 +73,7 @@ def test_a_server_that_stays_busy_is_given_up_with_its_last_words():
     assert "4 tries" in message and "status 500 out of memory" in message and "same command again" in message
 
 
-def test_a_slow_server_is_asked_again():
+def test_a_slow_server_is_retried():
     release = threading.Event()
     with serve(Answer(hold=release), completion("done")) as chat:
         server, waits = client(chat, timeout=0.5)
@@ -85,17 +84,9 @@ def test_a_slow_server_is_asked_again():
 
 @pytest.mark.parametrize(
     "garbage",
-    [
-        b"<html>Bad gateway</html>",
-        b"[]",
-        b"{}",
-        b'{"choices": []}',
-        b'{"choices": [{"message": {"content": [1]}}]}',
-        b"\xff\xfe",
-        b"[" * 5000,
-    ],
+    [b"<html>Bad gateway</html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": [1]}}]}', b"[" * 5000],
 )
-def test_garbage_is_asked_again_and_told_when_it_does_not_end(garbage):
+def test_garbage_is_retried_and_reported_if_it_persists(garbage):
     with serve(Answer(body=garbage), completion("done"), Answer(body=garbage), Answer(body=garbage)) as chat:
         server, _ = client(chat, retries=1)
         assert server.ask(HELLO).text == "done"
@@ -111,14 +102,14 @@ def test_a_huge_reply_is_not_read():
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (Answer(401, b'{"error": {"message": "no key"}}'), ["lets nobody in", "OPENAI_API_KEY"]),
-        (Answer(404, b'{"error": {"message": "no such model"}}'), ["knows no 'judge'", "/v1/models"]),
+        (Answer(401, b'{"error": {"message": "no key"}}'), ["authentication failed", "OPENAI_API_KEY"]),
+        (Answer(404, b'{"error": {"message": "no such model"}}'), ["has no model 'judge'", "/v1/models"]),
         (Answer(400, b'{"error": {"message": "temperature too high"}}'), ["temperature too high"]),
         (Answer(429, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'), ["insufficient_quota"]),
         (Answer(307, headers={"Location": "http://127.0.0.1:1/"}), ["has moved"]),
     ],
 )
-def test_a_refusal_is_told_at_once(answer, words):
+def test_a_refusal_is_not_retried(answer, words):
     with serve(answer) as chat:
         server, waits = client(chat)
         message = refused(server)
@@ -132,19 +123,17 @@ def test_a_server_that_is_not_there_is_named():
     assert "cannot be reached" in refused(client(chat)[0])
 
 
-def test_a_refused_answer_is_its_refusal_and_a_cut_one_says_so():
-    silent = completion(None)
-    said = json.loads(silent.body)
-    said["choices"][0]["message"]["refusal"] = "I cannot."
-    with serve(Answer(body=json.dumps(said).encode()), silent, completion("half", finish_reason="length")) as chat:
-        server, _ = client(chat)
-        assert [server.ask(HELLO).text for _ in range(2)] == ["I cannot.", ""]
-        assert server.ask(HELLO).is_cut
-
-
-def test_half_a_surrogate_pair_becomes_writable_text():
-    with serve(Answer(body=b'{"choices": [{"message": {"content": "a\\ud83d"}}]}')) as chat:
-        assert client(chat)[0].ask(HELLO).text == "a?"
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": None}, ""),
+        ({"content": "a\ud83d"}, "a?"),  # half a surrogate pair could not be written to a file
+    ],
+)
+def test_a_refusal_or_half_a_surrogate_pair_becomes_text(message, text):
+    with serve(Answer(body=json.dumps({"choices": [{"message": message}]}).encode())) as chat:
+        assert client(chat)[0].ask(HELLO).text == text
 
 
 @pytest.mark.parametrize(
@@ -156,12 +145,12 @@ def test_half_a_surrogate_pair_becomes_writable_text():
         ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
     ],
 )
-def test_an_address_is_read_as_people_write_it(given, used):
+def test_a_url_may_lack_v1_or_name_the_endpoint(given, used):
     assert ChatServer("m", base_url=given).url == used
 
 
-@pytest.mark.parametrize("bad", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "file:///etc/passwd"])
-def test_what_is_no_address_is_refused(bad):
+@pytest.mark.parametrize("bad", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1"])
+def test_other_addresses_are_refused(bad):
     with pytest.raises(UserError, match="is not the URL of a server"):
         ChatServer("m", base_url=bad)
 
@@ -175,7 +164,7 @@ def test_a_secret_in_the_address_is_refused_without_repeating_it(bad):
     assert CANARY not in str(caught.value) and "OPENAI_API_KEY" in str(caught.value)
 
 
-def test_the_address_comes_from_the_environment_or_is_openai(monkeypatch):
+def test_the_default_address_is_the_environment_s_or_openai_s(monkeypatch):
     assert ChatServer("m").url == "https://api.openai.com/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     assert ChatServer("m").url == "http://127.0.0.1:9/v1"
@@ -198,7 +187,7 @@ def test_the_key_is_in_the_header_and_nowhere_else(monkeypatch, caplog):
     assert not [text for text in everything if CANARY in text]
 
 
-def test_no_key_sends_no_header_and_a_short_one_is_a_word_like_any_other(monkeypatch):
+def test_no_key_sends_no_header_and_a_short_key_is_not_redacted(monkeypatch):
     with serve(completion("EMPTY"), completion("EMPTY")) as chat:
         server, _ = client(chat)
         server.ask(HELLO)
@@ -208,7 +197,7 @@ def test_no_key_sends_no_header_and_a_short_one_is_a_word_like_any_other(monkeyp
 
 
 @pytest.mark.parametrize("key", ["sk-canary\nX-Evil: 1", "sk-cánary"])
-def test_a_key_that_no_header_can_carry_is_refused_unseen(monkeypatch, key):
+def test_a_key_that_no_header_can_carry_is_refused_without_repeating_it(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with serve() as chat:
         message = refused(client(chat)[0])

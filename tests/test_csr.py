@@ -36,7 +36,7 @@ def test_log_probs_of_a_next_sentence_are_those_of_a_plain_forward(family):
     found = family.next_sentences(samples, begun, temperature=0.7, top_p=0.8, max_new_tokens=20, batch_size=2)
     for sample, start, sentence in zip(samples, begun, found, strict=True):
         prompt = family.prompt_text(sample.prompt, 1)
-        lead = family._lead(prompt)
+        lead = family.answer_lead(prompt)
         whole = family.process([sample.images], [prompt + lead + start + sentence.text])
         logps = family.unwrapped(**whole).logits[0].double().log_softmax(-1)
         ids = whole["input_ids"][0]

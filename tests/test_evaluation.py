@@ -14,15 +14,13 @@ from catpo.core.intervals import bootstrap_indices
 from catpo.data.read import open_data
 from catpo.data.scenes.captions import true_caption
 from catpo.evaluation import benchmarks
-from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, captions, grade_caption, grade_question, read_yes_no, scenes
-from catpo.evaluation.coverage import at_equal_coverage
+from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, grade_caption, grade_question, read_yes_no
 from catpo.evaluation.evaluate import evaluate
-from catpo.evaluation.folder import EvaluationFolder, load_evaluation
+from catpo.evaluation.folder import EvaluationFolder
 from catpo.evaluation.grade import grade, grade_answers
-from catpo.evaluation.paired import paired_differences
 from catpo.files.json_files import read_rows
 from catpo.text.object_words import mentions
-from fake_family import FakeFamily, say_web_caption, scene_of
+from fake_family import FakeFamily
 
 FEW = "scenes(count=24, questions=2)"
 
@@ -63,8 +61,8 @@ def test_a_captions_objects_count_once_each(answer, expected):
 
 
 def test_a_captions_objects_are_listed_in_the_order_named():
-    found = grade_caption("A cat, a dog, the cat, a fox.", TRUTH).mentions
-    assert found == [("cat", "hallucinated"), ("dog", "grounded"), ("fox", "hallucinated")]
+    mentions = grade_caption("A cat, a dog, the cat, a fox.", TRUTH).mentions
+    assert mentions == [("cat", "hallucinated"), ("dog", "grounded"), ("fox", "hallucinated")]
 
 
 @pytest.mark.parametrize(
@@ -168,24 +166,11 @@ def test_what_cannot_be_divided_is_null_and_not_zero(tmp_path):
     json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_a_perfect_model_scores_perfectly(tmp_path):
-    def answer(sample, rng):
-        if sample.prompt.startswith("Is there"):
-            (asked,) = {mention.object for mention in mentions(sample.prompt)}
-            return "Yes." if asked in sample.truth["present"] else "No."
-        return true_caption(scene_of(sample), rng)
-
-    found = metrics(run(tmp_path / "out", family=FakeFamily(answer)))
-    assert (found["chair_i"], found["chair_s"], found["cover"], found["cog"]) == (0, 0, 100, 0)
-    assert [found[f"{split}/accuracy"] for split in ("random", "popular", "adversarial")] == [100] * 3
-    assert found["adversarial/yes_ratio"] == 50
-
-
 # ---- resuming -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches_done", [0, 1, 2, 5])
-def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_files(tmp_path, batches_done):
+def test_an_interrupted_evaluation_resumes_and_ends_with_the_same_files(tmp_path, batches_done):
     family = FakeFamily()
     run(tmp_path / "whole", family=family)
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +242,7 @@ def test_an_answer_without_a_field_is_refused_by_line(tmp_path, again, change, f
         ("data", 3), ("judge", 3), ("skipped", []), ("skipped", {"scenes/1": 3}),
     ],
 )  # fmt: skip
-def test_an_account_of_an_evaluation_that_is_not_as_written_is_refused(tmp_path, field, value):
+def test_a_changed_evaluation_json_is_refused_by_field(tmp_path, field, value):
     run(tmp_path / "out")
     path = tmp_path / "out" / "evaluation.json"
     changed = {**json.loads(path.read_text()), field: value}
@@ -266,7 +251,7 @@ def test_an_account_of_an_evaluation_that_is_not_as_written_is_refused(tmp_path,
         grade(tmp_path / "out")
 
 
-def test_what_is_left_out_stands_in_its_file_also_when_killed_right_after_the_start(photos, tmp_path, monkeypatch):
+def test_skipped_items_are_listed_even_after_a_kill_right_after_the_start(photos, tmp_path, monkeypatch):
     (photos / "1.png").write_bytes(b"not a picture")
 
     write_manifest = EvaluationFolder.write_manifest
@@ -302,7 +287,7 @@ def other_model():
         ({"family": "other"}, "model_hash"),
     ],
 )
-def test_going_on_with_another_model_or_options_is_refused_by_name(tmp_path, changed, field):
+def test_resuming_with_another_model_or_options_is_refused_by_name(tmp_path, changed, field):
     run(tmp_path / "out")
     if "family" in changed:
         changed = {"family": other_model()}
@@ -370,7 +355,7 @@ class Looker(FakeFamily):
         return super().generate(samples, **options)
 
 
-def test_shuffled_pictures_are_all_others_and_a_model_that_looks_fails(tmp_path):
+def test_shuffling_gives_each_item_another_picture_and_a_model_that_looks_fails(tmp_path):
     benchmarks = ["scenes(count=40, questions=1)"]
     looker = Looker()
     right = metrics(run(tmp_path / "right", family=looker, benchmarks=benchmarks))
@@ -386,30 +371,10 @@ def test_shuffled_pictures_are_all_others_and_a_model_that_looks_fails(tmp_path)
     assert wrong["chair_i"] > 50
 
 
-def test_saying_less_is_no_truthfulness(tmp_path):
-    """A model that stops after its first two objects has a lower CHAIRi, and the same one at equal coverage."""
-
-    def brief(sample, rng):
-        answer = say_web_caption(sample, rng)
-        second = next(mention for mention in mentions(answer) if mention.object != mentions(answer)[0].object)
-        return answer[: second.end] + "."
-
-    only = ["scenes(count=60, questions=0)"]
-    run(tmp_path / "full", benchmarks=only)
-    run(tmp_path / "brief", family=FakeFamily(brief), benchmarks=only)
-    full, short = load_evaluation(tmp_path / "full"), load_evaluation(tmp_path / "brief")
-    raw = next(row for row in paired_differences(full, short) if row.metric == "chair_i")
-    assert raw.difference.value < -1
-    rows = at_equal_coverage([full, short])
-    assert [row.objects for row in rows] == [2, 2]
-    assert rows[0].chair_i == rows[1].chair_i
-    assert rows[1].difference.value == 0
-
-
 # ---- answers from elsewhere, photographs, the real model ------------------------------------------------------------------
 
 
-def test_answers_made_elsewhere_are_scored_alike(tmp_path):
+def test_answers_made_elsewhere_get_the_same_scores(tmp_path):
     scores = run(tmp_path / "out")
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines(keepends=True)
     random.Random(0).shuffle(lines)
@@ -418,15 +383,14 @@ def test_answers_made_elsewhere_are_scored_alike(tmp_path):
     again = grade_answers(answers=given, benchmarks=[FEW], output=tmp_path / "again", model="elsewhere")
     assert again["model"] == "elsewhere"
     assert again["benchmarks"] == scores["benchmarks"]
-    given.write_text("".join(lines[1:]))
-    with pytest.raises(UserError, match="has no answer to item"):
-        grade_answers(answers=given, benchmarks=[FEW], output=tmp_path / "less", model="elsewhere")
-    given.write_text("".join([*lines, lines[0]]))
-    with pytest.raises(UserError, match="a second time"):
-        grade_answers(answers=given, benchmarks=[FEW], output=tmp_path / "more", model="elsewhere")
-    given.write_text('{"id": "1"}\n')
-    with pytest.raises(UserError, match=r"given\.jsonl:1 needs"):
-        grade_answers(answers=given, benchmarks=[FEW], output=tmp_path / "bad", model="elsewhere")
+    for content, message in (
+        ("".join(lines[1:]), "has no answer to item"),
+        ("".join([*lines, lines[0]]), "a second time"),
+        ('{"id": "1"}\n', r"given\.jsonl:1 needs"),
+    ):
+        given.write_text(content)
+        with pytest.raises(UserError, match=message):
+            grade_answers(answers=given, benchmarks=[FEW], output=tmp_path / "bad", model="elsewhere")
 
 
 @pytest.fixture
@@ -444,7 +408,7 @@ def photos(tmp_path):
     return folder
 
 
-def test_human_captions_are_the_truth_where_nobody_listed_the_objects(photos, tmp_path):
+def test_references_are_the_truth_where_no_objects_are_listed(photos, tmp_path):
     scores = run(
         tmp_path / "out", benchmarks=[f"captions(data={str(photos)!r})"], family=FakeFamily(lambda *_: "A dog and a cat.")
     )
@@ -460,28 +424,12 @@ def test_a_picture_without_any_truth_is_named(photos, tmp_path):
         run(tmp_path / "out", benchmarks=[f"captions(data={str(photos)!r})"])
 
 
-@pytest.mark.parametrize("make", [scenes.Benchmark, captions.Benchmark])
-def test_metrics_broadcast_over_resamples(make):
-    names = grade_caption("", TRUTH).counts
-    rng = np.random.default_rng(0)
-    sums = {CAPTIONS: {name: rng.integers(1, 9, size=(5, 3)).astype(float) for name in names}}
-    if make is scenes.Benchmark:
-        sums["random"] = {name: rng.integers(1, 9, size=(5, 3)).astype(float) for name in grade_question("", "yes").counts}
-    whole = make.summarise(sums)
-    for place in np.ndindex(5, 3):
-        one = make.summarise(
-            {group: {name: values[place][None] for name, values in some.items()} for group, some in sums.items()}
-        )
-        assert {name: values[place] for name, values in whole.items()} == pytest.approx(
-            {name: value[0] for name, value in one.items()}
-        )
-
-
 def test_the_built_in_model_sees_and_hallucinates(builtin, tmp_path):
     benchmarks = ["scenes(count=24, questions=1)"]
     scores = evaluate(model="builtin", benchmarks=benchmarks, output=tmp_path / "out", progress=False)
-    captions_only = ["scenes(count=24, questions=0)"]
-    blind = evaluate(model="builtin", benchmarks=captions_only, output=tmp_path / "blind", shuffled=True, progress=False)
+    blind = evaluate(
+        model="builtin", benchmarks=["scenes(count=24, questions=0)"], output=tmp_path / "blind", shuffled=True, progress=False
+    )
     found, control = metrics(scores), metrics(blind)
     assert found["cover"] > 60
     assert 5 < found["chair_i"] < 50

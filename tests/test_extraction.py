@@ -6,6 +6,7 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.evaluation.benchmarks import _extraction as extraction
+from catpo.evaluation.benchmarks._coco import Vocabulary
 from catpo.judges import Judge
 
 SCRIPT = '''
@@ -92,5 +93,5 @@ def test_objects_become_two_word_things_or_runs_of_nouns_once_each():
 
     pairs = {"fire hydrant": "fire hydrant", "baby dog": "dog"}
     objects = ["red fire hydrants", "park bench", "glass of water", "baby dog chair", "dog", "water", "running"]
-    assert extraction.words(objects, tagged, pairs) == ["fire hydrant", "park bench", "glas", "water", "dog"]
+    assert extraction.words(objects, tagged, Vocabulary({}, pairs)) == ["fire hydrant", "park bench", "glas", "water", "dog"]
     assert asked[0] == "a red fire hydrants"

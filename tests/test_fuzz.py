@@ -26,9 +26,9 @@ from catpo.data.read import scan
 from catpo.evaluation.benchmarks import CaptionTruth, grade_caption, llava_bench, mmhal, read_yes_no
 from catpo.evaluation.benchmarks._answers import id_of, text_of
 from catpo.evaluation.benchmarks._extraction import read_objects
-from catpo.evaluation.benchmarks._files import decode, parse_records
 from catpo.files import strict_json
 from catpo.files.json_files import read_rows
+from catpo.files.records import decode, parse_records
 from catpo.judges._replies import Replies
 from catpo.judges.recorded import Judge as Recorded
 from catpo.models.openai_client import ChatServer

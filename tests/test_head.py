@@ -1,4 +1,4 @@
-"""The chunked head against the plain way: whole logits, autograd, float64."""
+"""The tiled head against whole logits with autograd in float64."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ def problem(tokens=7, width=5, vocabulary=11, dtype=torch.float64, softcap=None,
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
     head = OutputHead(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
     reference_head = OutputHead(draw(vocabulary, width), draw(vocabulary) if bias else None, scale, softcap)
-    return (
-        draw(tokens, width),
-        head,
-        torch.randint(vocabulary, (tokens,), generator=generator),
-        draw(tokens, width),
-        reference_head,
-    )
+    hidden, ids = draw(tokens, width), torch.randint(vocabulary, (tokens,), generator=generator)
+    return hidden, head, ids, draw(tokens, width), reference_head
 
 
 def plain(hidden, head, tokens, reference_hidden, reference_head, direction):
-    """Log-probs and KL token by token and word by word, from Eq. 9 as it stands."""
+    """Log-probs and KL, one vocabulary entry after the other, as Eq. 9 is written."""
 
     def log_probs(states, head):
         logits = (states @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
@@ -37,10 +32,8 @@ def plain(hidden, head, tokens, reference_hidden, reference_head, direction):
     policy, reference = log_probs(hidden, head), log_probs(reference_hidden, reference_head)
     logps = torch.stack([policy[t, token] for t, token in enumerate(tokens.tolist())])
     first, second = (policy, reference) if direction == DIRECTIONS[0] else (reference, policy)
-    kl = torch.stack(
-        [sum(first[t, v].exp() * (first[t, v] - second[t, v]) for v in range(first.shape[1])) for t in range(len(tokens))]
-    )
-    return logps, kl
+    kl = [sum(p.exp() * (p - q) for p, q in zip(*rows, strict=True)) for rows in zip(first, second, strict=True)]
+    return logps, torch.stack(kl)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -58,7 +51,13 @@ def test_logps_kl_and_gradients_equal_the_plain_way(direction, softcap, scale, i
 
     expected_logps, expected_kl = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
     stats = token_stats(
-        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, direction=direction, words=3
+        hidden,
+        head,
+        tokens,
+        reference_hidden=reference_hidden,
+        reference_head=reference_head,
+        direction=direction,
+        tile_width=3,
     )
     torch.testing.assert_close(stats.logps, expected_logps, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(stats.kl, expected_kl, rtol=1e-10, atol=1e-10)
@@ -82,16 +81,13 @@ def test_kl_to_itself_is_zero_with_zero_gradient():
     assert stats.kl.abs().max() < 1e-12 and hidden.grad.abs().max() < 1e-12
 
 
-def test_the_kl_is_not_computed_when_there_is_no_reference():
-    hidden, head, tokens, *_ = problem()
-    assert token_stats(hidden, head, tokens).kl is None
-
-
-@pytest.mark.parametrize("words", [1, 2, 7, 100])
-def test_the_tile_size_changes_nothing(words):
+@pytest.mark.parametrize("tile_width", [1, 2, 7, 100])
+def test_the_tile_width_changes_nothing(tile_width):
     hidden, head, tokens, reference_hidden, reference_head = problem()
-    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=11)
-    parts = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=words)
+    whole = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, tile_width=11)
+    parts = token_stats(
+        hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, tile_width=tile_width
+    )
     torch.testing.assert_close(parts.logps, whole.logps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-12, atol=1e-12)
 
@@ -113,17 +109,20 @@ def test_no_tokens_by_vocabulary_tensor_ever_exists(is_frozen):
     hidden.requires_grad_(True)
     head.weight.requires_grad_(not is_frozen)
     with LargestTensor() as largest:
-        stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, words=125)
+        stats = token_stats(
+            hidden, head, tokens, reference_hidden=reference_hidden, reference_head=reference_head, tile_width=125
+        )
         (stats.logps.sum() + stats.kl.sum()).backward()
     assert largest.size == 128 * 125
 
 
-def test_half_precision_inputs_are_summed_in_float32():
+def test_half_precision_inputs_are_summed_in_float32_and_without_a_reference_there_is_no_kl():
     hidden, head, tokens, *_ = problem(dtype=torch.bfloat16)
-    assert token_stats(hidden, head, tokens).logps.dtype == torch.float32
+    stats = token_stats(hidden, head, tokens)
+    assert stats.logps.dtype == torch.float32 and stats.kl is None
 
 
-def test_probabilities_at_a_few_words_equal_the_whole_softmax():
+def test_probabilities_of_a_few_tokens_equal_the_whole_softmax():
     hidden, head, tokens, *_ = problem()
     expected = torch.softmax(hidden @ head.weight.T + head.bias, -1)[:, tokens]
     torch.testing.assert_close(token_probabilities(hidden, head, tokens, chunk=2), expected)

@@ -135,6 +135,17 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture
+def mmhal_answers(tmp_path) -> Path:
+    return write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+
+
+def grade(answers: Path, benchmark: str, data: Path, tmp_path: Path, judge: str | Spec, name: str = "out") -> dict:
+    options = {"benchmarks": [benchmark], "output": tmp_path / name, "data": data, "judge": judge, "progress": False}
+    (scores,) = grade_answers(answers=answers, **options)["benchmarks"].values()
+    return scores
+
+
 def test_mmhal_asks_with_contents_question_truth_and_answer_as_they_are(small_mmhal):
     item = opened(mmhal.Benchmark(), small_mmhal, "mmhal")[1]
     (message,) = mmhal.judge_messages(item, "A {lamp}.")
@@ -161,7 +172,7 @@ def test_llava_bench_asks_with_context_reference_and_rule(small_llava):
     )
 
 
-def test_llava_bench_counts_failed_reviews_as_the_official_program_and_leaves_them_out_beside(small_llava, tmp_path):
+def test_llava_bench_scores_failed_reviews_as_officially_and_also_without_them(small_llava, tmp_path):
     answers = write_rows(tmp_path / "a.jsonl", [{"question_id": n, "text": "Mine."} for n in range(6)])
     replies = ["10 5", "8 4", "no score", "10 5", "8 4", "8 8"]
     recorded = write_rows(tmp_path / "r.jsonl", [{"question_id": n, "content": reply} for n, reply in enumerate(replies)])
@@ -172,14 +183,6 @@ def test_llava_bench_counts_failed_reviews_as_the_official_program_and_leaves_th
     assert metrics["score_detail"] == pytest.approx(100 * 3.5 / 3.5)
     assert not scores["complete"] and scores["without_verdict"] == {"count": 1, "first": ["2"]}
     assert scores["judge"]["name"] == "gpt-4-0314"
-
-
-def grade(answers: Path, benchmark: str, data: Path, tmp_path: Path, judge: str) -> dict:
-    scores = grade_answers(
-        answers=answers, benchmarks=[benchmark], output=tmp_path / "out", data=data, judge=judge, progress=False
-    )
-    (found,) = scores["benchmarks"].values()
-    return found
 
 
 @pytest.mark.parametrize("form", ["official", "by id"])
@@ -206,10 +209,9 @@ def test_mmhal_is_graded_by_a_server_in_threads_and_paid_for_once(small_mmhal, t
     assert scores["judge"]["decoding"] == {"temperature": 0.0}
 
 
-def test_the_command_line_judges_and_leaves_the_key_nowhere(small_mmhal, tmp_path, monkeypatch, capfd):
+def test_the_command_line_judges_and_leaves_the_key_nowhere(small_mmhal, mmhal_answers, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
-    command = ["evaluate", "--answers", str(answers), "--benchmarks", "mmhal", "--data", str(small_mmhal)]
+    command = ["evaluate", "--answers", str(mmhal_answers), "--benchmarks", "mmhal", "--data", str(small_mmhal)]
     with serve(reply=lambda _: completion(f"Rating: 4. {CANARY}", model=CANARY)) as chat:
         monkeypatch.setenv("OPENAI_BASE_URL", chat.url)
         main([*command, "--output", str(tmp_path / "good"), "--judge", "openai(model='gpt-4-0314')"])
@@ -242,15 +244,12 @@ def test_two_judged_benchmarks_ask_one_judge_each_in_its_own_way(small_mmhal, sm
     assert scores["mmhal"]["complete"] and scores["llava_bench"]["complete"]
 
 
-def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
-    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+def test_scores_of_different_judges_are_not_compared(small_mmhal, mmhal_answers, tmp_path):
 
     def judged(name: str, version: str, rating: int, **options):
         with serve(reply=lambda _: completion(f"Rating: {rating}", model=version)) as chat:
             spec = Spec("openai", {"model": "gpt-4", "base_url": chat.url, "cache": "none", **options})
-            grade_answers(
-                answers=answers, benchmarks=["mmhal"], output=tmp_path / name, data=small_mmhal, judge=spec, progress=False
-            )
+            grade(mmhal_answers, "mmhal", small_mmhal, tmp_path, spec, name)
         return load_evaluation(tmp_path / name)
 
     base = judged("base", "gpt-4-0314", 4)
@@ -259,47 +258,37 @@ def test_scores_of_different_judges_are_not_compared(small_mmhal, tmp_path):
     assert base.judge("mmhal") == "gpt-4 (gpt-4-0314), temperature=0.0"
     for other in (judged("newer", "gpt-4-0613", 5), judged("warmer", "gpt-4-0314", 5, temperature=0.7)):
         assert paired_differences(base, other, resamples=10) == []
-        assert incomparable(base, other, "mmhal").startswith(
-            "their judges differ (gpt-4 (gpt-4-0314), temperature=0.0; gpt-4 ("
-        )
+        reason = incomparable(base, other, "mmhal")
+        assert reason.startswith("their judges differ (gpt-4 (gpt-4-0314), temperature=0.0; gpt-4 (")
 
 
-def test_a_judge_that_cannot_be_is_told_before_the_model_answers(small_mmhal, tmp_path):
+def test_a_wrong_judge_is_reported_before_the_model_answers(small_mmhal, tmp_path):
     (small_mmhal / "mmhal/images").mkdir()
     for number in range(16):
         (small_mmhal / f"mmhal/images/{number}_o.jpg").touch()
     for judge, words in (("openai", "needs the name of a model"), ("opnai(model='m')", "Did you mean 'openai'")):
         with pytest.raises(UserError, match=words):
-            evaluate(
-                model="no-such-model",
-                benchmarks=["mmhal"],
-                data=small_mmhal,
-                judge=judge,
-                output=tmp_path / "out",
-                progress=False,
-            )
+            evaluate(model="gone", benchmarks=["mmhal"], data=small_mmhal, judge=judge, output=tmp_path / "out", progress=False)
 
 
-def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, tmp_path):
-    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+def test_a_judge_that_talks_nonsense_leaves_nothing_complete(small_mmhal, mmhal_answers, tmp_path):
     with serve(reply=lambda _: completion("Bananas.")) as chat:
-        scores = grade(answers, "mmhal", small_mmhal, tmp_path, f"openai(model='gpt', base_url='{chat.url}')")
+        scores = grade(mmhal_answers, "mmhal", small_mmhal, tmp_path, f"openai(model='gpt', base_url='{chat.url}')")
     assert not scores["complete"] and scores["without_verdict"]["count"] == 16
     assert scores["metrics"]["score"]["value"] == 0 and scores["metrics"]["strict_score"]["value"] is None
     grades = [json.loads(line) for line in (tmp_path / "out/grades.jsonl").read_text().splitlines()]
     assert grades[0]["notes"] == {"reply": "Bananas.", "rating": 0, "strict_rating": None} and grades[0]["verdict"] is False
 
 
-def test_a_judge_that_stops_in_between_leaves_no_scores_and_is_gone_on_with(small_mmhal, tmp_path):
-    answers = write_rows(tmp_path / "a.jsonl", [mmhal_row(n) for n in range(16)])
+def test_a_judge_that_fails_halfway_leaves_no_scores_and_grading_resumes(small_mmhal, mmhal_answers, tmp_path):
     good = [completion("Rating: 4") for _ in range(5)]
     with serve(*good) as chat:  # then 418
         judge = f"openai(model='gpt', base_url='{chat.url}', workers=1)"
         with pytest.raises(UserError, match=r"mmhal/5: .*refuses the request"):
-            grade(answers, "mmhal", small_mmhal, tmp_path, judge)
+            grade(mmhal_answers, "mmhal", small_mmhal, tmp_path, judge)
         assert not (tmp_path / "out/scores.json").exists()
         chat.script[:] = [completion("Rating: 4") for _ in range(11)]
-        assert grade(answers, "mmhal", small_mmhal, tmp_path, judge)["complete"]
+        assert grade(mmhal_answers, "mmhal", small_mmhal, tmp_path, judge)["complete"]
 
 
 def test_a_bad_data_file_is_named(small_mmhal, small_llava):
@@ -334,15 +323,12 @@ def test_mmhal_prints_what_the_official_programs_print(official, tmp_path):
     golden = official / "golden/mmhal/outputs"
     rows = json.loads((official / "data/mmhal/mmhal-bench_answer_template.json").read_text("utf-8"))
     answers = write_rows(tmp_path / "a.jsonl", rows)  # the answers are empty: the recorded judge has its replies
-    scores = grade(
-        answers, "mmhal", official / "data", tmp_path, f"recorded(file='{golden}/handmade_judge.mmhal_test_eval.json')"
-    )
+    judge = f"recorded(file='{golden}/handmade_judge.mmhal_test_eval.json')"
+    scores = grade(answers, "mmhal", official / "data", tmp_path, judge)
     printed = [f"{name}: {value}" for name, value in scores["official"].items()]
-    expected = [
-        (golden / name).read_text().splitlines() for name in ("official_summarize_output.txt", "rlhfv_summarize_output.txt")
-    ]
-    assert len(printed) == 4 and not [line for line in printed[:3] if line not in expected[0]]
-    assert not [line for line in printed if line not in expected[1]]
+    assert len(printed) == 4
+    assert set(printed[:3]) <= set((golden / "official_summarize_output.txt").read_text().splitlines())
+    assert set(printed) <= set((golden / "rlhfv_summarize_output.txt").read_text().splitlines())
     assert scores["judge"]["name"] == "gpt-4-0314"
     assert scores["without_verdict"]["first"] == [str(n) for n in (3, 10)] + scores["without_verdict"]["first"][2:]
 
@@ -360,12 +346,8 @@ def test_llava_bench_prints_what_the_official_program_prints(official, tmp_path,
     data = official / "data"
     judge = f"recorded(file='{data}/llava_bench/reviews/{review}.jsonl', name='gpt-4-0314')"
     scores = grade(data / f"llava_bench/answers/{answers}.jsonl", "llava_bench", data, tmp_path, judge)
-    summaries = (
-        (official / "golden/llava_bench/outputs/official_summaries.txt")
-        .read_text()
-        .split("=================================\n")
-    )
-    expected = next(part for part in summaries if part.startswith(review + "\n"))
+    summaries = (official / "golden/llava_bench/outputs/official_summaries.txt").read_text()
+    expected = next(part for part in summaries.split(f"{'=' * 33}\n") if part.startswith(review + "\n"))
     assert [f"{name} {line}" for name, line in scores["official"].items()] == expected.splitlines()[1:]
     for name, line in scores["official"].items():
         metric = {"all": "score"}.get(name, name.replace("llava_bench", "score"))
@@ -414,10 +396,10 @@ def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halb
         [
             {"image_id": 1, "text": "Assistant: A dog, dogs and a red fire hydrant."},
             {"image_id": 2, "text": "One kitten sits there."},
-            {"image_id": 3, "text": "A nice cat."},
+            {"image_id": 3, "text": "There is a nice cat."},
         ],
     )
-    named = {"1": '["dogs", "puppy", "dog", "red fire hydrants"]', "2": '["kitten", "nice toilet", "seat"]'}
+    named = {"1": '["dogs", "puppy", "dog", "red fire hydrants"]', "2": '["kitten", "nice toilet", "seat"]', "3": "A cat."}
     asked = []
 
     def reply(request):
@@ -429,26 +411,17 @@ def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halb
         judge = f"openai(model='gpt-3.5-turbo-0613', base_url='{chat.url}')"
         scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
     assert {"role": "system", "content": "Q: Describe 1.\nA: A dog, dogs and a red fire hydrant.\n"} in asked
-    assert len(asked) == 2  # three words are not shown
+    assert len(asked) == 2 + 3  # the third reply cannot be read
     assert scores["judge"]["decoding"] == {"temperature": 0.2, "max_tokens": 512}
     values = {name: figure["value"] for name, figure in scores["metrics"].items()}
-    # photograph 1: dog, puppy and hydrant, all there (unique words, not classes); 2: kitten and toilet absent; 3: nothing named
+    # photograph 1: dog, puppy and hydrant, all there (unique words, not classes); 2: kitten and toilet absent; 3: no verdict
     assert values["object_hallucination"] == pytest.approx(100 * 2 / 5)
     assert values["response_hallucination"] == pytest.approx(100 * 1 / 2)
-    assert scores["complete"] and scores["tools"]["nouns"] == "spacy"
+    assert not scores["complete"] and scores["without_verdict"] == {"count": 1, "first": ["3"]}
+    assert scores["tools"]["nouns"] == "spacy"
 
 
-def test_object_halbench_without_a_readable_reply_is_not_complete(small_halbench, tmp_path, monkeypatch):
-    monkeypatch.setattr("catpo.evaluation.benchmarks._extraction.tagger", lambda name, english: (OneByOne(), name))
-    answers = write_rows(tmp_path / "a.jsonl", [{"image_id": n, "text": "There is a dog here."} for n in (1, 2, 3)])
-    with serve(reply=lambda _: completion("I see a dog.")) as chat:
-        judge = f"openai(model='gpt', base_url='{chat.url}')"
-        scores = grade(answers, "object_halbench(extraction='judge')", small_halbench, tmp_path, judge)
-    assert len(chat.asked) == 9 and not scores["complete"]
-    assert scores["without_verdict"] == {"count": 3, "first": ["1", "2", "3"]}
-
-
-def test_object_halbench_says_what_the_judge_mode_lacks(small_halbench):
+def test_object_halbench_reports_what_the_judge_mode_lacks(small_halbench):
     benchmark = object_halbench.Benchmark(extraction="judge")
     if importlib.util.find_spec("spacy") is None:
         with pytest.raises(UserError, match=r"en_core_web_trf.*nouns='nltk'"):

@@ -18,7 +18,7 @@ from catpo.data.read import open_data
 from catpo.evaluation.benchmarks import scenes
 from catpo.evaluation.evaluate import evaluate
 from catpo.evaluation.lmms_eval import tasks
-from catpo.evaluation.lmms_eval.model import Model, _cut, _decoding
+from catpo.evaluation.lmms_eval.model import Model, cut_at, decoding_of
 from catpo.models.likelihood import option_losses
 
 ROOT = Path(__file__).parent.parent
@@ -100,11 +100,11 @@ def test_a_benchmark_that_ranks_given_answers_is_not_exported(tmp_path, monkeypa
     ],
 )
 def test_a_tasks_decoding_is_followed(options, decoding):
-    assert _decoding(options) == decoding
+    assert decoding_of(options) == decoding
 
 
 def test_an_answer_ends_where_the_task_says():
-    assert [_cut("a\n\nb</s>", until) for until in ([], "\n\n", ["x", "</s>", "b"], [""])] == [
+    assert [cut_at("a\n\nb</s>", until) for until in ([], "\n\n", ["x", "</s>", "b"], [""])] == [
         "a\n\nb</s>",
         "a",
         "a\n\n",
@@ -126,7 +126,7 @@ def test_the_model_answers_requests_in_order_as_the_family_does():
     ]
     assert model.generate_until(requests) == expected
     requests[0].args = ("?", {}, lambda _: ["video.mp4"], 0, "t", "test")
-    with pytest.raises(UserError, match="t/0 shows str and no picture"):
+    with pytest.raises(UserError, match="t/0 shows str instead of a picture"):
         model.generate_until(requests[:1])
     with pytest.raises(UserError, match="generate_until"):
         model.generate_until_multi_round([])

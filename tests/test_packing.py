@@ -14,40 +14,45 @@ from tiny_families import build
 
 
 def loss_and_gradients(family, batch):
-    """A sum that every response token takes part in, and its gradient to every weight of the decoder."""
+    """A sum over all response tokens, and its gradient for every weight matrix of the decoder."""
     loss = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch).pow(2).sum()
-    return loss, torch.autograd.grad(loss, [each for each in family.decoder.parameters() if each.ndim > 1], allow_unused=True)
+    weights = [weight for weight in family.decoder.parameters() if weight.ndim > 1]
+    return loss, torch.autograd.grad(loss, weights, allow_unused=True)
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
+def assert_gradients_are_close(gradients, expected, rtol, relative_atol):
+    for mine, plain in zip(gradients, expected, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(mine, plain, rtol=rtol, atol=relative_atol * float(plain.abs().max()))
+
+
+def batch_of(family, count=3, **options):
+    return pack(family, [family.encode(pair) for pair in pairs(count)], **options)
+
+
 @pytest.mark.parametrize("make", [llava, lambda: build("qwen2_5_vl")], ids=["llava", "qwen2_5_vl"])
-def test_part_by_part_equals_a_dense_mask_with_its_gradients(make, padding_side):
+def test_part_by_part_equals_a_dense_mask_with_its_gradients(make):
     family = make()
-    batch = pack(family, [family.encode(pair) for pair in pairs(3)], padding_side=padding_side)
+    batch = batch_of(family)
     assert packed.is_layout(batch["model_inputs"]["attention_mask"])
     expected, expected_gradients = loss_and_gradients(family, batch)
     family.use_packed_attention()
     found, gradients = loss_and_gradients(family, batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for mine, plain in zip(gradients, expected_gradients, strict=True):
-        if plain is not None:
-            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    assert_gradients_are_close(gradients, expected_gradients, 1e-3, 1e-3)
 
 
 def test_checkpointed_layers_keep_the_layout():
     family = llava()
     family.use_packed_attention()
-    batch = pack(family, [family.encode(pair) for pair in pairs(2)])
+    batch = batch_of(family, 2)
     _, plain = loss_and_gradients(family, batch)
     family.unwrapped.train()
     family.unwrapped.gradient_checkpointing_enable()
-    _, checkpointed = loss_and_gradients(family, batch)
-    for mine, expected in zip(checkpointed, plain, strict=True):
-        if expected is not None:
-            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert_gradients_are_close(loss_and_gradients(family, batch)[1], plain, 1e-4, 1e-4)
 
 
-def test_a_layout_sees_what_the_rows_say():
+def test_a_layout_hides_the_other_response_and_the_padding():
     layout = packed.layout_of([[(0, 2), (2, 3), (3, 5)], [(1, 2), (2, 4), (4, 5)]])
     expected = torch.tensor(
         [
@@ -61,18 +66,18 @@ def test_a_layout_sees_what_the_rows_say():
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
     """On a CPU, where FlexAttention has a forward pass only; on a GPU the same block mask trains."""
-    made = build(name)
-    made.model.save_pretrained(tmp_path)
-    made.processor.save_pretrained(tmp_path)
-    found = {}
+    family = build(name)
+    family.model.save_pretrained(tmp_path)
+    family.processor.save_pretrained(tmp_path)
+    outputs = {}
     for attention in ("sdpa", "flex_attention"):
         family = load(tmp_path, attn_implementation=attention)
-        batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+        batch = batch_of(family)
         recorder = AttentionRecorder(batch["tokens_at"].reshape(3, -1), batch["patches"], (0, 1))
         with family.recordable_attention(), recorder, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-        found[attention] = response_hidden(hidden, batch), recorder.mean()
-    for mine, expected in zip(found["flex_attention"], found["sdpa"], strict=True):
+        outputs[attention] = response_hidden(hidden, batch), recorder.mean()
+    for mine, expected in zip(outputs["flex_attention"], outputs["sdpa"], strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=2e-4)  # sharp attention
 
 
@@ -81,7 +86,7 @@ def test_flex_attention_scores_as_sdpa_does(name, tmp_path):
 def test_a_last_layer_read_at_responses_gives_the_same_there(make, is_checkpointed):
     family = make()
     family.use_packed_attention()
-    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    batch = batch_of(family)
     expected, expected_gradients = loss_and_gradients(family, batch)
     if is_checkpointed:
         family.unwrapped.train()
@@ -90,16 +95,14 @@ def test_a_last_layer_read_at_responses_gives_the_same_there(make, is_checkpoint
         found, gradients = loss_and_gradients(family, batch)
         elsewhere = run_backbone(family.unwrapped, batch).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for mine, plain in zip(gradients, expected_gradients, strict=True):
-        if plain is not None:
-            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    assert_gradients_are_close(gradients, expected_gradients, 1e-3, 1e-4)
     plain = run_backbone(family.unwrapped, batch).last_hidden_state
     assert packed.is_layout(batch["model_inputs"]["attention_mask"]) == (not torch.allclose(elsewhere, plain, atol=1e-2))
 
 
-def test_what_is_not_packed_goes_through_the_whole_last_layer():
+def test_separate_rows_go_through_the_whole_last_layer():
     family = llava()
-    batch = pack(family, [family.encode(pairs(1)[0])], prefix="separate")
+    batch = batch_of(family, 1, prefix="separate")
     plain = run_backbone(family.unwrapped, batch).last_hidden_state
     with last_layer.read_at_responses(family.decoder):
         assert torch.equal(run_backbone(family.unwrapped, batch).last_hidden_state, plain)
@@ -108,7 +111,7 @@ def test_what_is_not_packed_goes_through_the_whole_last_layer():
 def test_reading_at_responses_twice_is_reading_once():
     family = llava()
     family.use_packed_attention()
-    batch = pack(family, [family.encode(pair) for pair in pairs(3)])
+    batch = batch_of(family)
     plain, _ = loss_and_gradients(family, batch)
     with last_layer.read_at_responses(family.decoder), last_layer.read_at_responses(family.decoder):
         found, _ = loss_and_gradients(family, batch)

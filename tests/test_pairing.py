@@ -302,8 +302,8 @@ def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path):
         ({"method": "corrected(cuonts=True)"}, "Did you mean 'counts'"),
         ({"method": "reference(pick='last')"}, "first, longest, random"),
         ({"data": "scenes(cont=3)"}, "Did you mean 'count'"),
-        ({"limit": 0}, "limit=0|no samples"),
-        ({"block_size": 0}, "block_size=0"),
+        ({"limit": 0}, "limit must be 1 or more|no samples"),
+        ({"block_size": 0}, "block_size must be 1 or more"),
     ],
 )
 def test_a_wrong_option_is_refused_before_any_answer(tmp_path, options, message):

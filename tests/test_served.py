@@ -51,12 +51,12 @@ COLOURS = Image.linear_gradient("L").resize((8, 6)).convert("RGB")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_a_plain_picture_is_sent_as_it_is(form):
+def test_a_plain_picture_is_sent_unchanged(form):
     picture = encoded(COLOURS, form)
     assert decoded(data_url(picture)) == (f"data:image/{form.lower()}", picture.data)
 
 
-def test_other_pictures_are_sent_as_catpo_shows_them():
+def test_other_pictures_are_sent_as_a_local_model_sees_them():
     turned = COLOURS.getexif()
     turned[0x0112] = 6  # shown rotated by a quarter
     pictures = [
@@ -96,7 +96,7 @@ def test_several_pictures_go_in_one_message(samples):
     assert [part["type"] for part in messages(both)[0]["content"]] == ["image_url", "image_url", "text"]
 
 
-def test_a_sample_that_fails_is_named_and_the_rest_not_asked(samples):
+def test_a_sample_that_fails_is_named_and_the_rest_not_sent(samples):
     with serve(Answer(400, b"too long"), reply=lambda _: completion("x")) as chat:
         with pytest.raises(UserError, match=f"sample {samples[0].id}: .*too long"):
             ServedModel("openai:vlm", base_url=chat.url).generate(samples, batch_size=1)
@@ -105,20 +105,14 @@ def test_a_sample_that_fails_is_named_and_the_rest_not_asked(samples):
             ServedModel("openai:vlm", base_url=chat.url).generate([Sample("broken", (Picture(data=b"?", name="b"),), "?")])
 
 
-def evaluated(chat, tmp_path, **options):
+def evaluated(chat, tmp_path):
     return evaluate(
-        model="openai:vlm",
-        base_url=chat.url,
-        benchmarks=["scenes(count=6)"],
-        output=tmp_path / "evaluation",
-        limit=6,
-        batch_size=4,
-        progress=False,
-        **options,
-    )
+        model="openai:vlm", base_url=chat.url, benchmarks=["scenes(count=6)"], output=tmp_path / "evaluation", limit=6,
+        batch_size=4, progress=False,
+    )  # fmt: skip
 
 
-def test_a_server_is_evaluated_and_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_evaluation_of_a_server_resumes(tmp_path):
     with serve(*[completion("A dog.", model="vlm@1") for _ in range(5)]) as chat:  # then 418
         with pytest.raises(UserError, match="refuses the request"):
             evaluated(chat, tmp_path)
@@ -144,7 +138,7 @@ def test_a_server_is_evaluated_and_an_interrupted_run_goes_on(tmp_path):
         ({"model": "openai:vlm", "base_url": "nowhere"}, "not the URL of a server"),
     ],
 )
-def test_what_a_served_model_cannot_do_is_refused(tmp_path, options, words):
+def test_options_that_a_served_model_cannot_take_are_refused(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         evaluate(benchmarks=["scenes(count=2)"], output=tmp_path / "evaluation", progress=False, **options)
     assert not (tmp_path / "evaluation/answers.jsonl").exists()

@@ -41,19 +41,18 @@ def chat(image: str, *, bos: str = "", system: str = "") -> str:
     )
 
 
-def words(**tokens: str) -> Any:
+def tokenizer_with(**tokens: str) -> Any:
     """A tokenizer that knows the family's tokens by their attribute names (`image_token="<image>"`).
 
-    It puts a begin-of-sequence token of its own, as Llama's do; some chat templates write one as well.
+    It adds a begin-of-sequence token, as Llama's does; some chat templates write one as well.
     """
-    made = tokenizer((END, *dict.fromkeys(tokens.values())), extra=tokens)
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.bos_token_id)])
-    return made
+    bpe = tokenizer((END, *dict.fromkeys(tokens.values())), extra=tokens)
+    bpe.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.bos_token_id)])
+    return bpe
 
 
 def text(kind: str | None, tokens: Any, **more: Any) -> dict[str, Any]:
-    given = {} if kind is None else {"model_type": kind}
-    return given | dict(
+    return ({} if kind is None else {"model_type": kind}) | dict(
         vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
     )  # fmt: skip
@@ -63,33 +62,52 @@ def vision(**more: Any) -> dict[str, Any]:
     return dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=14) | more
 
 
-def llava() -> tuple[Any, Any]:
-    tokens = words(image_token="<image>")
-    config = tf.LlavaConfig(
+def with_clip(config: Any, model: Any, **more: Any) -> tuple[Any, Any]:
+    tokens = tokenizer_with(image_token="<image>")
+    settings = config(
         vision_config=vision(model_type="clip_vision_model", num_hidden_layers=3, image_size=56),
-        text_config=text("llama", tokens), image_token_index=tokens.image_token_id, image_seq_length=16,
+        text_config=text("llama", tokens), image_token_index=tokens.image_token_id, image_seq_length=16, **more,
     )  # fmt: skip
     pictures = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return tf.LlavaForConditionalGeneration(config), tf.LlavaProcessor(
+    return model(settings), tf.LlavaProcessor(
         pictures, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=chat("<image>\n"),
     )  # fmt: skip
 
 
-def pixtral() -> tuple[Any, Any]:
-    tokens = words(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
-    config = tf.LlavaConfig(
+def llava() -> tuple[Any, Any]:
+    return with_clip(tf.LlavaConfig, tf.LlavaForConditionalGeneration)
+
+
+def vipllava() -> tuple[Any, Any]:
+    """Has no family of its own: stands for all others."""
+    return with_clip(tf.VipLlavaConfig, tf.VipLlavaForConditionalGeneration, vision_feature_layers=[-1, -2])
+
+
+def with_pixtral(config: Any, model: Any, merge: int, longest: int, template: str, **more: Any) -> tuple[Any, Any]:
+    tokens = tokenizer_with(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+    settings = config(
         vision_config=vision(model_type="pixtral", image_size=112), text_config=text("mistral", tokens, head_dim=16),
-        image_token_index=tokens.image_token_id, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        image_token_index=tokens.image_token_id, **more,
     )  # fmt: skip
-    pictures = tf.PixtralImageProcessor(size={"longest_edge": 84}, patch_size=14)
-    return tf.LlavaForConditionalGeneration(config), tf.PixtralProcessor(
-        pictures, tokens, patch_size=14, chat_template=chat("[IMG]")
+    pictures = tf.PixtralImageProcessor(size={"longest_edge": longest}, patch_size=14 * merge)
+    return model(settings), tf.PixtralProcessor(
+        pictures, tokens, patch_size=14, spatial_merge_size=merge, chat_template=template
     )
 
 
+def pixtral() -> tuple[Any, Any]:
+    more = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+    return with_pixtral(tf.LlavaConfig, tf.LlavaForConditionalGeneration, 1, 84, chat("[IMG]"), **more)
+
+
+def mistral3() -> tuple[Any, Any]:
+    template = chat("[IMG]", bos="<s>")
+    return with_pixtral(tf.Mistral3Config, tf.Mistral3ForConditionalGeneration, 2, 112, template, spatial_merge_size=2)
+
+
 def llava_next() -> tuple[Any, Any]:
-    tokens, grid = words(image_token="<image>"), [[56, 112], [112, 56], [112, 112]]
+    tokens, grid = tokenizer_with(image_token="<image>"), [[56, 112], [112, 56], [112, 112]]
     config = tf.LlavaNextConfig(
         vision_config=vision(model_type="clip_vision_model", num_hidden_layers=3, image_size=56),
         text_config=text("mistral", tokens, sliding_window=32), image_token_index=tokens.image_token_id,
@@ -105,7 +123,10 @@ def llava_next() -> tuple[Any, Any]:
 
 
 def llava_onevision() -> tuple[Any, Any]:
-    tokens, grid = words(image_token="<image>", video_token="<video>"), [[56, 56], [56, 112], [112, 56], [112, 112], [56, 168]]
+    tokens, grid = (
+        tokenizer_with(image_token="<image>", video_token="<video>"),
+        [[56, 56], [56, 112], [112, 56], [112, 112], [56, 168]],
+    )
     config = tf.LlavaOnevisionConfig(
         vision_config=vision(model_type="siglip_vision_model", image_size=56, vision_use_head=False),
         text_config=text("qwen2", tokens), image_token_index=tokens.image_token_id, video_token_index=tokens.video_token_id,
@@ -120,7 +141,7 @@ def llava_onevision() -> tuple[Any, Any]:
 
 
 def qwen(config: Any, model: Any, processor: Any, tower: dict[str, Any], rope: dict[str, Any], **more: Any) -> tuple[Any, Any]:
-    tokens = words(
+    tokens = tokenizer_with(
         image_token="<|image_pad|>", video_token="<|video_pad|>", vision_bos_token="<|vision_start|>",
         vision_eos_token="<|vision_end|>",
     )  # fmt: skip
@@ -164,7 +185,7 @@ def qwen3_vl() -> tuple[Any, Any]:
 
 
 def internvl() -> tuple[Any, Any]:
-    tokens = words(
+    tokens = tokenizer_with(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
     config = tf.InternVLConfig(
@@ -178,10 +199,10 @@ def internvl() -> tuple[Any, Any]:
 
 
 def rows_and_columns(config: Any, model: Any) -> tuple[Any, Any, Any]:
-    places = {f"place_{r}_{c}": f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)}
-    tokens = words(
+    tiles = {f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)}
+    tokens = tokenizer_with(
         image_token="<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>",
-        end_of_utterance_token="<end_of_utterance>", video_token="<video>", **places,
+        end_of_utterance_token="<end_of_utterance>", video_token="<video>", **tiles,
     )  # fmt: skip
     settings = config(
         text_config=text("llama", tokens), vision_config=vision(image_size=56), image_token_id=tokens.image_token_id,
@@ -207,7 +228,7 @@ def smolvlm() -> tuple[Any, Any]:
 
 
 def gemma3() -> tuple[Any, Any]:
-    tokens = words(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    tokens = tokenizer_with(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     config = tf.Gemma3Config(
         vision_config=vision(image_size=56), mm_tokens_per_image=4, boi_token_index=tokens.boi_token_id,
         eoi_token_index=tokens.eoi_token_id, image_token_index=tokens.image_token_id,
@@ -228,14 +249,12 @@ def paligemma() -> tuple[Any, Any]:
 
 def paligemma2() -> tuple[Any, Any]:
     """Gemma 2 decoder: soft caps on attention scores and logits, every other layer with a sliding window."""
-    return with_prefix(
-        dict(model_type="gemma2", sliding_window=64, query_pre_attn_scalar=16, attn_logit_softcapping=5.0,
-             final_logit_softcapping=3.0)
-    )  # fmt: skip
+    caps = dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+    return with_prefix(dict(model_type="gemma2", sliding_window=64, query_pre_attn_scalar=16, **caps))
 
 
 def with_prefix(decoder: dict[str, Any]) -> tuple[Any, Any]:
-    tokens = words(image_token="<image>")
+    tokens = tokenizer_with(image_token="<image>")
     pictures = tf.SiglipImageProcessor(size={"height": 56, "width": 56})
     pictures.image_seq_length = 16
     processor = tf.PaliGemmaProcessor(pictures, tokens)
@@ -247,37 +266,10 @@ def with_prefix(decoder: dict[str, Any]) -> tuple[Any, Any]:
     return tf.PaliGemmaForConditionalGeneration(config), processor
 
 
-def mistral3() -> tuple[Any, Any]:
-    tokens = words(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
-    config = tf.Mistral3Config(
-        vision_config=vision(model_type="pixtral", image_size=112), text_config=text("mistral", tokens, head_dim=16),
-        image_token_index=tokens.image_token_id, spatial_merge_size=2,
-    )  # fmt: skip
-    pictures = tf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=28)
-    return tf.Mistral3ForConditionalGeneration(config), tf.PixtralProcessor(
-        pictures, tokens, patch_size=14, spatial_merge_size=2, chat_template=chat("[IMG]", bos="<s>")
-    )
-
-
-def vipllava() -> tuple[Any, Any]:
-    """Has no family of its own: stands for all others."""
-    tokens = words(image_token="<image>")
-    config = tf.VipLlavaConfig(
-        vision_config=vision(model_type="clip_vision_model", num_hidden_layers=3, image_size=56),
-        text_config=text("llama", tokens), image_token_index=tokens.image_token_id, image_seq_length=16,
-        vision_feature_layers=[-1, -2],
-    )  # fmt: skip
-    pictures = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return tf.VipLlavaForConditionalGeneration(config), tf.LlavaProcessor(
-        pictures, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=chat("<image>\n"),
-    )  # fmt: skip
-
-
 def aya_vision() -> tuple[Any, Any]:
     """A decoder of parallel blocks whose layers differ: three with a sliding window and rotary positions, one with neither."""
     names = dict(start_of_img_token="<soi>", end_of_img_token="<eoi>", img_patch_token="<patch>", img_line_break_token="<line>")
-    tokens = words(image_token="<image>", **names, tile_token="TILE", tile_global_token="TILE_GLOBAL", tile="<patch>")
+    tokens = tokenizer_with(image_token="<image>", **names, tile_token="TILE", tile_global_token="TILE_GLOBAL", tile="<patch>")
     config = tf.AyaVisionConfig(
         vision_config=vision(model_type="siglip_vision_model", image_size=56, vision_use_head=False),
         text_config=text("cohere2", tokens, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
@@ -290,8 +282,8 @@ def aya_vision() -> tuple[Any, Any]:
 
 
 def glm4v() -> tuple[Any, Any]:
-    """Positions in three axes that catpo knows nothing of."""
-    tokens = words(
+    """Positions in three axes, computed by the model alone."""
+    tokens = tokenizer_with(
         image_token="<|image|>", video_token="<|video|>", begin="<|begin_of_image|>", finish="<|end_of_image|>",
         begin_video="<|begin_of_video|>", finish_video="<|end_of_video|>",
     )  # fmt: skip
@@ -311,7 +303,7 @@ def glm4v() -> tuple[Any, Any]:
 
 def lfm2_vl() -> tuple[Any, Any]:
     """Convolutions between the attention layers, which mix neighbours of a row whatever the mask says."""
-    tokens = words(
+    tokens = tokenizer_with(
         image_token="<image>", image_start_token="<|image_start|>", image_end_token="<|image_end|>",
         image_thumbnail="<|img_thumbnail|>",
     )  # fmt: skip
@@ -328,8 +320,8 @@ def lfm2_vl() -> tuple[Any, Any]:
 
 
 def mllama() -> tuple[Any, Any]:
-    """Looks at the picture in cross-attention layers: its one image token carries nothing."""
-    tokens = words(image_token="<|image|>", python_token="<|python_tag|>")
+    """Sees the picture in cross-attention layers: its one image token carries nothing."""
+    tokens = tokenizer_with(image_token="<|image|>", python_token="<|python_tag|>")
     config = tf.MllamaConfig(
         vision_config=dict(
             hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4, intermediate_size=48,
@@ -349,6 +341,6 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
         paligemma, paligemma2, mistral3, vipllava,
     )
 }  # fmt: skip
-"""Of every family, and one without a family of its own."""
+"""For every family, and one model without a family."""
 OTHERS: dict[str, Callable[[], tuple[Any, Any]]] = {build.__name__: build for build in (aya_vision, glm4v, lfm2_vl, mllama)}
-"""More model types without a family of their own."""
+"""More model types without a family."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Group, Parameter, Token
-from pydantic import ValidationError
 from rich.console import Console
 
 from catpo import __version__
@@ -102,6 +101,8 @@ def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 
 def _explained(error: CycloptsError) -> Any:
     """A value outside its type in our words (cyclopts would quote pydantic); any other mistake as cyclopts shows it."""
+    from pydantic import ValidationError
+
     if isinstance(error.__cause__, ValidationError) and error.argument is not None:
         raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
     return CycloptsPanel(error)
@@ -322,9 +323,9 @@ def get(
     """Show which official files a benchmark needs, and check them; exit with 1 if it cannot be graded yet."""
     from catpo.evaluation.official_files import describe, look
 
-    brought = look(benchmark, data)
-    print(*describe(brought, data, is_complete=all), sep="\n")
-    if data is not None and not brought.is_gradable:
+    report = look(benchmark, data)
+    print(*describe(report, data, is_complete=all), sep="\n")
+    if data is not None and not report.is_gradable:
         sys.exit(1)
 
 

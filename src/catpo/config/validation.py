@@ -1,26 +1,33 @@
-"""Checks a value against an annotated type with pydantic, and says in our words what is wrong with it."""
+"""Checks a value against an annotated type with pydantic, and says in our words what is wrong with it.
+
+Pydantic is imported when the first value is checked, since `--help` checks none.
+"""
 
 from __future__ import annotations
 
 import ast
+import math
 import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 from catpo.core.checks import LARGEST, MOST
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, parse_list
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
-    "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -46,6 +53,8 @@ def validated(value: Any, hint: Any, label: str) -> Any:
     """
     if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(hint):
         return None
+    from pydantic import ValidationError
+
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
@@ -54,6 +63,8 @@ def validated(value: Any, hint: Any, label: str) -> Any:
 
 @cache
 def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
     return TypeAdapter(hint, config=ConfigDict(strict=True))
 
 
@@ -61,6 +72,8 @@ def problem(error: ValidationError, hint: Any = None) -> str:
     """What is wrong with a value, to be put behind the name of its option."""
     first = error.errors(include_url=False)[0]
     kind, context, value = first["type"], first.get("ctx", {}), shown(first["input"])
+    if isinstance(first["input"], float) and not math.isfinite(first["input"]):
+        return f"must be a finite number, not {value}."
     if kind == "literal_error":
         known = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         return f"must be {' or '.join(known)}, not {value}. {did_you_mean(str(first['input']), known)}"
@@ -86,6 +99,22 @@ def shown(value: Any) -> str:
 
 
 # ---- types of options ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Before:
+    """In an annotated type: a function that converts a value before it is checked, or instead of checking it."""
+
+    convert: Callable[[Any], Any]
+    is_all: bool = False
+    """Whether the function checks the value itself."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        if self.is_all:
+            return core_schema.no_info_plain_validator_function(self.convert)
+        return core_schema.no_info_before_validator_function(self.convert, handler(source))
 
 
 def _path(value: Any) -> Path:
@@ -148,16 +177,16 @@ def _picture(value: Any) -> str | int:
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Whole = Annotated[int, Ge(0), Le(MOST)]
-Measure = Annotated[float, Ge(0), Le(LARGEST), AllowInfNan(False)]
+Measure = Annotated[float, Ge(0), Le(LARGEST)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Probability = Annotated[float, Gt(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(1 << 32)]
 """NumPy takes the smallest seeds: below 2**32."""
-File = Annotated[Path, BeforeValidator(_path)]
-Files = Annotated[tuple[File, ...], BeforeValidator(_several)]
-Text = Annotated[str, BeforeValidator(_text)]
-Source = Annotated[str, PlainValidator(_text_or_object)]
+File = Annotated[Path, Before(_path)]
+Files = Annotated[tuple[File, ...], Before(_several)]
+Text = Annotated[str, Before(_text)]
+Source = Annotated[str, Before(_text_or_object, is_all=True)]
 """What Python may also give as an object that is loaded already."""
-Layers = Annotated[str | int, PlainValidator(_layers)]
-PictureNumber = Annotated[str | int, PlainValidator(_picture)]
-Specs = Annotated[tuple[str, ...], BeforeValidator(_specs)]
+Layers = Annotated[str | int, Before(_layers, is_all=True)]
+PictureNumber = Annotated[str | int, Before(_picture, is_all=True)]
+Specs = Annotated[tuple[str, ...], Before(_specs)]

@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catpo.core.intervals import bootstrap_indices, interval
+from catpo.evaluation.benchmarks import Floats, Sums
 
-Floats = NDArray[np.float64]
-
-
-Summarise = Callable[[Mapping[str, Mapping[str, Floats]]], Mapping[str, Floats]]
-"""A benchmark's metrics of summed counts: {group: {count: sums}} -> {metric: values}."""
+Summarise = Callable[[Sums], Mapping[str, Floats]]
+"""A benchmark's metrics of summed counts."""
 
 
 class Estimate(NamedTuple):
@@ -37,16 +35,16 @@ def resample(
     Args:
         summarise: of the benchmark.
         rows: of grades.jsonl.
-        resamples: how many draws.
+        resamples: number of draws.
         seed: of the draws.
     """
     draws = Draws.of(rows, resamples, seed)
     sums: dict[str, dict[str, Floats]] = {}
     for group in dict.fromkeys(row["group"] for row in rows):
-        places = [place for place, row in enumerate(rows) if row["group"] == group]
-        for name in rows[places[0]]["counts"]:
+        indices = [index for index, row in enumerate(rows) if row["group"] == group]
+        for name in rows[indices[0]]["counts"]:
             counts = np.zeros(len(rows))
-            counts[places] = [rows[place]["counts"][name] for place in places]
+            counts[indices] = [rows[index]["counts"][name] for index in indices]
             sums.setdefault(group, {})[name] = draws.sum(counts)
     return dict(summarise(sums))
 
@@ -56,18 +54,18 @@ class Draws:
     """Bootstrap draws of whole pictures; the first takes every picture once."""
 
     picture: NDArray[np.int64]
-    """[rows]: number of each row's picture."""
+    """[rows]: index of each row's picture."""
     times: Floats
     """[1 + resamples, pictures]: how often each is drawn."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> Draws:
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(row["picture"] for row in rows))}
-        drawn = bootstrap_indices(len(numbers), resamples=resamples, seed=seed)
-        times = np.ones((1 + resamples, len(numbers)))
-        for number, pictures in enumerate(drawn, start=1):
-            times[number] = np.bincount(pictures, minlength=len(numbers))
-        return cls(np.array([numbers[row["picture"]] for row in rows], dtype=np.int64), times)
+        names = dict.fromkeys(row["picture"] for row in rows)
+        indices = {name: index for index, name in enumerate(names)}
+        times = np.ones((1 + resamples, len(indices)))
+        for draw, pictures in enumerate(bootstrap_indices(len(indices), resamples=resamples, seed=seed), start=1):
+            times[draw] = np.bincount(pictures, minlength=len(indices))
+        return cls(np.array([indices[row["picture"]] for row in rows], dtype=np.int64), times)
 
     def sum(self, values: Floats) -> Floats:
         """[rows] or [rows, columns] -> [1 + resamples] or [1 + resamples, columns]."""
@@ -77,6 +75,6 @@ class Draws:
 
 
 def estimate(values: Floats) -> Estimate:
-    """From [1 + resamples], the first of which is no resample."""
+    """The first of [1 + resamples] values, with the interval of the others."""
     low, high = interval(values[1:])
     return Estimate(float(values[0]), low, high)

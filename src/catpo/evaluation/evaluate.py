@@ -9,12 +9,10 @@ from typing import Any
 from catpo.config.command import command
 from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
-from catpo.core.types import Picture
-from catpo.evaluation.benchmarks import Item
-from catpo.evaluation.benchmarks._answers import some
+from catpo.evaluation.benchmarks import Item, some
 from catpo.evaluation.folder import EvaluationFolder, answers_items
 from catpo.evaluation.grade import grade_answers, open_judges, write_scores
-from catpo.evaluation.tasks import Task, answer_row, each_item, manifest_of, open_tasks, without_skipped
+from catpo.evaluation.tasks import Task, answer_row, each_item, manifest_of, open_tasks, picture_files, without_skipped
 from catpo.models import loading
 from catpo.models.family import Family
 from catpo.models.likelihood import most_likely
@@ -145,33 +143,30 @@ def _unusable(tasks: Sequence[Task], skipped: SkipLog) -> dict[str, str]:
     """Item -> why its picture cannot be opened."""
     opened: dict[int, UserError | None] = {}  # many questions are about one picture
 
-    def use(found: tuple[Task, Item]) -> None:
-        for picture in found[1].sample.images:
+    def use(asked: tuple[Task, Item]) -> None:
+        for picture in asked[1].sample.images:
             if id(picture) not in opened:
-                opened[id(picture)] = _error_of(picture)
-            if error := opened[id(picture)]:
-                raise error
+                opened[id(picture)] = None
+                try:
+                    picture.open()
+                except UserError as error:
+                    opened[id(picture)] = error
+            problem = opened[id(picture)]
+            if problem:
+                raise problem
 
-    skipped.usable(each_item(tasks), use, lambda found: f"{found[0].name}/{found[1].id}")
+    skipped.usable(each_item(tasks), use, lambda asked: f"{asked[0].name}/{asked[1].id}")
     return {row["what"]: row["why"] for row in skipped.rows}
 
 
-def _error_of(picture: Picture) -> UserError | None:
-    try:
-        picture.open()
-    except UserError as error:
-        return error
-    return None
-
-
 def _check_pictures(tasks: Sequence[Task]) -> None:
-    """Refuse to start where a picture is not in the folder; nothing is left out in silence."""
+    """Refuse to start where a picture is missing; nothing is skipped silently."""
     for task in tasks:
-        paths = dict.fromkeys(picture.path for item in task.items for picture in item.sample.images if picture.path)
-        missing = [str(path) for path in paths if not path.is_file()]
+        paths, missing = picture_files(task.items)
         if missing:
+            names = some([str(path) for path in missing])
             raise UserError(
-                f"{task.name}: {len(missing):,} of {len(paths):,} pictures are missing: {some(missing)}. "
+                f"{task.name}: {len(missing):,} of {len(paths):,} pictures are missing: {names}. "
                 f"`catpo data get {task.name}` shows where to get them."
             )
 
@@ -183,7 +178,7 @@ def _answer(
     options: EvaluateOptions,
     group: WorkGroup,
 ) -> None:
-    """Every batch that is not answered yet. Batches do not depend on what is done nor by whom, so neither do answers."""
+    """Answer every open batch. Batches depend neither on what is done nor on who does it, so neither do answers."""
     batches = _batches(tasks, options.batch_size, options.max_new_tokens)
     keys = [[(task.name, item.id) for task, item in batch] for _, batch in batches]
     blocks = Blocks(

@@ -1,7 +1,7 @@
 """The folder of an evaluation: its four files, read and written here only.
 
 evaluation.json says what was asked and of whom, answers.jsonl grows batch by batch, grades.jsonl is made of the answers,
-scores.json of the grades, last: it stands for a finished evaluation.
+scores.json of the grades, last: it marks a finished evaluation.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError
+from catpo.evaluation.benchmarks import GROUNDED as GROUNDED
+from catpo.evaluation.benchmarks import HALLUCINATED as HALLUCINATED
 from catpo.evaluation.bootstrap import Estimate
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
 from catpo.files.provenance import check_same, versions
 from catpo.files.strict_json import check_fields, fits
 
-GROUNDED, HALLUCINATED = "grounded", "hallucinated"
 MANIFEST = {
     "benchmarks": dict[str, str], "data": str | None, "judge": str | None, "limit": int | None, "shuffled": bool,
     "decoding": dict, "skipped": dict[str, str] | None,
@@ -86,16 +87,12 @@ class EvaluationFolder:
         """
         rows = repair_rows(self.answers, ANSWER)
         wanted = [key for batch in batches for key in batch]
+        remedy = "Remove the folder and start again."
         for number, (row, key) in enumerate(zip(rows, wanted, strict=False), start=1):
             if (row["benchmark"], row["id"]) != key:
-                raise UserError(
-                    f"{self.answers}:{number} answers '{row['id']}' where '{key[1]}' belongs. Remove the folder and start "
-                    "again."
-                )
+                raise UserError(f"{self.answers}:{number} answers '{row['id']}' where '{key[1]}' belongs. {remedy}")
         if len(rows) > len(wanted):
-            raise UserError(
-                f"{self.answers} has {len(rows)} answers to {len(wanted)} items. Remove the folder and start again."
-            )
+            raise UserError(f"{self.answers} has {len(rows)} answers to {len(wanted)} items. {remedy}")
         done = answered = 0
         while done < len(batches) and answered + len(batches[done]) <= len(rows):
             answered += len(batches[done])
@@ -163,13 +160,7 @@ class Evaluation:
     @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
-        path = EvaluationFolder(self.path).answers
-        answers: dict[tuple[str, str], Mapping[str, Any]] = {}
-        for number, row in enumerate(read_rows(path), start=1):
-            if not all(isinstance(row.get(name), str) for name in ANSWER):
-                raise UserError(f"{path}:{number} is not an answer. Run `catpo evaluate` again.")
-            answers[row["benchmark"], row["id"]] = row
-        return answers
+        return {(row["benchmark"], row["id"]): row for row in EvaluationFolder(self.path).read_answers()}
 
     def labels(self, benchmark: str) -> dict[str, list[tuple[str, str]]]:
         """Item id -> its caption's objects in the order named, with `grounded` or `hallucinated`."""

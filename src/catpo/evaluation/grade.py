@@ -1,7 +1,4 @@
-"""What benchmarks ask, and what answers are worth: items, answers made elsewhere, grades, scores. Needs no model and no torch.
-
-grades.jsonl is made of answers.jsonl, and scores.json last, so that it stands for a finished evaluation.
-"""
+"""Grades and scores of answers, whether a model just gave them or they were made elsewhere. Needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +13,9 @@ from typing import Any
 from catpo.config.command import command
 from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
-from catpo.core.intervals import interval
 from catpo.core.spec import Spec, parse
-from catpo.evaluation.benchmarks import Grade, Item
-from catpo.evaluation.benchmarks._answers import read_records, some
-from catpo.evaluation.benchmarks._files import Record
-from catpo.evaluation.bootstrap import resample
+from catpo.evaluation.benchmarks import Grade, Item, Record, read_records, some
+from catpo.evaluation.bootstrap import estimate, resample
 from catpo.evaluation.folder import EvaluationFolder
 from catpo.evaluation.tasks import (
     Task,
@@ -112,15 +106,13 @@ def _given_answers(files: Sequence[Path], tasks: Sequence[Task]) -> dict[str, di
         raise UserError("no file with answers is given: `--answers FILE`.")
     records = [record for file in files for record in read_records(file)]
     if all("benchmark" in record.row for record in records):
-        given = _our_answers(records, tasks)
-    elif len(tasks) == 1:
-        given = {tasks[0].name: tasks[0].benchmark.match(records, tasks[0].items)}
-    else:
-        raise UserError(
-            f"{_names(files)} does not say which of {', '.join(task.name for task in tasks)} it answers. Grade one benchmark "
-            "at a time, or write rows with benchmark, id and answer."
-        )
-    return given
+        return _our_answers(records, tasks)
+    if len(tasks) == 1:
+        return {tasks[0].name: tasks[0].benchmark.match(records, tasks[0].items)}
+    raise UserError(
+        f"{_names(files)} does not say which of {', '.join(task.name for task in tasks)} it answers. Grade one benchmark "
+        "at a time, or write rows with benchmark, id and answer."
+    )
 
 
 def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[str, Mapping[str, str]]) -> None:
@@ -181,7 +173,7 @@ def write_scores(folder: EvaluationFolder, tasks: Sequence[Task], judge: str | S
 
 
 def _skipped(left_out: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, Any]:
-    """How many items were left out, and the first of them; all stand in evaluation.json."""
+    """How many items were skipped, and the first of them; evaluation.json lists all."""
     rows = [{"what": name, "why": why} for name, why in left_out.items()]
     items = {f"{task.name}/{item.id}" for task, item in each_item(tasks)}
     return {"count": len(rows), "of": len(items | set(left_out)), "rows": rows[:LISTED]}
@@ -202,8 +194,8 @@ def open_judges(tasks: Sequence[Task], judge: str | Spec | None) -> dict[str, Ju
             f"{', '.join(task.name for task in needing)} is graded by a judge: name one with --judge (`catpo list judges`). "
             "The answers are kept."
         )
-    made = open_judge(spec)
-    return {task.name: made.decoding_as(task.benchmark.judge_decoding) for task in needing}
+    opened = open_judge(spec)
+    return {task.name: opened.decoding_as(task.benchmark.judge_decoding) for task in needing}
 
 
 def _grade_task(
@@ -237,14 +229,19 @@ def _grade_task(
 
 def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
     """A row of grades.jsonl; `judge` for benchmarks that need one."""
-    has_judge = task.benchmark.needs_judge
-    found: Grade = task.benchmark.grade(item, answer, judge) if has_judge else task.benchmark.grade(item, answer)  # type: ignore[call-arg]
+    judges = [judge] if task.benchmark.needs_judge else []
+    graded: Grade = task.benchmark.grade(item, answer, *judges)
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
-    row |= {"counts": dict(found.counts)}
-    row |= {} if found.mentions is None else {"mentions": [list(mention) for mention in found.mentions]}
-    row |= {} if found.is_right is None else {"right": found.is_right}
-    row |= {} if found.has_verdict else {"verdict": False}
-    return row | ({"notes": dict(found.notes)} if found.notes else {})
+    row["counts"] = dict(graded.counts)
+    if graded.mentions is not None:
+        row["mentions"] = [list(mention) for mention in graded.mentions]
+    if graded.is_right is not None:
+        row["right"] = graded.is_right
+    if not graded.has_verdict:
+        row["verdict"] = False
+    if graded.notes:
+        row["notes"] = dict(graded.notes)
+    return row
 
 
 def _scores(
@@ -252,24 +249,22 @@ def _scores(
 ) -> dict[str, Any]:
     metrics = {}
     for name, values in resample(task.benchmark.summarise, rows, resamples=RESAMPLES).items():
-        numbers = (float(values[0]), *interval(values[1:]))
-        metrics[name] = {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), numbers, strict=True)}
-    official = task.benchmark.official(_sums(rows))
-    return {
-        "options": str(task.spec),
-        "data": task.benchmark.data,
-        "items": len(rows),
-        "pictures": len({row["picture"] for row in rows}),
-        **_completeness(task, rows, answers),
-        **({"tools": tools} if (tools := task.benchmark.provenance()) else {}),
-        **({"judge": judge.identity} if judge else {}),
-        "metrics": metrics,
-        **({"official": official} if official else {}),
-    }
+        figures = estimate(values)._asdict()
+        metrics[name] = {key: None if math.isnan(figure) else figure for key, figure in figures.items()}
+    scores = {"options": str(task.spec), "data": task.benchmark.data, "items": len(rows)}
+    scores |= {"pictures": len({row["picture"] for row in rows}), **_completeness(task, rows, answers)}
+    if tools := task.benchmark.provenance():
+        scores["tools"] = tools
+    if judge:
+        scores["judge"] = judge.identity
+    scores["metrics"] = metrics
+    if official := task.benchmark.official(_sums(rows)):
+        scores["official"] = official
+    return scores
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """How many items of each group were asked and graded; which were left out, answered with nothing, or not decided."""
+    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict."""
     graded = {row["id"] for row in rows}
     parts: dict[str, dict[str, int]] = {}
     for item in task.items:

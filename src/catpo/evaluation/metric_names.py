@@ -14,17 +14,13 @@ LABELS = {
     "hal": "Hal",
     "amber_score": "AMBER score",
 }
-"""What tables call metrics; others are called by their names."""
-
-
+"""Metric -> label in tables; others keep their names."""
 LOWER_IS_BETTER = ("chair", "cog", "repetition", "unparsed", "hal")
-
-
 HIGHER_IS_BETTER = ("cover", "accuracy", "precision", "recall", "f1", "score", "informativeness")
 
 
 def metric_label(metric: str) -> str:
-    """What tables call a metric.
+    """A metric's label in tables.
 
     >>> metric_label("chair_i"), metric_label("random/yes_ratio")
     ('CHAIRi', 'yes ratio (random)')

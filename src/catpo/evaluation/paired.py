@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from catpo.core import registry
 from catpo.evaluation.bootstrap import Estimate, estimate, resample
 from catpo.evaluation.folder import Evaluation, mentions
+from catpo.evaluation.tasks import first_pictures
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,24 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """The interval of the difference leaves 0 out."""
+        """The interval of the difference excludes 0."""
         return self.difference.low > 0 or self.difference.high < 0
 
 
 def incomparable(base: Evaluation, other: Evaluation, benchmark: str) -> str:
-    """Why two evaluations' figures of a benchmark do not belong side by side; empty if they do.
+    """Why two evaluations' figures of a benchmark cannot be compared; empty if they can.
 
     Options, versions of what grades, the judge with its version and decoding, and the official files must be the same.
     """
     for evaluation in (base, other):
         if benchmark not in evaluation.benchmarks:
             return f"{evaluation.name} does not have it"
-    for what, said in (("options", _options), ("grading tools", _tools), ("judges", Evaluation.judge)):
-        before, after = said(base, benchmark), said(other, benchmark)
+    for what, told_by in (("options", _options), ("grading tools", _tools), ("judges", Evaluation.judge)):
+        before, after = told_by(base, benchmark), told_by(other, benchmark)
         if before != after:
             return f"their {what} differ ({before or 'none'}; {after or 'none'})"
-    files = [each.scores.get("data_hashes", {}).get(benchmark, {}) for each in (base, other)]
-    differing = [name for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
+    before, after = (evaluation.scores.get("data_hashes", {}).get(benchmark, {}) for evaluation in (base, other))
+    differing = [name for name in before if name in after and before[name] != after[name]]
     return f"their official files differ ({', '.join(differing)})" if differing else ""
 
 
@@ -51,7 +51,7 @@ def _options(evaluation: Evaluation, benchmark: str) -> str:
 
 
 def _tools(evaluation: Evaluation, benchmark: str) -> str:
-    """What decides the figures beside options; `read_with` has versions and places that make no difference."""
+    """What decides the figures beside options; versions and paths in `read_with` make no difference."""
     tools = evaluation.scores["benchmarks"][benchmark].get("tools", {})
     return ", ".join(f"{name} {value}" for name, value in sorted(tools.items()) if name != "read_with")
 
@@ -68,20 +68,21 @@ def paired_differences(
         other: what is compared.
         resamples: bootstrap draws of pictures.
         seed: of the draws.
-        limit: only the first so many pictures.
+        limit: only the first N pictures.
 
     Returns:
         One row per benchmark and metric; none for a benchmark that is `incomparable` or has no item in common.
     """
     rows = []
     for benchmark in common_benchmarks([base, other]):
-        keys = _first_pictures(base.grades[benchmark], common_items([base, other], benchmark), limit)
+        keys = common_items([base, other], benchmark)
+        keys = first_pictures(keys, [base.grades[benchmark][key]["picture"] for key in keys], limit)
         if not keys:
             continue
         summarise = registry.load("benchmarks", benchmark).summarise
         before, after = (
-            resample(summarise, [each.grades[benchmark][key] for key in keys], resamples=resamples, seed=seed)
-            for each in (base, other)
+            resample(summarise, [evaluation.grades[benchmark][key] for key in keys], resamples=resamples, seed=seed)
+            for evaluation in (base, other)
         )
         for metric in before:
             if metric in after:
@@ -96,23 +97,13 @@ def common_benchmarks(evaluations: Sequence[Evaluation]) -> list[str]:
     return [name for name in first.benchmarks if not any(incomparable(first, other, name) for other in others)]
 
 
-def _first_pictures(
-    rows: Mapping[tuple[str, str], Mapping[str, Any]], keys: list[tuple[str, str]], limit: int | None
-) -> list[tuple[str, str]]:
-    if limit is None:
-        return keys
-    pictures = set(list(dict.fromkeys(rows[key]["picture"] for key in keys))[:limit])
-    return [key for key in keys if rows[key]["picture"] in pictures]
-
-
 def common_items(evaluations: Sequence[Evaluation], benchmark: str, *, is_caption: bool = False) -> list[tuple[str, str]]:
-    """(group, id) of the items that all evaluations have graded, in the order of the first."""
+    """(group, id) of the items that all evaluations have graded, in the order of the first.
+
+    With `is_caption`, only captions whose objects are listed, and which say how many there are to name: they can be cut.
+    """
     first, *others = (evaluation.grades.get(benchmark, {}) for evaluation in evaluations)
-    return [
-        key for key, row in first.items() if all(key in grades for grades in others) and (not is_caption or _can_be_cut(row))
-    ]
-
-
-def _can_be_cut(row: Mapping[str, Any]) -> bool:
-    """Whether a caption's objects are listed, and how many there are to name."""
-    return mentions(row) is not None and "present" in row["counts"]
+    keys = [key for key in first if all(key in grades for grades in others)]
+    if is_caption:
+        keys = [key for key in keys if mentions(first[key]) is not None and "present" in first[key]["counts"]]
+    return keys

@@ -7,16 +7,17 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from catpo.config.options import EvaluateOptions
 from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.data.read import read_samples
-from catpo.evaluation.benchmarks import Benchmark, FolderBenchmark, Item
-from catpo.evaluation.benchmarks._files import Folder
+from catpo.evaluation.benchmarks import Benchmark, Folder, FolderBenchmark, Item
 from catpo.runtime.skip_log import SkipLog
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ def open_tasks(
     is_answered_here: bool = False,
     skipped: SkipLog | None = None,
 ) -> list[Task]:
-    """Every benchmark with what it asks.
+    """Open every benchmark with its items.
 
     Args:
         benchmarks: with their options; each benchmark once.
         data: folder with official files.
-        limit: only the first so many pictures of each benchmark.
+        limit: only the first N pictures of each benchmark.
         is_shuffled: each item gets the picture of another.
-        is_answered_here: a model is asked; otherwise answers made elsewhere are graded.
-        skipped: takes bad rows of data sets, if it goes on over them.
+        is_answered_here: a model answers; otherwise answers made elsewhere are graded.
+        skipped: collects bad rows of data sets, if they are skipped.
 
     Raises:
         UserError: bad benchmark or option; files are missing.
@@ -76,9 +77,11 @@ def _open(
     if waits_for_answers(benchmark):
         return Task(spec, benchmark, items, hashes)
     if not items:
-        raise UserError(f"{spec} asks nothing: {benchmark.data or data} holds no questions. Give it some, or another place.")
-    items = _first_pictures(items, limit)
-    return Task(spec, benchmark, _shuffle_pictures(items, spec) if is_shuffled else items, hashes)
+        raise UserError(f"{spec} asks nothing: {benchmark.data or data} holds no questions. Add some, or give another place.")
+    items = _limited(items, limit)
+    if is_shuffled:
+        items = _shuffle_pictures(items, spec)
+    return Task(spec, benchmark, items, hashes)
 
 
 def waits_for_answers(benchmark: Benchmark) -> bool:
@@ -87,17 +90,21 @@ def waits_for_answers(benchmark: Benchmark) -> bool:
 
 
 def with_answered(task: Task, answered: Iterable[str], limit: int | None = None) -> Task:
-    """The first pictures of a benchmark; an open one has just those items that are answered."""
-    if not (isinstance(task.benchmark, FolderBenchmark) and waits_for_answers(task.benchmark)):
-        return replace(task, items=_first_pictures(task.items, limit))
-    return replace(task, items=_first_pictures([task.benchmark.item(name) for name in answered], limit))
+    """The first pictures of a benchmark; an open one has exactly the items that are answered."""
+    items = task.items
+    if isinstance(task.benchmark, FolderBenchmark) and waits_for_answers(task.benchmark):
+        items = [task.benchmark.item(name) for name in answered]
+    return replace(task, items=_limited(items, limit))
 
 
-def _first_pictures(items: list[Item], limit: int | None) -> list[Item]:
-    if limit is None:
-        return items
-    pictures = set(list(dict.fromkeys(item.picture for item in items))[:limit])
-    return [item for item in items if item.picture in pictures]
+def first_pictures(things: Sequence[Thing], pictures: Sequence[str], limit: int | None) -> list[Thing]:
+    """The things that belong to the first `limit` pictures; `pictures` has the picture of each thing."""
+    kept = set(list(dict.fromkeys(pictures))[:limit])
+    return [thing for thing, picture in zip(things, pictures, strict=True) if picture in kept]
+
+
+def _limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    return first_pictures(items, [item.picture for item in items], limit)
 
 
 def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: SkipLog) -> tuple[list[Item], dict[str, str]]:
@@ -110,23 +117,28 @@ def _items(spec: Spec, benchmark: Benchmark, data: str | Path | None, skipped: S
             "which."
         )
     if not Path(data).is_dir():
-        raise UserError(f"{data} is no folder. `catpo data get {spec.name}` shows what `--data` must hold.")
+        raise UserError(f"{data} is not a folder. `catpo data get {spec.name}` shows what `--data` must hold.")
     folder = Folder(Path(data), spec.name, benchmark.sources, benchmark.pictures)
     return benchmark.opened(folder), folder.hashes
 
 
-def _shuffle_pictures(items: Sequence[Item], spec: Spec, *, seed: int = 0) -> list[Item]:
-    """Every item with the picture of another, no picture keeping its place; truth and question stay."""
+def _shuffle_pictures(items: Sequence[Item], spec: Spec) -> list[Item]:
+    """Every item with the picture of another, so that no picture keeps its place; truth and question stay."""
     images = {item.picture: item.sample.images for item in items}
-    names = list(images)
-    if len(names) < 2:
+    if len(images) < 2:
         raise UserError(f"{spec}: shuffled needs two pictures or more. Raise `limit` or count.")
-    others, rng = list(names), random.Random(seed)
-    for last in range(len(others) - 1, 0, -1):  # Sattolo: one cycle, so nothing stays
-        place = rng.randrange(last)
-        others[last], others[place] = others[place], others[last]
-    moved = dict(zip(names, others, strict=True))
-    return [replace(item, sample=replace(item.sample, images=images[moved[item.picture]])) for item in items]
+    others, rng = list(images.values()), random.Random(0)
+    for last in range(len(others) - 1, 0, -1):  # Sattolo's shuffle: one cycle, so nothing stays
+        other = rng.randrange(last)
+        others[last], others[other] = others[other], others[last]
+    moved = dict(zip(images, others, strict=True))
+    return [replace(item, sample=replace(item.sample, images=moved[item.picture])) for item in items]
+
+
+def picture_files(items: Iterable[Item]) -> tuple[list[Path], list[Path]]:
+    """The files of the pictures that items show, and those of them that are missing."""
+    paths = list(dict.fromkeys(picture.path for item in items for picture in item.sample.images if picture.path))
+    return paths, [path for path in paths if not path.is_file()]
 
 
 def each_item(tasks: Sequence[Task]) -> Iterator[tuple[Task, Item]]:

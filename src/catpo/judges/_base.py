@@ -1,4 +1,4 @@
-"""What judges share: they are asked in messages, answer with a text, and say who they are. Knows no benchmark."""
+"""What judges share: they are asked in chat messages, reply with a text, and say who they are. Knows no benchmark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Judge(ABC):
     """
 
     workers: int = 1
-    """How many questions it takes at a time."""
+    """Number of questions it takes at a time."""
 
     @property
     @abstractmethod
@@ -25,7 +25,7 @@ class Judge(ABC):
         """`name`, `version` and `decoding`: what must be the same for two scores to be comparable. Never a key."""
 
     def decoding_as(self, official: Mapping[str, Any]) -> Judge:
-        """This judge for a benchmark whose authors decode like this, e.g. {"temperature": 0.2}; what the user set stays."""
+        """This judge with a benchmark's official decoding, e.g. {"temperature": 0.2}; options the user has set win."""
         return self
 
     @abstractmethod
@@ -33,12 +33,12 @@ class Judge(ABC):
         """The judge's reply.
 
         Args:
-            messages: as in the chat format: `role` and `content`.
-            key: which item is judged; for messages, and for recorded replies.
-            attempt: 2 or more asks anew, where an earlier reply could not be read.
+            messages: in the chat format: `role` and `content`.
+            key: which item is judged; for error messages, and for recorded replies.
+            attempt: 2 or more asks again, where an earlier reply could not be read.
 
         Raises:
-            UserError: there is no reply to be had; names the item.
+            UserError: there is no reply; names the item.
         """
 
 
@@ -50,5 +50,5 @@ def open_judge(text: str | Spec) -> Judge:
     """
     spec = parse(text)
     make = registry.load("judges", spec.name)
-    made: Judge = make(**check_options(make, spec))
-    return made
+    judge: Judge = make(**check_options(make, spec))
+    return judge

@@ -1,6 +1,6 @@
-"""Replies that were paid for, kept in a JSON Lines file that grows. Knows no judge; whoever asks names the question by a hash.
+"""Replies that were paid for, kept in an append-only JSON Lines file under a hash of the question. Knows no judge.
 
-Several processes may append to one file: a row is one write. One torn by a killed process is left out, and asked again.
+Several processes may append to one file: a row is one write. A row torn by a killed process is ignored, and asked again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from catpo.core.errors import UserError
 
 
 class Replies:
-    """The rows of a file by the hash of what was asked.
+    """The rows of a file, by the hash of what was asked.
 
     Raises:
         UserError: the file cannot be read.
@@ -74,8 +74,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_whole(stream: Any) -> bool:
-    """Whether the file is empty or ends with a line's end."""
-    if not stream.seek(0, os.SEEK_END):
-        return True
-    stream.seek(-1, os.SEEK_END)
-    return bool(stream.read(1) == b"\n")
+    """Whether the file is empty or ends with a newline."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(size - 1, 0))
+    return stream.read(1) in (b"", b"\n")

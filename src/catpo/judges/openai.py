@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server as the judge; what it answered is kept and never paid for twice.
+"""Any OpenAI-compatible server as the judge; its replies are kept and never paid for twice.
 
     openai(model='gpt-4-0314')
 
@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from catpo import judges
+from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
-from catpo.judges import Judge as _Base
 from catpo.judges._replies import Replies, hash_of
 from catpo.models.openai_client import ChatServer
 
 LEFT_TO_SERVER = -1
 
 
-class Judge(_Base):
+class Judge(judges.Judge):
     """A chat model that grades.
 
     Args:
@@ -31,11 +32,11 @@ class Judge(_Base):
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if empty.
         temperature: of sampling; the benchmark's own if None, not sent if -1 (some models have one temperature only).
         max_tokens: longest reply; the benchmark's own if None, not sent if -1.
-        seed: sent along if not None; few servers promise anything for it.
-        repeat: number of the repetition. Another number asks anew instead of taking the kept reply; for the spread of a judge.
-        workers: questions under way at once.
+        seed: sent if not None; few servers guarantee anything for it.
+        repeat: number of the repetition. Another number asks again instead of using the kept reply; for a judge's spread.
+        workers: questions asked at once.
         timeout: seconds that a reply may take.
-        retries: how often a server that is busy, slow or broken is asked again, after 1, 2, 4, … seconds or when it says.
+        retries: how often a busy, slow or broken server is asked again, after 1, 2, 4, … seconds or when it says.
         cache: file of replies; '' for the user's own, 'none' to keep nothing.
     """
 
@@ -55,9 +56,7 @@ class Judge(_Base):
     ) -> None:
         if not model:
             raise UserError("the openai judge needs the name of a model: openai(model='gpt-4-0314').")
-        for name, value in (("repeat", repeat), ("workers", workers)):
-            if value < 1:
-                raise UserError(f"openai({name}={value}): it must be 1 or more.")
+        check_positive(repeat=repeat, workers=workers)
         if not 0 < timeout < math.inf or retries < 0:
             raise UserError(f"openai(timeout={timeout}, retries={retries}): give seconds above 0, and 0 retries or more.")
         self.server = ChatServer(model, base_url=base_url, timeout=timeout, retries=retries)
@@ -70,7 +69,7 @@ class Judge(_Base):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model asked for, those that say they answered (known once it was asked), the decoding."""
+        """The model asked for, those that say they answered (known after the first reply), the decoding."""
         return {
             "name": self.server.model,
             "version": " and ".join(sorted(self.answered_by)),

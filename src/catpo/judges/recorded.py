@@ -2,7 +2,7 @@
 
     recorded(file='reviews.jsonl', name='gpt-4-0314')
 
-Read are JSON Lines with `key` and `reply`, LLaVA-Bench's reviews (`question_id`, `content`), and MMHal-Bench's list of chat
+It reads JSON Lines with `key` and `reply`, LLaVA-Bench's reviews (`question_id`, `content`), and MMHal-Bench's list of chat
 completions, one per question in order.
 """
 
@@ -11,17 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from catpo import judges
 from catpo.core.errors import UserError
-from catpo.files import strict_json
-from catpo.judges import Judge as _Base
+from catpo.files.records import decode, parse_records, read_bytes
 
 
-class Judge(_Base):
-    """Whoever gave the replies in a file.
+class Judge(judges.Judge):
+    """The judge who gave the replies in a file.
 
     Args:
         file: the replies.
-        name: the judge that gave them; the file's own word if empty.
+        name: the judge that gave them; as the file says if empty.
         version: its version, if it is known.
     """
 
@@ -29,15 +29,23 @@ class Judge(_Base):
         if not file:
             raise UserError("the recorded judge needs a file of replies: recorded(file='reviews.jsonl').")
         self.path = Path(file)
-        rows = _rows(self.path)
-        self._replies = _by_key(rows, self.path)
-        models = {str(row["model"]) for row in rows if row.get("model")}
-        self._name = name or " and ".join(sorted(models)) or f"recorded in {self.path.name}"
+        self._replies: dict[str, str] = {}
+        models = set()
+        for number, record in enumerate(parse_records(decode(read_bytes(self.path), self.path), file)):
+            key = str(record.row.get("key", record.row.get("question_id", number)))
+            reply = _reply(record.row)
+            if not isinstance(reply, str):
+                raise UserError(f"{record.place} has no reply: neither reply, content nor choices.")
+            if key in self._replies:
+                raise UserError(f"{record.place} is a second reply for {key}. Remove one of them.")
+            self._replies[key] = reply
+            models.add(str(record.row.get("model") or ""))
+        self._name = name or " and ".join(sorted(models - {""})) or f"recorded in {self.path.name}"
         self._version = version
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As far as the file and the user tell; how the replies were decoded is not known."""
+        """What the file and the user say; how the replies were decoded is not known."""
         return {"name": self._name, "version": self._version, "decoding": {}, "recorded": self.path.name}
 
     def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
@@ -45,49 +53,14 @@ class Judge(_Base):
         for name in (key, key.rpartition("/")[2]):
             if name in self._replies:
                 return self._replies[name]
-        raise UserError(f"{self.path} has no reply for {key}. It has {len(self._replies)}: {_some(self._replies)}.")
+        count, first = len(self._replies), ", ".join(list(self._replies)[:5])
+        raise UserError(f"{self.path} has no reply for {key}. It has {count}: {first}{', …' if count > 5 else ''}.")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _reply(row: dict[str, Any]) -> Any:
+    if "choices" not in row:
+        return row.get("reply", row.get("content"))
     try:
-        text = path.read_text(encoding="utf-8")
-        listed = (
-            strict_json.loads(text)
-            if text.lstrip().startswith("[")
-            else [strict_json.loads(line) for line in text.split("\n") if line.strip()]
-        )
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is neither JSON Lines nor a JSON list in UTF-8 ({error}).") from error
-    for number, row in enumerate(listed, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number} must be a JSON object with key and reply.")
-    return list(listed)
-
-
-def _by_key(rows: list[dict[str, Any]], path: Path) -> dict[str, str]:
-    replies: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        key, reply = _key_and_reply(row, number)
-        if not isinstance(reply, str):
-            raise UserError(f"{path}: row {number + 1} has no reply: neither reply, content nor choices.")
-        if key in replies:
-            raise UserError(f"{path}: row {number + 1} is a second reply for {key}. Remove one of them.")
-        replies[key] = reply
-    return replies
-
-
-def _key_and_reply(row: dict[str, Any], number: int) -> tuple[str, Any]:
-    key = row.get("key", row.get("question_id", number))
-    if "choices" in row:
-        try:
-            return str(key), row["choices"][0]["message"]["content"]
-        except (LookupError, TypeError):
-            return str(key), None
-    return str(key), row.get("reply", row.get("content"))
-
-
-def _some(replies: dict[str, str]) -> str:
-    names = list(replies)
-    return ", ".join(names if len(names) <= 5 else [*names[:4], "…"])
+        return row["choices"][0]["message"]["content"]
+    except (LookupError, TypeError):
+        return None

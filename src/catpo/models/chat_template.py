@@ -1,4 +1,4 @@
-"""The chat template around a prompt, and what the model would write after it."""
+"""Text and pictures as the model reads them: the chat template, token ids of prompts and responses, the processor's tensors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL.Image import Image
+from torch import Tensor
 
 from catpo.core.errors import UserError, first_line
+from catpo.core.types import Picture
+
+CONTEXT = 200
+"""Characters of the prompt that a response is tokenised behind: enough, since placeholders are not expanded there."""
 
 
 class ChatTemplate:
-    """Prompts and responses as token ids, as the checkpoint's own chat template has them."""
+    """Turns prompts and responses into token ids with the checkpoint's own processor and chat template."""
 
+    model: Any
     processor: Any
     model_id: str
+
+    @property
+    def unwrapped(self) -> Any:
+        """The transformers model, without a PEFT wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
     def tokenizer(self) -> Any:
@@ -23,16 +35,25 @@ class ChatTemplate:
 
     @property
     def image_token_id(self) -> int:
-        raise NotImplementedError
+        return self.unwrapped.config.image_token_id
 
     @property
-    def eos_token_id(self) -> int:
-        raise NotImplementedError
+    def stop_ids(self) -> list[int]:
+        """Every token that the generation config names as an end."""
+        ids = self.unwrapped.generation_config.eos_token_id
+        return [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None]
 
-    def _begins_without_bos(self, text: str) -> bool:
-        """Whether the tokenizer has to put the begin-of-sequence token: some chat templates write it, some leave it out."""
-        bos = self.tokenizer.bos_token
-        return bos is not None and not text.startswith(bos)
+    @cached_property
+    def eos_token_id(self) -> int:
+        """The token that ends a response: of those that stop generation, the one the chat template puts after an answer."""
+        stops = self.stop_ids
+        after_answer = self.token_ids(self.around_answer[1])[:1]
+        for candidate in (*after_answer, self.tokenizer.eos_token_id, *stops):
+            if candidate in stops or (not stops and candidate is not None):
+                return candidate
+        raise UserError(f"{self.model_id} names no token that ends a response. Set eos_token_id in its generation_config.json.")
+
+    # ---- text ---------------------------------------------------------------------------------------------------------
 
     def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
         """The model's own chat template around pictures and prompt, up to where the answer starts.
@@ -40,36 +61,9 @@ class ChatTemplate:
         Raises:
             UserError: the prompt holds a special token, or the model has no chat template.
         """
-        self._refuse_special(prompt, f"{name}: the prompt")
+        self.refuse_special_tokens(prompt, f"{name}: the prompt")
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
-        return self._chat([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, **options)
-        except ValueError as error:  # there is none
-            raise UserError(
-                f"{self.model_id} has no chat template, so its prompts are not known. Use an instruction-tuned checkpoint, or "
-                "put chat_template.jinja beside its processor."
-            ) from error
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                f"{self.model_id}: its chat template cannot be used ({first_line(error)}). Correct chat_template.jinja beside "
-                "its processor."
-            ) from error
-
-    def _refuse_special(self, text: str, name: str) -> None:
-        found = next((token for token in self._special_tokens if token in text), None)
-        if found is not None:
-            raise UserError(
-                f"{name} holds the special token {found!r}, which would be read as an image or as the end. Remove it from the "
-                "text; pictures are placed by the chat template."
-            )
-
-    @cached_property
-    def _special_tokens(self) -> list[str]:
-        image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        return sorted({image, *self.tokenizer.all_special_tokens} - {None, ""})
+        return self._rendered([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
         """The tokens the model would generate for `response` after the prompt, with the end-of-sequence token.
@@ -77,38 +71,60 @@ class ChatTemplate:
         The text is tokenised behind the prompt, since some tokenizers join a leading space to the first word.
 
         Raises:
-            UserError: a special token stands in the response.
+            UserError: the response holds a special token.
         """
-        self._refuse_special(response, name)
-        tail = prompt_text[-200:]  # enough context; placeholders are not expanded here
-        before, lead = self._ids(tail), self._lead(prompt_text)
-        together = self._ids(tail + lead + response.strip())
-        ids = together[len(before) :] if together[: len(before)] == before else self._ids(lead + response.strip())
-        return [*ids, self.eos_token_id]
+        self.refuse_special_tokens(response, name)
+        context, answer = prompt_text[-CONTEXT:], self.answer_lead(prompt_text) + response.strip()
+        before, together = self.token_ids(context), self.token_ids(context + answer)
+        is_separable = together[: len(before)] == before
+        return [*(together[len(before) :] if is_separable else self.token_ids(answer)), self.eos_token_id]
 
-    def _lead(self, prompt_text: str) -> str:
-        """What stands between the prompt and an answer."""
-        return "" if not prompt_text or prompt_text[-1].isspace() or not self._answers_start_with_space else " "
-
-    @cached_property
-    def _answers_start_with_space(self) -> bool:
-        """Whether the chat template puts a space between its last words and the answer (Vicuna's `ASSISTANT: …`)."""
-        return self._around_answer[0].startswith(" ")
-
-    @property
-    def _after_answer(self) -> str:
-        return self._around_answer[1]
+    def answer_lead(self, prompt_text: str) -> str:
+        """A space if the template puts one between its last words and the answer (Vicuna's `ASSISTANT: …`), else nothing."""
+        ends_in_space = not prompt_text or prompt_text[-1].isspace()
+        return " " if not ends_in_space and self.around_answer[0].startswith(" ") else ""
 
     @cached_property
-    def _around_answer(self) -> tuple[str, str]:
+    def around_answer(self) -> tuple[str, str]:
         """What the chat template writes between its generation prompt and an answer, and after the answer."""
-        turn = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
-        ask = self._chat(turn, add_generation_prompt=True)
-        full = self._chat([*turn, {"role": "assistant", "content": [{"type": "text", "text": "xyzzy"}]}])
-        before, found, after = full[len(ask) :].partition("xyzzy") if full.startswith(ask) else ("", "", "")
-        return (before, after) if found else ("", "")
+        question = {"role": "user", "content": [{"type": "text", "text": "q"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "xyzzy"}]}
+        asked, answered = self._rendered([question], add_generation_prompt=True), self._rendered([question, answer])
+        if not answered.startswith(asked) or "xyzzy" not in answered[len(asked) :]:
+            return "", ""
+        before, _, after = answered[len(asked) :].partition("xyzzy")
+        return before, after
 
-    def _ids(self, text: str) -> list[int]:
+    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, **options)
+        except ValueError as error:  # there is none
+            problem = (
+                "has no chat template. Use an instruction-tuned checkpoint, or put chat_template.jinja beside its processor."
+            )
+            raise UserError(f"{self.model_id} {problem}") from error
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"{self.model_id}: its chat template cannot be used ({first_line(error)}). Correct chat_template.jinja beside "
+                "its processor."
+            ) from error
+
+    def refuse_special_tokens(self, text: str, name: str) -> None:
+        """Raises UserError if the text holds a token that would be read as an image or as the end."""
+        for token in self._special_tokens:
+            if token in text:
+                raise UserError(
+                    f"{name} holds the special token {token!r}, which would be read as an image or as the end. Remove it from "
+                    "the text; the chat template places the pictures."
+                )
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        return sorted({image, *self.tokenizer.all_special_tokens} - {None, ""})
+
+    def token_ids(self, text: str) -> list[int]:
+        """The text's tokens, without any that the tokenizer would add."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -120,3 +136,38 @@ class ChatTemplate:
             texts.append("" if is_open else so_far[len(done) :])
             done = done if is_open else so_far
         return texts
+
+    # ---- pictures -----------------------------------------------------------------------------------------------------
+
+    def process(self, images: Sequence[Sequence[Picture | Image]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
+        """The processor's output for prompts with pictures.
+
+        Raises:
+            UserError: a picture cannot be read, or the processor refuses it.
+        """
+        pictures = [[_opened(image) for image in group] for group in images]
+        needs_bos = any(self.needs_bos(text) for text in texts)  # all of them or none: they share a template
+        try:
+            return dict(
+                self.processor(images=pictures, text=list(texts), return_tensors="pt", add_special_tokens=needs_bos, **options)
+            )
+        except (ValueError, ZeroDivisionError) as error:  # e.g. Qwen-VL's, of pictures 200 times as wide as high
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for group in pictures for picture in group[:3])
+            raise UserError(
+                f"the model's processor refuses a picture ({first_line(error)}). Sizes: {sizes}. Replace or remove it."
+            ) from error
+
+    def needs_bos(self, text: str) -> bool:
+        """Whether the tokenizer has to add the begin-of-sequence token: some chat templates write it, some leave it out."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and not text.startswith(bos)
+
+    def check_positions(self, count: int, name: str) -> None:
+        """Raises UserError if `count` tokens are more than the model was made for; they would cost memory and mean little."""
+        most = getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and count > most:
+            raise UserError(f"{name}: {count:,} tokens are more than the {most:,} that the model reads. Shorten or remove it.")
+
+
+def _opened(image: Picture | Image) -> Image:
+    return image.open() if isinstance(image, Picture) else image

@@ -1,4 +1,4 @@
-"""Answers of a model: whole ones, and sentence by sentence."""
+"""Answers of a model, greedy or sampled: whole ones, and sentence by sentence."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from PIL.Image import Image
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from catpo.core.errors import UserError, first_line
-from catpo.core.types import Picture, Sample
+from catpo.core.types import Sample
 from catpo.models import memory
 from catpo.models.chat_template import ChatTemplate
 from catpo.models.tensors import text_hash
@@ -27,38 +22,38 @@ SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
 @dataclass(frozen=True)
 class Sentence:
-    """How a begun answer goes on."""
+    """The next sentence of an answer that has begun."""
 
     text: str
-    """With its leading space; nothing, where the answer was finished already."""
+    """With its leading space; empty if the answer was complete already."""
     logps: tuple[float, ...]
-    """Log-prob of each of its tokens, a last token that ends the answer included."""
+    """Log-prob of each of its tokens, including the one that ends the answer."""
     ending: Literal["answer", "sentence", "cut"]
-    """Whether the whole answer ends here, only the sentence, or neither before the longest length."""
+    """Whether the whole answer ends here, only the sentence, or neither within the length limit."""
 
 
-class _Watch(LogitsProcessor):
-    """Notes what the model itself gives each token that is drawn, before temperature and top-p."""
+class _LogProbs(LogitsProcessor):
+    """Records the model's own log-prob of each drawn token, before temperature and top-p."""
 
     def __init__(self) -> None:
-        self._noted: list[Tensor] = []
+        self._recorded: list[Tensor] = []
         self._next: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._note(input_ids[:, -1:])
+        self._record(input_ids[:, -1:])
         self._next = scores.float().log_softmax(-1)
         return scores
 
-    def _note(self, tokens: Tensor) -> None:
+    def _record(self, tokens: Tensor) -> None:
         if self._next is not None:
-            self._noted.append(self._next.gather(1, tokens))
+            self._recorded.append(self._next.gather(1, tokens))
 
-    def logps(self, new: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new"]:
-        """Log-probs of the tokens of a finished generation; the next one begins anew."""
-        self._note(new[:, -1:])
-        noted = torch.cat(self._noted[: new.shape[1]], dim=1)
-        self._noted, self._next = [], None
-        return noted
+    def take(self, new: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new"]:
+        """Log-probs of the tokens of a finished generation; the record starts again."""
+        self._record(new[:, -1:])
+        logps = torch.cat(self._recorded[: new.shape[1]], dim=1)
+        self._recorded, self._next = [], None
+        return logps
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
@@ -68,57 +63,14 @@ def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
 
 
 class Generation(ChatTemplate):
-    """Greedy and sampled answers in batches of like length."""
+    """Generates in batches of prompts of similar length.
 
-    model: Any
-
-    @property
-    def unwrapped(self) -> Any:
-        """The transformers model, without a PEFT wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+    Sampling draws from a generator seeded by `seed` and the samples' ids, so the same call gives the same answers.
+    """
 
     @property
     def device(self) -> torch.device:
         return next(self.unwrapped.parameters()).device
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Every token that ends generation."""
-        ids = self.unwrapped.generation_config.eos_token_id
-        return [each for each in (ids if isinstance(ids, list) else [ids]) if each is not None]
-
-    @cached_property
-    def eos_token_id(self) -> int:
-        """The token that ends a response: of those that stop generation, the one the chat template puts after an answer."""
-        stops = self.stop_ids
-        after_answer = self._ids(self._after_answer)[:1]
-        for candidate in (*after_answer, self.tokenizer.eos_token_id, *stops):
-            if candidate in stops or (not stops and candidate is not None):
-                return candidate
-        raise UserError(f"{self.model_id} names no token that ends a response. Set eos_token_id in its generation_config.json.")
-
-    def process(self, images: Sequence[Sequence[Picture]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
-        """The processor's output for prompts with pictures."""
-        return self._processed([[picture.open() for picture in group] for group in images], texts, **options)
-
-    def _processed(self, pictures: Sequence[Sequence[Image]], texts: Sequence[str], **options: Any) -> dict[str, Tensor]:
-        lacks_bos = any(self._begins_without_bos(text) for text in texts)  # all of them: they share a template
-        nested = [list(group) for group in pictures]
-        try:
-            return dict(
-                self.processor(images=nested, text=list(texts), return_tensors="pt", add_special_tokens=lacks_bos, **options)
-            )
-        except (ValueError, ZeroDivisionError) as error:  # e.g. Qwen-VL's, of pictures 200 times as wide as high
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for group in pictures for picture in group[:3])
-            raise UserError(
-                f"the model's processor refuses a picture ({first_line(error)}). Sizes: {sizes}. Replace or remove it."
-            ) from error
-
-    def _check_positions(self, count: int, name: str) -> None:
-        """Refuse what is longer than anything the model was made for; it would cost much memory and mean little."""
-        most = getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and count > most:
-            raise UserError(f"{name}: {count:,} tokens are more than the {most:,} that the model reads. Shorten or remove it.")
 
     def generate(
         self,
@@ -131,15 +83,13 @@ class Generation(ChatTemplate):
         batch_size: int = 32,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """Answers in the order of `samples`; batches hold prompts of like length. Temperature 0 is greedy.
+        """Answers in the order of `samples`; temperature 0 is greedy.
 
-        Sampling draws from a generator seeded by `seed` and the samples' ids, so that the same call gives the same answers.
         `progress` is called with the number of samples just finished.
         """
-        texts = [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
         answers = [""] * len(samples)
-        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
-        for batch, new in self._generated(samples, texts, batch_size, seed, eos_token_id=self._stops, **options):
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": self._stops, **_sampling(temperature, top_p)}
+        for batch, new in self._generated(samples, self._prompts(samples), batch_size, seed, **options):
             for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[index] = text.strip()
             if progress:
@@ -149,7 +99,7 @@ class Generation(ChatTemplate):
     def next_sentences(
         self,
         samples: Sequence[Sample],
-        begun: Sequence[str],
+        starts: Sequence[str],
         *,
         max_new_tokens: int = 70,
         temperature: float = 1.0,
@@ -157,55 +107,52 @@ class Generation(ChatTemplate):
         seed: int | str = 0,
         batch_size: int = 32,
     ) -> list[Sentence]:
-        """How each begun answer goes on, up to the end of its next sentence; draws as `generate` does.
+        """The next sentence after each of `starts`, the beginning of an answer, which may be empty.
 
-        A row may stand several times in one batch, and is drawn anew each time. A sentence ends with a token that ends in a
+        The same sample may be given several times; each is drawn independently. A sentence ends with a token that ends in a
         full stop, an exclamation mark or a question mark.
         """
-        texts = [
-            self._begun(self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}"), start)
-            for sample, start in zip(samples, begun, strict=True)
-        ]
-        found: list[Sentence | None] = [None] * len(samples)
-        ends = torch.tensor(sorted({*self._stops, *self._sentence_ends}), device=self.device)
-        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
-        watch = _Watch()
-        for batch, new in self._generated(
-            samples,
-            texts,
-            batch_size,
-            seed,
-            eos_token_id=ends.tolist(),
-            logits_processor=LogitsProcessorList([watch]),
-            **options,
-        ):
-            for index, ids, logps in zip(batch, new.tolist(), watch.logps(new).tolist(), strict=True):
-                found[index] = self._sentence(begun[index], ids, logps)
-        return [each for each in found if each is not None]
+        texts = self._prompts(samples)
+        for index, start in enumerate(starts):
+            if start:
+                texts[index] += self.answer_lead(texts[index]) + start
+        recorder = _LogProbs()
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": sorted({*self._stops, *self._sentence_ends}),
+            "logits_processor": LogitsProcessorList([recorder]),
+            **_sampling(temperature, top_p),
+        }
+        sentences: dict[int, Sentence] = {}
+        for batch, new in self._generated(samples, texts, batch_size, seed, **options):
+            for index, ids, logps in zip(batch, new.tolist(), recorder.take(new).tolist(), strict=True):
+                sentences[index] = self._sentence(starts[index], ids, logps)
+        return [sentences[index] for index in range(len(samples))]
+
+    def _prompts(self, samples: Sequence[Sample]) -> list[str]:
+        return [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
 
     @torch.inference_mode()
     def _generated(
         self, samples: Sequence[Sample], texts: Sequence[str], batch_size: int, seed: int | str, **options: Any
     ) -> Iterator[tuple[list[int], Int[Tensor, "rows new"]]]:
-        """Places of a batch, and the tokens that were generated for it, after texts of like length."""
+        """Batch by batch, the indices of its samples and the tokens generated for them; the longest texts come first."""
         was_training = self.model.training
         self.model.eval()
+        pad = self.tokenizer.pad_token_id
+        options["pad_token_id"] = self.eos_token_id if pad is None else pad
         order = sorted(range(len(samples)), key=lambda index: (-len(texts[index]), index))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = self.process(
-                [samples[i].images for i in batch], [texts[i] for i in batch], padding=True, padding_side="left"
-            )
-            self._check_positions(inputs["input_ids"].shape[1], f"sample {samples[batch[0]].id}")  # the longest
-            random_of = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-            with memory.explained(f"answering {len(batch)} questions at once", self.model), random_of:
-                torch.manual_seed(int(text_hash(f"{seed}/{samples[batch[0]].id}")[:15], 16))
-                tokens = self.model.generate(
-                    **{name: value.to(self.device) for name, value in inputs.items()},
-                    pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id,
-                    **options,
-                )
-            yield batch, tokens[:, inputs["input_ids"].shape[1] :]
+            images = [samples[index].images for index in batch]
+            inputs = self.process(images, [texts[index] for index in batch], padding=True, padding_side="left")
+            first, length = samples[batch[0]].id, inputs["input_ids"].shape[1]
+            self.check_positions(length, f"sample {first}")
+            own_randomness = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+            with memory.explained(f"answering {len(batch)} questions at once", self.model), own_randomness:
+                torch.manual_seed(int(text_hash(f"{seed}/{first}")[:15], 16))
+                tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
+            yield batch, tokens[:, length:]
         self.model.train(was_training)
 
     @property
@@ -218,19 +165,17 @@ class Generation(ChatTemplate):
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))], skip_special_tokens=True)
         return [token for token, text in enumerate(texts) if text.rstrip().endswith(SENTENCE_ENDS)]
 
-    def _begun(self, prompt_text: str, start: str) -> str:
-        """The prompt with the beginning of an answer behind it."""
-        return prompt_text + self._lead(prompt_text) + start if start else prompt_text
-
-    def _sentence(self, begun: str, ids: list[int], logps: list[float]) -> Sentence:
-        """What was generated behind a begun answer, as far as it goes."""
+    def _sentence(self, start: str, ids: list[int], logps: list[float]) -> Sentence:
+        """The generated tokens up to the first that ends a sentence or the answer; what follows is padding."""
         ends = {*self._stops, *self._sentence_ends}
-        count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        before = self._ids(begun)
-        start = self.tokenizer.decode(before, skip_special_tokens=True)
-        text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[len(start) :]  # with its leading space
-        last = ids[count - 1]
-        ending: Literal["answer", "sentence", "cut"] = (
-            "answer" if last in self._stops else "sentence" if last in ends else "cut"
-        )
-        return Sentence(text if begun else text.lstrip(), tuple(logps[:count]), ending)
+        count = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
+        # decoded behind the beginning: alone, some tokenizers drop the leading space
+        before = self.token_ids(start)
+        start_length = len(self.tokenizer.decode(before, skip_special_tokens=True))
+        text = self.tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True)[start_length:]
+        ending: Literal["answer", "sentence", "cut"] = "cut"
+        if ids[count - 1] in self._stops:
+            ending = "answer"
+        elif ids[count - 1] in ends:
+            ending = "sentence"
+        return Sentence(text if start else text.lstrip(), tuple(logps[:count]), ending)

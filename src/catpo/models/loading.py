@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file, logging
 
 from catpo.core import registry
@@ -29,10 +23,14 @@ from catpo.models.family import Family
 
 BUILTIN = Path(__file__).parent / "builtin"
 """The packaged model, called `builtin` on the command line."""
+FAILURES = (
+    OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises over a checkpoint that is missing, damaged, or not one."""
 
 
 def resolve(model: str | Path) -> str:
-    """`builtin` becomes the packaged model's folder; anything else stays."""
+    """The packaged model's folder for `builtin`; anything else is returned unchanged."""
     return str(BUILTIN) if str(model) == "builtin" else str(model)
 
 
@@ -61,11 +59,12 @@ def load(
     options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
     _check_dtype(dtype)
     check_device(device)
-    _refuse_pickles(Path(path), f"model '{model}'", ("model.safetensors", "model.safetensors.index.json"))
+    _refuse_pickles(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
+    has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with quiet():
-            loaded, found = AutoModelForImageTextToText.from_pretrained(
+            loaded, info = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -73,27 +72,28 @@ def load(
                 output_loading_info=True,
                 **options,
             )
-        processor = AutoProcessor.from_pretrained(_processor_folder(path, adapter), trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(adapter if has_processor else path, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         raise _not_loaded(model, error) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"model '{model}' lacks {len(missing)} of its weights, {missing[0]} among them, which would be random numbers. "
+            f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
             "Get the checkpoint again."
         )
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
     loaded.to(device or best_device()).eval()
-    _compute_alike(loaded)
+    _keep_one_4bit_precision(loaded)
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attn_implementation is not None:
         family.use_packed_attention(attn_implementation)
     return family
 
 
-def _compute_alike(model: nn.Module) -> None:
-    """Without and with gradients: on CPUs with bfloat16 instructions bitsandbytes packs 4-bit layers once none is asked for,
-    and computes in another precision from then on. Reference and policy would differ, and some widths cannot be packed.
+def _keep_one_4bit_precision(model: nn.Module) -> None:
+    """Compute alike with and without gradients. On CPUs with bfloat16 instructions, bitsandbytes packs 4-bit layers at the
+    first forward without gradients and uses another precision from then on: reference and policy would differ, and some
+    widths cannot be packed.
     """
     flag = "support_avx512bf16_for_cpu"
     for module in model.modules():
@@ -101,16 +101,10 @@ def _compute_alike(model: nn.Module) -> None:
             setattr(module, flag, False)
 
 
-FAILURES = (
-    OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises over a checkpoint that is not there, is damaged, or is none."""
-
-
 def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(
-            f"model '{model}' brings Python code of its own, which is not run unless you ask for it. Read that code, then give "
+            f"model '{model}' brings its own Python code, which runs only if you ask for it. Read that code, then give "
             "--trust-remote-code (trust_remote_code=True)."
         )
     return UserError(
@@ -118,20 +112,21 @@ def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> Us
     )
 
 
-def _refuse_pickles(folder: Path, name: str, wanted: Sequence[str]) -> None:
-    """Weights in another format than safetensors can run code when they are opened: they are told, and left alone."""
-    if not folder.is_dir() or any((folder / file).is_file() for file in wanted):
+def _refuse_pickles(folder: Path, name: str, *safetensors: str) -> None:
+    """Refuse a folder whose weights are in another format than safetensors: opening them could run code."""
+    if not folder.is_dir() or any((folder / file).is_file() for file in safetensors):
         return
-    pickles = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
         raise UserError(
             f"{name} has its weights in {pickles[0]}, a format that can run code when it is opened. Only safetensors are "
-            "loaded: get them from its publisher, or write them with save_pretrained in a place where nothing can be lost."
+            "loaded: get them from the publisher, or convert the weights with save_pretrained in an isolated environment."
         )
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype != "auto" and not (isinstance(found := getattr(torch, dtype, None), torch.dtype) and found.is_floating_point):
+    value = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise UserError(f"dtype='{dtype}' is not known. {did_you_mean(dtype, ('auto', 'float32', 'bfloat16', 'float16'))}")
 
 
@@ -178,7 +173,7 @@ def blueprint(
 
 
 def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
-    """4-bit NF4 for the decoder's linear layers; vision tower, projector and head stay as they are.
+    """4-bit NF4 for the decoder's linear layers; vision tower, projector and head keep their precision.
 
     Raises:
         UserError: another word than `4bit`, or bitsandbytes is not installed.
@@ -187,13 +182,13 @@ def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
     plan = blueprint(path, dtype=dtype)
-    frozen = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
+    kept = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=plan.unwrapped.dtype if plan.unwrapped.dtype != torch.float32 else torch.bfloat16,
-        llm_int8_skip_modules=[name for name, module in plan.unwrapped.named_modules() if id(module) in frozen],
+        llm_int8_skip_modules=[name for name, module in plan.unwrapped.named_modules() if id(module) in kept],
     )
 
 
@@ -219,21 +214,14 @@ def quiet() -> Iterator[None]:
 def _adapter_base(adapter: Path) -> str:
     base = read_json(adapter / "adapter_config.json", made_by="save_pretrained").get("base_model_name_or_path")
     if not base or not isinstance(base, str):
-        raise UserError(
-            f"{adapter} holds an adapter that does not say which model it belongs to. Give --model BASE --adapter {adapter}."
-        )
+        raise UserError(f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {adapter}.")
     return resolve(base)
-
-
-def _processor_folder(path: str, adapter: str | Path | None) -> str:
-    has_own = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
-    return str(adapter) if has_own else path
 
 
 def _with_adapter(model: Any, adapter: str | Path) -> Any:
     from peft import PeftModel  # only where an adapter is used: peft starts slowly
 
-    _refuse_pickles(Path(adapter), f"adapter '{adapter}'", ("adapter_model.safetensors",))
+    _refuse_pickles(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
     try:
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
         return PeftModel.from_pretrained(model, str(adapter))

@@ -1,7 +1,7 @@
-"""Asks an OpenAI-compatible server: a conversation in, a text out. Knows nothing of judges, benchmarks or pictures.
+"""Client of an OpenAI-compatible server: a conversation in, a text out. Knows nothing of judges, benchmarks or pictures.
 
-The key is read from OPENAI_API_KEY for each request. It goes into that request's header and nowhere else: no attribute holds
-it, and a server that sends it back finds it blotted out.
+The key is read from OPENAI_API_KEY for each request and goes into that request's header only: no attribute holds it, and it is
+redacted in whatever a server sends back.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from catpo.core.errors import UserError
 
 DEFAULT_URL = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
-AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Answers of a server that is busy or stumbled: the same request may succeed later."""
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses after which the same request may succeed later."""
 LONGEST_WAIT = 60.0
+"""Seconds between two tries, whatever the server asks for."""
 SECRET_LENGTH = 12
-"""A shorter key, such as the EMPTY that a local server is content with, is no secret, and may be a word of an answer."""
+"""A shorter key, such as the EMPTY that local servers accept, is no secret and may be a word of an answer."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered."""
+    """A server's answer."""
 
     text: str
     model: str
-    """The model that the server says answered; may be more exact than the one asked for."""
-    is_cut: bool = False
-    """Ended at the length limit."""
+    """The model as the server names it; may be more specific than the one in the request."""
 
 
 class _Busy(Exception):
-    """Worth another try."""
+    """The request is worth another try."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -53,8 +52,8 @@ class ChatServer:
         model: name of the model at the server.
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if empty.
         timeout: seconds that a whole answer may take.
-        retries: how often a busy server is asked again, after 1, 2, 4, … seconds or when it says.
-        reply_limit: bytes of the longest reply that is read.
+        retries: how often a request is sent again, after 1, 2, 4, … seconds or as `Retry-After` says.
+        reply_limit: size in bytes of the longest accepted reply.
         sleep: waits; for tests.
     """
 
@@ -74,7 +73,7 @@ class ChatServer:
         self._client = httpx2.Client(timeout=timeout, follow_redirects=False)  # shared by threads
 
     def ask(self, messages: Sequence[Mapping[str, Any]], **decoding: Any) -> Reply:
-        """The answer to a conversation; `decoding` is sent as it is, e.g. temperature=0.0.
+        """The answer to a conversation; `decoding` is sent unchanged, e.g. temperature=0.0.
 
         Raises:
             UserError: the server cannot be reached, refuses, or is still busy after all retries.
@@ -88,12 +87,12 @@ class ChatServer:
                 if attempt < self.retries:
                     self.sleep(min(LONGEST_WAIT, 2.0**attempt if busy.wait is None else busy.wait))
         raise UserError(
-            f"{self.url} did not answer in {self.retries + 1} tries; the last time: {last}. What it answered before is "
-            "kept: give the same command again."
+            f"{self.url} did not answer in {self.retries + 1} tries; the last time: {last}. Earlier answers are kept: "
+            "give the same command again."
         )
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
-        """The bytes of a good answer."""
+        """The body of a successful response."""
         content, headers = json.dumps(body).encode("ascii"), {"Content-Type": "application/json", **_authorization()}
         try:
             with self._client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
@@ -113,7 +112,7 @@ class ChatServer:
         for part in response.iter_bytes():
             received += part
             if len(received) > self.reply_limit:
-                raise UserError(f"{self.url} sends more than {self.reply_limit:,} bytes as one answer. Is it a chat server?")
+                raise UserError(f"{self.url} sent more than {self.reply_limit:,} bytes as one answer. Is it a chat server?")
             if time.monotonic() > deadline:
                 raise _Busy(f"the answer was not complete within {self.timeout:g} s")
         return bytes(received)
@@ -130,26 +129,30 @@ class ChatServer:
         if not isinstance(text, str):
             raise _Busy(f"it sent no text ({_shown(text)})")
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair could not be written to a file
-        return Reply(_without_secret(text), _shown(answer.get("model") or self.model), choice.get("finish_reason") == "length")
+        return Reply(_without_secret(text), _shown(answer.get("model") or self.model))
 
     def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
-        """The error that a status stands for: worth another try, or what the user can do."""
+        """The error for a status: worth another try, or with what the user can do."""
         status, reason = response.status_code, _reason(content)
-        if status in AGAIN and "insufficient_quota" not in reason:
+        if status in RETRIED and "insufficient_quota" not in reason:
             return _Busy(f"status {status} {reason}".strip(), _seconds(response.headers.get("Retry-After")))
         said = f"(status {status}: {reason})"
         if status in (401, 403):
-            have = "another key" if os.environ.get(KEY) else "the key"
-            return UserError(f"{self.url} lets nobody in {said}. Put {have} for it into the environment as {KEY}.")
+            key = "another key" if os.environ.get(KEY) else "the key"
+            return UserError(f"{self.url}: authentication failed {said}. Set {key} in the environment variable {KEY}.")
         if status == 404:
-            return UserError(f"{self.url} knows no '{self.model}' {said}. `curl {self.url}/models` lists what it has.")
+            return UserError(f"{self.url} has no model '{self.model}' {said}. `curl {self.url}/models` lists those it has.")
         if response.is_redirect:
-            return UserError(f"{self.url} has moved {said}. Give the new address; keys are not sent along by themselves.")
+            return UserError(f"{self.url} has moved {said}. Give the new URL; redirects are not followed, to protect the key.")
         return UserError(f"{self.url} refuses the request {said}. Correct the options of '{self.model}'.")
 
 
 def _checked_url(text: str) -> str:
-    """The address up to `/v1`, without what follows it."""
+    """The URL up to `/v1`.
+
+    Raises:
+        UserError: it is not a URL, or it holds a secret, which is not repeated.
+    """
     try:
         parts = urlsplit(text.strip())
         has_secret = bool(parts.username or parts.password or parts.query)
@@ -157,19 +160,15 @@ def _checked_url(text: str) -> str:
     except ValueError:
         has_secret, is_address = "@" in text, False
     if has_secret:
-        raise UserError(f"the server's URL holds a password or a query, which would be stored. Put the key into {KEY} instead.")
+        raise UserError(f"the server's URL holds a password or a query, which would be stored. Set the key in {KEY} instead.")
     if not is_address:
         raise UserError(f"'{text}' is not the URL of a server. Give one such as http://localhost:8000/v1.")
     path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
-def _key() -> str:
-    return os.environ.get(KEY, "").strip()
-
-
 def _authorization() -> dict[str, str]:
-    key = _key()
+    key = os.environ.get(KEY, "").strip()
     if not key:
         return {}
     if not (key.isascii() and key.isprintable()):
@@ -178,19 +177,19 @@ def _authorization() -> dict[str, str]:
 
 
 def _without_secret(text: str) -> str:
-    key = _key()
+    key = os.environ.get(KEY, "").strip()
     return text.replace(key, "[key]") if len(key) >= SECRET_LENGTH else text
 
 
 def _shown(text: object) -> str:
-    """A server's words as a message can hold them: short, on one line, without the key."""
+    """A server's text for a message: short, on one line, without the key."""
     line = " ".join(_without_secret(str(text)).split())
     line = line if line.isprintable() else ascii(line)[1:-1]
     return line if len(line) <= 200 else line[:197] + "..."
 
 
 def _reason(content: bytes) -> str:
-    """What went wrong, in the server's words; code and message where it has OpenAI's form."""
+    """What went wrong according to the server: code and message if it follows OpenAI's format, else its text."""
     text = content.decode("utf-8", "replace")
     try:
         error = json.loads(text)
@@ -202,7 +201,7 @@ def _reason(content: bytes) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Seconds that a server asks to wait; none for a date."""
+    """Seconds to wait; None for a date."""
     try:
         return max(0.0, float(retry_after)) if retry_after else None
     except ValueError:

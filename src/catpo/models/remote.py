@@ -1,4 +1,4 @@
-"""A model behind a running OpenAI-compatible server, asked with pictures. It answers; attention and log-probs stay there."""
+"""A vision-language model behind an OpenAI-compatible server. It only answers: attention and log-probs are not available."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from catpo.models.openai_client import ChatServer
 PREFIX = "openai:"
 """`--model openai:NAME` is model NAME of a server."""
 MIME_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png"}
-"""Formats that are sent as they are."""
+"""Formats that are sent unchanged."""
 TIMEOUT = 900.0
 """Seconds for one answer: a server may queue a whole batch."""
 
 
 class ServedModel:
-    """What `catpo evaluate` needs of a model, from a server.
+    """The part of a model that `catpo evaluate` needs, from a server.
 
     Args:
         model: `openai:NAME`.
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
-        server: instead of a new one; for tests.
     """
 
     model_hash = None
-    """Nobody outside the server knows its weights."""
+    """The weights are unknown."""
 
-    def __init__(self, model: str, *, base_url: str | None = None, server: ChatServer | None = None) -> None:
+    def __init__(self, model: str, *, base_url: str | None = None) -> None:
         name = model.removeprefix(PREFIX)
         if not name:
-            raise UserError(f"'{model}' names no model. Give the server's name for it: --model openai:NAME.")
+            raise UserError(f"'{model}' names no model. Give the name that the server uses: --model openai:NAME.")
         self.model_id = model
-        self.server = server or ChatServer(name, base_url=base_url, timeout=TIMEOUT)
+        self.server = ChatServer(name, base_url=base_url, timeout=TIMEOUT)
         self.answered_by: set[str] = set()
-        """What the server called the model that answered."""
+        """Names of the models that answered, as the server gives them."""
 
     def generate(
         self, samples: Sequence[Sample], *, max_new_tokens: int = 96, temperature: float = 0.0, batch_size: int = 32
     ) -> list[str]:
-        """Answers in the order of `samples`, `batch_size` of them under way at once.
+        """Answers in the order of `samples`, `batch_size` requests at once.
 
         Raises:
             UserError: a picture cannot be read, or the server refuses; names the sample.
@@ -73,8 +72,8 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
 
 
 def data_url(picture: Picture) -> str:
-    """The picture's own bytes where every reader shows them alike, else the picture as catpo shows it to a model, as PNG."""
-    shown = picture.open()  # a broken picture is told here
+    """The picture's own bytes if every reader decodes them alike; else a PNG of what a local model would be shown."""
+    shown = picture.open()  # a broken picture raises here
     content = picture.read()
     with opened(content) as image:
         mime = MIME_TYPES.get(image.format or "")

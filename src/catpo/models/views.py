@@ -1,6 +1,7 @@
-"""Views: what a model may be shown in place of a pair's picture, by name: noise, grey, black, a crop, a mask, another, nothing.
+"""Views: what a model is shown in place of a pair's picture, by name: noise, grey, black, a crop, a mask, another, nothing.
 
-Pure functions of pictures and pixel tensors with a generator. Knows nothing of models, batches or losses.
+Pure functions of pictures and pixel tensors with a generator, and the choice of another pair's pictures. Knows nothing of
+models, batches or losses.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ from catpo.data.spool import ids_of
 Channels = Float[Tensor, "3 height width"]
 """A picture in [0, 1], before the processor resizes, pads or normalises it."""
 NOISE_STEPS = 1000
+ACTS_ON = {"blank": "pixels", "another": "pair", "none": "pair", "perturbed": "text"}
+"""What a view changes; other views have the option `space`."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A view with its options; `draw` tells two random draws of one view apart."""
+    """A view with its options; `draw` numbers independent random draws of one view."""
 
     spec: Spec
     draw: int = 0
 
     @classmethod
     def of(cls, text: str) -> View:
-        """The view that `name(option=value)` stands for.
+        """Parse `name(option=value)`.
 
         Raises:
             UserError: no such view or option.
@@ -55,14 +58,13 @@ class View:
         if view.acts_on not in ("picture", "pixels", "pair", "text"):
             raise UserError(f"{text}: space must be 'picture' (before normalisation) or 'pixels' (after it).")
         if view.inner is not None and view.inner.spec.name == "perturbed":
-            raise UserError(f"'{text}': the picture under a perturbed text cannot be a perturbed text itself.")
+            raise UserError(f"'{text}': the picture beside a perturbed text cannot be a perturbed text itself.")
         return view
 
     @property
     def acts_on(self) -> str:
         """`picture`: before the processor; `pixels`: after it; `pair`: another picture or none; `text`: the words."""
-        fixed = {"blank": "pixels", "another": "pair", "none": "pair", "perturbed": "text"}
-        return fixed.get(self.spec.name, self.spec.options.get("space", "picture"))
+        return ACTS_ON.get(self.spec.name, self.spec.options.get("space", "picture"))
 
     @property
     def inner(self) -> View | None:
@@ -71,42 +73,42 @@ class View:
         return View.of(picture) if picture else None
 
     def __call__(self, values: Tensor, generator: Generator) -> Tensor:
-        """Pixels as this view shows them."""
+        """Apply the view to pixels."""
         return VIEWS[self.spec.name](values, generator, **self.spec.options)
 
     def of_picture(self, image: Image, generator: Generator) -> Image:
-        """A picture as this view shows it, of the same size."""
+        """Apply the view to a picture; the size stays the same."""
         values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 255
         shown = (self(values, generator) * 255).round().clamp(0, 255).to(torch.uint8)
         return fromarray(shown.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
     def of_file(self, picture: Picture, generator: Generator) -> Picture:
-        """A picture file as this view shows it, in memory and without compression."""
+        """Apply the view to a picture file; the result is in memory and uncompressed."""
         buffer = io.BytesIO()
         self.of_picture(picture.open(), generator).save(buffer, "PPM")
-        return Picture(data=buffer.getvalue(), name=f"{picture.name or picture.path} as {self.spec}")
+        return Picture(data=buffer.getvalue(), name=f"{picture.label} as {self.spec}")
 
     def of_pixels(self, pixels: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
-        """What the processor made of a picture, as this view shows it; sizes and grids stay."""
-        return {name: self(each, generator) if each.is_floating_point() else each for name, each in pixels.items()}
+        """Apply the view to the processor's output; sizes and grids stay the same."""
+        return {name: self(values, generator) if values.is_floating_point() else values for name, values in pixels.items()}
 
     def generator(self, *seed: object) -> Generator:
-        """A generator for one pair: the same for policy and reference, another one for each `draw`."""
+        """A generator for one pair: the same for policy and reference, and independent for each `draw`."""
         digest = hashlib.blake2b(repr((self.spec.name, self.draw, *seed)).encode(), digest_size=7).hexdigest()
         return torch.Generator().manual_seed(int(digest, 16))
 
 
 def asked_on(view: str, sample: Sample, rng: random.Random, method: str) -> Sample:
-    """A sample's question about its pictures as a view shows them, drawn one after the other, for a way to make pairs.
+    """The sample with its pictures under a view, for the pairing method of this name.
 
     Raises:
-        UserError: no such view, or one that is not of the picture itself.
+        UserError: no such view, or one that does not change the picture itself.
     """
-    shown = View.of(view)
-    if shown.acts_on != "picture":
+    parsed = View.of(view)
+    if parsed.acts_on != "picture":
         raise UserError(f"{method}(view={view!r}): give a view of the picture itself, such as 'noised(step=500)' or 'cropped'.")
-    generator = shown.generator(rng.random())
-    images = tuple(shown.of_file(picture, generator) for picture in sample.images)
+    generator = parsed.generator(rng.random())
+    images = tuple(parsed.of_file(picture, generator) for picture in sample.images)
     return replace(sample, id=f"{sample.id}/{method}", images=images)
 
 
@@ -116,7 +118,7 @@ def noised(values: Tensor, generator: Generator, *, step: int = 500, space: str 
     Args:
         step: t, from 0 to 999; 500 leaves 86 % of the picture's amplitude.
         space: the `picture` in [0, 1] before it is resized and normalised, or the `pixels` after it.
-        wrap: what leaves [0, 1] comes back at the other end, as in POVID's and TPO's code, instead of being cut off there.
+        wrap: values outside [0, 1] wrap around, as in POVID's and TPO's code, instead of being clamped.
     """
     if not 0 <= step < NOISE_STEPS:
         raise UserError(f"noised(step={step}): it must be from 0 to {NOISE_STEPS - 1}.")
@@ -130,7 +132,7 @@ def noised(values: Tensor, generator: Generator, *, step: int = 500, space: str 
 
 @functools.cache
 def kept_signal(step: int) -> float:
-    """a_t, the share of the picture's variance that noise of `step` leaves.
+    """a_t, the share of the picture's variance that is left at a noise step.
 
     >>> round(kept_signal(500), 6), round(kept_signal(999), 6)
     (0.744799, 0.081249)
@@ -165,7 +167,7 @@ def cropped(values: Channels, generator: Generator, *, smallest: float = 0.01, l
 
 
 def masked(values: Channels, generator: Generator, *, share: float = 0.3, patch: int = 14) -> Channels:
-    """Squares of `patch` pixels made black, until they are `share` of all (OPA-DPO masks 30 % of the pixels: patch=1)."""
+    """Black squares of `patch` pixels over a `share` of the picture (OPA-DPO masks 30 % of the pixels: patch=1)."""
     if not 0 < share <= 1 or patch < 1:
         raise UserError(f"masked(share={share}, patch={patch}): share must lie in (0, 1], patch must be 1 or more.")
     height, width = values.shape[1:]
@@ -179,54 +181,50 @@ def masked(values: Channels, generator: Generator, *, share: float = 0.3, patch:
 
 def another(values: Channels, generator: Generator) -> Channels:
     """The picture of another pair."""
-    raise NotImplementedError("stands for a pair, see `acts_on`")
+    raise NotImplementedError("changes the pair, see `acts_on`")
 
 
 def none(values: Channels, generator: Generator) -> Channels:
     """No picture: the prompt alone."""
-    raise NotImplementedError("stands for a pair, see `acts_on`")
+    raise NotImplementedError("changes the pair, see `acts_on`")
 
 
 def perturbed(ids: Tensor, generator: Generator, *, share: float = 0.05, picture: str = "") -> Tensor:
-    """Random tokens in place of a share of the words of prompt and response, which then do not count (TARS).
+    """Random tokens in place of a share of the prompt's and the response's; the loss leaves them out (TARS).
 
     Args:
-        share: how many of the words.
-        picture: the view of the picture beside it, e.g. 'noised(step=500)'; '' is the clean one.
+        share: of the tokens.
+        picture: the view of the picture that goes with the text, e.g. 'noised(step=500)'; '' is the clean picture.
     """
-    raise NotImplementedError("stands for a text, see `acts_on`")
+    raise NotImplementedError("changes the text, see `acts_on`")
 
 
 VIEWS: dict[str, Callable[..., Any]] = {
-    "noised": noised, "blank": blank, "black": black, "cropped": cropped, "masked": masked, "another": another, "none": none,
-    "perturbed": perturbed,
-}  # fmt: skip
+    view.__name__: view for view in (noised, blank, black, cropped, masked, another, none, perturbed)
+}
 """All views by name."""
 
 
 class OtherPictures:
-    """Gives each pair the pictures of another one, chosen by its id: whichever pairs are asked for, and in whatever order.
-
-    No file is read before it is asked for, and none twice.
-    """
+    """Gives each pair the pictures of another one, chosen by the pair's id alone. A file is read when needed, and once."""
 
     def __init__(self, pairs: Sequence[PreferencePair]) -> None:
         self._pairs, self._ids = pairs, ids_of(pairs)
         self._digests: dict[str, list[str]] = {}
-        """Pair's id -> the identities of its pictures."""
+        """Pair's id -> the digests of its pictures."""
 
     def of(self, pair: PreferencePair) -> tuple[Picture, ...] | None:
-        """As many pictures as the pair has, not the same ones; None if no pair has others."""
-        own = self._known(pair)
+        """As many pictures as the pair has, but others; None if no pair has such."""
+        own = self._digests_of(pair)
         start = int(hashlib.blake2b(pair.id.encode(), digest_size=4).hexdigest(), 16)
         for step in range(len(self._ids)):
-            place = (start + step) % len(self._ids)
-            theirs = self._digests.get(self._ids[place]) or self._known(self._pairs[place])
+            index = (start + step) % len(self._ids)
+            theirs = self._digests.get(self._ids[index]) or self._digests_of(self._pairs[index])
             if len(theirs) == len(own) and theirs != own:
-                return self._pairs[place].images
+                return self._pairs[index].images
         return None
 
-    def _known(self, pair: PreferencePair) -> list[str]:
+    def _digests_of(self, pair: PreferencePair) -> list[str]:
         if pair.id not in self._digests:
             self._digests[pair.id] = [image.digest() for image in pair.images]
         return self._digests[pair.id]

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from catpo.models.family import Encoded, Family
-from catpo.models.output_head import LEAST_WORDS, TILE
+from catpo.models.output_head import MIN_TILE_WIDTH, TILE
 from catpo.planning.costs import Operations
 from catpo.training.config import lora_config
 
@@ -76,7 +76,7 @@ def trained_size(family: Family, lora: str | None) -> tuple[int, int]:
 def head_tile_bytes(encoded: Sequence[Encoded], pairs: int) -> int:
     """Temporaries of the output head, for a batch of the longest pairs."""
     tokens = pairs * max(sum(len(ids) for ids in pair.response_ids.values()) for pair in encoded)
-    return TILE_COPIES * max(LEAST_WORDS * tokens, TILE["cuda"]) * 4
+    return TILE_COPIES * max(MIN_TILE_WIDTH * tokens, TILE["cuda"]) * 4
 
 
 def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> Operations:

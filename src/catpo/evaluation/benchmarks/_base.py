@@ -1,4 +1,4 @@
-"""What benchmarks share: items, the grading of captions by their objects and of yes/no answers, ratios of summed counts.
+"""What benchmarks share: items, grades of captions by their objects and of yes/no answers, ratios of summed counts.
 
 A metric is a function of sums of counts, never a mean of per-item values: sums can be resampled, and groups joined.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
 from catpo.evaluation.benchmarks._answers import by_id
-from catpo.evaluation.benchmarks._files import Folder, Pictures, Record, Source
+from catpo.evaluation.benchmarks._files import Folder, Pictures, Source
+from catpo.files.records import Record
 from catpo.text.object_words import mentions
 
 Floats = NDArray[np.float64]
 Sums = Mapping[str, Mapping[str, Floats]]
-"""Group -> count -> sums, [1 + resamples] or any other shape but a single number."""
+"""Group -> count -> sums, [1 + resamples] or any other shape except a single number."""
 
 CAPTIONS = "captions"
 """The group of captions; questions have the name of their split."""
+GROUNDED, HALLUCINATED = "grounded", "hallucinated"
 QUESTION_TOKENS = 8
 """Enough for "Yes, there is ..."."""
 REPETITION_WORDS = 4
@@ -46,9 +48,9 @@ class Item:
     expected: str = ""
     """The right answer of a yes/no question."""
     max_new_tokens: int | None = None
-    """Longest answer worth having, if shorter than the benchmark's or what the user allows."""
+    """Longest useful answer, if shorter than the benchmark's or what the user allows."""
     options: Mapping[str, str] | None = None
-    """Answers to choose from, by what stands for each: the model does not write, the option with the lowest loss is taken."""
+    """Answers to choose from, by their letters: the model does not write, the option with the lowest loss is taken."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,25 @@ class Grade:
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Anything else worth keeping in grades.jsonl, such as a judge's reply."""
     is_right: bool | None = None
-    """Whether the answer is as it should be, for lists of answers that changed; None where that is no question."""
+    """Whether the answer is right, for lists of answers that changed; None where that cannot be said."""
     has_verdict: bool = True
-    """False where the judge's reply says nothing that can be read; scores list such items and are not called complete."""
+    """False where the judge's reply cannot be read; scores list such items and are not called complete."""
 
 
 class Benchmark(ABC):
     """Base of every module in `benchmarks/`. Options are keyword arguments of its constructor.
 
-    This one asks about the samples of a data set; see `FolderBenchmark` for those that come with files of their own.
+    This one asks about the samples of a data set; see `FolderBenchmark` for those made of official files.
     """
 
     data: str = ""
     """The data set it is made of, as `name(option=value)` or a path."""
     max_new_tokens: ClassVar[int] = 96
-    """Longest answer that a model may give unless the user says else."""
+    """Longest answer of a model, unless the user sets another."""
     needs_judge: bool = False
     """Whether `grade` takes a `catpo.judges.Judge` as third argument."""
     judge_decoding: ClassVar[Mapping[str, Any]] = {}
-    """How the benchmark's authors let their judge decode, e.g. {"temperature": 0.2}."""
+    """How the benchmark's authors decode from their judge, e.g. {"temperature": 0.2}."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
     is_answered_here: bool = False
@@ -96,7 +98,7 @@ class Benchmark(ABC):
     @staticmethod
     @abstractmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
-        """Metrics of summed counts, in percent unless they say else; not a number where there is nothing to divide by."""
+        """Metrics of summed counts, in percent unless they say otherwise; NaN where there is nothing to divide by."""
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -104,14 +106,14 @@ class Benchmark(ABC):
         return {}
 
     def provenance(self) -> dict[str, Any]:
-        """What else decides the numbers, such as versions of tools; stands in scores.json, is the same where scores compare."""
+        """What else decides the numbers, such as versions of tools; kept in scores.json and equal where scores compare."""
         return {}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """Item id -> answer, out of rows in the benchmark's customary format; items without a row are left out.
+        """Item id -> answer, from rows in the benchmark's usual format; items without a row are left out.
 
         Raises:
-            UserError: a row answers no item, or one that has an answer already; or there is no customary format.
+            UserError: a row answers no item, or one that has an answer already; or there is no usual format.
         """
         raise UserError(f"{records[0].place} needs the texts 'benchmark', 'id' and 'answer'.")
 
@@ -129,13 +131,13 @@ class FolderBenchmark(Benchmark):
 
     @abstractmethod
     def open(self, folder: Folder) -> list[Item]:
-        """Everything that is asked, in a fixed order. Read files through `folder`: then their hashes stand in scores.json."""
+        """Everything that is asked, in a fixed order. Read files through `folder`, which hashes them for scores.json."""
 
     def opened(self, folder: Folder) -> list[Item]:
-        """`open`, after which files of another form than their authors gave them are a message.
+        """`open`, with a message where a file is not in its authors' format.
 
         Raises:
-            UserError: a file is missing, or is not what it should be.
+            UserError: a file is missing, or in another format.
         """
         try:
             return self.open(folder)
@@ -152,7 +154,7 @@ class FolderBenchmark(Benchmark):
         raise NotImplementedError(f"{type(self).__module__} is not open")
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """By id, unless the benchmark says else."""
+        """By id, unless the benchmark overrides it."""
         return by_id(records, [item.id for item in items])
 
 
@@ -164,7 +166,7 @@ class CaptionTruth:
     """What can be said of a picture."""
 
     present: frozenset[str]
-    tempting: frozenset[str] = field(default_factory=frozenset)
+    tempting: frozenset[str] = frozenset()
     """Absent objects that usually come with those present."""
 
 
@@ -175,34 +177,39 @@ def grade_caption(answer: str, truth: CaptionTruth, vocabulary: Mapping[str, str
     2
     """
     named = [mention.object for mention in mentions(answer, vocabulary)]
-    objects = list(dict.fromkeys(named))
-    hallucinated = [name for name in objects if name not in truth.present]
+    labels = label_objects(named, truth.present)
+    hallucinated = [name for name, label in labels if label == HALLUCINATED]
     words = re.findall(r"\w+(?:['-]\w+)*", answer.lower())
     runs = [tuple(words[start : start + REPETITION_WORDS]) for start in range(len(words) - REPETITION_WORDS + 1)]
     counts = {
         "captions": 1,
-        "objects": len(objects),
+        "objects": len(labels),
         "hallucinated": len(hallucinated),
         "hallucinated_captions": int(bool(hallucinated)),
-        "tempted": sum(name in truth.tempting for name in hallucinated),
+        "tempted": len(truth.tempting.intersection(hallucinated)),
         "present": len(truth.present),
-        "covered": len(objects) - len(hallucinated),
+        "covered": len(labels) - len(hallucinated),
         "mentions": len(named),
         "words": len(words),
         "word_runs": len(runs),
         "repeated_runs": len(runs) - len(set(runs)),
     }
-    return Grade(counts, [(name, "grounded" if name in truth.present else "hallucinated") for name in objects])
+    return Grade(counts, labels)
 
 
-def caption_metrics(sums: Mapping[str, Floats], *, has_tempting: bool = True) -> dict[str, Floats]:
+def label_objects(named: Iterable[str], present: Collection[str]) -> list[tuple[str, str]]:
+    """Each object once, in the order named, with `grounded` or `hallucinated`."""
+    return [(name, GROUNDED if name in present else HALLUCINATED) for name in dict.fromkeys(named)]
+
+
+def caption_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
     """Metrics of the captions of many pictures.
 
     chair_i: absent objects / objects named (each object once per caption). chair_s (also called Hal): captions with an absent
     object / captions. cover: present objects named / present objects. cog: tempting absent objects / objects named.
     objects, words: per caption (no percentage). repetition: runs of four words that the caption had before / runs.
     """
-    metrics = {
+    return {
         "chair_i": percent(sums["hallucinated"], sums["objects"]),
         "chair_s": percent(sums["hallucinated_captions"], sums["captions"]),
         "cover": percent(sums["covered"], sums["present"]),
@@ -211,7 +218,6 @@ def caption_metrics(sums: Mapping[str, Floats], *, has_tempting: bool = True) ->
         "words": ratio(sums["words"], sums["captions"]),
         "repetition": percent(sums["repeated_runs"], sums["word_runs"]),
     }
-    return metrics if has_tempting else {name: value for name, value in metrics.items() if name != "cog"}
 
 
 # ---- yes/no questions -----------------------------------------------------------------------------------------------------
@@ -223,8 +229,18 @@ def read_yes_no(answer: str) -> str:
     >>> read_yes_no("Yes, there is."), read_yes_no(" **No**"), read_yes_no("None can be seen.")
     ('yes', 'no', '')
     """
-    found = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-    return found[1].lower() if found else ""
+    match = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    return match[1].lower() if match else ""
+
+
+def only_yes_no(answer: str) -> str:
+    """`yes` or `no` if it is the only one of the two words in the answer, else nothing.
+
+    >>> only_yes_no("There is NO dog."), only_yes_no("Yes or no?")
+    ('no', '')
+    """
+    words = {"yes", "no"}.intersection(re.findall(r"[a-z]+", answer.lower()))
+    return words.pop() if len(words) == 1 else ""
 
 
 def grade_question(answer: str, expected: str) -> Grade:
@@ -256,18 +272,21 @@ def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
     }
 
 
-def total(sums: Sums) -> dict[str, Floats]:
-    """Count -> sum over all groups, whose counts have the same names."""
-    groups = list(sums.values())
-    return {name: np.sum([group[name] for group in groups], axis=0) for name in groups[0]}
+# ---- sums -----------------------------------------------------------------------------------------------------------------
+
+
+def total(sums: Mapping[str, Mapping[str, Any]], groups: Sequence[str] = ()) -> dict[str, Any]:
+    """Count -> sum over some groups, or over all; their counts have the same names."""
+    parts = [sums[group] for group in groups or sums]
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 def percent(part: Floats, whole: Floats) -> Floats:
-    """100 · part / whole; not a number where whole is 0."""
+    """100 · part / whole; NaN where whole is 0."""
     return 100 * ratio(part, whole)
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:
-    """Part / whole; not a number where whole is 0."""
+    """Part / whole; NaN where whole is 0."""
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)

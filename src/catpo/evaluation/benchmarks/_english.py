@@ -12,8 +12,8 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,6 @@ from catpo.core.errors import UserError
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 OLD_TAGGER = "averaged_perceptron_tagger"
 POS_FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
-ENDINGS = {  # WordNet's rules of detachment, morphy(7WN)
-    "n": "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y",
-    "v": "s: ies:y es:e es: ed:e ed: ing:e ing:",
-    "a": "er: est: er:e est:e",
-    "r": "",
-}
-RULES = {pos: [tuple(rule.split(":")) for rule in rules.split()] for pos, rules in ENDINGS.items()}
 
 
 class English:
@@ -52,7 +45,7 @@ class English:
 
     def tagged(self, words: list[str]) -> list[tuple[str, str]]:
         """`nltk.pos_tag`: each word with its Penn tag."""
-        return [(word, tag) for word, tag in self._tag(words)]
+        return self._tag(words)
 
     def lemma(self, word: str, pos: str = "n") -> str:
         """`nltk.stem.WordNetLemmatizer().lemmatize`; the word itself where WordNet has none.
@@ -61,9 +54,10 @@ class English:
             word: in any case; WordNet's lemmas are in lower case.
             pos: n, v, a or r.
         """
-        if (word, pos) not in self.known_lemmas:
-            self.known_lemmas[word, pos] = self._shortest(word, pos)
-        return self.known_lemmas[word, pos]
+        key = (word, pos)
+        if key not in self.known_lemmas:
+            self.known_lemmas[key] = self._shortest(word, pos)
+        return self.known_lemmas[key]
 
     def has_wordnet(self) -> bool:
         """Whether `lemma` works here."""
@@ -99,7 +93,8 @@ class English:
             tagger.model.classes = tagger.classes
             self.tools["tags"] = path.name
         self.tools["nltk"] = nltk.__version__
-        return lambda words: tagger.tag(words)
+        tag: Callable[[list[str]], list[tuple[str, str]]] = tagger.tag
+        return tag
 
     def _old_tagger(self) -> tuple[Path, tuple[Any, Any, Any]]:
         """The tagger as NLTK up to 3.8 has it."""
@@ -113,43 +108,44 @@ class English:
     # ---- WordNet ----
 
     def _shortest(self, word: str, pos: str) -> str:
-        lemmas, exceptions = self._wordnet[pos]
+        lemmas, exceptions, endings = self._wordnet[pos]
         forms = exceptions.get(word)
         if forms is None:
-            forms = [word[: -len(end)] + new for end, new in RULES[pos] if word.endswith(end)]
-        found = [form for form in (word, *forms) if form in lemmas]
-        return min(found, key=len) if found else word
+            forms = [word.removesuffix(end) + new for end, new in endings if word.endswith(end)]
+        known = [form for form in (word, *forms) if form in lemmas]
+        return min(known, key=len) if known else word
 
     @cached_property
-    def _wordnet(self) -> Mapping[str, tuple[frozenset[str], dict[str, list[str]]]]:
-        """Part of speech -> its lemmas, and inflected forms that follow no rule."""
+    def _wordnet(self) -> dict[str, tuple[set[str], dict[str, list[str]], list[tuple[str, str]]]]:
+        """Part of speech -> its lemmas, its inflected forms that follow no rule, and the rules: ending and what replaces it."""
         read = self._wordnet_reader()
         if read is None:
             raise _missing("WordNet", "wordnet", "on Debian and Ubuntu: apt-get install wordnet-base")
-        found = {}
+        from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+        parts = {}
         for pos, name in POS_FILES.items():
-            lemmas = frozenset(line.split(" ", 1)[0] for line in read(f"index.{name}").splitlines() if line[:1] != " ")
-            exceptions = dict(_exception(line) for line in read(f"{name}.exc").splitlines() if line.strip())
-            found[pos] = (lemmas, exceptions)
-        return found
+            lemmas = {line.split(" ", 1)[0] for line in read(f"index.{name}").splitlines() if not line.startswith(" ")}
+            exceptions = {}
+            for line in read(f"{name}.exc").splitlines():
+                if line.strip():
+                    inflected, *bases = line.split()
+                    exceptions[inflected] = bases
+            parts[pos] = (lemmas, exceptions, WordNetCorpusReader.MORPHOLOGICAL_SUBSTITUTIONS[pos])
+        return parts
 
     def _wordnet_reader(self) -> Callable[[str], str] | None:
         """Reads a file of the first WordNet that is found."""
-        for root in self._wordnet_places():
+        roots = [Path(root) / folder for root in self._nltk.data.path for folder in ("corpora/wordnet", "wordnet")]
+        for root in (*roots, DEBIAN_WORDNET):
+            archive = root.with_suffix(".zip")
             if (root / "index.noun").is_file():
                 self.tools["wordnet"] = str(root)
-                return lambda name, root=root: (root / name).read_text(encoding="utf-8")  # type: ignore[misc]
-            if root.with_suffix(".zip").is_file():
-                self.tools["wordnet"] = str(root.with_suffix(".zip"))
-                archive = zipfile.ZipFile(root.with_suffix(".zip"))
-                return lambda name, archive=archive: archive.read(f"wordnet/{name}").decode("utf-8")  # type: ignore[misc]
+                return partial(_read_file, root)
+            if archive.is_file():
+                self.tools["wordnet"] = str(archive)
+                return partial(_read_file, zipfile.Path(archive, "wordnet/"))
         return None
-
-    def _wordnet_places(self) -> Iterator[Path]:
-        for root in map(Path, self._nltk.data.path):
-            yield root / "corpora" / "wordnet"
-            yield root / "wordnet"
-        yield DEBIAN_WORDNET
 
     @cached_property
     def _nltk(self) -> Any:
@@ -161,9 +157,8 @@ class English:
         return nltk
 
 
-def _exception(line: str) -> tuple[str, list[str]]:
-    word, *lemmas = line.split()
-    return word, lemmas
+def _read_file(folder: Path | zipfile.Path, name: str) -> str:
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def _punkt_of_package() -> Any:
@@ -187,9 +182,23 @@ class _Weights(pickle.Unpickler):
     """Reads dicts, sets, lists, texts and numbers only: nothing in the file can be called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("__builtin__", "set"), ("builtins", "set")):
+        if module in ("__builtin__", "builtins") and name == "set":
             return set
         raise UserError(f"{OLD_TAGGER}.zip wants to call {module}.{name}, which no tagger needs. Get it again from nltk_data.")
+
+
+def load_spacy(model: str, remedy: str) -> tuple[Any, str]:
+    """A spaCy pipeline, and spaCy's version.
+
+    Raises:
+        UserError: either is not installed; `remedy` says what to do.
+    """
+    try:
+        import spacy
+
+        return spacy.load(model), spacy.__version__
+    except (ImportError, OSError) as error:
+        raise UserError(remedy) from error
 
 
 def _missing(what: str, resource: str, otherwise: str) -> UserError:

@@ -1,7 +1,6 @@
 """Objects of a response as a judge names them, made into words as Object HalBench makes them. Knows no object classes.
 
-Source: github.com/RLHF-V/RLHF-V eval/eval_gpt_obj_halbench.py at 8daac8a8. Its prompt is read out of that file, which is not
-run.
+Source: github.com/RLHF-V/RLHF-V eval/eval_gpt_obj_halbench.py at 8daac8a8. Its prompt is read from that file, which is not run.
 """
 
 from __future__ import annotations
@@ -9,20 +8,20 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
 
 from catpo.core.errors import UserError
+from catpo.evaluation.benchmarks._coco import Vocabulary
+from catpo.evaluation.benchmarks._english import English, load_spacy
 from catpo.judges import Judge
-
-if TYPE_CHECKING:
-    from catpo.evaluation.benchmarks._english import English
 
 SCRIPT = "eval_gpt_obj_halbench.py"
 ATTEMPTS = 3
 """How often a judge is asked whose reply cannot be read; the official program gives up after 100."""
 SHORT = 3
-"""An answer of so many words or fewer is not shown to the judge: it names no object."""
+"""An answer of at most this many words is not shown to the judge: it names no object."""
 SPACY_MODEL = "en_core_web_trf"
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 
@@ -56,7 +55,7 @@ def messages(template: str, question: str, answer: str) -> list[dict[str, Any]]:
 
 
 def extract(judge: Judge, template: str, question: str, answer: str, *, key: str) -> tuple[list[str] | None, str]:
-    """The objects that the judge finds in an answer, and its reply; None if it says nothing that can be read."""
+    """The objects that the judge finds in an answer, and its reply; None if no reply can be read."""
     if len(answer.split()) <= SHORT:
         return [], ""
     reply = ""
@@ -78,27 +77,35 @@ def read_objects(reply: str) -> list[str] | None:
     last_line = reply.strip().split("\n")[-1] if '["' in reply else ""
     for text in (reply, fenced[1] if fenced else "", last_line):
         try:
-            found = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, list) and all(isinstance(each, str) for each in found):
-            return found
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return value
     return None
 
 
-def words(objects: Sequence[str], tagged: Tagged, pairs: Mapping[str, str]) -> list[str]:
+def words(objects: Sequence[str], tagged: Tagged, vocabulary: Vocabulary) -> list[str]:
     """Each object's two-word things, or else its runs of nouns; every word once per response.
 
     Args:
         objects: as the judge names them.
         tagged: reads "a park bench".
-        pairs: two words that are one thing -> what they are read as.
+        vocabulary: says which two words are one thing.
     """
-    found: list[str] = []
+    named: list[str] = []
     for name in objects:
         tokens = tagged(f"a {name}")
-        found += _two_words([lemma for lemma, _ in tokens], pairs) or _noun_runs(tokens)
-    return list(dict.fromkeys(found))
+        named += vocabulary.join([lemma for lemma, _ in tokens], only_pairs=True) or _noun_runs(tokens)
+    return list(dict.fromkeys(named))
+
+
+def _noun_runs(tokens: Sequence[tuple[str, str]]) -> list[str]:
+    runs = []
+    for is_noun, run in groupby(tokens, key=lambda token: token[1] in NOUNS):
+        if is_noun:
+            runs.append(" ".join(lemma for lemma, _ in run))
+    return runs
 
 
 def tagger(name: str, english: English) -> tuple[Tagged, str]:
@@ -109,34 +116,11 @@ def tagger(name: str, english: English) -> tuple[Tagged, str]:
     """
     if name == "nltk":
         return lambda text: [(english.lemma(w.lower()), tag) for w, tag in english.tagged(english.words(text))], "NLTK"
-    try:
-        import spacy
-
-        language = spacy.load(SPACY_MODEL)
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"Object HalBench reads the judge's objects with spaCy's {SPACY_MODEL}: pip install 'spacy[transformers]', then "
-            f"`python -m spacy download {SPACY_MODEL}`. Or take object_halbench(extraction='judge', nouns='nltk'): its figures "
-            "differ a little from published ones."
-        ) from error
-    version = f"{SPACY_MODEL} {language.meta['version']}, spaCy {spacy.__version__}"
-    return lambda text: [(token.lemma_, token.tag_) for token in language(text)], version
-
-
-def _two_words(lemmas: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
-    found, place = [], 0
-    while place < len(lemmas):
-        pair = " ".join(lemmas[place : place + 2])
-        found += [pairs[pair]] if pair in pairs else []
-        place += 2 if pair in pairs else 1
-    return found
-
-
-def _noun_runs(tokens: Sequence[tuple[str, str]]) -> list[str]:
-    runs: list[list[str]] = [[]]
-    for lemma, tag in tokens:
-        if tag in NOUNS:
-            runs[-1].append(lemma)
-        elif runs[-1]:
-            runs.append([])
-    return [" ".join(run) for run in runs if run]
+    language, version = load_spacy(
+        SPACY_MODEL,
+        f"Object HalBench reads the judge's objects with spaCy's {SPACY_MODEL}: pip install 'spacy[transformers]', then "
+        f"`python -m spacy download {SPACY_MODEL}`. Or use object_halbench(extraction='judge', nouns='nltk'): its figures "
+        "differ a little from published ones.",
+    )
+    description = f"{SPACY_MODEL} {language.meta['version']}, spaCy {version}"
+    return lambda text: [(token.lemma_, token.tag_) for token in language(text)], description

@@ -2,8 +2,8 @@
 
     amber    amber(part='generative', similarity='identity')
 
-Its F1 has "No" as the positive class and two thirds of the questions are to be answered so: whoever always says "No" has an F1
-of 79.7. Look at `no_ratio` and `yes_accuracy` beside it, and at the line `always_no`.
+Its F1 has "No" as the positive class, and "No" is the right answer to two thirds of the questions: a model that always says
+"No" has an F1 of 79.7. Read `no_ratio`, `yes_accuracy` and `always_no` beside it.
 
 Source: github.com/junyangwang0410/AMBER at 534babf6, whose quirks are kept.
 """
@@ -12,15 +12,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.checks import check_word
 from catpo.core.types import Sample
-from catpo.evaluation.benchmarks import Floats, FolderBenchmark, Grade, Item, Sums, percent
-from catpo.evaluation.benchmarks._english import English
-from catpo.evaluation.benchmarks._files import Folder, Pictures, Source
+from catpo.evaluation.benchmarks import (
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Pictures,
+    Source,
+    Sums,
+    label_objects,
+    only_yes_no,
+    percent,
+    total,
+)
+from catpo.evaluation.benchmarks._english import English, load_spacy
 
 GENERATIVE = "generative"
 DIMENSIONS = {
@@ -92,13 +105,9 @@ class Benchmark(FolderBenchmark):
     )
 
     def __init__(self, *, part: str = "all", similarity: str = "table", parser: str = "auto") -> None:
-        for name, value, known in (
-            ("part", part, tuple(PARTS)),
-            ("similarity", similarity, ("table", "identity", "spacy")),
-            ("parser", parser, ("auto", "official", "tolerant")),
-        ):
-            if value not in known:
-                raise UserError(f"amber({name}={value!r}) is not known. {did_you_mean(value, known)}")
+        check_word("amber", "part", part, tuple(PARTS))
+        check_word("amber", "similarity", similarity, ("table", "identity", "spacy"))
+        check_word("amber", "parser", parser, ("auto", "official", "tolerant"))
         self.part, self.parser = part, parser
         self.alike, self.tools = _similarity(similarity)
 
@@ -116,11 +125,12 @@ class Benchmark(FolderBenchmark):
         return [item for item in items if item.group in PARTS[self.part]]
 
     def _noun_forms(self, folder: Folder) -> Mapping[str, str] | None:
-        """Lemmas from the derived table where there is no WordNet."""
-        if self.english.has_wordnet() or folder.find("derived_noun_forms.json") is None:
+        """Lemmas from the derived table, where there is no WordNet."""
+        name = "derived_noun_forms.json"
+        if self.english.has_wordnet() or folder.find(name) is None:
             return None
-        self.english.tools["lemmas"] = "derived_noun_forms.json"
-        forms: Mapping[str, str] = folder.json("derived_noun_forms.json")
+        self.english.tools["lemmas"] = name
+        forms: Mapping[str, str] = folder.json(name)
         return forms
 
     def provenance(self) -> dict[str, Any]:
@@ -129,7 +139,9 @@ class Benchmark(FolderBenchmark):
         return {**self.tools, "parser": self._parser(), **nouns}
 
     def _parser(self) -> str:
-        return self.parser if self.parser != "auto" else "tolerant" if self.is_answered_here else "official"
+        if self.parser != "auto":
+            return self.parser
+        return "tolerant" if self.is_answered_here else "official"
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a description, or a yes/no answer."""
@@ -139,29 +151,29 @@ class Benchmark(FolderBenchmark):
 
     def nouns(self, text: str) -> list[str]:
         """Nouns of a text that AMBER knows, in their base form; not lower-cased; repeats stay."""
-        tagged = self.english.tagged(self.english.words(text))
-        surface = (word for word, tag in tagged if tag.startswith("NN"))
-        if self.noun_forms is not None:
-            nouns = [self.noun_forms.get(word, word) for word in surface]
-        else:
-            nouns = [self.english.lemma(word) for word in surface]
-        return [noun for noun in nouns if noun in self.vocabulary]
+        nouns = []
+        for word, tag in self.english.tagged(self.english.words(text)):
+            if tag.startswith("NN"):
+                noun = self.english.lemma(word) if self.noun_forms is None else self.noun_forms.get(word, word)
+                if noun in self.vocabulary:
+                    nouns.append(noun)
+        return nouns
 
     def _grade_description(self, nouns: Sequence[str], truth: Mapping[str, Any]) -> Grade:
         """inference.py:97-161: nouns against the slots of what is there (`truth`) and of what is tempting (`hallu`)."""
-        there, tempting = self._slots(truth["truth"]), self._slots(truth["hallu"])
+        present, tempting = self._slots(truth["truth"]), self._slots(truth["hallu"])
         covered, tempted, flagged = set(), set(), []
         for noun in nouns:
             if noun in self.safe_words:
                 continue
-            if noun in there:
-                covered.add(there[noun])
-                continue
-            tempted |= {tempting.get(noun), self.alike(noun, tempting)} - {None}
-            if (slot := self.alike(noun, there)) is not None:
+            slot = present.get(noun)
+            if slot is None:
+                tempted |= {tempting.get(noun), self.alike(noun, tempting)} - {None}
+                slot = self.alike(noun, present)
+            if slot is None:
+                flagged.append(noun)
+            else:
                 covered.add(slot)
-                continue
-            flagged.append(noun)
         counts = {
             "responses": 1,
             "clean": int(not flagged),
@@ -172,17 +184,15 @@ class Benchmark(FolderBenchmark):
             "tempting": len(truth["hallu"]),
             "tempted": len(tempted),
         }
-        named = [(noun, "hallucinated" if noun in flagged else "grounded") for noun in dict.fromkeys(nouns)]
-        return Grade(counts, named, is_right=not flagged)
+        return Grade(counts, label_objects(nouns, set(nouns).difference(flagged)), is_right=not flagged)
 
     def _slots(self, words: Sequence[str]) -> Slots:
         """The slots of associated words, then of the slots' own; where a word stands for several, the first counts."""
+        associated = [(word, slot) for slot, own in enumerate(words) for word in self.association[own]]
+        own_words = [(own, slot) for slot, own in enumerate(words)]
         slots: dict[str, int] = {}
-        for slot, own in enumerate(words):
-            for word in self.association[own]:
-                slots.setdefault(word, slot)
-        for slot, own in enumerate(words):
-            slots.setdefault(own, slot)
+        for word, slot in associated + own_words:
+            slots.setdefault(word, slot)
         return slots
 
     @staticmethod
@@ -196,38 +206,30 @@ class Benchmark(FolderBenchmark):
             metrics |= _description_metrics(sums[GENERATIVE])
         asked = [group for group in QUESTIONS if group in sums]
         if asked:
-            everything = _add([sums[group] for group in asked])
-            overall = _question_metrics(everything, 1)
-            metrics |= overall
-            metrics |= {"no_ratio": percent(everything["said_no"], everything["questions"])}
-            true_yes = everything["questions"] - everything["expected_no"]
-            metrics |= {"yes_accuracy": percent(everything["right"] - everything["right_no"], true_yes)}
-            metrics |= {"unparsed": percent(everything["unparsed"], everything["questions"])}
-            always = _question_metrics({**everything, **_always_no(everything)}, 1)
-            metrics |= {f"always_no/{name}": always[name] for name in ("accuracy", "f1")}
+            metrics |= _overall_metrics(total(sums, asked))
         if "chair" in metrics and "f1" in metrics:
             metrics["amber_score"] = (100 - metrics["chair"] + metrics["f1"]) / 2
         for name, groups in _dimensions(asked).items():
-            found = _question_metrics(_add([sums[group] for group in groups]), len(groups), name)
-            metrics |= {f"{name}/{metric}": values for metric, values in found.items()}
+            of_dimension = _question_metrics(total(sums, groups), len(groups), name)
+            metrics |= {f"{name}/{metric}": values for metric, values in of_dimension.items()}
         return metrics
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """The figures that inference.py prints, rounded to one decimal, and the score of AMBER's README."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if GENERATIVE in sums:
             metrics = _description_metrics(sums[GENERATIVE])
-            names = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog"}
-            found["generative"] = {shown: round(metrics[name], 1) for shown, name in names.items()}
+            labels = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog"}
+            figures["generative"] = {label: round(metrics[name], 1) for label, name in labels.items()}
         asked = [group for group in QUESTIONS if group in sums]
         if asked:
             parts = {"all": tuple(asked), **_dimensions(asked)}
-            found["discriminative"] = {name.capitalize(): _printed(name, groups, sums) for name, groups in parts.items()}
-        if "generative" in found and asked:
-            f1 = found["discriminative"]["All"]["F1"]
-            found["AMBER_score"] = round((100 - found["generative"]["CHAIR"] + f1) / 2, 1)
-        return found
+            figures["discriminative"] = {name.capitalize(): _printed(name, groups, sums) for name, groups in parts.items()}
+        if "generative" in figures and asked:
+            f1 = figures["discriminative"]["All"]["F1"]
+            figures["AMBER_score"] = round((100 - figures["generative"]["CHAIR"] + f1) / 2, 1)
+        return figures
 
 
 def _item(query: Mapping[str, Any], annotation: Mapping[str, Any], folder: Folder) -> Item:
@@ -245,49 +247,32 @@ def _item(query: Mapping[str, Any], annotation: Mapping[str, Any], folder: Folde
 
 
 def _similarity(name: str) -> tuple[Alike, dict[str, str]]:
-    """How a word of the same meaning is found, and what said so."""
-    if name == "identity":
-        return (lambda noun, slots: slots.get(noun)), {"similarity": name}
-    if name == "table":
-        return _alike_by_table, {"similarity": name}
-    try:
-        import spacy
-
-        model = spacy.load(SPACY_MODEL)
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"amber(similarity='spacy') needs spaCy with {SPACY_MODEL}, and no smaller model will do: python -m spacy download "
-            f"{SPACY_MODEL}. Or leave it out: the table has the same verdicts on all published figures that could be checked."
-        ) from error
-    return _BySpacy(model), {"similarity": name, "spacy": spacy.__version__, SPACY_MODEL: str(model.meta["version"])}
+    """How a word of the same meaning is found, and which tools decided."""
+    if name != "spacy":
+        return partial(_by_table, SIMILAR if name == "table" else frozenset()), {"similarity": name}
+    model, version = load_spacy(
+        SPACY_MODEL,
+        f"amber(similarity='spacy') needs spaCy with {SPACY_MODEL}, and no smaller model will do: python -m spacy download "
+        f"{SPACY_MODEL}. Or leave it out: the table has the same verdicts on all published figures that could be checked.",
+    )
+    return by_spacy(model), {"similarity": name, "spacy": version, SPACY_MODEL: str(model.meta["version"])}
 
 
-def _alike_by_table(noun: str, slots: Slots) -> int | None:
-    if noun not in SIMILAR:
+def _by_table(similar: frozenset[str], noun: str, slots: Slots) -> int | None:
+    if noun not in similar:
         return slots.get(noun)
-    return next((slot for word, slot in slots.items() if word in SIMILAR), None)
+    return next((slot for word, slot in slots.items() if word in similar), None)
 
 
-class _BySpacy:
-    """Similarity of two one-word texts; each pair is computed once."""
+def by_spacy(model: Callable[[str], Any]) -> Alike:
+    """Similarity of two one-word texts; each word is read once, and each pair compared once."""
+    read = cache(model)
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.documents: dict[str, Any] = {}
-        self.known: dict[tuple[str, str], bool] = {}
+    @cache
+    def is_similar(noun: str, word: str) -> bool:
+        return bool(read(noun).similarity(read(word)) > THRESHOLD)
 
-    def __call__(self, noun: str, slots: Slots) -> int | None:
-        return next((slot for word, slot in slots.items() if self.is_similar(noun, word)), None)
-
-    def is_similar(self, noun: str, word: str) -> bool:
-        if (noun, word) not in self.known:
-            self.known[noun, word] = bool(self._document(noun).similarity(self._document(word)) > THRESHOLD)
-        return self.known[noun, word]
-
-    def _document(self, word: str) -> Any:
-        if word not in self.documents:
-            self.documents[word] = self.model(word)
-        return self.documents[word]
+    return lambda noun, slots: next((slot for word, slot in slots.items() if is_similar(noun, word)), None)
 
 
 def _description_metrics(counts: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,14 +288,13 @@ def _description_metrics(counts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yes_no(answer: str) -> str:
-    """`Yes` or `No` if the first clause is that, or if it is the only one of the two words that the answer has; else nothing.
+    """`Yes` or `No` if the first clause is that, or if it is the only one of the two words in the answer; else nothing.
 
     >>> read_yes_no("yes, it is."), read_yes_no("There is no dog."), read_yes_no("Yes or no?")
     ('Yes', 'No', '')
     """
     first = re.split(r"[.,]", answer, maxsplit=1)[0].strip().lower()
-    words = {first} if first in ("yes", "no") else {"yes", "no"} & set(re.findall(r"[a-z]+", answer.lower()))
-    return words.pop().capitalize() if len(words) == 1 else ""
+    return (first if first in ("yes", "no") else only_yes_no(answer)).capitalize()
 
 
 def _grade_answer(said: str, expected: str) -> Grade:
@@ -334,20 +318,22 @@ def _dimensions(asked: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {name: groups for name, groups in dimensions.items() if set(groups) & set(asked)}
 
 
-def _add(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-
-def _always_no(counts: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of a model that says No to everything."""
+def _overall_metrics(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of all questions, with those of a model that says No to everything."""
+    metrics = _question_metrics(counts, 1)
+    metrics["no_ratio"] = percent(counts["said_no"], counts["questions"])
+    true_yes = counts["questions"] - counts["expected_no"]
+    metrics["yes_accuracy"] = percent(counts["right"] - counts["right_no"], true_yes)
+    metrics["unparsed"] = percent(counts["unparsed"], counts["questions"])
     no = counts["expected_no"]
-    return {"right": no, "said_no": counts["questions"], "right_no": no}
+    always_no = _question_metrics({**counts, "right": no, "said_no": counts["questions"], "right_no": no}, 1)
+    return metrics | {f"always_no/{name}": always_no[name] for name in ("accuracy", "f1")}
 
 
 def _question_metrics(
     counts: Mapping[str, Any], parts: int, name: str = "", *, rounded: Callable[[Any], Any] = lambda x: np.round(x, 1)
 ) -> dict[str, Any]:
-    """inference.py:269-308: "No" is the positive class, F1 is made of the rounded precision and recall.
+    """inference.py:269-308: "No" is the positive class, F1 is computed from the rounded precision and recall.
 
     Args:
         counts: sums.
@@ -369,7 +355,6 @@ def _question_metrics(
 
 def _printed(name: str, groups: Sequence[str], sums: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """One block of the program's output."""
-    counts = _add([sums[group] for group in groups])
-    found = _question_metrics(counts, 1 if name == "all" else len(groups), name, rounded=lambda x: round(x, 1))
-    labels = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1": "f1"}
-    return {label: round(found[metric], 1) for label, metric in labels.items()}
+    parts = 1 if name == "all" else len(groups)
+    metrics = _question_metrics(total(sums, groups), parts, name, rounded=lambda x: round(x, 1))
+    return {metric.capitalize(): round(value, 1) for metric, value in metrics.items()}

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
+from catpo.evaluation import benchmarks
 from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, Floats, Grade, Item, Sums, caption_metrics, grade_caption
-from catpo.evaluation.benchmarks import Benchmark as _Base
 from catpo.text.object_words import mentions
 
 
-class Benchmark(_Base):
+class Benchmark(benchmarks.Benchmark):
     """A caption for each picture of a data set.
 
     Args:
@@ -30,21 +30,21 @@ class Benchmark(_Base):
         self.data = data
 
     def items(self, samples: Sequence[Sample], vocabulary: Mapping[str, str] | None = None) -> list[Item]:
-        """The samples as they are; which words are objects is the data set's to say."""
+        """The samples as they are; the data set says which words are objects."""
         self.vocabulary = vocabulary
-        items = [Item(sample.id, sample, CAPTIONS, sample.id) for sample in samples]
-        for item in items:
-            self._truth(item.sample)
-        return items
+        self.truths = {sample.id: self._truth(sample) for sample in samples}
+        return [Item(sample.id, sample, CAPTIONS, sample.id) for sample in samples]
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a caption against those of the references."""
-        return grade_caption(answer, self._truth(item.sample), self.vocabulary)
+        return grade_caption(answer, self.truths[item.sample.id], self.vocabulary)
 
     @staticmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
         """As for `scenes`, without Cog: nobody says which absent objects would be tempting."""
-        return caption_metrics(sums[CAPTIONS], has_tempting=False)
+        metrics = caption_metrics(sums[CAPTIONS])
+        del metrics["cog"]
+        return metrics
 
     def _truth(self, sample: Sample) -> CaptionTruth:
         if "present" in sample.truth:

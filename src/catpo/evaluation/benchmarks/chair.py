@@ -2,9 +2,9 @@
 
     chair    chair(variant='pattern')
 
-Objects count as often as they are named. Two variants are in use, and name which one a figure is of: `wordnet` (the forks that
-papers about vision-language models use: WordNet lemmas by part of speech) and `pattern` (the original's singular forms). They
-differ by 0.2 to 3 points. There is no fixed set of photographs: answers made elsewhere say which they are about.
+Objects count as often as they are named. Two variants are in use, and every figure must say which it is of: `wordnet` (the
+forks that papers about vision-language models use: WordNet lemmas by part of speech) and `pattern` (the original's singular
+forms). They differ by 0.2 to 3 points. There is no fixed set of photographs: answers made elsewhere say which they are about.
 
 Source: github.com/LisaAnne/Hallucination at 6e4d33c4; recall and length as in yuezih/less-is-more at f26e187a.
 """
@@ -15,12 +15,24 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.checks import check_positive, check_word
+from catpo.core.errors import UserError
 from catpo.core.types import Sample
-from catpo.evaluation.benchmarks import CAPTIONS, Floats, FolderBenchmark, Grade, Item, Sums, _coco, percent, ratio
-from catpo.evaluation.benchmarks._answers import by_id
-from catpo.evaluation.benchmarks._english import English
-from catpo.evaluation.benchmarks._files import Folder, Record, Source
+from catpo.evaluation.benchmarks import (
+    CAPTIONS,
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Record,
+    Source,
+    Sums,
+    _coco,
+    by_id,
+    percent,
+    ratio,
+)
 
 PROMPT = "Please describe this image in detail."
 
@@ -47,30 +59,26 @@ class Benchmark(FolderBenchmark):
     is_open = True
 
     def __init__(self, *, variant: str = "wordnet", count: int = 500, seed: int = 0, prompt: str = PROMPT) -> None:
-        if variant not in _coco.TABLES:
-            raise UserError(f"chair(variant={variant!r}) is not known. {did_you_mean(variant, _coco.TABLES)}")
-        if count < 1:
-            raise UserError(f"chair(count={count}) must be 1 or more.")
+        check_word("chair", "variant", variant, tuple(_coco.TABLES))
+        check_positive(count=count)
         self.variant, self.count, self.seed, self.prompt = variant, count, seed, prompt
 
     def open(self, folder: Folder) -> list[Item]:
         """For a model, `count` photographs whose objects are known and whose pictures are there."""
-        self.words = _coco.Vocabulary.of(folder.read("synonyms.txt"))
-        self.english = English(folder.path)
-        self.read = _coco.reader(self.variant, self.english)
-        self.truth = _coco.Truth(folder, _coco.TABLES[self.variant], self._objects, self.words.classes)
+        vocabulary = _coco.Vocabulary.of(folder.read("synonyms.txt"))
+        self.coco = _coco.Coco(folder, vocabulary, _coco.TABLES[self.variant], self.variant)
         self.folder = folder
-        return [self.item(image) for image in self._drawn(folder)] if self.is_answered_here else []
+        return [self.item(image) for image in self._drawn()] if self.is_answered_here else []
 
-    def _drawn(self, folder: Folder) -> list[str]:
-        known = set(self.truth.images())
-        there = sorted(known & {_coco.image_id(path.name) for path in folder.picture_files("COCO_val2014_*.jpg")}, key=int)
-        if len(there) < self.count:
+    def _drawn(self) -> list[str]:
+        files = {_coco.image_id(path.name) for path in self.folder.picture_files("COCO_val2014_*.jpg")}
+        usable = sorted(files.intersection(self.coco.images()), key=int)
+        if len(usable) < self.count:
             raise UserError(
-                f"chair(count={self.count}): {len(there)} photographs of val2014 are in {folder.path} (looked in "
+                f"chair(count={self.count}): {len(usable)} photographs of val2014 are in {self.folder.path} (looked in "
                 f"{', '.join(_coco.PICTURES.places)}). `catpo data get chair` shows where to get them, or lower count."
             )
-        return sorted(random.Random(self.seed).sample(there, self.count), key=int)
+        return sorted(random.Random(self.seed).sample(usable, self.count), key=int)
 
     def item(self, name: str) -> Item:
         """The photograph with that number."""
@@ -79,31 +87,16 @@ class Benchmark(FolderBenchmark):
 
     def provenance(self) -> dict[str, Any]:
         """Variant, where the truth is from, and what read the captions."""
-        return {"variant": self.variant, "truth": self.truth.place, "read_with": self.english.tools}
+        return {"variant": self.variant, **self.coco.provenance()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By the photograph, given as number or file name."""
-        return by_id(records, self.truth.images(), id_fields=("image_id", "image", "id"), as_id=_coco.image_id)
-
-    def _objects(self, text: str) -> list[str]:
-        return self.words.objects(self.words.join(self.read(text)))
+        return by_id(records, self.coco.images(), id_fields=("image_id", "image", "id"), as_id=_coco.image_id)
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a caption against those of the photograph."""
-        words = self.words.join(self.read(answer))
-        objects, truth = self.words.objects(words), self.truth.of(item.id)
-        absent = [name for name in objects if name not in truth]
-        counts = {
-            "captions": 1,
-            "hallucinated_captions": int(bool(absent)),
-            "objects": len(objects),
-            "hallucinated": len(absent),
-            "present": len(truth),
-            "covered": len(set(objects) & truth),
-            "words": len(words),
-        }
-        named = [(name, "grounded" if name in truth else "hallucinated") for name in dict.fromkeys(objects)]
-        return Grade(counts, named, is_right=not absent)
+        words = self.coco.words(answer)
+        return _coco.grade(self.coco.vocabulary.objects(words), self.coco.truth(item.id), len(words))
 
     @staticmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
@@ -122,8 +115,8 @@ class Benchmark(FolderBenchmark):
         counts = sums[CAPTIONS]
         overall = {
             "CHAIRs": counts["hallucinated_captions"] / counts["captions"],
-            "CHAIRi": counts["hallucinated"] / counts["objects"] if counts["objects"] else None,
-            "Recall": counts["covered"] / counts["present"] if counts["present"] else None,
+            "CHAIRi": _coco.share(counts["hallucinated"], counts["objects"]),
+            "Recall": _coco.share(counts["covered"], counts["present"]),
             "Len": 0.01 * counts["words"] / counts["captions"],
         }
         printed = {name: f"{value * 100:.1f}" for name, value in overall.items() if value is not None}

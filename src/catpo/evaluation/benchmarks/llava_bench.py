@@ -1,4 +1,4 @@
-"""LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge scores each answer beside GPT-4's, of 1 to 10.
+"""LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge scores each answer beside GPT-4's, from 1 to 10.
 
 Liu et al. 2023, "Visual instruction tuning". The number in papers is 100 · mean score of the model / mean score of GPT-4, which
 saw a description of the picture. RLHF-V's "LLaVA Bench" is another set, of COCO pictures: not to be compared with these.
@@ -14,8 +14,19 @@ import numpy as np
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
-from catpo.evaluation.benchmarks import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio, total
-from catpo.evaluation.benchmarks._files import Folder, Pictures, Source
+from catpo.evaluation.benchmarks import (
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Pictures,
+    Source,
+    Sums,
+    percent,
+    ratio,
+    total,
+)
 from catpo.judges import Judge
 
 CATEGORIES = ("complex", "conv", "detail")
@@ -54,17 +65,16 @@ class Benchmark(FolderBenchmark):
     )
 
     def open(self, folder: Folder) -> list[Item]:
-        """The questions in official order, each with all that its judge is told but the answer."""
+        """The questions in official order, each with everything its judge is told except the answer."""
         contexts = {row.get("image"): row.get("caption") for row in folder.rows(CONTEXT)}
         references = {row.get("question_id"): row.get("text") for row in folder.rows(REFERENCE)}
         rules = folder.json(RULES)
         items = []
         for number, row in enumerate(folder.rows(QUESTIONS), start=1):
-            rule = rules.get(f"llava_bench_{row.get('category')}") if isinstance(rules, dict) else None
             truth = {
                 "context": contexts.get(row.get("image")),
                 "reference": references.get(row.get("question_id")),
-                "rule": rule,
+                "rule": rules.get(f"llava_bench_{row.get('category')}"),
             }
             absent = [name for name, value in truth.items() if not value]
             if absent or not isinstance(row.get("text"), str):
@@ -72,10 +82,8 @@ class Benchmark(FolderBenchmark):
                     f"{folder.find(QUESTIONS)}: row {number} has no {' and no '.join(absent) or 'text'}. Get the four files of "
                     "LLaVA-Bench again: they must be of one version."
                 )
-            name = str(row["question_id"])
-            sample = Sample(
-                f"llava_bench/{name}", (folder.picture(row["image"]),), row["text"], (str(truth["reference"]),), truth
-            )
+            name, picture = str(row["question_id"]), folder.picture(row["image"])
+            sample = Sample(f"llava_bench/{name}", (picture,), row["text"], (str(truth["reference"]),), truth)
             items.append(Item(name, sample, row["category"], row["image"]))
         return items
 
@@ -84,17 +92,10 @@ class Benchmark(FolderBenchmark):
         assert judge is not None
         reply = judge.ask(judge_messages(item, answer), key=f"llava_bench/{item.id}")
         scores = read_scores(reply)
-        is_read = scores is not None
         reference, model = scores or FAILED
-        counts = {
-            "reviews": 1,
-            "reference": reference,
-            "model": model,
-            "read": int(is_read),
-            "read_reference": reference if is_read else 0,
-            "read_model": model if is_read else 0,
-        }
-        return Grade(counts, notes={"reply": reply, "scores": [reference, model]}, has_verdict=is_read)
+        counts = {"reviews": 1, "reference": reference, "model": model, "read": int(scores is not None)}
+        counts |= {"read_reference": reference, "read_model": model} if scores else {"read_reference": 0, "read_model": 0}
+        return Grade(counts, notes={"reply": reply, "scores": [reference, model]}, has_verdict=scores is not None)
 
     @staticmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
@@ -103,20 +104,19 @@ class Benchmark(FolderBenchmark):
         As in the official program, a reply without two numbers in its first line counts -1 for both; `read_score` leaves it
         out. `reference` and `model`: the two means, 0 to 10.
         """
-        every = total(sums)
+        overall = total(sums)
         return {
-            "score": _relative(every),
+            "score": _relative(overall),
             **{f"score_{name}": _relative(sums[name]) for name in CATEGORIES if name in sums},
-            "read_score": percent(every["read_model"], every["read_reference"]),
-            "reference": ratio(every["reference"], every["reviews"]),
-            "model": ratio(every["model"], every["reviews"]),
+            "read_score": percent(overall["read_model"], overall["read_reference"]),
+            "reference": ratio(overall["reference"], overall["reviews"]),
+            "model": ratio(overall["model"], overall["reviews"]),
         }
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """What LLaVA's program prints: relative score, and ten times each mean."""
-        every = {name: sum(group[name] for group in sums.values()) for name in ("reviews", "reference", "model")}
-        rows = {"all": every, **{f"llava_bench_{name}": sums[name] for name in CATEGORIES if name in sums}}
+        rows = {"all": total(sums), **{f"llava_bench_{name}": sums[name] for name in CATEGORIES if name in sums}}
         printed = {}
         for name, row in rows.items():
             reference, model = (round(row[side] / row["reviews"], 3) for side in ("reference", "model"))
@@ -140,7 +140,7 @@ def judge_messages(item: Item, answer: str) -> list[dict[str, Any]]:
 
 
 def read_scores(reply: str) -> tuple[float, float] | None:
-    r"""GPT-4's and the model's score, if the first line is two numbers between one blank or comma.
+    r"""GPT-4's and the model's score, if the first line is two numbers with one blank or comma between them.
 
     >>> read_scores("8 7.5\nThe first ..."), read_scores("8,7"), read_scores("Scores: 8 7")
     ((8.0, 7.5), (8.0, 7.0), None)

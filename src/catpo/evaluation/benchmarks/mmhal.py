@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from catpo.core.errors import UserError
-from catpo.core.types import Picture, Sample
-from catpo.evaluation.benchmarks import Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio, total
-from catpo.evaluation.benchmarks._answers import by_id, in_order
-from catpo.evaluation.benchmarks._files import Folder, Pictures, Record, Source
+from catpo.core.types import Sample
+from catpo.evaluation.benchmarks import (
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Pictures,
+    Record,
+    Source,
+    Sums,
+    by_id,
+    in_order,
+    percent,
+    ratio,
+    total,
+)
 from catpo.judges import Judge
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
@@ -35,19 +48,11 @@ class Benchmark(FolderBenchmark):
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.0}
     max_new_tokens = 1024
     sources = (
-        Source(
-            QUESTIONS,
-            (
-                f"mmhal/{QUESTIONS}",
-                QUESTIONS,
-                f"eval/data/{QUESTIONS}",
-                "mmhal/response_template.json",
-                "response_template.json",
-            ),
-            f"https://github.com/RLHF-V/RLHF-V/raw/main/eval/data/{QUESTIONS}",
-            sha256="28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb",
-        ),
-    )
+        Source(QUESTIONS, (f"mmhal/{QUESTIONS}", QUESTIONS, f"eval/data/{QUESTIONS}",
+                           "mmhal/response_template.json", "response_template.json"),
+               f"https://github.com/RLHF-V/RLHF-V/raw/main/eval/data/{QUESTIONS}",
+               "28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb"),
+    )  # fmt: skip
     pictures = Pictures(
         ("mmhal/images", "images"),
         96,
@@ -75,12 +80,8 @@ class Benchmark(FolderBenchmark):
             "strict_hallucinated": int(strict is not None and strict < FIRST_WITHOUT_HALLUCINATION),
             "differ": int(official != strict),
         }
-        return Grade(
-            counts,
-            notes={"reply": reply, "rating": official, "strict_rating": strict},
-            is_right=is_right,
-            has_verdict=strict is not None,
-        )
+        notes = {"reply": reply, "rating": official, "strict_rating": strict}
+        return Grade(counts, notes=notes, is_right=is_right, has_verdict=strict is not None)
 
     def provenance(self) -> dict[str, Any]:
         """Which prompt the judge got: the official one has this hash."""
@@ -101,29 +102,28 @@ class Benchmark(FolderBenchmark):
         `strict_score` and `strict_hallucination_rate` leave such replies out, and read the whole number with or without
         emphasis; `parsers_differ`: replies that the two read differently.
         """
-        every = total(sums)
+        overall = total(sums)
         return {
-            "score": ratio(every["rating"], every["answers"]),
-            "hallucination_rate": percent(every["hallucinated"], every["answers"]),
-            "informativeness": percent(every["information"], FIRST_WITHOUT_HALLUCINATION * every["answers"]),
+            "score": ratio(overall["rating"], overall["answers"]),
+            "hallucination_rate": percent(overall["hallucinated"], overall["answers"]),
+            "informativeness": percent(overall["information"], FIRST_WITHOUT_HALLUCINATION * overall["answers"]),
             **{f"score_{kind}": ratio(sums[kind]["rating"], sums[kind]["answers"]) for kind in TYPES if kind in sums},
-            "strict_score": ratio(every["strict_rating"], every["read"]),
-            "strict_hallucination_rate": percent(every["strict_hallucinated"], every["read"]),
-            "parsers_differ": percent(every["differ"], every["answers"]),
+            "strict_score": ratio(overall["strict_rating"], overall["read"]),
+            "strict_hallucination_rate": percent(overall["strict_hallucinated"], overall["read"]),
+            "parsers_differ": percent(overall["differ"], overall["answers"]),
         }
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """What LLaVA-RLHF's and RLHF-V's programs print."""
-        answers, rating, hallucinated, information = (
-            sum(group[name] for group in sums.values()) for name in ("answers", "rating", "hallucinated", "information")
-        )
+        overall = total(sums)
+        answers = overall["answers"]
         means = [sums[kind]["rating"] / sums[kind]["answers"] for kind in TYPES if kind in sums]
         return {
-            "Average score": f"{rating / answers:.2f}",
-            "Hallucination rate": f"{hallucinated / answers:.2f}",
+            "Average score": f"{overall['rating'] / answers:.2f}",
+            "Hallucination rate": f"{overall['hallucinated'] / answers:.2f}",
             "Average score for each question type": ",".join(str(round(mean, 2)) for mean in means),
-            "Informativeness": f"{100 * information / answers / FIRST_WITHOUT_HALLUCINATION:.2f}",
+            "Informativeness": f"{100 * overall['information'] / answers / FIRST_WITHOUT_HALLUCINATION:.2f}",
         }
 
 
@@ -135,23 +135,24 @@ def judge_messages(item: Item, answer: str) -> list[dict[str, Any]]:
 
 
 def official_rating(reply: str) -> int:
-    """The one s of 0 to 6 for which "rating: s" stands in the reply; 0 if there is none, or several.
+    """The one s from 0 to 6 for which the reply contains "rating: s"; 0 if there is none, or several.
 
     >>> official_rating("Rating: 61"), official_rating("**Rating**: 4"), official_rating("Rating: 2. No, rating: 4")
     (6, 0, 0)
     """
-    found = [rating for rating in range(BEST_RATING + 1) if f"rating: {rating}" in reply.lower()]
-    return found[0] if len(found) == 1 else 0
+    ratings = [rating for rating in range(BEST_RATING + 1) if f"rating: {rating}" in reply.lower()]
+    return ratings[0] if len(ratings) == 1 else 0
 
 
 def strict_rating(reply: str) -> int | None:
-    """The one whole number from 0 to 6 behind "rating:", emphasised or not; None if there is none, several, or another number.
+    """The one whole number from 0 to 6 after "rating:", emphasised or not; None if there is none, several, or another number.
 
     >>> strict_rating("Rating: 61"), strict_rating("**Rating**: 4"), strict_rating("Rating: 2. No, rating: 4")
     (None, 4, None)
     """
-    found = {float(number) for number in re.findall(r"\brating\W{0,4}:\W{0,4}(\d+(?:\.\d+)?)", reply, re.IGNORECASE)}
-    rating = found.pop() if len(found) == 1 else -1
+    numbers = re.findall(r"\brating\W{0,4}:\W{0,4}(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+    ratings = set(map(float, numbers))
+    rating = ratings.pop() if len(ratings) == 1 else -1
     return int(rating) if rating in range(BEST_RATING + 1) else None
 
 
@@ -159,16 +160,13 @@ def _item(number: int, row: Mapping[str, Any], folder: Folder) -> Item:
     texts = ("question", "gt_answer", "question_type", "image_id", "image_src")
     if not all(isinstance(row.get(name), str) for name in texts) or not isinstance(row.get("image_content"), list):
         raise UserError(f"{folder.find(QUESTIONS)}: row {number + 1} needs the texts {', '.join(texts)} and image_content.")
+    picture = folder.picture(row["image_src"].rpartition("/")[2])
+    named_by_id = folder.picture(f"{row['image_id']}.jpg")
+    if named_by_id.path and named_by_id.path.is_file():
+        picture = named_by_id
     truth = {"contents": row["image_content"], "answer": row["gt_answer"]}
-    sample = Sample(f"mmhal/{number}", (_picture(row, folder),), row["question"], (row["gt_answer"],), truth)
+    sample = Sample(f"mmhal/{number}", (picture,), row["question"], (row["gt_answer"],), truth)
     return Item(str(number), sample, row["question_type"], row["image_id"])
-
-
-def _picture(row: Mapping[str, Any], folder: Folder) -> Picture:
-    """The file named as at the end of its address, or by its id."""
-    named = folder.picture(row["image_src"].rpartition("/")[2])
-    by_its_id = folder.picture(f"{row['image_id']}.jpg")
-    return by_its_id if by_its_id.path and by_its_id.path.is_file() else named
 
 
 @cache

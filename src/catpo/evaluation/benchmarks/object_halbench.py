@@ -3,8 +3,8 @@
     object_halbench(extraction='judge')
 
 Papers have the objects of a response extracted by gpt-3.5-turbo-0613 (`extraction='judge'`, with the official program's prompt,
-which is read out of its file). Rules find other objects and count repeats: their figures are not comparable with those of
-papers (LLaVA-1.5-7B: 52.7 and 15.8), only with one another.
+which is read from its file). Rules find other objects and count repeats: their figures are comparable only with one another,
+not with those of papers (LLaVA-1.5-7B: 52.7 and 15.8).
 
 Source: github.com/RLHF-V/RLHF-V eval/eval_gpt_obj_halbench.py at 8daac8a8.
 """
@@ -15,16 +15,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.checks import check_word
 from catpo.core.types import Sample
-from catpo.evaluation.benchmarks import CAPTIONS, Floats, FolderBenchmark, Grade, Item, Sums, _coco, _extraction, percent, ratio
-from catpo.evaluation.benchmarks._answers import ANSWER_FIELDS, by_id, id_of
-from catpo.evaluation.benchmarks._english import English
-from catpo.evaluation.benchmarks._files import Folder, Record, Source
+from catpo.evaluation.benchmarks import (
+    ANSWER_FIELDS,
+    CAPTIONS,
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Record,
+    Source,
+    Sums,
+    _coco,
+    _extraction,
+    by_id,
+    id_of,
+    percent,
+    ratio,
+)
 from catpo.judges import Judge
 
-EXTRACTIONS = ("rules", "judge")
-READERS = ("spacy", "nltk")
 TABLE = _coco.TABLES["wordnet"]
 QUESTIONS = "object_halbench_300_prompts.jsonl"
 
@@ -38,7 +50,6 @@ class Benchmark(FolderBenchmark):
     """
 
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.2, "max_tokens": 512}
-
     max_new_tokens = 1024
     sources = (
         Source(QUESTIONS, (f"object_halbench/{QUESTIONS}", "eval/data/obj_halbench_300_with_image.jsonl", QUESTIONS),
@@ -49,31 +60,29 @@ class Benchmark(FolderBenchmark):
                "681041d2958d7871ed6fa69c3108f34aa6a0a354eb53ed4c5a425e65f86bc72a"),
         Source(_extraction.SCRIPT, (f"object_halbench/{_extraction.SCRIPT}", f"eval/{_extraction.SCRIPT}", _extraction.SCRIPT),
                f"https://raw.githubusercontent.com/RLHF-V/RLHF-V/main/eval/{_extraction.SCRIPT}",
-               is_needed=False, note="for the judge's prompt, which is read out of it; it is not run"),
+               is_needed=False, note="for the judge's prompt, which is read from it; it is not run"),
         TABLE,
         *_coco.ANNOTATIONS,
     )  # fmt: skip
     pictures = _coco.PICTURES
 
     def __init__(self, *, extraction: str = "rules", nouns: str = "spacy") -> None:
-        for name, value, known in (("extraction", extraction, EXTRACTIONS), ("nouns", nouns, READERS)):
-            if value not in known:
-                raise UserError(f"object_halbench({name}={value!r}) is not known. {did_you_mean(value, known)}")
+        check_word("object_halbench", "extraction", extraction, ("rules", "judge"))
+        check_word("object_halbench", "nouns", nouns, ("spacy", "nltk"))
         self.extraction, self.nouns = extraction, nouns
         self.needs_judge = extraction == "judge"
 
     def open(self, folder: Folder) -> list[Item]:
         """Questions in the order of their file."""
-        synonyms = "\n".join(", ".join(word.strip() for word in line.split(", ")) for line in _lines(folder))
-        plain = _coco.Vocabulary.of(synonyms, ())
-        doubles = [word for word in plain.classes if " " in word]
-        self.words = _coco.Vocabulary.of(synonyms, [*doubles, "home plate", "train track"])
-        self.english = English(folder.path)
-        self.read = _coco.reader("noun", self.english)
+        lines = folder.read("synonyms_refine.txt").splitlines()
+        synonyms = "\n".join(", ".join(word.strip() for word in line.strip().split(", ")) for line in lines)
+        doubles = [word for word in _coco.Vocabulary.of(synonyms, ()).classes if " " in word]
+        vocabulary = _coco.Vocabulary.of(synonyms, [*doubles, "home plate", "train track"])
+        template = folder.read(_extraction.SCRIPT) if self.needs_judge else ""
+        self.coco = _coco.Coco(folder, vocabulary, TABLE, "noun")
         if self.needs_judge:
-            self.template = _extraction.read_template(folder.read(_extraction.SCRIPT))
-            self.tagged, self.tagger = _extraction.tagger(self.nouns, self.english)
-        self.truth = _coco.Truth(folder, TABLE, self._objects, self.words.classes)
+            self.template = _extraction.read_template(template)
+            self.tagged, self.tagger = _extraction.tagger(self.nouns, self.coco.english)
         return [_item(row, folder) for row in folder.rows(QUESTIONS)]
 
     def provenance(self) -> dict[str, Any]:
@@ -81,33 +90,38 @@ class Benchmark(FolderBenchmark):
         is_official = self.needs_judge and self.nouns == "spacy"
         figures = "as published, with the same judge" if is_official else "not comparable with published figures"
         nouns = {"nouns": self.tagger} if self.needs_judge else {}
-        tools = {"truth": self.truth.place, "read_with": self.english.tools}
-        return {"extraction": self.extraction, "figures": figures, **nouns, **tools}
+        return {"extraction": self.extraction, "figures": figures, **nouns, **self.coco.provenance()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By the photograph: each is asked about once."""
-        images = {item.picture: item.id for item in items}
+        items_of = {item.picture: item.id for item in items}
+
+        def as_id(name: str) -> str:
+            image = _coco.image_id(name)
+            return items_of.get(_coco.file_name(image), name) if image.isdigit() else name
+
         return by_id(
             records,
-            [item.id for item in items],
+            list(items_of.values()),
             id_fields=("image_id", "image"),
             answer_fields=("text", *ANSWER_FIELDS),
-            as_id=lambda name: images.get(_coco.file_name(_coco.image_id(name)), name) if _is_image(name) else name,
+            as_id=as_id,
         )
 
     def grade(self, item: Item, answer: str, judge: Judge | None = None) -> Grade:
         """Objects of a response against those of the photograph."""
-        text, truth = answer.replace("Assistant:", "").strip(), self.truth.of(item.sample.truth["image"])
+        text = answer.replace("Assistant:", "").strip()
         if judge is None:
-            return _grade(text, self._objects(text), truth)
+            return self._graded(item, text, self.coco.objects(text))
         key = f"object_halbench/{item.id}"
         named, reply = _extraction.extract(judge, self.template, item.sample.prompt, text, key=key)
-        words = _extraction.words(named or [], self.tagged, self.words.pairs)
-        notes = {"reply": reply, "objects": named}
-        return replace(_grade(text, self.words.objects(words), truth), notes=notes, has_verdict=named is not None)
+        words = _extraction.words(named or [], self.tagged, self.coco.vocabulary)
+        graded = self._graded(item, text, self.coco.vocabulary.objects(words))
+        return replace(graded, notes={"reply": reply, "objects": named}, has_verdict=named is not None)
 
-    def _objects(self, text: str) -> list[str]:
-        return self.words.objects(self.words.join(self.read(text)))
+    def _graded(self, item: Item, text: str, objects: Sequence[str]) -> Grade:
+        truth = self.coco.truth(item.sample.truth["image"])
+        return _coco.grade(objects, truth, len(text.split(" ")), captions_with_objects=int(bool(objects)))
 
     @staticmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
@@ -124,13 +138,13 @@ class Benchmark(FolderBenchmark):
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """`overall_metrics` of the official program."""
         counts = sums[CAPTIONS]
-        refined = _share(counts["hallucinated_captions"], counts["captions_with_objects"])
-        chair_i = _share(counts["hallucinated"], counts["objects"])
+        refined = _coco.share(counts["hallucinated_captions"], counts["captions_with_objects"])
+        chair_i = _coco.share(counts["hallucinated"], counts["objects"])
         return {
             "CHAIRs": counts["hallucinated_captions"] / counts["captions"],
             "CHAIRs_refine": refined,
             "CHAIRi": chair_i,
-            "obj_rec": _share(counts["covered"], counts["present"]),
+            "obj_rec": _coco.share(counts["covered"], counts["present"]),
             "sentence_num": float(counts["captions"]),
             "coco_sentence_num": float(counts["captions_with_objects"]),
             "coco_word_count": float(counts["covered"]),
@@ -141,36 +155,8 @@ class Benchmark(FolderBenchmark):
         }
 
 
-def _lines(folder: Folder) -> list[str]:
-    return [line.strip() for line in folder.read("synonyms_refine.txt").splitlines()]
-
-
 def _item(row: Mapping[str, Any], folder: Folder) -> Item:
     image = _coco.image_id(id_of(Record(QUESTIONS, dict(row)), ("image_id",)))
     file = _coco.file_name(image)
     sample = Sample(str(row.get("id", image)), (folder.picture(file),), row["question"], truth={"image": image})
     return Item(sample.id, sample, CAPTIONS, file)
-
-
-def _is_image(name: str) -> bool:
-    return _coco.image_id(name).isdigit()
-
-
-def _grade(text: str, objects: Sequence[str], truth: frozenset[str]) -> Grade:
-    absent = [name for name in objects if name not in truth]
-    counts = {
-        "captions": 1,
-        "captions_with_objects": int(bool(objects)),
-        "hallucinated_captions": int(bool(absent)),
-        "objects": len(objects),
-        "hallucinated": len(absent),
-        "present": len(truth),
-        "covered": len(set(objects) & truth),
-        "words": len(text.split(" ")),
-    }
-    named = [(name, "grounded" if name in truth else "hallucinated") for name in dict.fromkeys(objects)]
-    return Grade(counts, named, is_right=not absent)
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

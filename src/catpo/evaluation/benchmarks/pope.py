@@ -18,11 +18,25 @@ from typing import Any
 
 import numpy as np
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.checks import check_word
+from catpo.core.errors import UserError
 from catpo.core.types import Sample
-from catpo.evaluation.benchmarks import QUESTION_TOKENS, Floats, FolderBenchmark, Grade, Item, Sums, percent, ratio
-from catpo.evaluation.benchmarks._answers import in_order
-from catpo.evaluation.benchmarks._files import Folder, Pictures, Record, Source
+from catpo.evaluation.benchmarks import (
+    QUESTION_TOKENS,
+    Floats,
+    Folder,
+    FolderBenchmark,
+    Grade,
+    Item,
+    Pictures,
+    Record,
+    Source,
+    Sums,
+    in_order,
+    only_yes_no,
+    percent,
+    ratio,
+)
 
 SUBSETS = ("random", "popular", "adversarial")
 HASHES = {
@@ -58,7 +72,7 @@ def _source(name: str) -> Source:
         f"https://raw.githubusercontent.com/RUCAIBox/POPE/{COMMITS[version]}/output/coco/{file}",
         HASHES[name],
         is_needed=version == "old",
-        note="for labels 'old' and 'mixed'" if version == "old" else "for labels 'head' and 'mixed'",
+        note=f"for labels '{version}' and 'mixed'",
     )
 
 
@@ -82,14 +96,11 @@ class Benchmark(FolderBenchmark):
     )
 
     def __init__(self, *, subset: str = "", labels: str = "old", parser: str = "official", prompt: str = "short") -> None:
-        for name, value, known in (
-            ("subset", subset, ("", *SUBSETS)),
-            ("labels", labels, tuple(VERSIONS)),
-            ("parser", parser, ("official", "tolerant")),
-            ("prompt", prompt, ("short", "plain")),
-        ):
-            if value not in known:
-                raise UserError(f"pope({name}={value!r}) is not known. {did_you_mean(value, [each for each in known if each])}")
+        if subset:
+            check_word("pope", "subset", subset, SUBSETS)
+        check_word("pope", "labels", labels, tuple(VERSIONS))
+        check_word("pope", "parser", parser, ("official", "tolerant"))
+        check_word("pope", "prompt", prompt, ("short", "plain"))
         self.subsets = (subset,) if subset else SUBSETS
         self.labels, self.parser, self.prompt = labels, parser, prompt
 
@@ -109,10 +120,9 @@ class Benchmark(FolderBenchmark):
                     f"{version}/coco_pope_{subset}.json: row {number} needs question_id, and label yes or no. Get it again."
                 )
             name = f"{subset}/{row['question_id']}"
-            truth = {"question": row["text"]}
-            sample = Sample(name, (folder.picture(row["image"]),), row["text"] + suffix, truth=truth)
-            expected = "no" if row["label"] == "no" else "yes"
-            items.append(Item(name, sample, subset, row["image"], expected, QUESTION_TOKENS if suffix else SENTENCE_TOKENS))
+            picture, tokens = folder.picture(row["image"]), QUESTION_TOKENS if suffix else SENTENCE_TOKENS
+            sample = Sample(name, (picture,), row["text"] + suffix, truth={"question": row["text"]})
+            items.append(Item(name, sample, subset, row["image"], row["label"], tokens))
         return items
 
     def provenance(self) -> dict[str, Any]:
@@ -120,32 +130,33 @@ class Benchmark(FolderBenchmark):
         return {"labels": self.labels, "parser": self.parser}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """By order. A row or its file's name says which subset it is of; else it is the first order that fits the questions."""
-        wanted = {subset: [item for item in items if item.group == subset] for subset in self.subsets}
-        subsets = [_subset(record) for record in records]
-        named = {name: [each for each, own in zip(records, subsets, strict=True) if own == name] for name in wanted}
-        if sum(map(len, named.values())) == len(records):
-            return {name: text for subset, own in named.items() if own for name, text in _ordered(own, wanted[subset]).items()}
-        problem = None
-        for order in permutations(wanted.values()):
+        """By order. A row or its file's name says which subset it is of; else the first order that fits the questions."""
+        questions: dict[str, list[tuple[str, str]]] = {subset: [] for subset in self.subsets}
+        for item in items:
+            questions[item.group].append((item.id, item.sample.truth["question"]))
+        rows: dict[str, list[Record]] = {subset: [] for subset in self.subsets}
+        for record in records:
+            rows.setdefault(_subset(record), []).append(record)
+        answers: dict[str, str] = {}
+        if set(rows) == set(self.subsets):
+            for subset in self.subsets:
+                if rows[subset]:
+                    answers |= in_order(rows[subset], questions[subset])
+            return answers
+        problems = []
+        for order in permutations(questions.values()):
             try:
-                return _ordered(records, [item for own in order for item in own])
+                return in_order(records, [question for subset in order for question in subset])
             except UserError as error:
-                problem = problem or error
-        raise problem or UserError("POPE has no subset.")
+                problems.append(error)
+        raise problems[0]
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Count one answer; "yes" is the positive class."""
         said = read_official(answer) if self.parser == "official" else read_tolerant(answer)
-        counts = {
-            "questions": 1,
-            "tp": int(said == "yes" and item.expected == "yes"),
-            "fp": int(said == "yes" and item.expected == "no"),
-            "tn": int(said == "no" and item.expected == "no"),
-            "fn": int(said == "no" and item.expected == "yes"),
-            "expected_yes": int(item.expected == "yes"),
-            "unparsed": int(not said),
-        }
+        cases = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
+        counts = {"questions": 1, **{name: int(case == (said, item.expected)) for name, case in cases.items()}}
+        counts |= {"expected_yes": int(item.expected == "yes"), "unparsed": int(not said)}
         return Grade(counts, is_right=said == item.expected)
 
     @staticmethod
@@ -164,13 +175,13 @@ class Benchmark(FolderBenchmark):
 
 def _check_version(folder: Folder, version: str, subset: str) -> None:
     """Refuse labels of another version than asked for: in a clone of POPE, both lie in the same folder."""
-    file = f"coco_pope_{subset}.json"
-    found = next((other for other in FOLDERS if HASHES[f"{other}/{subset}"] == folder.hashes[f"{version}/{file}"]), version)
-    if found != version:
-        raise UserError(
-            f"{folder.find(f'{version}/{file}')} has the labels called '{found}', not '{version}'. Choose "
-            f"pope(labels='{found}'), or get the others: `catpo data get pope --data {folder.path}`."
-        )
+    name = f"{version}/coco_pope_{subset}.json"
+    for other in FOLDERS:
+        if other != version and HASHES[f"{other}/{subset}"] == folder.hashes[name]:
+            raise UserError(
+                f"{folder.find(name)} has the labels called '{other}', not '{version}'. Choose "
+                f"pope(labels='{other}'), or get the others: `catpo data get pope --data {folder.path}`."
+            )
 
 
 def _subset(record: Record) -> str:
@@ -182,12 +193,8 @@ def _subset(record: Record) -> str:
     return named[0] if len(named) == 1 else ""
 
 
-def _ordered(records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-    return in_order(records, [(item.id, item.sample.truth["question"]) for item in items])
-
-
 def read_official(answer: str) -> str:
-    """`no` if the text before the first full stop has No, not or no as a word between single spaces; everything else is a yes.
+    """`no` if the text before the first full stop has No, not or no as a word between single spaces; else `yes`.
 
     >>> read_official("No, there is not."), read_official("There isn't any"), read_official("NO"), read_official("")
     ('no', 'yes', 'yes', 'yes')
@@ -202,9 +209,8 @@ def read_tolerant(answer: str) -> str:
     >>> read_tolerant("NO!"), read_tolerant("There are no dogs"), read_tolerant("I cannot tell")
     ('no', 'no', '')
     """
-    words = re.findall(r"[a-z]+", answer.lower())
-    found = set(words[:1]) & {"yes", "no"} or set(words) & {"yes", "no"}
-    return found.pop() if len(found) == 1 else ""
+    first = re.findall(r"[a-z]+", answer.lower())[:1]
+    return first[0] if first in (["yes"], ["no"]) else only_yes_no(answer)
 
 
 def _metrics(counts: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -221,16 +227,13 @@ def _metrics(counts: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def _printed(counts: Mapping[str, int]) -> dict[str, Any]:
-    """One block of the program's output. Where it would divide by zero and end, None stands."""
-    tp, fp, tn, fn = (counts[name] for name in ("tp", "fp", "tn", "fn"))
+    """One block of the program's output; None where it would end by dividing by zero."""
+    tp, fp, tn = counts["tp"], counts["fp"], counts["tn"]
     precision = tp / (tp + fp) if tp + fp else None
     recall = tp / counts["expected_yes"] if counts["expected_yes"] else None
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
     return {
-        "TP": tp,
-        "FP": fp,
-        "TN": tn,
-        "FN": fn,
+        **{name.upper(): counts[name] for name in ("tp", "fp", "tn", "fn")},
         "Accuracy": (tp + tn) / counts["questions"],
         "Precision": precision,
         "Recall": recall,

@@ -2,7 +2,7 @@
 
     scenes(count=500, questions=3)
 
-Truth is exact, since the pictures are composed; no model was trained on those of split `test`.
+Truth is exact, since the pictures are composed. No model was trained on those of split `test`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
+from catpo.evaluation import benchmarks
 from catpo.evaluation.benchmarks import (
     CAPTIONS,
     QUESTION_TOKENS,
@@ -25,16 +26,15 @@ from catpo.evaluation.benchmarks import (
     grade_question,
     question_metrics,
 )
-from catpo.evaluation.benchmarks import Benchmark as _Base
 
 
-class Benchmark(_Base):
+class Benchmark(benchmarks.Benchmark):
     """A caption, and some questions, for each of `count` held-out scenes.
 
     Args:
         count: how many scenes.
         questions: yes/no questions per scene, split and answer (at most); 0 asks for captions only.
-        question_scenes: ask them about the first so many scenes only; None: about all.
+        question_scenes: ask them about the first N scenes only; all if None.
         captions: ask for captions; False asks questions only.
         seed: which stream of scenes.
         split: `test`; `train` shows how a model does on scenes it may have seen.
@@ -57,13 +57,20 @@ class Benchmark(_Base):
         if question_scenes is not None and question_scenes < 1:
             raise UserError(f"scenes(question_scenes={question_scenes}) must be 1 or more; questions=0 asks none.")
         self.captions, self.question_scenes = captions, question_scenes
-        given = {"count": count, "seed": seed, "split": split, "questions": int(questions)} | ({"size": size} if size else {})
+        given = {"count": count, "seed": seed, "split": split, "questions": int(questions)}
+        if size:
+            given["size"] = size
         self.data = f"scenes({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def items(self, samples: Sequence[Sample], vocabulary: Mapping[str, str] | None = None) -> list[Item]:
         """All captions, then all questions."""
-        captions = [Item(sample.id, sample, CAPTIONS, sample.id) for sample in samples] if self.captions else []
-        return captions + [item for sample in samples[: self.question_scenes] for item in _questions(sample)]
+        items = [Item(sample.id, sample, CAPTIONS, sample.id) for sample in samples] if self.captions else []
+        for sample in samples[: self.question_scenes]:
+            for number, row in enumerate(sample.truth["questions"]):
+                name = f"{sample.id}/{number}"
+                asked = replace(sample, id=name, prompt=row["question"])
+                items.append(Item(name, asked, row["split"], sample.id, row["answer"], QUESTION_TOKENS))
+        return items
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a caption against the scene's, or an answer against the right one."""
@@ -76,20 +83,7 @@ class Benchmark(_Base):
     def summarise(sums: Sums) -> dict[str, Floats]:
         """`chair_i`, `cover`, … of the captions, and `random/accuracy`, … of each split of questions."""
         metrics = caption_metrics(sums[CAPTIONS]) if CAPTIONS in sums else {}
-        for split in (group for group in sums if group != CAPTIONS):
-            metrics |= {f"{split}/{name}": value for name, value in question_metrics(sums[split]).items()}
+        for split, counts in sums.items():
+            if split != CAPTIONS:
+                metrics |= {f"{split}/{name}": value for name, value in question_metrics(counts).items()}
         return metrics
-
-
-def _questions(sample: Sample) -> list[Item]:
-    return [
-        Item(
-            id=f"{sample.id}/{number}",
-            sample=replace(sample, id=f"{sample.id}/{number}", prompt=row["question"]),
-            group=row["split"],
-            picture=sample.id,
-            expected=row["answer"],
-            max_new_tokens=QUESTION_TOKENS,
-        )
-        for number, row in enumerate(sample.truth["questions"])
-    ]

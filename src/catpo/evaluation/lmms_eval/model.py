@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     try:
         from lmms_eval.api.model import lmms
-    except ImportError:  # only lmms-eval makes one
+    except ImportError:  # only lmms-eval makes a model
         lmms = object
 
 MAX_NEW_TOKENS = 1024
@@ -34,7 +34,7 @@ class Model(lmms):
         batch_size: answers at once.
         device: cpu, cuda, …
         dtype: of the weights; `auto` is the checkpoint's own.
-        max_batch_size: taken from lmms-eval, and not used.
+        max_batch_size: passed by lmms-eval; not used.
     """
 
     is_simple = True
@@ -57,20 +57,20 @@ class Model(lmms):
         answers = [""] * len(requests)
         groups: dict[tuple[int, float], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(_decoding(request.args[1]), []).append(number)
+            groups.setdefault(decoding_of(request.args[1]), []).append(number)
         for (tokens, temperature), numbers in groups.items():
-            for start in range(0, len(numbers), self.batch_size):
+            for start in range(0, len(numbers), self.batch_size):  # only a batch's pictures are held as PNG
                 batch = numbers[start : start + self.batch_size]
                 samples = [self._sample(requests[number]) for number in batch]
                 texts = self.family.generate(
                     samples, max_new_tokens=tokens, temperature=temperature, batch_size=self.batch_size
                 )
                 for number, text in zip(batch, texts, strict=True):
-                    answers[number] = _cut(text, requests[number].args[1].get("until") or [])
+                    answers[number] = cut_at(text, requests[number].args[1].get("until") or [])
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Mean loss per token of each given answer, for `multiple_choice`: the least is best, as lmms-eval has it."""
+        """Mean loss per token of each given answer, for `multiple_choice`; like lmms-eval's, the lowest is best."""
         questions: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
             prompt, answer, _, doc_id, task, split = request.args
@@ -79,8 +79,9 @@ class Model(lmms):
             questions.setdefault((task, split, doc_id, prompt), []).append(number)
         samples = [self._sample(requests[numbers[0]]) for numbers in questions.values()]
         options = [{str(number): requests[number].args[1].strip() for number in numbers} for numbers in questions.values()]
-        losses = option_losses(self.family, samples, options, batch_size=self.batch_size)
-        by_number = {number: loss for each in losses for number, loss in each.items()}
+        by_number: dict[str, float] = {}
+        for losses in option_losses(self.family, samples, options, batch_size=self.batch_size):
+            by_number |= losses
         return [(by_number[str(number)], False) for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -90,25 +91,26 @@ class Model(lmms):
     def _sample(self, request: Any) -> Sample:
         """Prompt and pictures of a request."""
         prompt, _, doc_to_visual, doc_id, task, split = request.args
-        shown = doc_to_visual(self.task_dict[task][split][doc_id])
-        return Sample(f"{task}/{doc_id}", tuple(_picture(image, f"{task}/{doc_id}") for image in shown), prompt)
+        name = f"{task}/{doc_id}"
+        images = doc_to_visual(self.task_dict[task][split][doc_id])
+        return Sample(name, tuple(_picture(image, name) for image in images), prompt)
 
 
-def _decoding(options: dict[str, Any]) -> tuple[int, float]:
-    """Longest answer and temperature."""
-    is_sampled = options.get("do_sample", True)
-    return int(options.get("max_new_tokens", MAX_NEW_TOKENS)), float(options.get("temperature") or 0.0) if is_sampled else 0.0
+def decoding_of(options: dict[str, Any]) -> tuple[int, float]:
+    """Longest answer and temperature that a task asks for."""
+    temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
+    return int(options.get("max_new_tokens", MAX_NEW_TOKENS)), temperature
 
 
 def _picture(image: Any, name: str) -> Picture:
     if not isinstance(image, Image.Image):
-        raise UserError(f"{name} shows {type(image).__name__} and no picture. catpo reads pictures only.")
+        raise UserError(f"{name} shows {type(image).__name__} instead of a picture. catpo reads pictures only.")
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "PNG")
     return Picture(data=stream.getvalue(), name=name)
 
 
-def _cut(text: str, until: str | Sequence[str]) -> str:
+def cut_at(text: str, until: str | Sequence[str]) -> str:
     """The text before the first of the words that end it."""
     for end in [until] if isinstance(until, str) else until:
         text = text.split(end, 1)[0] if end else text

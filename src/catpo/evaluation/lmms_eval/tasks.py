@@ -1,13 +1,12 @@
-"""catpo's benchmarks as tasks of lmms-eval: it asks and logs, catpo's own graders decide and sum up.
+"""catpo's benchmarks as tasks of lmms-eval: it asks and logs, catpo grades and sums up.
 
-`export_tasks` writes `catpo_NAME.yaml` and the questions beside it; the other functions are what such a file names.
+`export_tasks` writes `catpo_NAME.yaml` and the questions beside it; such a file names the other public functions.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,14 +61,14 @@ def export_tasks(
     limit: int | None = None,
     max_new_tokens: int | None = None,
 ) -> list[str]:
-    """Write each benchmark as a task of lmms-eval; gives the tasks' names.
+    """Write each benchmark as a task of lmms-eval, and return the tasks' names.
 
     Args:
         benchmarks: with their options.
         output: folder for the tasks, for lmms-eval's `--include_path`.
         data: folder with the benchmarks' official files.
         judge: who grades what needs a judge.
-        limit: only the first so many pictures of each benchmark.
+        limit: only the first N pictures of each benchmark.
         max_new_tokens: where an answer is cut; each benchmark's own if None.
 
     Raises:
@@ -96,9 +95,6 @@ def export_tasks(
     return names
 
 
-# ---- what a task file names -----------------------------------------------------------------------------------------------
-
-
 def prompt(doc: Mapping[str, Any], **_: Any) -> str:
     """What the model is asked."""
     return str(doc["prompt"])
@@ -111,9 +107,9 @@ def pictures(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 def grade(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
     """An answer's grade, once for every metric: metrics are made of the sums of all."""
-    opened = _opened(doc["benchmark"], doc["data"], doc["judge"])
-    row = grade_row(opened.task, opened.items[doc["id"]], results[0], opened.judge)
     origin = {name: doc[name] for name in ("benchmark", "data", "judge")}
+    opened = _opened(**origin)
+    row = grade_row(opened.task, opened.items[doc["id"]], results[0], opened.judge)
     return {metric: {"metric": metric, "origin": origin, **row} for metric in opened.metrics}
 
 
@@ -123,35 +119,28 @@ def sum_up(rows: Sequence[Mapping[str, Any]]) -> float:
     return float(resample(task.benchmark.summarise, rows, resamples=0)[rows[0]["metric"]][0])
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class _Opened:
     """A benchmark, ready to grade."""
 
-    task: Task
-    items: Mapping[str, Item]
-    metrics: Sequence[str]
-    judge: Judge | None
+    def __init__(self, benchmark: str, data: str | None, judge: str | None) -> None:
+        (self.task,) = open_tasks([benchmark], data=data, is_answered_here=True)
+        self.items = {item.id: item for item in self.task.items}
+        self.metrics = _metric_names(self.task)
+        self.judge = open_judges([self.task], judge).get(self.task.name)
 
 
-@cache
-def _opened(benchmark: str, data: str | None, judge: str | None) -> _Opened:
-    (task,) = open_tasks([benchmark], data=data, is_answered_here=True)
-    judges = open_judges([task], judge)
-    return _Opened(task, {item.id: item for item in task.items}, _metric_names(task), judges.get(task.name))
+_opened = cache(_Opened)
 
 
 def _metric_names(task: Task) -> list[str]:
-    """Names of the metrics, found out by summing up one empty answer of each group."""
+    """Names of the metrics, from summing up one empty answer of each group."""
     first = {item.group: item for item in reversed(task.items)}
     rows = [grade_row(task, item, "", _Silent()) for item in first.values()]
     return list(resample(task.benchmark.summarise, rows, resamples=0))
 
 
 class _Silent(Judge):
-    """Says nothing, to whatever it is asked."""
+    """Replies nothing."""
 
     identity: ClassVar[dict[str, Any]] = {}
 

@@ -1,7 +1,7 @@
-"""Attention over packed rows `[prompt | chosen | rejected]`: a response sees the prompt and itself, and no more is computed.
+"""Attention over packed rows `[prompt | chosen | rejected]`: a response sees the prompt and itself, and only that is computed.
 
-A layout says where the parts of each row stand. It is an integer tensor of four axes, which transformers hands through to the
-attention function like a finished mask, checkpointed layers included. Knows nothing of pairs, families or files.
+A layout says where the parts of each row are. It is an integer tensor with four axes, so transformers passes it on to the
+attention function like a finished mask, also in checkpointed layers. Knows nothing of pairs, families or files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 Layout = Int[Tensor, "rows 1 parts 2"]
 """First position and the one after the last of the prompt and of each response; equal where there is no such part."""
 PREFIX = "catpo_"
-"""How attention functions that take a layout are called, before the name of the one they stand on."""
+"""Begins the names of attention functions that take a layout; the name of the one underneath follows."""
 LAYOUT = "catpo_layout"
-"""Attribute of a mask: the layout it was made of."""
-
-
+"""Attribute of a mask: the layout it was made from."""
 Fused = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function as transformers calls it: outputs are [rows, tokens, heads, size]."""
 
@@ -32,7 +30,7 @@ def layout_of(rows: Sequence[Sequence[tuple[int, int]]]) -> Layout:
 
 
 def is_layout(mask: object) -> TypeGuard[Layout]:
-    """Whether what came as a mask is a layout: masks are boolean, or numbers to add."""
+    """Whether an attention mask is a layout: other masks are boolean, or numbers to add."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.long
 
 
@@ -62,7 +60,7 @@ def visible(
 
 
 def mask_for(implementation: str, layout: Layout, length: int, dtype: torch.dtype) -> Layout | Tensor | BlockMask:
-    """What the decoder's attention function takes for a layout: the layout, a block mask, numbers to add, or booleans."""
+    """The mask that the decoder's attention function takes: the layout, a block mask, numbers to add, or booleans."""
     mask: Tensor | BlockMask
     if implementation == f"{PREFIX}sdpa" and layout.device.type == "cpu":
         return layout
@@ -82,11 +80,11 @@ def as_numbers(mask: Bool[Tensor, ...], dtype: torch.dtype) -> Tensor:
 
 
 def layout_behind(mask: object) -> Layout | None:
-    """The layout that a mask was made of, if it was."""
+    """The layout that a mask is or was made from, if any."""
     return mask if is_layout(mask) else getattr(mask, LAYOUT, None)
 
 
-def read_places(layout: Layout, length: int) -> Int[Tensor, " places"]:
+def read_positions(layout: Layout, length: int) -> Int[Tensor, " positions"]:
     """Positions of response tokens and of the prompt's last one, in the rows laid end to end."""
     is_read = segments(layout, length) > 0
     row = torch.arange(len(layout), device=layout.device)
@@ -95,8 +93,9 @@ def read_places(layout: Layout, length: int) -> Int[Tensor, " places"]:
 
 
 def block_mask(layout: Layout, length: int) -> BlockMask:
-    """For FlexAttention, which leaves out blocks of keys that nobody sees."""
+    """For FlexAttention, which skips blocks of keys that no query sees."""
     part = segments(layout, length)
+    # a lambda: create_block_mask counts its arguments, and the tests' type checks would wrap a function
     is_seen = lambda row, head, query, key: sees(part[row, query], part[row, key], query, key)
     on_cuda = layout.device.type == "cuda"
     return create_block_mask(is_seen, len(layout), None, length, length, device=str(layout.device), _compile=on_cuda)
@@ -108,14 +107,13 @@ def reads_responses(attention: nn.Module) -> bool:
 
 
 class ReadsResponses:
-    """Marks an attention module of whose prompt only the last token's output is read, until it is removed."""
+    """Marks an attention module whose output is read only at responses and at the prompt's last token, until `remove`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         module.catpo_reads_responses = True  # type: ignore[assignment]
 
     def remove(self) -> None:
-        """The module is as it was."""
         del self.module.catpo_reads_responses
 
 
@@ -130,25 +128,26 @@ def attend(
 def _attend_row(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: list[list[int]], options: dict[str, Any]
 ) -> Float[Tensor, "1 length heads size"]:
-    (start, split), (_, beside), *others = parts
-    at = lambda tensor, begin, end: tensor[:, :, begin:end]
-    first = split - 1 if reads_responses(module) else start
-    # the first response stands right behind the prompt: one causal sequence
-    outputs = [_causal(fused, module, at(query, first, beside), at(key, start, beside), at(value, start, beside), options)]
+    (start, prompt_end), (_, first_end), *others = parts
+    first_query = prompt_end - 1 if reads_responses(module) else start
+    # the first response comes right after the prompt: one causal sequence
+    sequence = slice(start, first_end)
+    queries = query[:, :, first_query:first_end]
+    outputs = [_causal(fused, module, queries, key[:, :, sequence], value[:, :, sequence], options)]
     for begin, end in others:
-        if begin == end:  # there is no such part: a row may hold one response
+        if begin == end:  # an empty part: the row has one response
             continue
-        keys, values = (torch.cat([at(each, start, split), at(each, begin, end)], dim=2) for each in (key, value))
-        outputs.append(_causal(fused, module, at(query, begin, end), keys, values, options))
-    after = query.shape[2] - parts[-1][1]
-    blank = lambda count: outputs[0].new_zeros(1, count, *outputs[0].shape[2:])
-    return torch.cat([blank(first), *outputs, blank(after)], dim=1)
+        keys = torch.cat([key[:, :, start:prompt_end], key[:, :, begin:end]], dim=2)
+        values = torch.cat([value[:, :, start:prompt_end], value[:, :, begin:end]], dim=2)
+        outputs.append(_causal(fused, module, query[:, :, begin:end], keys, values, options))
+    output = torch.cat(outputs, dim=1)  # (1, query, head, size)
+    return nn.functional.pad(output, (0, 0, 0, 0, first_query, query.shape[2] - parts[-1][1]))  # zeros where nothing is read
 
 
 def _causal(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> Float[Tensor, "1 queries heads size"]:
-    """Attention of the last queries of a sequence to all of it up to themselves."""
+    """Causal attention of the last queries of a sequence."""
     queries, keys = query.shape[2], key.shape[2]
     mask = None if queries == keys else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     return fused(module, query, key, value, None if mask is None else mask[None, None], **options)[0]

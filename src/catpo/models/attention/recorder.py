@@ -1,7 +1,7 @@
 """Response-to-patch attention, recorded layer by layer inside fused attention (the a_{t,j} of Eq. 2-5).
 
-The model runs its fused kernel unchanged; beside it, only the response rows x image columns of the softmax are computed for
-the layers asked for. No [length, length] map exists at any time. Knows nothing of families, signals or files.
+The model runs its fused kernel unchanged; in addition, only the response rows x image columns of the softmax are computed, for
+the chosen layers. No [length, length] map exists at any time. Knows nothing of families, signals or files.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from catpo.models.attention import packed
 _active: contextvars.ContextVar[AttentionRecorder | None] = contextvars.ContextVar("catpo_recorder", default=None)
 
 Mask = Tensor | BlockMask | None
-"""What attention functions of transformers may get for a mask; the layout of packed rows among it."""
+"""Masks that attention functions of transformers may get, including the layout of packed rows (an integer tensor)."""
 PAPER_LAYERS = (0.594, 0.6875)
 """The official run's layers 19-22 of 32, as shares of the depth (methods: the paper is silent on layers)."""
 
 
 def choose_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Decoder layers (0-based) that a name or list stands for.
+    """Decoder layers (0-based) by name or number.
 
     >>> choose_layers("paper", 32)
     (19, 20, 21, 22)
@@ -57,10 +57,10 @@ def choose_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, .
 
 
 def choose_heads(heads: str) -> Callable[[Float[Tensor, "rows heads tokens patches"]], Float[Tensor, "rows tokens patches"]]:
-    """How the heads of one layer become one: `mean`, `max`, or `top(k=4)`, the mean of the k heads with most image mass.
+    """How the heads of a layer are combined: `mean`, `max`, or `top(k=4)`, the mean of the k heads with the most image mass.
 
     Raises:
-        UserError: another word.
+        UserError: another name.
     """
     spec = parse(heads)
     if spec.name == "mean" and not spec.options:
@@ -80,10 +80,10 @@ def _mean_of_top_heads(attention: Tensor, k: int) -> Tensor:
 
 @dataclass
 class AttentionRecorder:
-    """Collects attention while a model runs inside `with recorder:`; read `mean()` afterwards.
+    """Records attention while a model runs inside `with recorder:`; read `mean()` afterwards.
 
-    `queries` are the positions of the tokens that look, `keys` those of the patches they look at, both in the model's rows and
-    padded with -1. `layers` are recorded, others run untouched. `heads` joins the heads of a layer.
+    `queries` are the positions of response tokens and `keys` those of patches, both in the model's rows and padded with -1.
+    Only `layers` are recorded. `heads` combines the heads of a layer.
     """
 
     queries: Int[Tensor, "rows tokens"]
@@ -102,10 +102,10 @@ class AttentionRecorder:
         _active.reset(self._token)
 
     def mean(self) -> Float[Tensor, "rows tokens patches"]:
-        """Post-softmax probability from each token to each patch: heads joined, then mean over layers; 0 in padding.
+        """Post-softmax probability from each token to each patch: heads combined, then the mean over layers; 0 in padding.
 
         Raises:
-            UserError: a layer asked for never reported, so the model does not go through the attention interface.
+            UserError: a layer was not recorded, since it does not run the attention interface.
         """
         silent = [layer for layer in self.layers if layer not in self.by_layer]
         if silent:
@@ -119,18 +119,16 @@ class AttentionRecorder:
     @torch.no_grad()
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, mask: Mask, options: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
-        if layer not in self.layers or layer in self.by_layer:  # seen: gradient checkpointing runs a layer twice
+        if layer not in self.layers or layer in self.by_layer:  # recorded: gradient checkpointing runs a layer twice
             return
-        joined = query.new_zeros((*self.queries.shape, self.keys.shape[1]), dtype=torch.float32)
         rows, heads, length = query.shape[0], query.shape[1], key.shape[2]
         step = max(1, self.memory // (rows * heads * length))
-        for start in range(0, self.queries.shape[1], step):
-            tokens = slice(start, start + step)
-            joined[:, tokens] = self.heads(
-                _probabilities(module, query, key, mask, self.queries[:, tokens], self.keys, options)
-            )
+        chunks = []
+        for tokens in self.queries.split(step, dim=1):
+            chunks.append(self.heads(_probabilities(module, query, key, mask, tokens, self.keys, options)))
+        attention = torch.cat(chunks, dim=1)
         present = (self.queries >= 0)[:, :, None] & (self.keys >= 0)[:, None, :]
-        self.by_layer[layer] = torch.where(present, joined, 0.0)  # where, not *: a fully masked row is NaN
+        self.by_layer[layer] = torch.where(present, attention, 0.0)  # where, not *: a fully masked row is NaN
 
 
 def _probabilities(
@@ -142,8 +140,8 @@ def _probabilities(
     positions = queries.clamp(min=0)
     chosen = query.gather(2, positions[:, None, :, None].expand(rows, heads, tokens, size))
     grouped = chosen.reshape(rows, key.shape[1], -1, size)  # (row, key head, group x token, size): grouped-query attention
-    scaling = options.get("scaling")
-    scores = (grouped @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+    scaling = size**-0.5 if options.get("scaling") is None else options["scaling"]
+    scores = (grouped @ key.transpose(2, 3)).float() * scaling
     scores = scores.reshape(rows, heads, tokens, key.shape[2])
     if options.get("softcap") is not None:
         scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
@@ -155,18 +153,18 @@ def _probabilities(
 def _apply_mask(module: nn.Module, scores: Tensor, mask: Mask, positions: Tensor, options: dict[str, Any]) -> Tensor:
     rows, _, tokens, length = scores.shape
     if packed.is_layout(mask):
-        return scores.masked_fill(~packed.visible(mask, length, positions)[:, None], float("-inf"))
-    if isinstance(mask, BlockMask):
-        row, key = (torch.arange(count, device=scores.device) for count in (rows, length))
-        is_seen = mask.mask_mod(row[:, None, None], row.new_zeros(()), positions[:, :, None], key[None, None])
-        return scores.masked_fill(~is_seen[:, None], float("-inf"))
-    if mask is not None and mask.ndim == 4:
-        mask = mask[..., :length]
-        mask = mask.expand(rows, mask.shape[1], mask.shape[2], length)
-        mask = mask.gather(2, positions[:, None, :, None].expand(rows, mask.shape[1], tokens, length))
-        return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    visible = _visible(module, mask, positions, length, options)  # fused kernels may get no mask, or a 2-D padding mask
-    return scores.masked_fill(~visible[:, None], float("-inf"))
+        visible = packed.visible(mask, length, positions)[:, None]
+    elif isinstance(mask, BlockMask):
+        row, key = torch.arange(rows, device=scores.device), torch.arange(length, device=scores.device)
+        visible = mask.mask_mod(row[:, None, None], row.new_zeros(()), positions[:, :, None], key[None, None])[:, None]
+    elif mask is not None and mask.ndim == 4:
+        whole = mask[..., :length].expand(rows, -1, -1, length)
+        visible = whole.gather(2, positions[:, None, :, None].expand(rows, whole.shape[1], tokens, length))
+        if visible.dtype != torch.bool:  # numbers to add
+            return scores + visible
+    else:  # fused kernels may get no mask, or a 2-D padding mask
+        visible = _visible(module, mask, positions, length, options)[:, None]
+    return scores.masked_fill(~visible, float("-inf"))
 
 
 def _visible(
@@ -185,13 +183,13 @@ def _visible(
 
 
 def recordable(base: str) -> str:
-    """Name of an attention implementation that equals `base`, can be recorded, and takes the layout of packed rows for a mask.
+    """Name of an attention implementation that equals `base`, can be recorded, and takes the layout of packed rows as a mask.
 
     Registered with transformers on first use.
     """
     if base.startswith(packed.PREFIX):
         return base
-    name = packed.PREFIX + base.removesuffix("_attention")  # some decoders refuse `flex_attention` by its name, and run it
+    name = packed.PREFIX + base.removesuffix("_attention")  # some decoders refuse `flex_attention` by name, though they run it
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
@@ -203,9 +201,10 @@ def recordable(base: str) -> str:
         recorder = _active.get()
         if recorder is not None:
             recorder.observe(module, query, key, attention_mask, options)
-        fused = (
-            ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else sys.modules[type(module).__module__].eager_attention_forward
-        )
+        if base == "eager":  # every modelling file has its own
+            fused = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            fused = ALL_ATTENTION_FUNCTIONS[base]
         if packed.is_layout(attention_mask):
             return packed.attend(fused, module, query, key, value, attention_mask, options)
         return fused(module, query, key, value, attention_mask, **options)

@@ -1,5 +1,6 @@
 """One VLM architecture per file. A plugin defines `Family`, a subclass of the one exported here."""
 
-from catpo.models.family import Encoded, Family
+from catpo.core.types import PatchGrid
+from catpo.models.family import Encoded, Family, Pixels, Size
 
-__all__ = ["Encoded", "Family"]
+__all__ = ["Encoded", "Family", "PatchGrid", "Pixels", "Size"]

@@ -1,35 +1,24 @@
 """Tiles named by `<row_R_col_C>` tokens in the prompt, as Idefics3 and SmolVLM write them."""
 
-from __future__ import annotations
-
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from catpo.core.types import PatchGrid
-from catpo.models import family
-from catpo.models.families._tiles import tile_boxes
+from catpo.models import families
+from catpo.models.families import PatchGrid, Pixels, Size
+from catpo.models.families._tiles import WHOLE, square, tile_boxes
 
 
-class Family(family.Family):
+class Family(families.Family):
     """What Idefics3 and SmolVLM share: every tile and the overview give a square of patches (pixel shuffle)."""
 
-    def grids(
-        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[PatchGrid]:
-        side = math.isqrt(self.processor.image_seq_len)
-        overview = self.tokenizer.convert_tokens_to_ids("<global-img>")
+    def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
         grids: list[PatchGrid] = []
-        rows = columns = 0
-        for token in (token for token in self.tokenizer.convert_ids_to_tokens(prompt_ids) if token):
-            place = re.fullmatch(r"<row_(\d+)_col_(\d+)>", token)
-            if place:
-                rows, columns = int(place[1]), int(place[2])  # the last one tells how many there are
-            elif token == self.tokenizer.convert_ids_to_tokens(overview):
-                picture = grids[-1].picture + 1 if grids else 0
-                grids += [PatchGrid(picture, side, side, box) for box in tile_boxes(rows, columns)]
-                grids.append(PatchGrid(picture, side, side))
-                rows = columns = 0
+        picture = rows = columns = 0
+        for token in self.tokenizer.convert_ids_to_tokens(prompt_ids):
+            if tile := re.fullmatch(r"<row_(\d+)_col_(\d+)>", token or ""):
+                rows, columns = int(tile[1]), int(tile[2])  # the last tile has the number of rows and columns
+            elif token == "<global-img>":  # the overview ends a picture
+                boxes = [*tile_boxes(rows, columns), WHOLE]
+                grids += [square(picture, self.processor.image_seq_len, box) for box in boxes]
+                picture, rows, columns = picture + 1, 0, 0
         return grids

@@ -1,36 +1,40 @@
 """How pictures are cropped, tiled and merged before a vision tower sees them: geometry that several families share."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from catpo.core.types import PatchGrid
+from catpo.models.families import PatchGrid, Size
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-def center_crop(image_processor: Any, size: tuple[int, int]) -> Box:
-    """The part of a picture of this (width, height) that remains when it is resized and the middle is cut out.
+def square(picture: int, patches: int, box: Box = WHOLE) -> PatchGrid:
+    """As many rows as columns of patches."""
+    side = math.isqrt(patches)
+    return PatchGrid(picture, side, side, box)
+
+
+def center_crop(image_processor: Any, size: Size) -> Box:
+    """The part of a picture that remains when it is resized and the middle is cut out.
 
     >>> from types import SimpleNamespace as Settings
-    >>> square = {"height": 336, "width": 336}
-    >>> clip = Settings(do_resize=True, size={"shortest_edge": 336}, do_center_crop=True, crop_size=square)
+    >>> crop = {"height": 336, "width": 336}
+    >>> clip = Settings(do_resize=True, size={"shortest_edge": 336}, do_center_crop=True, crop_size=crop)
     >>> center_crop(clip, (672, 336))
     (0.25, 0.0, 0.75, 1.0)
     """
     shortest = _setting(image_processor.size, "shortest_edge") if getattr(image_processor, "do_resize", True) else None
     if not getattr(image_processor, "do_center_crop", False) or shortest is None:
         return WHOLE
-    shares = []
-    for side, kept in zip(size, ("width", "height"), strict=True):
+    margins = []
+    for side, name in zip(size, ("width", "height"), strict=True):
         resized = shortest * side / min(size)
-        shares.append((1 - min(1.0, _setting(image_processor.crop_size, kept) / resized)) / 2)
-    left, top = shares
+        margins.append((1 - min(1.0, _setting(image_processor.crop_size, name) / resized)) / 2)
+    left, top = margins
     return (left, top, 1 - left, 1 - top)
 
 
@@ -44,7 +48,7 @@ def grids_of_sizes(image_sizes: Tensor | Sequence[Sequence[int]], patch: int) ->
     return [PatchGrid(picture, height // patch, width // patch) for picture, (height, width) in enumerate(sizes)]
 
 
-def tile_boxes(rows: int, columns: int) -> Iterable[Box]:
+def tile_boxes(rows: int, columns: int) -> Iterator[Box]:
     """The parts of a picture that is cut into equal tiles, row by row."""
     for row in range(rows):
         for column in range(columns):

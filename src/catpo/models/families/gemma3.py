@@ -1,25 +1,17 @@
 """Gemma 3: square pictures of 256 patches that see each other in both directions; layers with a sliding window."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
-import math
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
-
-from catpo.core.types import PatchGrid
-from catpo.models import family
-from catpo.models.family import Encoded
+from catpo.models import families
+from catpo.models.families import Encoded, PatchGrid, Pixels, Size
+from catpo.models.families._tiles import square
 
 
-class Family(family.Family):
+class Family(families.Family):
     """`Gemma3ForConditionalGeneration`. Its processor leaves pan and scan off, so a picture is squeezed to one square."""
 
-    def grids(
-        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[PatchGrid]:
-        side = math.isqrt(self.processor.image_seq_length)
-        return [PatchGrid(picture, side, side) for picture in range(len(sizes))]
+    def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
+        return [square(picture, self.processor.image_seq_length) for picture in range(len(sizes))]
 
     def prompt_blocks(self, encoded: Encoded) -> list[int]:
         """The patches of one picture see each other."""

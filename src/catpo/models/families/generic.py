@@ -1,24 +1,23 @@
 """Any other decoder whose image placeholders stand in the token ids; compared with eager attention before it is used."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 
 from jaxtyping import Int
 from torch import Tensor
 
 from catpo.core.errors import UserError
-from catpo.core.types import PatchGrid
-from catpo.models import family
-from catpo.models.family import Encoded
+from catpo.models import families
+from catpo.models.families import Encoded, PatchGrid, Pixels, Size
+from catpo.models.families._tiles import square
 
 
-class Family(family.Family):
+class Family(families.Family):
     """`AutoModelForImageTextToText` of a type that has no family of its own.
 
-    Nothing is known of its geometry: a picture's patches are taken for a square, or for one row where they are none. Whether
-    the prefix can be shared is found out by trying (`family_check.py`); where not, the model computes its own positions.
+    Its geometry is unknown: a picture's patches are taken for a square, or for one row if their number is not a square.
+    `family_check.py` finds out by trying whether the prefix can be shared; if not, the model computes its own positions.
     """
 
     needs_check = True
@@ -33,29 +32,24 @@ class Family(family.Family):
             )
         return token
 
-    def grids(
-        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[PatchGrid]:
-        counts = self._tokens_by_picture(prompt_ids, len(sizes))
-        sides = [math.isqrt(count) for count in counts]
-        return [
-            PatchGrid(picture, side, side) if side * side == count else PatchGrid(picture, 1, count)
-            for picture, (count, side) in enumerate(zip(counts, sides, strict=True))
-        ]
+    def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
+        grids = []
+        for picture, count in enumerate(self._tokens_by_picture(prompt_ids, len(sizes))):
+            is_square = math.isqrt(count) ** 2 == count
+            grids.append(square(picture, count) if is_square else PatchGrid(picture, 1, count))
+        return grids
 
     def _tokens_by_picture(self, prompt_ids: Sequence[int], picture_count: int) -> list[int]:
-        """Image tokens of each picture: all of them for one; for several, uninterrupted stretches."""
-        is_image = [token == self.image_token_id for token in prompt_ids]
+        """Image tokens of each picture: all of them for one picture; uninterrupted runs of them for several."""
+        runs = [len(list(run)) for is_image, run in groupby(token == self.image_token_id for token in prompt_ids) if is_image]
         if picture_count == 1:
-            return [sum(is_image)]
-        starts = [at for at, each in enumerate(is_image) if each and not (at and is_image[at - 1])]
-        stretches = [next((end for end in range(at, len(is_image)) if not is_image[end]), len(is_image)) - at for at in starts]
-        if len(stretches) != picture_count:
+            return [sum(runs)]
+        if len(runs) != picture_count:
             raise UserError(
-                f"{self.model_id}: {len(stretches)} stretches of image tokens stand for {picture_count} pictures, so it is not "
-                "known which belong to which. Give pairs with one picture each."
+                f"{self.model_id}: the prompt has {len(runs)} runs of image tokens for {picture_count} pictures, so it is "
+                "unknown which belong to which. Give pairs with one picture each."
             )
-        return stretches
+        return runs
 
     def prompt_positions(self, encoded: Encoded) -> Int[Tensor, " prompt"] | None:
         return super().prompt_positions(encoded) if self.shares_prefix else None

@@ -1,29 +1,16 @@
-"""LLaVA-OneVision: overview and tiles as in LLaVA-NeXT, at most so many patches; several pictures are seen without tiles."""
+"""LLaVA-OneVision: overview and tiles as in LLaVA-NeXT, up to a largest number of patches; several pictures have no tiles."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-from catpo.core.types import PatchGrid
-from catpo.models import family
-from catpo.models.families._tiles import unpadded
+from catpo.models.families import PatchGrid, Pixels, Size, _anyres
 
 
-class Family(family.Family):
-    """`LlavaOnevisionForConditionalGeneration`: newline tokens are no patches; `anyres_max_9` bounds the large grid."""
+class Family(_anyres.Family):
+    """`LlavaOnevisionForConditionalGeneration`; `anyres_max_9` bounds the large grid."""
 
-    def grids(
-        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[PatchGrid]:
-        config = self.unwrapped.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
+    def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
         if len(sizes) > 1:
-            return [PatchGrid(picture, side, side, end=1) for picture in range(len(sizes))]
+            return [PatchGrid(picture, self.side, self.side, end=1) for picture in range(len(sizes))]
+        most = int(self.unwrapped.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         height, width = pixels["image_sizes"][0].tolist()
-        tiles = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
-        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2
-        rows, columns = unpadded((height, width), tiles[0] * side, tiles[1] * side, most=most)
-        return [PatchGrid(0, side, side), PatchGrid(0, rows, columns, row_end=1)]
+        return self.overview_and_tiles(0, (height, width), most)

@@ -1,9 +1,6 @@
 """PaliGemma 1 and 2: no chat template, positions from 1, and a prompt that sees itself in both directions."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,40 +8,34 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from catpo.core.errors import UserError
-from catpo.core.types import PatchGrid
-from catpo.models import family
-from catpo.models.family import Encoded
+from catpo.models import families
+from catpo.models.families import Encoded, PatchGrid, Pixels, Size
+from catpo.models.families._tiles import square
 
 
-class Family(family.Family):
+class Family(families.Family):
     """`PaliGemmaForConditionalGeneration`: the prompt is the task in plain words, e.g. `caption en`."""
 
     response_inputs = {"token_type_ids": 1}
+    around_answer = ("", "")
 
-    def grids(
-        self, prompt_ids: Sequence[int], pixels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[PatchGrid]:
-        side = math.isqrt(self.processor.image_seq_length)
-        return [PatchGrid(picture, side, side) for picture in range(len(sizes))]
+    def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
+        return [square(picture, self.processor.image_seq_length) for picture in range(len(sizes))]
 
     def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
-        self._refuse_special(prompt, f"{name}: the prompt")
+        self.refuse_special_tokens(prompt, f"{name}: the prompt")
         return self.processor.image_token * image_count + prompt
 
     def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
         return super().response_ids(prompt_text + "\n", response, name=name)  # the processor ends the prompt with it
 
-    def _processed(self, pictures: Any, texts: Any, **options: Any) -> dict[str, Tensor]:
-        inputs = super()._processed(pictures, texts, **options)
+    def process(self, images: Any, texts: Any, **options: Any) -> dict[str, Tensor]:
+        inputs = super().process(images, texts, **options)
         inputs.pop("labels", None)
         return inputs
 
-    def _begins_without_bos(self, text: str) -> bool:
+    def needs_bos(self, text: str) -> bool:
         return False  # the processor puts it between pictures and words
-
-    @property
-    def _around_answer(self) -> tuple[str, str]:
-        return "", ""
 
     def prompt_positions(self, encoded: Encoded) -> Int[Tensor, " prompt"]:
         return torch.arange(len(encoded.prompt_ids)) + 1

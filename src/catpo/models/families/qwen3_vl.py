@@ -1,7 +1,5 @@
 """Qwen3-VL: as Qwen2.5-VL, with interleaved axes and vision features added again in the first decoder layers."""
 
-from __future__ import annotations
-
 from catpo.models.families import _mrope
 
 

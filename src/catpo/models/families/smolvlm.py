@@ -1,7 +1,5 @@
 """SmolVLM: Idefics3's tiles, each behind its row and column, then the whole picture."""
 
-from __future__ import annotations
-
 from catpo.models.families import _row_col
 
 

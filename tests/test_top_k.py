@@ -1,4 +1,4 @@
-"""The KL to a reference of which k words are known, against the exact one."""
+"""The KL to a reference of which only k tokens are known, against the exact one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from catpo.models.output_head import OutputHead, token_stats
 from catpo.models.top_k import TopTokens, top_kl, top_tokens
 
-TOKENS, WIDTH, WORDS = 70, 6, 300
+TOKENS, WIDTH, VOCABULARY = 70, 6, 300
 DIRECTIONS = ["policy||reference", "reference||policy"]
 
 
@@ -19,8 +19,8 @@ def case():
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     reference = draw(TOKENS, WIDTH)
     hidden = (reference + 0.1 * draw(TOKENS, WIDTH)).requires_grad_()
-    head = OutputHead(draw(WORDS, WIDTH).requires_grad_(), draw(WORDS), scale=1.6)
-    tokens = torch.randint(WORDS, (TOKENS,), generator=generator)
+    head = OutputHead(draw(VOCABULARY, WIDTH).requires_grad_(), draw(VOCABULARY), scale=1.6)
+    tokens = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     return hidden, reference, head, tokens
 
 
@@ -36,14 +36,14 @@ def exact(case, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_top_k_kl_equals_a_loop_over_the_kept_words_and_the_rest(case, direction):
+def test_top_k_kl_equals_a_loop_over_the_kept_tokens_and_the_rest(case, direction):
     hidden, reference, head, _ = case
     p, q = (head.logits(states).softmax(-1).detach() for states in (hidden, reference))
     expected = []
     for token in range(TOKENS):
         kept = q[token].argsort(descending=True)[:8].tolist()
-        groups = [[word] for word in kept] + [[word for word in range(WORDS) if word not in kept]]
-        masses = [(sum(p[token, word] for word in group), sum(q[token, word] for word in group)) for group in groups]
+        groups = [[entry] for entry in kept] + [[entry for entry in range(VOCABULARY) if entry not in kept]]
+        masses = [(p[token, group].sum(), q[token, group].sum()) for group in groups]
         if direction == "reference||policy":
             masses = [(second, first) for first, second in masses]
         expected.append(sum(first * torch.log(first / second) for first, second in masses))
@@ -51,7 +51,7 @@ def test_top_k_kl_equals_a_loop_over_the_kept_words_and_the_rest(case, direction
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_its_gradient_is_that_of_finite_differences(case, direction):
+def test_its_gradient_equals_finite_differences(case, direction):
     hidden, reference, whole, tokens = case
     head = OutputHead(whole.weight[:20].detach().requires_grad_(), whole.bias[:20], whole.scale)
     kept, tokens = top_tokens(reference[:3], head, 6), tokens[:3] % 20
@@ -65,15 +65,15 @@ def test_its_gradient_is_that_of_finite_differences(case, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_more_words_come_closer_and_all_but_one_are_exact(case, direction):
+def test_more_tokens_are_more_exact_and_all_but_one_are_exact(case, direction):
     truth = exact(case, direction).detach()
     errors = []
-    for k in (1, 4, 16, 64, WORDS - 1):
+    for k in (1, 4, 16, 64, VOCABULARY - 1):
         kl = kl_of(case, k, direction).detach()
-        assert (kl <= truth + 1e-6).all()  # the rest as one word can only hide a difference
+        assert (kl <= truth + 1e-6).all()  # treating the rest as one token can only hide a difference
         errors.append(((truth - kl).sum() / truth.sum()).item())
     assert errors == sorted(errors, reverse=True) and errors[-1] == pytest.approx(0, abs=1e-5)
-    assert errors[2] < 0.25 and errors[3] < 0.05  # 16 and 64 of 300 words; the likeliest has half the mass
+    assert errors[2] < 0.25 and errors[3] < 0.05  # 16 and 64 of 300 tokens; the likeliest has half the mass
 
 
 def test_a_policy_that_is_the_reference_has_no_kl_and_no_gradient(case):
@@ -86,8 +86,8 @@ def test_a_policy_that_is_the_reference_has_no_kl_and_no_gradient(case):
         assert gradient.abs().max() < 1e-5
 
 
-def test_a_rest_of_no_mass_gives_no_infinity(case):
-    """In float32 the other words' mass can be nothing at all, in the reference or in the policy."""
+def test_a_rest_without_mass_gives_no_infinity(case):
+    """In float32 the other tokens' mass can be zero, in the reference or in the policy."""
     hidden, reference, head, tokens = case
     sharp = OutputHead(head.weight.detach().float() * 40, None)
     states, before = hidden.detach().float().requires_grad_(), reference.float()
@@ -100,7 +100,7 @@ def test_a_rest_of_no_mass_gives_no_infinity(case):
         assert torch.isfinite(gradient).all()
 
 
-def test_words_come_likeliest_first(case):
+def test_tokens_come_likeliest_first(case):
     _, reference, head, _ = case
     kept = top_tokens(reference, head, 5)
     assert isinstance(kept, TopTokens) and kept.ids.shape == (TOKENS, 5) and kept.logps.shape == (TOKENS, 6)
