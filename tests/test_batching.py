@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
 from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
 from catpo.training.pair_forward import add_pair_forward
-from tiny import llava, pair, pairs
+from tiny import llava, pair, pairs, picture
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +111,13 @@ def test_patches_stand_where_the_placeholders_are(family):
     assert {encoded.prompt_ids[position] for position in encoded.patches} == {family.image_token_id}
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_a_response_with_the_image_placeholder_is_refused(family, side):
-    bad = pair(0, **{side: "a <image> cat"}) if side == "chosen" else pair(0, "a dog", "a <image> cat")
-    with pytest.raises(UserError, match=f"pair {bad.id}, {side} response holds the special token '<image>'"):
+@pytest.mark.parametrize("field, words", [
+    ("chosen", "chosen response"), ("rejected", "rejected response"), ("prompt", "the prompt")
+])  # fmt: skip
+def test_a_text_with_the_image_placeholder_is_refused(family, field, words):
+    bad = replace(pair(0), **{field: "a <image> cat"})
+    with pytest.raises(UserError, match=f"pair {bad.id}.*{words} holds the special token '<image>'"):
         family.encode(bad)
-
-
-def test_a_prompt_with_the_image_placeholder_is_refused(family):
-    from dataclasses import replace
-
-    with pytest.raises(UserError, match="the prompt holds the special token"):
-        family.encode(replace(pair(0), prompt="what is <image> this"))
 
 
 def test_a_pair_that_would_be_truncated_is_refused(family):
@@ -132,12 +128,8 @@ def test_a_pair_that_would_be_truncated_is_refused(family):
 
 
 def test_several_pictures_stand_in_one_prompt(family):
-    from dataclasses import replace
-
-    from tiny import picture
-
     two = replace(pair(0), images=(picture(1), picture(2)))
     encoded = family.encode(two)
     assert [grid.picture for grid in encoded.grids] == [0, 1] and len(encoded.patches) == 32
-    found, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
-    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-5)
+    values, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
+    torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-5, atol=1e-5)
