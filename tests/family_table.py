@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from catpo.models.family import Family
@@ -36,7 +37,7 @@ def main() -> None:
 def table() -> str:
     """One line per tiny model, in Markdown."""
     of_families = [name for name in BUILDERS if name not in GENERIC]
-    rows = [HEADER, ["---"] * len(HEADER), *(line(name) for name in [*of_families, *GENERIC])]
+    rows = [HEADER, ["---"] * len(HEADER), *map(line, [*of_families, *GENERIC])]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -61,11 +62,11 @@ def line(name: str) -> list[str]:
 
 def grids(family: Family) -> str:
     """Rows x columns, equal grids counted."""
-    sizes = [f"{grid.rows}x{grid.columns}" for grid in family.encode(sized_pair(0)).grids]
-    runs: list[tuple[int, str]] = []
-    for size in sizes:
-        runs = [*runs[:-1], (runs[-1][0] + 1, size)] if runs and runs[-1][1] == size else [*runs, (1, size)]
-    return " + ".join(size if count == 1 else f"{count} of {size}" for count, size in runs)
+    runs = []
+    for size, run in groupby(f"{grid.rows}x{grid.columns}" for grid in family.encode(sized_pair(0)).grids):
+        count = len(list(run))
+        runs.append(size if count == 1 else f"{count} of {size}")
+    return " + ".join(runs)
 
 
 def below(difference: float) -> str:

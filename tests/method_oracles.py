@@ -12,7 +12,7 @@ BETA = 0.1
 
 def log_softmax(row):
     top = max(row)
-    return [value - top - math.log(sum(math.exp(each - top) for each in row)) for value in row]
+    return [value - top - math.log(sum(math.exp(logit - top) for logit in row)) for value in row]
 
 
 def log_sigmoid(value):
@@ -118,12 +118,14 @@ def ipo(p, r, ids, mean=False):
     return (chosen - rejected - 1 / (2 * BETA)) ** 2
 
 
-def catpo(p, r, ids, weights, kl_weight):
+def catpo(p, r, ids, weights, kl_weight, beta=BETA, reverse=False):
+    """Eq. 8-10."""
     kl = 0.0
     for side in ("chosen", "rejected"):
-        for weight, each in zip(weights[side], divergence(p[side], r[side]), strict=True):
-            kl += weight * each
-    return -log_sigmoid(BETA * margin(p, r, ids, weights)) + kl_weight * kl
+        divergences = divergence(r[side], p[side]) if reverse else divergence(p[side], r[side])
+        for weight, token_kl in zip(weights[side], divergences, strict=True):
+            kl += weight * token_kl
+    return -log_sigmoid(beta * margin(p, r, ids, weights)) + kl_weight * kl
 
 
 def ddpo(p, r, ids, weight, mean):
@@ -196,7 +198,7 @@ def chip(p, r, ids, view, omega=4.0, tau=0.1, released=False):
     image = chosen - ratio(p, r, ids, f"chosen@{view}", weights["chosen"])
     if released:
         policy, reference = logps(p[f"chosen@{view}"], ids["chosen"]), logps(r[f"chosen@{view}"], ids["chosen"])
-        of_policy = sum(weight * each for weight, each in zip(weights["chosen"], policy, strict=True))
+        of_policy = sum(weight * logp for weight, logp in zip(weights["chosen"], policy, strict=True))
         image = chosen - (of_policy - sum(reference) * sum(weights["chosen"]))
     return -log_sigmoid(BETA * (margin(p, r, ids, weights) + image - tau * (moved["rejected"] - moved["chosen"])))
 
@@ -212,7 +214,7 @@ def chip_levels(p, r, ids, view, omega=4.0, tau=0.1):
 def tgdpo(p, r, ids, judge, alpha=0.5):
     total = 0.0
     for side, sign in (("chosen", 1), ("rejected", -1)):
-        policy, reference, rewards = (logps(each, ids[side]) for each in (p[side], r[side], judge[f"{side}@judge"]))
+        policy, reference, rewards = (logps(logits, ids[side]) for logits in (p[side], r[side], judge[f"{side}@judge"]))
         for at in range(len(policy)):
             q, d = rewards[at] - reference[at], policy[at] - reference[at]
             total += sign * BETA * (1 + sign * alpha * BETA * q) * d
@@ -233,7 +235,7 @@ def rrpo(p, r, ids, alpha):
 
 
 def opa_dpo(p, r, ids, view, weights=None):
-    longest = max(len(each) for each in ids.values())
+    longest = max(len(tokens) for tokens in ids.values())
     weights = weights or {side: [1.0] * len(ids[side]) for side in ids}
 
     def rewards(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
 from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
 from catpo.training.pair_forward import add_pair_forward
-from tiny import llava, pair, pairs
+from tiny import llava, pair, pairs, picture
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,12 @@ def plain_logps(family, encoded, side):
 
 @pytest.mark.parametrize("prefix", ["shared", "separate"])
 def test_every_layout_gives_the_plain_forwards_logps(family, prefix):
-    encoded = [family.encode(each) for each in pairs(4)]
-    found = logps(family, encoded, prefix=prefix)
-    for number, each in enumerate(encoded):
-        for side_number, side in enumerate(SIDES):
-            expected = plain_logps(family, each, side)
-            torch.testing.assert_close(found[number, side_number, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+    encoded = [family.encode(item) for item in pairs(4)]
+    values = logps(family, encoded, prefix=prefix)
+    for index, item in enumerate(encoded):
+        for side_index, side in enumerate(SIDES):
+            expected = plain_logps(family, item, side)
+            torch.testing.assert_close(values[index, side_index, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_copy_that_takes_pairs_runs_its_own_weights():
@@ -59,7 +60,7 @@ def test_a_copy_that_takes_pairs_runs_its_own_weights():
 
 
 def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(family):
-    encoded = [family.encode(each) for each in pairs(2)]
+    encoded = [family.encode(item) for item in pairs(2)]
     gradients = []
     for prefix in ("shared", "separate"):
         batch = pack(family, encoded, prefix=prefix)
@@ -73,7 +74,7 @@ def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(fam
 
 
 def test_batch_of_pairs_equals_one_by_one_in_any_order(family):
-    encoded = [family.encode(each) for each in pairs(4)]
+    encoded = [family.encode(item) for item in pairs(4)]
     together = logps(family, encoded)
     for number in (2, 0, 3, 1):
         alone = logps(family, [encoded[number]])[0]
@@ -110,18 +111,13 @@ def test_patches_stand_where_the_placeholders_are(family):
     assert {encoded.prompt_ids[position] for position in encoded.patches} == {family.image_token_id}
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_a_response_with_the_image_placeholder_is_refused(family, side):
-    bad = pair(0, **{side: "a <image> cat"}) if side == "chosen" else pair(0, "a dog", "a <image> cat")
-    with pytest.raises(UserError, match=f"pair {bad.id}, {side} response holds the special token '<image>'"):
+@pytest.mark.parametrize("field, words", [
+    ("chosen", "chosen response"), ("rejected", "rejected response"), ("prompt", "the prompt")
+])  # fmt: skip
+def test_a_text_with_the_image_placeholder_is_refused(family, field, words):
+    bad = replace(pair(0), **{field: "a <image> cat"})
+    with pytest.raises(UserError, match=f"pair {bad.id}.*{words} holds the special token '<image>'"):
         family.encode(bad)
-
-
-def test_a_prompt_with_the_image_placeholder_is_refused(family):
-    from dataclasses import replace
-
-    with pytest.raises(UserError, match="the prompt holds the special token"):
-        family.encode(replace(pair(0), prompt="what is <image> this"))
 
 
 def test_a_pair_that_would_be_truncated_is_refused(family):
@@ -132,12 +128,8 @@ def test_a_pair_that_would_be_truncated_is_refused(family):
 
 
 def test_several_pictures_stand_in_one_prompt(family):
-    from dataclasses import replace
-
-    from tiny import picture
-
     two = replace(pair(0), images=(picture(1), picture(2)))
     encoded = family.encode(two)
     assert [grid.picture for grid in encoded.grids] == [0, 1] and len(encoded.patches) == 32
-    found, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
-    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-5)
+    values, expected = logps(family, [encoded, encoded])[1, 1], plain_logps(family, encoded, "rejected")
+    torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-5, atol=1e-5)

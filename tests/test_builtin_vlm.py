@@ -1,4 +1,4 @@
-"""The packaged model: small, loadable without catpo, it sees, and it hallucinates. The scores proper are in the lab notes."""
+"""The packaged model is small, loads without catpo, sees, and hallucinates. Its scores are in the lab notes."""
 
 import random
 import subprocess
@@ -58,28 +58,22 @@ def test_loads_the_plain_way_without_catpo(builtin, tmp_path, has_torchvision):
     assert run.stdout.split()[-1] == ("CLIPImageProcessor" if has_torchvision else "CLIPImageProcessorPil")
 
 
-def test_it_is_small(builtin, loaded):
-    assert sum(parameter.numel() for parameter in loaded[0].parameters()) <= 8_000_000
-    assert sum(path.stat().st_size for path in builtin.rglob("*") if path.is_file()) <= 16_000_000
-
-
-def test_weights_are_of_the_architecture_that_the_script_builds(loaded):
+def test_it_is_small_of_the_architecture_that_the_script_builds_and_exact_in_bfloat16(builtin, loaded):
     model, processor = loaded
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 8_000_000
+    assert sum(path.stat().st_size for path in builtin.rglob("*") if path.is_file()) <= 16_000_000
     fresh = build_model(processor, seed=0)
     assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
-def test_weights_survive_rounding_to_bfloat16(loaded):
-    assert all(torch.equal(p, p.bfloat16().float()) for p in loaded[0].parameters())
-
-
-def test_any_text_encodes_and_comes_back(loaded):
+def test_any_text_survives_encoding_and_decoding(loaded):
     tokenizer = loaded[1].tokenizer
     text = 'Ein Zürcher "Kätzli" 🐈\n  spielt—天気…\t<b>'
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_response_tokens_stand_alone_in_the_template(loaded):
+def test_the_template_changes_no_response_tokens(loaded):
     processor = loaded[1]
     prompt = render(processor, "Describe the image.")
     messages = [

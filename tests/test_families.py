@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from catpo.core import registry
 from catpo.core.errors import UserError
-from catpo.core.types import PatchGrid, Picture
+from catpo.core.types import PatchGrid
 from catpo.models.family_check import check_family
 from family_checks import SIZES, difference_from_plain, greedy_surprise, plain_outputs, sized_pair
+from tiny import as_picture
 from tiny_families import BUILDERS, build
 
 EVERY = list(BUILDERS)
@@ -197,20 +196,17 @@ def test_an_unknown_model_that_cannot_be_read_is_refused(name, change, message):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_patches_lie_where_the_picture_changes(name):
-    """Noise in one corner of the picture changes the features of that corner's patches only, in every grid that shows it.
-
-    Vision layers are kept from mixing patches, so that a feature shows its own place.
-    """
+    """Noise in one corner of the picture changes the features of that corner's patches only, in every grid that shows it."""
     ours = build(name)
-    for part in ours.frozen_parts():
-        for each, parameter in part.named_parameters():
-            if re.search(r"attn|attention", each) and re.search(r"out_proj|o_proj|\.proj\.|projection_layer", each):
+    for part in ours.frozen_parts():  # without attention in the vision tower, a feature shows its own patch only
+        for parameter_name, parameter in part.named_parameters():
+            if re.search(r"(attn|attention).*(out_proj|o_proj|\.proj\.|projection_layer)", parameter_name):
                 parameter.data.zero_()
     for size in SIZES:
         for corner in [(0.0, 0.0), (0.6, 0.6)]:
-            plain, changed = (as_pair(image) for image in pictures(size, corner))
-            encoded = ours.encode(plain)
-            change = (features(ours, ours.encode(changed)) - features(ours, encoded)).norm(dim=1).numpy()
+            drawn = [as_picture(pixels, "drawn") for pixels in pictures(size, corner)]
+            encoded, noisy = (ours.encode(replace(sized_pair(0), images=(image,))) for image in drawn)
+            change = (features(ours, noisy) - features(ours, encoded)).norm(dim=1).numpy()
             start = 0
             for grid in encoded.grids:
                 part = change[start : start + grid.size]
@@ -230,12 +226,6 @@ def pictures(size, corner, share=0.4):
     part = noisy[top : top + int(share * size[1]), left : left + int(share * size[0])]
     part[:] = np.random.default_rng(0).choice([0, 255], part.shape)
     return grey, noisy
-
-
-def as_pair(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return replace(sized_pair(0), images=(Picture(data=buffer.getvalue(), name="drawn"),))
 
 
 def features(family, encoded):

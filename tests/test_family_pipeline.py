@@ -1,4 +1,4 @@
-"""Score, train, evaluate and report with a checkpoint of every family on disk, as a user has one."""
+"""Score, train, evaluate and report with a checkpoint of every family on disk."""
 
 from __future__ import annotations
 
@@ -27,16 +27,13 @@ EVERY = list(BUILDERS)
 def data(tmp_path_factory):
     """Pairs, and photographs with captions, as folders; one with two pictures would not suit PaliGemma."""
     folder = tmp_path_factory.mktemp("data")
-    made = [sized_pair(number) for number in range(4)]
-    for number, each in enumerate(made):
-        (folder / f"{number}.png").write_bytes(each.images[0].read())
-    pairs = [
-        {"image": f"{number}.png", "prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected}
-        for number, each in enumerate(made)
-    ]
-    photos = [{"image": f"{number}.png", "references": ["A cat on a table."]} for number in range(4)]
-    for name, rows in (("pairs", pairs), ("photos", photos)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(folder / "pairs.jsonl", "w") as pairs, open(folder / "photos.jsonl", "w") as photos:
+        for number in range(4):
+            pair, image = sized_pair(number), f"{number}.png"
+            (folder / image).write_bytes(pair.images[0].read())
+            row = {"image": image, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            pairs.write(json.dumps(row) + "\n")
+            photos.write(json.dumps({"image": image, "references": ["A cat on a table."]}) + "\n")
     return folder
 
 
@@ -50,13 +47,9 @@ def made(request, tmp_path_factory, data):
     common = dict(pairs=str(data / "pairs.jsonl"), model=folder / "model", progress=False)
     score(**common, output=folder / "rewards")
     settings = dict(
-        rewards=folder / "rewards",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        max_steps=2,
-        eval_fraction=0.25,
-        logging_steps=1,
-    )
+        rewards=folder / "rewards", per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=2,
+        eval_fraction=0.25, logging_steps=1,
+    )  # fmt: skip
     train(**common, **settings, output=folder / "lora", lora="lora(r=4, alpha=8)", learning_rate=1e-2)
     train(**common, **settings, output=folder / "full", lora=None, learning_rate=1e-3)
     return folder
@@ -113,7 +106,7 @@ def test_full_training_changes_the_decoder_only_and_reloads(made):
 
 
 @pytest.mark.parametrize("run", ["lora", "full"])
-def test_a_saved_model_gives_other_log_probs_than_its_base_and_the_same_each_time(made, data, run):
+def test_a_saved_model_gives_other_log_probs_than_its_base_and_the_same_at_each_load(made, data, run):
     pair = next(open_data(data / "pairs.jsonl").pairs())
     logps = []
     for folder in (made / "model", made / run / "model", made / run / "model"):
@@ -139,5 +132,5 @@ def test_a_trained_adapter_answers_and_is_reported(made, data):
     assert json.loads((made / "lora" / "catpo.json").read_text())["complete"]
 
 
-def test_training_leaves_what_ends_a_response(made):
+def test_training_keeps_the_tokens_that_end_a_response(made):
     assert load(made / "full" / "model").stop_ids == load(made / "model").stop_ids

@@ -24,21 +24,16 @@ CANARY = "sk-canary-0123456789abcdef"
 RATINGS = [
     # reply, official, strict
     ("Explanation.\n\nRating: 3, not informative, no hallucination", 3, 3),
-    ("rating: 0", 0, 0),
     ("Rating: 6, very informative with good analysis or reasoning, no hallucination", 6, 6),
     ("Rating: 3. Again: rating: 3", 3, 3),
-    ("RATING: 5", 5, 5),
     ("**Rating**: 4", 0, 4),
-    ("**Rating: 4**", 4, 4),
     ("Rating:6, very informative", 0, 6),
     ("Rating: 4.0", 4, 4),
     ("Rating: 4.5", 4, None),
     ("Rating: 61, odd", 6, None),
-    ("Rating: 7", 0, None),
     ("Rating: 2, with hallucination\nOn reflection, Rating: 4", 0, None),
     ("Explanation only, no rating given.", 0, None),
     ("", 0, None),
-    ("Rating: four", 0, None),
     ("Operating: 5", 5, None),
 ]
 
@@ -72,11 +67,9 @@ def test_a_rating_is_read_by_the_official_and_by_the_strict_parser(reply, by_off
     [
         ("8 9\nBecause", (8.0, 9.0)),
         ("8.5, 9", None),  # the comma becomes a blank, so there are two
-        ("8,9", (8.0, 9.0)),
         ("7.5 6\r\nx", (7.5, 6.0)),
         ("8 9 ", None),
         ("Assistant 1: 8", None),
-        ("8", None),
         ("", None),
         ("\n8 9", None),
         ("nan 9", None),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import training_runs
 from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
@@ -17,12 +18,10 @@ from catpo.models import loading
 from catpo.models.views import View
 from catpo.scoring.score import score_pairs
 from catpo.testing import loss_from_logits
-from catpo.training.config import CatPOConfig
 from catpo.training.pair_stats import Quantity
-from catpo.training.trainer import CatPOTrainer
 from catpo.training.view_passes import ViewPasses
 from tiny import llava, pairs
-from training_runs import interrupted_and_resumed, logged, training
+from training_runs import curve, interrupted_and_resumed, logged, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 METHODS = registry.names("objectives")
@@ -35,20 +34,13 @@ def judge(tmp_path_factory):
     return path
 
 
-def trainer(folder, tmp_path, objective, peft_config=None, given=None, **options):
-    defaults = dict(
-        output_dir=str(tmp_path / "run"), objective=objective, learning_rate=1e-3, per_device_train_batch_size=2, max_steps=20,
-        logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
-    )  # fmt: skip
-    return CatPOTrainer(str(folder), CatPOConfig(**{**defaults, **options}), given or pairs(8), peft_config=peft_config)
+def trainer(folder, tmp_path, objective, peft_config=None, data=None, **options):
+    given = {"objective": objective, "max_steps": 20, **options}
+    return training_runs.trainer(folder, tmp_path / "run", data, peft_config, **given)
 
 
 def with_judge(name, judge):
     return f"tgdpo(judge={str(judge)!r})" if name == "tgdpo" else name
-
-
-def curve(run, name="loss"):
-    return [log[name] for log in run.state.log_history if name in log]
 
 
 # ---- the same as on plain logits ------------------------------------------------------------------------------------------
@@ -77,7 +69,7 @@ def logits_of(family, view_passes, pair):
 @pytest.mark.parametrize("method", [
     pytest.param(method, marks=() if method in ("tpo(weights='catpo')", "povid", "vdpo") else pytest.mark.slow)
     for method in [
-        *[each for each in METHODS if each != "tars"], "vdpo(unconditional='reference')", "vdpo(view='none')",
+        *[method for method in METHODS if method != "tars"], "vdpo(unconditional='reference')", "vdpo(view='none')",
         "mdpo(view='another')", "mdpo(form='code')", "povid(form='paper')", "tpo(weights='catpo')",
         "chip(weights='catpo(alpha=0.3)')",
     ]
@@ -140,7 +132,7 @@ def test_policy_and_reference_see_one_draw_unless_the_code_form_is_asked_for(fol
     assert len(apart.view_passes.views) == 2
 
 
-@pytest.mark.parametrize("method", ["tpo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("chip", "tars"))])
+@pytest.mark.parametrize("method", ["tpo", *(pytest.param(method, marks=pytest.mark.slow) for method in ("chip", "tars"))])
 def test_online_and_cached_reference_and_separate_rows_give_one_curve(folder, store, tmp_path, method):
     cached = trainer(folder, tmp_path, method, rewards=str(store), max_steps=3)
     online = trainer(folder, tmp_path, method, reference="online", max_steps=3)
@@ -172,7 +164,7 @@ def test_a_resumed_run_draws_the_noise_of_an_undisturbed_one(folder, store, tmp_
 
 
 def test_every_epoch_draws_anew(folder, store, tmp_path):
-    run = trainer(folder, tmp_path, "tpo", rewards=str(store), given=pairs(2), max_steps=3)
+    run = trainer(folder, tmp_path, "tpo", rewards=str(store), data=pairs(2), max_steps=3)
     totals, plain = [], run.view_passes.of_policy
 
     def record(model, hidden, batch):

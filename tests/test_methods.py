@@ -16,6 +16,10 @@ VIEW = "noised"
 SIDES = ("chosen", "rejected")
 
 
+def as_lists(logits):
+    return {key: rows.tolist() for key, rows in logits.items()}
+
+
 class Case:
     """A pair with random logits; part of the responses is the same."""
 
@@ -35,8 +39,7 @@ class Case:
 
     @property
     def slow(self):
-        plain = [{key: value.tolist() for key, value in each.items()} for each in (self.policy, self.reference)]
-        return (*plain, self.ids)
+        return (as_lists(self.policy), as_lists(self.reference), self.ids)
 
 
 CASES = {
@@ -78,19 +81,21 @@ CASES = {
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spec", CASES)
-def test_every_method_equals_its_formula(spec, seed):
+def test_every_method_is_its_formula(spec, seed):
     case = Case(seed)
     assert case.loss(spec) == pytest.approx(CASES[spec](*case.slow), abs=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kl_weight", [0.0, 0.03, 1.0])
-def test_catpo_equals_equations_8_to_10(seed, kl_weight):
+@pytest.mark.parametrize("beta, kl_weight", [(0.1, 0.03), (0.5, 0.0), (0.1, 1.0)])
+@pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
+def test_catpo_is_equations_8_to_10(seed, beta, kl_weight, direction):
     case = Case(seed)
-    expected = oracles.catpo(*case.slow, case.weights, kl_weight)
-    assert case.loss(f"catpo(kl_weight={kl_weight})", weights=case.weights) == pytest.approx(expected, abs=1e-10)
+    spec = f"catpo(beta={beta}, kl_weight={kl_weight}, kl_direction='{direction}')"
     unit = {side: [1.0] * len(case.ids[side]) for side in SIDES}
-    assert case.loss(f"catpo(kl_weight={kl_weight})") == pytest.approx(oracles.catpo(*case.slow, unit, kl_weight), abs=1e-10)
+    for weights, given in ((case.weights, case.weights), (unit, None)):
+        expected = oracles.catpo(*case.slow, weights, kl_weight, beta, reverse=direction == "reference||policy")
+        assert case.loss(spec, weights=given) == pytest.approx(expected, abs=1e-10)
 
 
 def test_tgdpo_takes_the_token_rewards_of_a_judge():
@@ -177,6 +182,6 @@ def test_the_released_v_dpo_setting_would_leave_a_constant():
     """gamma = 0: whatever the policy says with the picture, the loss stays."""
     case = Case(0)
     other = {**case.policy, "chosen": case.policy["chosen"] + 1.0, "rejected": -case.policy["rejected"]}
-    slow = [{key: value.tolist() for key, value in each.items()} for each in (other, case.reference)]
-    assert oracles.vdpo(*case.slow, 0.0, "policy", VIEW) == pytest.approx(oracles.vdpo(*slow, case.ids, 0.0, "policy", VIEW))
+    changed = (as_lists(other), as_lists(case.reference), case.ids)
+    assert oracles.vdpo(*case.slow, 0.0, "policy", VIEW) == pytest.approx(oracles.vdpo(*changed, 0.0, "policy", VIEW))
     assert math.isfinite(case.loss("vdpo"))

@@ -1,4 +1,4 @@
-"""Benchmarks made of official files: their rules against slow loops, customary answer formats, and what is refused."""
+"""Benchmarks made of official files: their rules against slow loops, the usual answer formats, and what is refused."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_words_that_belong_together_are_joined_before_they_are_looked_up():
     assert words.objects(words.join(["toilet", "seat"])) == ["toilet"]
 
 
-# ---- customary formats ----------------------------------------------------------------------------------------------------
+# ---- usual answer formats -------------------------------------------------------------------------------------------------
 
 
 def in_order(subset, answers, field="answer"):

@@ -110,7 +110,7 @@ def test_values_with_intervals_round_to_the_figures_printed(graded):
         assert round(scores["metrics"][f"relation/{name}"]["value"], 1) == figures["discriminative"]["Relation"][label]
 
 
-def test_who_always_says_no_beats_llava_at_ambers_f1(graded, official, tmp_path):
+def test_a_model_that_always_says_no_beats_llava_at_ambers_f1(graded, official, tmp_path):
     annotations = json.loads((official / "data" / "amber" / "annotations.json").read_text())
     questions = [row["id"] for row in annotations if row["type"] != "generative"]
     path = tmp_path / "no.json"
@@ -190,20 +190,19 @@ SLOW = ("llava-1.5_beam5", "llava-1.5_ours", "minigpt4_greedy", "minigpt4_beam5"
 CAPTIONS = ["llava-1.5_greedy", "minigpt4_ours", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
+@pytest.mark.parametrize(
+    ("variant", "golden"),
+    [("wordnet", "overall_wordnet_variant.json"), ("pattern", "overall_pattern_singularize_variant.json")],
+)
 @pytest.mark.parametrize("run", CAPTIONS)
-def test_chair_with_lemmas_is_graded_as_the_forks_do(wordnet, graded, official, run):
-    scores = graded("chair(variant='wordnet')", f"golden/chair/inputs/opera_{run}.jsonl.gz")
-    golden = json.loads((official / "golden" / "chair" / "outputs" / "overall_wordnet_variant.json").read_text())
-    assert scores["official"]["overall"] == golden[f"{run}.jsonl"]
-
-
-@pytest.mark.parametrize("run", CAPTIONS)
-def test_chair_with_singular_forms_is_graded_as_the_original_does(graded, official, run):
-    pytest.importorskip("textblob", reason="needs the extra 'eval'")
-    scores = graded("chair(variant='pattern')", f"golden/chair/inputs/opera_{run}.jsonl.gz")
-    golden = json.loads((official / "golden" / "chair" / "outputs" / "overall_pattern_singularize_variant.json").read_text())
-    expected = golden[f"{run}.jsonl"]
-    assert {name: scores["official"]["overall"][name] for name in expected} == expected
+def test_chair_is_graded_as_the_original_and_its_forks_do(request, graded, official, run, variant, golden):
+    if variant == "wordnet":
+        request.getfixturevalue("wordnet")
+    else:
+        pytest.importorskip("textblob", reason="needs the extra 'eval'")
+    overall = graded(f"chair(variant='{variant}')", f"golden/chair/inputs/opera_{run}.jsonl.gz")["official"]["overall"]
+    expected = json.loads((official / "golden" / "chair" / "outputs" / golden).read_text())[f"{run}.jsonl"]
+    assert {name: overall[name] for name in expected} == expected
 
 
 def test_chair_finds_the_same_objects_in_every_caption(wordnet, graded, official, tmp_path):

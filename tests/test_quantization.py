@@ -42,17 +42,9 @@ def test_a_quantized_model_is_scored_and_trains_an_adapter(folder, tmp_path, mon
     common = dict(pairs=str(folder / "pairs"), model=folder / "model", quantization="4bit", progress=False)
     score(**common, output=tmp_path / "rewards")
     train(
-        **common,
-        rewards=tmp_path / "rewards",
-        output=tmp_path / "run",
-        lora="lora(r=4, alpha=8)",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        max_steps=3,
-        eval_fraction=0.0,
-        logging_steps=1,
-        learning_rate=1e-2,
-    )
+        **common, rewards=tmp_path / "rewards", output=tmp_path / "run", lora="lora(r=4, alpha=8)", learning_rate=1e-2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=3, eval_fraction=0.0, logging_steps=1,
+    )  # fmt: skip
     losses = [json.loads(line)["loss/preference"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:3]]
     assert losses[0] == pytest.approx(math.log(2), abs=0.02) and losses[-1] != losses[0]
     assert any("lora_B" in name for name, _ in load(tmp_path / "run" / "model").unwrapped.named_parameters())

@@ -13,9 +13,8 @@ from catpo.rewards.store import RewardStore
 from catpo.scoring import score
 from catpo.scoring.reference_cache import token_bytes
 from catpo.scoring.score import score_pairs
-from catpo.training.config import CatPOConfig
-from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
+from training_runs import curve, trainer
 
 PAIRS = pairs(4)
 
@@ -32,14 +31,10 @@ def stores(folder, tmp_path_factory):
 
 
 def curves(folder, store, output, **options):
-    settings = dict(
-        output_dir=str(output), objective="catpo(kl_weight=0.5)", rewards=str(store), learning_rate=1e-3, max_steps=4,
-        per_device_train_batch_size=4, logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = CatPOTrainer(str(folder), CatPOConfig(**{**settings, **options}), PAIRS)
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    return {name: [row[name] for row in rows] for name in ("loss", "kl/chosen")}
+    given = dict(objective="catpo(kl_weight=0.5)", rewards=str(store), max_steps=4, per_device_train_batch_size=4, **options)
+    run = trainer(folder, output, PAIRS, **given)
+    run.train()
+    return {name: curve(run, name) for name in ("loss", "kl/chosen")}
 
 
 def test_training_with_top_k_tokens_approaches_the_exact_kl(folder, stores, tmp_path):
@@ -91,8 +86,8 @@ def test_a_token_takes_as_many_bytes_as_documented(tmp_path):
 @pytest.mark.parametrize("cache, part", [("hidden", "hidden states"), ("topk(k=64)", "top tokens"), ("logps", "signals")])
 def test_the_size_is_printed_before_anything_is_written(folder, tmp_path, capsys, monkeypatch, cache, part):
     def written(*_, **__):
-        told = capsys.readouterr().err
-        assert f"catpo: {tmp_path / 'store'} will take about" in told and part in told and "attention maps" in told
+        printed = capsys.readouterr().err
+        assert f"catpo: {tmp_path / 'store'} will take about" in printed and part in printed and "attention maps" in printed
         assert not (tmp_path / "store" / "store.json").exists()
         raise KeyboardInterrupt
 

@@ -241,23 +241,14 @@ def test_a_callback_can_ask_for_a_checkpoint_and_the_end(tmp_path):
     assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3").is_dir()
 
 
-@pytest.mark.parametrize(
-    "method, names",
-    [
-        ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
-        ("training_step", ["model", "inputs"]),
-        ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]),
-        ("log", ["logs", "start_time"]),
-        ("_get_grad_norm", ["model", "grad_norm"]),
-        ("_get_train_sampler", ["train_dataset"]),
-        ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
-        ("_issue_warnings_after_load", ["load_result"]),
-        ("create_optimizer", []),
-        ("compute_loss_context_manager", []),
-        ("add_callback", ["callback"]),
-        ("remove_callback", ["callback"]),
-    ],
-)
+@pytest.mark.parametrize("method, names", [
+    ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]), ("training_step", ["model", "inputs"]),
+    ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]), ("log", ["logs", "start_time"]),
+    ("_get_grad_norm", ["model", "grad_norm"]), ("_get_train_sampler", ["train_dataset"]),
+    ("_get_eval_sampler", ["eval_dataset"]), ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
+    ("_issue_warnings_after_load", ["load_result"]), ("create_optimizer", []), ("compute_loss_context_manager", []),
+    ("add_callback", ["callback"]), ("remove_callback", ["callback"]),
+])  # fmt: skip
 def test_the_trainer_has_the_methods_that_ours_replaces_or_calls(method, names):
     parameters = list(inspect.signature(getattr(Trainer, method)).parameters)
     assert parameters[1 : 1 + len(names)] == names

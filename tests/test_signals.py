@@ -57,9 +57,9 @@ def test_patch_entropy_is_equations_3_and_4(seed):
             share = value / mass
             entropy -= share * math.log(share + 1e-12)
         expected.append(1 - entropy / math.log(PATCHES))
-    found = patch_entropy.score(evidence(attention=attention))
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    assert ((found >= 0) & (found <= 1)).all()
+    values = patch_entropy.score(evidence(attention=attention))
+    assert values.tolist() == pytest.approx(expected, abs=1e-6)
+    assert ((values >= 0) & (values <= 1)).all()
 
 
 def test_patch_entropy_of_even_sharp_and_absent_attention():
@@ -91,12 +91,11 @@ def test_semantic_is_equation_5(seed, embedding):
         dot = sum(a * b for a, b in zip(token, visual, strict=True))
         expected.append(dot / math.sqrt(sum(a * a for a in token)) / math.sqrt(sum(b * b for b in visual)))
     if embedding == "input":
-        given = evidence(attention=attention, token_embeddings=tokens, patch_features=patches)
-        found = semantic.score(given)
+        values = semantic.score(evidence(attention=attention, token_embeddings=tokens, patch_features=patches))
     else:
         given = evidence(attention=attention, hidden=lambda layer: (tokens, patches) if layer == 2 else unread())
-        found = semantic.score(given, embedding="hidden", layer=2)
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+        values = semantic.score(given, embedding="hidden", layer=2)
+    assert values.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_semantic_refuses_an_unknown_space():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -54,17 +56,16 @@ def llava(
 ) -> Family:
     """A LLaVA of 16 patches and about 100 thousand parameters; attention is made sharp, so that errors would show."""
     torch.manual_seed(seed)
-    words = tokenizer()
-    image = words.convert_tokens_to_ids("<image>")
+    tokens = tokenizer()
+    image = tokens.convert_tokens_to_ids("<image>")
     vision = dict(
         model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        image_size=56,
-        patch_size=14, projection_dim=32,
+        image_size=56, patch_size=14, projection_dim=32,
     )  # fmt: skip
     decoder = dict(
-        model_type="llama", vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **text,
+        model_type="llama", vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **text,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=decoder, image_token_index=image, image_seq_length=16, vision_feature_layer=-2
@@ -73,13 +74,9 @@ def llava(
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = LlavaProcessor(
-        pictures,
-        words,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        pictures, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=TEMPLATE,
-    )
+    )  # fmt: skip
     for name, parameter in model.named_parameters():
         if "language_model" in name and ("q_proj" in name or "k_proj" in name):
             parameter.data *= 12
@@ -87,12 +84,13 @@ def llava(
 
 
 def picture(seed: int = 0, width: int = 80, height: int = 60) -> Picture:
-    import io
+    return as_picture(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8), f"noise {seed}")
 
-    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+def as_picture(pixels: NDArray[np.uint8], name: str) -> Picture:
     buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG")
-    return Picture(data=buffer.getvalue(), name=f"noise {seed}")
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return Picture(data=buffer.getvalue(), name=name)
 
 
 def pair(

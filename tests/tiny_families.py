@@ -155,9 +155,7 @@ def qwen(config: Any, model: Any, processor: Any, tower: dict[str, Any], rope: d
     pictures = tf.Qwen2VLImageProcessor(patch_size=patch, merge_size=2, size=size)
     videos = (tf.Qwen3VLVideoProcessor if processor is tf.Qwen3VLProcessor else tf.Qwen2VLVideoProcessor)(patch_size=patch)
     template = chat("<|vision_start|><|image_pad|><|vision_end|>", system="system:\nbe brief\n")
-    return model(settings), processor(
-        image_processor=pictures, tokenizer=tokens, video_processor=videos, chat_template=template
-    )
+    return model(settings), processor(pictures, tokens, videos, chat_template=template)
 
 
 def qwen2_vl() -> tuple[Any, Any]:
@@ -214,17 +212,14 @@ def rows_and_columns(config: Any, model: Any) -> tuple[Any, Any, Any]:
 
 def idefics3() -> tuple[Any, Any]:
     tokens, model, pictures = rows_and_columns(tf.Idefics3Config, tf.Idefics3ForConditionalGeneration)
-    return model, tf.Idefics3Processor(
-        tf.Idefics3ImageProcessor(**pictures), tokens, image_seq_len=4, chat_template=chat("<image>")
-    )
+    images = tf.Idefics3ImageProcessor(**pictures)
+    return model, tf.Idefics3Processor(images, tokens, image_seq_len=4, chat_template=chat("<image>"))
 
 
 def smolvlm() -> tuple[Any, Any]:
     tokens, model, pictures = rows_and_columns(tf.SmolVLMConfig, tf.SmolVLMForConditionalGeneration)
-    return model, tf.SmolVLMProcessor(
-        tf.SmolVLMImageProcessor(**pictures), tokens, tf.SmolVLMVideoProcessor(num_frames=2, fps=1), image_seq_len=4,
-        chat_template=chat("<image>"),
-    )  # fmt: skip
+    images, videos = tf.SmolVLMImageProcessor(**pictures), tf.SmolVLMVideoProcessor(num_frames=2, fps=1)
+    return model, tf.SmolVLMProcessor(images, tokens, videos, image_seq_len=4, chat_template=chat("<image>"))
 
 
 def gemma3() -> tuple[Any, Any]:

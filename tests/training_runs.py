@@ -1,4 +1,4 @@
-"""Training runs of the tiny model through `catpo.train`, whole and interrupted."""
+"""Training runs of the tiny model: trainers and their curves; runs of `catpo.train`, whole and interrupted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import json
 
 import pytest
 
+from catpo.training.config import CatPOConfig
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 from tiny import pairs
+
+
+def trainer(folder, output, data=None, peft_config=None, **options):
+    """A trainer on eight pairs, or on `data`, that logs every step and saves nothing."""
+    defaults = dict(
+        output_dir=str(output), learning_rate=1e-3, per_device_train_batch_size=2, logging_steps=1, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
+    )  # fmt: skip
+    return CatPOTrainer(str(folder), CatPOConfig(**{**defaults, **options}), data or pairs(8), peft_config=peft_config)
+
+
+def curve(trainer, name="loss"):
+    """A figure at every step that logged it."""
+    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def training(folder, store, output, **options):

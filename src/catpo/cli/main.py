@@ -325,7 +325,7 @@ def get(
 
     report = look(benchmark, data)
     print(*describe(report, data, is_complete=all), sep="\n")
-    if data is not None and not report.is_gradable:
+    if report.problem:
         sys.exit(1)
 
 

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 from catpo.core.intervals import bootstrap_indices, interval
 from catpo.evaluation.benchmarks import Floats, Sums
 
-Summarise = Callable[[Sums], Mapping[str, Floats]]
-"""A benchmark's metrics of summed counts."""
-
 
 class Estimate(NamedTuple):
     """A number with its 95 % bootstrap interval."""
@@ -25,7 +22,11 @@ class Estimate(NamedTuple):
 
 
 def resample(
-    summarise: Summarise, rows: Sequence[Mapping[str, Any]], *, resamples: int = 1000, seed: int = 0
+    summarise: Callable[[Sums], Mapping[str, Floats]],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Floats]:
     """Metric -> [1 + resamples]: its value on all rows, then on each bootstrap draw.
 
@@ -33,7 +34,7 @@ def resample(
     two models' values can be subtracted draw by draw.
 
     Args:
-        summarise: of the benchmark.
+        summarise: the benchmark's metrics of summed counts.
         rows: of grades.jsonl.
         resamples: number of draws.
         seed: of the draws.

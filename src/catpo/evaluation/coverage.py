@@ -117,11 +117,11 @@ class _Curve:
     @classmethod
     def of(cls, evaluation: Evaluation, benchmark: str, keys: Sequence[tuple[str, str]]) -> _Curve:
         rows: list[Mapping[str, Any]] = [evaluation.grades[benchmark][key] for key in keys]
-        labels = [[label for _, label in mentions(row) or ()] for row in rows]
-        longest = max(map(len, labels), default=0)
+        captions = [mentions(row) or [] for row in rows]
+        longest = max(map(len, captions), default=0)
         counts = {label: np.zeros((len(rows), longest + 1)) for label in (GROUNDED, HALLUCINATED)}
-        for item, of_caption in enumerate(labels):
-            for cut, label in enumerate(of_caption, start=1):
+        for item, caption in enumerate(captions):
+            for cut, (_, label) in enumerate(caption, start=1):
                 counts[label][item, cut] = 1
         present = np.array([float(row["counts"]["present"]) for row in rows])
         return cls(counts[GROUNDED].cumsum(1), counts[HALLUCINATED].cumsum(1), present)

@@ -249,18 +249,23 @@ def _scores(
 ) -> dict[str, Any]:
     metrics = {}
     for name, values in resample(task.benchmark.summarise, rows, resamples=RESAMPLES).items():
-        figures = estimate(values)._asdict()
-        metrics[name] = {key: None if math.isnan(figure) else figure for key, figure in figures.items()}
+        metrics[name] = {key: _or_none(figure) for key, figure in estimate(values)._asdict().items()}
     scores = {"options": str(task.spec), "data": task.benchmark.data, "items": len(rows)}
     scores |= {"pictures": len({row["picture"] for row in rows}), **_completeness(task, rows, answers)}
-    if tools := task.benchmark.provenance():
+    tools, official = task.benchmark.provenance(), task.benchmark.official(_sums(rows))
+    if tools:
         scores["tools"] = tools
     if judge:
         scores["judge"] = judge.identity
     scores["metrics"] = metrics
-    if official := task.benchmark.official(_sums(rows)):
+    if official:
         scores["official"] = official
     return scores
+
+
+def _or_none(figure: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(figure) else figure
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:

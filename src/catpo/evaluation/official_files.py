@@ -44,14 +44,9 @@ class FileReport:
     missing: list[Path] = field(default_factory=list)
     """Those of them that are not there."""
     problem: str = ""
-    """Why the benchmark cannot be opened."""
+    """Why the benchmark cannot be opened; empty if answers made elsewhere can be graded."""
     picture_problem: str = ""
     """Why no model can be asked, where that is not about single pictures."""
-
-    @property
-    def is_gradable(self) -> bool:
-        """Answers made elsewhere can be graded."""
-        return not self.problem
 
 
 def look(benchmark: str, data: Path | None) -> FileReport:

@@ -80,10 +80,11 @@ def paired_differences(
         if not keys:
             continue
         summarise = registry.load("benchmarks", benchmark).summarise
-        before, after = (
-            resample(summarise, [evaluation.grades[benchmark][key] for key in keys], resamples=resamples, seed=seed)
-            for evaluation in (base, other)
-        )
+        figures = []
+        for evaluation in (base, other):
+            graded = [evaluation.grades[benchmark][key] for key in keys]
+            figures.append(resample(summarise, graded, resamples=resamples, seed=seed))
+        before, after = figures
         for metric in before:
             if metric in after:
                 change = estimate(after[metric] - before[metric])

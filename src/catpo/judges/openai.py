@@ -89,18 +89,15 @@ class Judge(judges.Judge):
         asked = hash_of([self.server.model, self.server.url, self.decoding, [self.repeat, attempt], messages])
         kept = self.replies.get(asked) if self.replies else None
         if kept is None:
-            kept = self._ask_server(messages, key)
-            if self.replies and kept["reply"]:
+            try:
+                reply = self.server.ask(messages, **self.decoding)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from error
+            kept = {"key": key, "model": reply.model, "reply": reply.text}
+            if self.replies and reply.text:
                 self.replies.add(asked, **kept)
         self.answered_by.add(kept["model"])
         return str(kept["reply"])
-
-    def _ask_server(self, messages: list[dict[str, Any]], key: str) -> dict[str, Any]:
-        try:
-            reply = self.server.ask(messages, **self.decoding)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-        return {"key": key, "model": reply.model, "reply": reply.text}
 
 
 def _sent(decoding: Mapping[str, Any]) -> dict[str, Any]:

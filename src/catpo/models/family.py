@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
-from catpo.models.attention.packed import as_numbers
+from catpo.models.attention.packed import dense_mask
 from catpo.models.attention.recorder import recordable
 from catpo.models.generation import Generation
 from catpo.models.output_head import OutputHead
@@ -282,12 +282,13 @@ class Family(Generation):
 
         A decoder with layers of both kinds takes one mask per kind, by the names in its `layer_types`.
         """
-        window = self.window(index)
+        implementation, dtype, window = self.text_config._attn_implementation, self.unwrapped.dtype, self.window(index)
+        full = dense_mask(implementation, visible, dtype)
         if window is None:
-            return self._mask(visible)
+            return full
         near = (index[:, :, None] - index[:, None, :] < window)[:, None]
-        sliding = self._mask(visible & near)
-        return {"full_attention": self._mask(visible), "sliding_attention": sliding} if self._layer_kinds else sliding
+        sliding = dense_mask(implementation, visible & near, dtype)
+        return {"full_attention": full, "sliding_attention": sliding} if self._layer_kinds else sliding
 
     def window(self, index: Int[Tensor, "rows length"]) -> int | None:
         """The decoder's sliding window, if it has one that is shorter than the rows."""
@@ -301,11 +302,6 @@ class Family(Generation):
     def _layer_kinds(self) -> set[str]:
         """Kinds of the decoder's attention layers; empty if it does not tell them apart."""
         return set(getattr(self.text_config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
-
-    def _mask(self, visible: Bool[Tensor, "rows 1 length length"]) -> Tensor:
-        """Booleans for fused attention, numbers to add for eager attention."""
-        is_eager = self.text_config._attn_implementation.endswith("eager")
-        return as_numbers(visible, self.unwrapped.dtype) if is_eager else visible
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,8 +12,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import Picture
 from catpo.data.datasets import Dataset
 from catpo.data.read import open_data
-from catpo.evaluation.benchmarks import FolderBenchmark
-from catpo.evaluation.benchmarks._files import Folder
+from catpo.evaluation.benchmarks import Folder, FolderBenchmark
 from catpo.evaluation.folder import HALLUCINATED, Evaluation, mentions
 from catpo.evaluation.paired import incomparable
 from catpo.reporting.pictures import Album

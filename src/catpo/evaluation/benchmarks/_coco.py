@@ -21,17 +21,13 @@ PICTURES = Pictures(
     "http://images.cocodataset.org/zips/val2014.zip",
     "COCO_val2014_000000*.jpg",
 )
-ANNOTATIONS = tuple(
-    Source(
-        f"{kind}_{split}2014.json",
-        tuple(f"{folder}{kind}_{split}2014.json" for folder in ("coco/annotations/", "annotations/", "coco_annotations/", "")),
-        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-        is_needed=False,
-        note="with the other three, instead of the compact table",
-    )
-    for kind in ("instances", "captions")
-    for split in ("train", "val")
-)
+
+
+def _annotations(name: str) -> Source:
+    folders = ("coco/annotations/", "annotations/", "coco_annotations/", "")
+    url = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
+    note = "with the other three, instead of the compact table"
+    return Source(name, tuple(f"{folder}{name}" for folder in folders), url, is_needed=False, note=note)
 
 
 def _table(variant: str, sha256: str, note: str) -> Source:
@@ -39,6 +35,9 @@ def _table(variant: str, sha256: str, note: str) -> Source:
     return Source(name, (f"chair/{name}", name), "", sha256, is_needed=False, note=note)
 
 
+ANNOTATIONS = tuple(
+    _annotations(f"{kind}_{split}2014.json") for kind in ("instances", "captions") for split in ("train", "val")
+)
 TABLES = {
     "wordnet": _table(
         "wn",

@@ -44,7 +44,10 @@ class Pictures:
 
 @dataclass
 class Folder:
-    """What `--data` names, opened for one benchmark."""
+    """What `--data` names, opened for one benchmark.
+
+    Reading raises UserError where a source is missing, is not UTF-8, or is not the JSON that is asked for.
+    """
 
     path: Path
     benchmark: str
@@ -64,11 +67,7 @@ class Folder:
         return next((path for path in paths if path.is_file()), None)
 
     def read(self, name: str) -> str:
-        """Text of a source.
-
-        Raises:
-            UserError: it is missing, or not UTF-8.
-        """
+        """Text of a source."""
         path = self.find(name)
         if path is None:
             raise UserError(
@@ -80,19 +79,11 @@ class Folder:
         return decode(content, path)
 
     def json(self, name: str) -> Any:
-        """A source that is one JSON value.
-
-        Raises:
-            UserError: it is missing, or not JSON.
-        """
+        """A source that is one JSON value."""
         return parse_json(self.read(name), str(self.find(name)))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """A source that is JSON Lines, or one JSON list of objects.
-
-        Raises:
-            UserError: it is missing, or a row is not an object.
-        """
+        """A source that is JSON Lines, or one JSON list of objects."""
         return [record.row for record in parse_records(self.read(name), str(self.find(name)))]
 
     def picture_files(self, pattern: str) -> list[Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ from catpo.judges import Judge
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 """Kinds of question in the official order."""
 FIRST_WITHOUT_HALLUCINATION, BEST_RATING = 3, 6
-PROMPT = Path(__file__).parent / "mmhal_prompt.txt"
+PROMPT = (Path(__file__).parent / "mmhal_prompt.txt").read_bytes().decode("utf-8")
 QUESTIONS = "mmhal-bench_answer_template.json"
 
 
@@ -85,7 +84,7 @@ class Benchmark(FolderBenchmark):
 
     def provenance(self) -> dict[str, Any]:
         """Which prompt the judge got: the official one has this hash."""
-        return {"judge_prompt_md5": hashlib.md5(_prompt().encode("utf-8"), usedforsecurity=False).hexdigest()}
+        return {"judge_prompt_md5": hashlib.md5(PROMPT.encode("utf-8"), usedforsecurity=False).hexdigest()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """The official response file has its answers in `model_answer`, in the order of the questions; else by id."""
@@ -130,7 +129,7 @@ class Benchmark(FolderBenchmark):
 def judge_messages(item: Item, answer: str) -> list[dict[str, Any]]:
     """What the judge is asked: one message, byte for byte the official one."""
     truth = item.sample.truth
-    text = _prompt().format(", ".join(truth["contents"]), item.sample.prompt, truth["answer"], answer)
+    text = PROMPT.format(", ".join(truth["contents"]), item.sample.prompt, truth["answer"], answer)
     return [{"role": "user", "content": text}]
 
 
@@ -167,8 +166,3 @@ def _item(number: int, row: Mapping[str, Any], folder: Folder) -> Item:
     truth = {"contents": row["image_content"], "answer": row["gt_answer"]}
     sample = Sample(f"mmhal/{number}", (picture,), row["question"], (row["gt_answer"],), truth)
     return Item(str(number), sample, row["question_type"], row["image_id"])
-
-
-@cache
-def _prompt() -> str:
-    return PROMPT.read_bytes().decode("utf-8")

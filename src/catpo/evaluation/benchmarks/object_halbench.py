@@ -74,8 +74,10 @@ class Benchmark(FolderBenchmark):
 
     def open(self, folder: Folder) -> list[Item]:
         """Questions in the order of their file."""
-        lines = folder.read("synonyms_refine.txt").splitlines()
-        synonyms = "\n".join(", ".join(word.strip() for word in line.strip().split(", ")) for line in lines)
+        lines = []
+        for line in folder.read("synonyms_refine.txt").splitlines():
+            lines.append(", ".join(word.strip() for word in line.strip().split(", ")))
+        synonyms = "\n".join(lines)
         doubles = [word for word in _coco.Vocabulary.of(synonyms, ()).classes if " " in word]
         vocabulary = _coco.Vocabulary.of(synonyms, [*doubles, "home plate", "train track"])
         template = folder.read(_extraction.SCRIPT) if self.needs_judge else ""

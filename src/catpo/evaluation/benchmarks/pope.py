@@ -163,9 +163,12 @@ class Benchmark(FolderBenchmark):
     def summarise(sums: Sums) -> dict[str, Floats]:
         """Accuracy, precision, recall, F1 and yes-ratio in percent: their average over subsets first, then each subset's."""
         subsets = {subset: _metrics(counts) for subset, counts in sums.items()}
-        names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed")
-        average = {name: np.mean([metrics[name] for metrics in subsets.values()], axis=0) for name in names}
-        return average | {f"{subset}/{name}": metrics[name] for subset, metrics in subsets.items() for name in names}
+        figures: dict[str, Floats] = {}
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed"):
+            figures[name] = np.mean([metrics[name] for metrics in subsets.values()], axis=0)
+        for subset, metrics in subsets.items():
+            figures |= {f"{subset}/{name}": values for name, values in metrics.items()}
+        return figures
 
     @staticmethod
     def official(sums: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

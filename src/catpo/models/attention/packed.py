@@ -61,22 +61,19 @@ def visible(
 
 def mask_for(implementation: str, layout: Layout, length: int, dtype: torch.dtype) -> Layout | Tensor | BlockMask:
     """The mask that the decoder's attention function takes: the layout, a block mask, numbers to add, or booleans."""
-    mask: Tensor | BlockMask
     if implementation == f"{PREFIX}sdpa" and layout.device.type == "cpu":
         return layout
-    if implementation == f"{PREFIX}flex":
-        mask = block_mask(layout, length)
-    elif implementation.endswith("eager"):
-        mask = as_numbers(visible(layout, length)[:, None], dtype)
-    else:
-        mask = visible(layout, length)[:, None]
-    setattr(mask, LAYOUT, layout)
+    is_flex = implementation == f"{PREFIX}flex"
+    mask = block_mask(layout, length) if is_flex else dense_mask(implementation, visible(layout, length)[:, None], dtype)
+    setattr(mask, LAYOUT, layout)  # the last layer looks it up
     return mask
 
 
-def as_numbers(mask: Bool[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """A boolean mask as eager attention takes it: numbers that are added to the scores."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def dense_mask(implementation: str, visible: Bool[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Booleans for fused attention; for eager attention, numbers that are added to the scores."""
+    if not implementation.endswith("eager"):
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def layout_behind(mask: object) -> Layout | None:
