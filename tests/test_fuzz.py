@@ -192,7 +192,12 @@ def _changed(row: Any, rng: Any, value: Any) -> Any:
 
 def _check_pairs(dataset: RowDataset, values: Any) -> None:
     row = Row("rows, row 0", {**(values if isinstance(values, dict) else {}), NUMBER: 0})
-    pairs, message = tried(lambda: row.named(lambda: list(dataset.pairs_of(row))))
+
+    def named_pairs() -> list[PreferencePair]:
+        with row.named():
+            return list(dataset.pairs_of(row))
+
+    pairs, message = tried(named_pairs)
     assert not message or message.startswith("rows, row 0")
     for pair in pairs or []:
         assert pair.chosen != pair.rejected and pair.images and pair.id
