@@ -1,4 +1,4 @@
-"""Pairs come back from the temporary file as they were, and memory holds none of them."""
+"""Pairs in a temporary file are the pairs that were put there, and memory holds none of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Span
 from catpo.data import read as data
+from catpo.data import spool
 from catpo.data.pair_folder import write_pairs
 from catpo.data.spool import SpooledPairs, ids_of, joined, select
 from catpo.runtime.skip_log import SkipLog
@@ -54,7 +55,6 @@ def test_parts_share_one_file_which_has_no_name(place):
     assert list(kept[2:7:2]) == everything[2:7:2] and kept[-1] == everything[-1]
     with pytest.raises(IndexError):
         kept[9]
-    assert list(SpooledPairs.of([])) == []
     odd, even = select(kept, [1, 3]), select(kept, [4, 0])
     assert list(joined(odd, even)) == [everything[place] for place in (1, 3, 4, 0)]
     assert isinstance(joined(odd, even), SpooledPairs)
@@ -62,7 +62,16 @@ def test_parts_share_one_file_which_has_no_name(place):
     assert list(place.iterdir()) == []  # so that nothing is left of a killed process
 
 
-def test_worker_processes_share_the_file(place, monkeypatch):
+def test_blocks_end_anywhere(monkeypatch):
+    monkeypatch.setattr(spool, "BLOCK", 4)
+    assert list(SpooledPairs.of(pairs(10))) == pairs(10)
+    monkeypatch.setattr(spool, "BLOCK_BYTES", 1)  # a block after every picture that is in memory
+    kept = SpooledPairs.of(pairs(10))
+    assert kept._file.reader.num_record_batches == 10 and list(kept) == pairs(10)
+    assert len(SpooledPairs.of([])) == 0
+
+
+def test_worker_processes_read_it_and_leave_it(place, monkeypatch):
     kept = SpooledPairs.of(pairs(5))
     monkeypatch.setattr(tempfile, "tempdir", None)  # the sockets that processes meet at have short names only
     for method in ("fork", "spawn"):
@@ -78,7 +87,7 @@ def _id_of(asked: tuple[SpooledPairs, int]) -> str:
 
 
 @pytest.mark.parametrize("error", [UserError("row 3: broken"), OSError("row 3: the share is gone")])
-def test_an_error_of_the_data_is_not_reported_as_a_full_disk(error):
+def test_what_goes_wrong_with_the_data_is_not_blamed_on_the_file(error):
     def rows():
         yield from pairs(3)
         raise error
@@ -87,17 +96,21 @@ def test_an_error_of_the_data_is_not_reported_as_a_full_disk(error):
         SpooledPairs.of(rows())
 
 
-@pytest.mark.parametrize("is_created", [True, False])
-def test_a_full_disk_is_explained(monkeypatch, is_created):
+@pytest.mark.parametrize("where", ["TemporaryFile", "write_batch"])
+def test_a_full_disk_says_where(monkeypatch, where):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", (lambda **_: SimpleNamespace(write=full)) if is_created else full)
+    if where == "TemporaryFile":
+        monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    else:
+        monkeypatch.setattr(spool.pa.ipc, "new_file", lambda *_: SimpleNamespace(write_batch=full))
     with pytest.raises(UserError, match=r"cannot be kept in .*No space left.*TMPDIR"):
         SpooledPairs.of(pairs(2))
 
 
-def test_memory_holds_one_pair_at_a_time():
+def test_memory_holds_two_blocks_of_pairs_at_most(monkeypatch):
+    monkeypatch.setattr(spool, "BLOCK", 8)
     made, most = [], 0
     everything = pairs(64)
 
@@ -106,16 +119,17 @@ def test_memory_holds_one_pair_at_a_time():
         for pair in everything:
             copy = replace(pair)
             made.append(weakref.ref(copy))
-            most = max(most, sum(reference() is not None for reference in made))
+            most = max(most, sum(each() is not None for each in made))
             yield copy
             del copy
 
-    assert len(SpooledPairs.of(rows())) == 64 and most <= 2
-    assert not any(reference() for reference in made)
+    kept = SpooledPairs.of(rows())
+    assert len(kept) == 64 and most <= 17
+    assert not any(each() for each in made)
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_read_pairs_spools_and_its_splits_share_the_file(tmp_path, on_error):
+def test_data_sets_are_read_into_it(tmp_path, on_error):
     write_pairs(tmp_path / "pairs", pairs(10), {})
     read = data.read_pairs(tmp_path / "pairs", SkipLog(on_error), 7)
     assert isinstance(read, SpooledPairs) and [pair.id for pair in read] == [pair.id for pair in pairs(7)]
@@ -124,7 +138,7 @@ def test_read_pairs_spools_and_its_splits_share_the_file(tmp_path, on_error):
     assert sorted([*ids_of(train), *ids_of(dev)]) == sorted(pair.id for pair in pairs(7)) and len(dev) == 2
 
 
-def test_folder_names_need_not_be_valid_unicode(tmp_path):
+def test_folders_may_have_names_that_are_no_text(tmp_path):
     write_pairs(tmp_path / "p\udcff", pairs(2), {})
     read = data.read_pairs(str(tmp_path / "p\udcff"), SkipLog())
     assert [pair.images[0].open().size for pair in read] == [pair.images[0].open().size for pair in pairs(2)]

@@ -63,16 +63,6 @@ def check_not_negative(**numbers: float | None) -> None:
     _check_range(f"is too large. Give at most {LARGEST:g}", lambda value: value <= LARGEST, numbers)
 
 
-def check_seed(seed: int) -> None:
-    """Raise UserError unless NumPy, which takes the smallest seeds, takes this one.
-
-    >>> check_seed(2**32)
-    Traceback (most recent call last):
-    catpo.core.errors.UserError: seed=4294967296 must be from 0 to 4294967295.
-    """
-    _check_range("must be from 0 to 4294967295", lambda value: 0 <= value < 1 << 32, {"seed": seed})
-
-
 def _check_range(must: str, is_right: Callable[[float], bool], numbers: Mapping[str, float | None]) -> None:
     for name, value in numbers.items():
         if value is not None and not is_right(value):

@@ -38,16 +38,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths over all pairs."""
+    """Lengths of one part of many pairs."""
 
     unit: str
     least: int
     median: float
     most: int
+    mean: float
 
     @classmethod
     def of(cls, unit: str, values: Sequence[int]) -> Lengths:
-        return cls(unit, min(values), median(values), max(values))
+        return cls(unit, min(values), median(values), max(values), sum(values) / len(values))
 
 
 @dataclass(frozen=True)

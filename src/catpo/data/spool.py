@@ -1,32 +1,45 @@
-"""Preference pairs in a temporary file, so that memory holds only those in use, however large the data set.
+"""Preference pairs in a temporary file, so that memory holds those in use only, however many a data set has.
 
-Pictures stay where they are; only those that came with the rows of a stream go into the file. Knows no data set.
+Pictures stay where they are; those that came with the rows of a stream go into the file. Knows no data set.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import mmap
-import pickle
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from multiprocessing.reduction import DupFd
-from typing import IO, Any, TypeVar, overload
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast, overload
 
 import numpy as np
+import pyarrow as pa
 
 from catpo.core.errors import UserError
-from catpo.core.types import PreferencePair
+from catpo.core.types import Picture, PreferencePair, Side, Span
 
 Item = TypeVar("Item")
+BLOCK = 256
+"""Pairs that are written together."""
+BLOCK_BYTES = 64 << 20
+"""Bytes of pictures after which a block is written though it has fewer pairs."""
+PICTURE = pa.struct(
+    {"name": pa.binary(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string()}
+)  # fmt: skip
+SCHEMA = pa.schema(
+    {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta")} | {"images": pa.list_(PICTURE)}
+)
 
 
 class SpooledPairs(Sequence[PreferencePair]):
-    """Pairs that are read from a temporary file on access; a slice or a selection shares the file.
+    """Pairs that are read from a temporary file whenever they are asked for; a slice or a selection shares the file.
 
-    The file is in the system's temporary folder (`TMPDIR`) and has no name there: a killed process leaves nothing behind.
+    The file takes room in the system's folder for such (`TMPDIR`) and has no name there: nothing is left of a killed process.
     """
 
     def __init__(self, file: _File, numbers: Sequence[int]) -> None:
@@ -40,27 +53,28 @@ class SpooledPairs(Sequence[PreferencePair]):
             UserError: there is no room for the file; or one of the pairs raises it.
         """
         file = _File.written(pairs)
-        return cls(file, range(len(file.starts) - 1))
+        return cls(file, range(file.count))
 
-    def select(self, indices: Sequence[int]) -> SpooledPairs:
-        """The pairs at these indices, in their order."""
-        return SpooledPairs(self._file, array("q", (self._numbers[index] for index in indices)))
+    def select(self, places: Sequence[int]) -> SpooledPairs:
+        """The pairs at these places, in their order."""
+        return SpooledPairs(self._file, array("q", (self._numbers[place] for place in places)))
 
     def ids(self) -> list[str]:
-        """The id of every pair, without reading the rest of it."""
-        return [self._file.id(number) for number in self._numbers]
+        """Of every pair, without reading the rest of it."""
+        every = self._file.ids()
+        return [every[number] for number in self._numbers]
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
+    def __getitem__(self, place: int) -> PreferencePair: ...
     @overload
-    def __getitem__(self, index: slice) -> SpooledPairs: ...
-    def __getitem__(self, index: int | slice) -> PreferencePair | SpooledPairs:
-        if isinstance(index, slice):
-            return SpooledPairs(self._file, self._numbers[index])
-        return self._file.pair(self._numbers[index])
+    def __getitem__(self, place: slice) -> SpooledPairs: ...
+    def __getitem__(self, place: int | slice) -> PreferencePair | SpooledPairs:
+        if isinstance(place, slice):
+            return SpooledPairs(self._file, self._numbers[place])
+        return self._file.pair(self._numbers[place])
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return map(self._file.pair, self._numbers)
@@ -71,9 +85,20 @@ def ids_of(pairs: Sequence[PreferencePair]) -> list[str]:
     return pairs.ids() if isinstance(pairs, SpooledPairs) else [pair.id for pair in pairs]
 
 
-def select(pairs: Sequence[PreferencePair], indices: Sequence[int]) -> Sequence[PreferencePair]:
-    """The pairs at these indices; of spooled ones without reading them."""
-    return pairs.select(indices) if isinstance(pairs, SpooledPairs) else [pairs[index] for index in indices]
+def select(pairs: Sequence[PreferencePair], places: Sequence[int]) -> Sequence[PreferencePair]:
+    """The pairs at these places; of spooled ones without reading them."""
+    return pairs.select(places) if isinstance(pairs, SpooledPairs) else [pairs[place] for place in places]
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, evenly spread, in their order.
+
+    >>> spread(["a", "b", "c", "d", "e"], 3)
+    ['a', 'c', 'e']
+    """
+    if len(items) <= count:
+        return list(items)
+    return [items[int(place)] for place in np.linspace(0, len(items) - 1, max(count, 0)).round()]
 
 
 def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
@@ -83,79 +108,61 @@ def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) ->
     return [*first, *second]
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, evenly spaced, in their order.
-
-    >>> spread(["a", "b", "c", "d", "e"], 3)
-    ['a', 'c', 'e']
-    """
-    if len(items) <= count:
-        return list(items)
-    return [items[int(index)] for index in np.linspace(0, len(items) - 1, max(count, 0)).round()]
-
-
 class _File:
-    """Every pair pickled after its id, in a file without a name that is mapped into memory; worker processes share it."""
+    """Arrow record batches in a file without a name, mapped into memory page by page; worker processes share it."""
 
-    def __init__(self, file: IO[bytes], starts: array[int], loads: list[Callable[..., bytes]]) -> None:
-        self.file, self.starts, self.loads = file, starts, loads
-        # an empty file cannot be mapped
-        self.pages = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if starts[-1] else b"")
+    def __init__(self, file: IO[bytes], loads: list[Callable[..., bytes]]) -> None:
+        self.file, self.loads = file, loads
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages)))
+        blocks = range(self.reader.num_record_batches)
+        self.starts = [0, *accumulate(self.reader.get_batch(block).num_rows for block in blocks)]
+        self.count = self.starts[-1]
 
     @classmethod
     def written(cls, pairs: Iterable[PreferencePair]) -> _File:
-        starts, loads = array("q", [0]), list[Callable[..., bytes]]()
+        loads: list[Callable[..., bytes]] = []
         with _disk_errors():
-            file = tempfile.TemporaryFile(prefix="catpo-pairs-")  # noqa: SIM115 (open until the last reader is gone)
-        for pair in pairs:
-            loads += [image.load for image in pair.images if image.load and not any(image.load is known for known in loads)]
-            content = io.BytesIO()
-            _Pickler(content, loads).dump(pair)
+            file = tempfile.TemporaryFile(prefix="catpo-pairs-")  # noqa: SIM115 (until the last reader is gone)
+            writer = pa.ipc.new_file(file, SCHEMA)
+        for block in _blocks(pairs):
+            batch = pa.RecordBatch.from_pylist([_row(pair, loads) for pair in block], SCHEMA)
             with _disk_errors():
-                size = file.write(pickle.dumps(pair.id) + content.getvalue())
-            starts.append(starts[-1] + size)
+                writer.write_batch(batch)
         with _disk_errors():
+            writer.close()
             file.flush()
-        return cls(file, starts, loads)
+        return cls(file, loads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (DupFd(self.file.fileno()), self.starts, self.loads)
-
-    def id(self, number: int) -> str:
-        return pickle.loads(self._record(number))
+        return _received, (DupFd(self.file.fileno()), self.loads)
 
     def pair(self, number: int) -> PreferencePair:
-        stream = io.BytesIO(self._record(number))
-        pickle.load(stream)  # the id
-        return _Unpickler(stream, self.loads).load()
+        block = bisect_right(self.starts, number) - 1
+        row = self.reader.get_batch(block).slice(number - self.starts[block], 1).to_pylist()[0]
+        return PreferencePair(
+            id=row["id"],
+            images=tuple(_picture(each, self.loads) for each in row["images"]),
+            prompt=row["prompt"],
+            chosen=row["chosen"],
+            rejected=row["rejected"],
+            labels={
+                cast(Side, side): tuple(Span(*span) for span in spans) for side, spans in json.loads(row["labels"]).items()
+            },
+            meta=json.loads(row["meta"]),
+        )
 
-    def _record(self, number: int) -> memoryview:
-        return self.pages[self.starts[number] : self.starts[number + 1]]
-
-
-class _Pickler(pickle.Pickler):
-    """Writes a number for a function that loads pictures: it may hold a whole data set, and stays in memory."""
-
-    def __init__(self, stream: io.BytesIO, loads: Sequence[Callable[..., bytes]]) -> None:
-        super().__init__(stream)
-        self.numbers = {id(load): number for number, load in enumerate(loads)}
-
-    def persistent_id(self, value: Any) -> int | None:
-        return self.numbers.get(id(value))
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, loads: Sequence[Callable[..., bytes]]) -> None:
-        super().__init__(stream)
-        self.loads = loads
-
-    def persistent_load(self, number: int) -> Callable[..., bytes]:
-        return self.loads[number]
+    def ids(self) -> list[str]:
+        return [
+            each
+            for block in range(self.reader.num_record_batches)
+            for each in self.reader.get_batch(block).column("id").to_pylist()
+        ]
 
 
-def _received(descriptor: Any, starts: array[int], loads: list[Callable[..., bytes]]) -> _File:
-    """Runs in the process that receives the file."""
-    return _File(open(descriptor.detach(), "rb"), starts, loads)
+def _received(descriptor: Any, loads: list[Callable[..., bytes]]) -> _File:
+    """In the process that gets the file."""
+    return _File(open(descriptor.detach(), "rb"), loads)
 
 
 @contextmanager
@@ -166,3 +173,64 @@ def _disk_errors() -> Iterator[None]:
         raise UserError(
             f"The pairs cannot be kept in {tempfile.gettempdir()} ({error}). Make room there, or set TMPDIR to another folder."
         ) from error
+
+
+def _blocks(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
+    block: list[PreferencePair] = []
+    size = 0
+    for pair in pairs:
+        block.append(pair)
+        size += sum(len(picture.data or b"") for picture in pair.images)
+        if len(block) == BLOCK or size > BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _row(pair: PreferencePair, loads: list[Callable[..., bytes]]) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "labels": json.dumps(
+            {side: [(span.start, span.end, span.label) for span in spans] for side, spans in pair.labels.items()}
+        ),
+        "meta": json.dumps(dict(pair.meta), default=str),
+        "images": [_described(picture, loads) for picture in pair.images],
+    }
+
+
+def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> dict[str, Any]:
+    """A picture without its pixels, unless it has no other place; `loads` gets the functions that read pictures."""
+    number = None
+    if picture.load is not None:
+        number = next((number for number, known in enumerate(loads) if known is picture.load), len(loads))
+        loads[number:] = [picture.load]
+    return {
+        "name": _encoded(picture.name),
+        "path": None if picture.path is None else _encoded(str(picture.path)),
+        "data": picture.data,
+        "load": number,
+        "at": json.dumps(picture.at),
+    }
+
+
+def _picture(row: dict[str, Any], loads: Sequence[Callable[..., bytes]]) -> Picture:
+    return Picture(
+        name=_decoded(row["name"]),
+        path=None if row["path"] is None else Path(_decoded(row["path"])),
+        data=row["data"],
+        load=None if row["load"] is None else loads[row["load"]],
+        at=tuple(json.loads(row["at"])),
+    )
+
+
+def _encoded(name: str) -> bytes:
+    """Names of files may hold bytes that are no text."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogatepass")

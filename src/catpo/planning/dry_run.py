@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from catpo.config.options import ScoreOptions, TrainOptions
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair
+from catpo.data.check import Lengths
 from catpo.data.read import dev_split
 from catpo.data.spool import ids_of, spread
 from catpo.models import loading
@@ -38,20 +38,6 @@ from catpo.training.run_folder import free_output
 SAMPLE = 64
 """Pairs that are encoded to learn how long they are, spread evenly."""
 ADAMW_MOMENTS = 2
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens per pair over the sample."""
-
-    least: int
-    median: float
-    most: int
-    mean: float
-
-    @classmethod
-    def of(cls, values: Sequence[int]) -> Lengths:
-        return cls(min(values), median(values), max(values), sum(values) / len(values))
 
 
 @dataclass(frozen=True)
@@ -283,4 +269,4 @@ def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths
         **{side: [len(each.response_ids[side]) for each in encoded] for side in SIDES},
         "row": list(row),
     }
-    return {name: Lengths.of(values) for name, values in counts.items()}
+    return {name: Lengths.of("tokens", values) for name, values in counts.items()}
