@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from catpo.core.errors import UserError, did_you_mean, shown
@@ -53,17 +52,8 @@ def check_positive(**counts: int | None) -> None:
     Traceback (most recent call last):
     catpo.core.errors.UserError: limit=0 must be 1 or more.
     """
-    _check_range("must be 1 or more", lambda value: value >= 1, counts)
-    _check_range(f"is too large. Give at most {MOST}", lambda value: value <= MOST, counts)
-
-
-def check_not_negative(**numbers: float | None) -> None:
-    """Raise UserError unless each is a number from 0 to `LARGEST`, or None."""
-    _check_range("must be a number, 0 or more", lambda value: 0 <= value < math.inf, numbers)
-    _check_range(f"is too large. Give at most {LARGEST:g}", lambda value: value <= LARGEST, numbers)
-
-
-def _check_range(must: str, is_right: Callable[[float], bool], numbers: Mapping[str, float | None]) -> None:
-    for name, value in numbers.items():
-        if value is not None and not is_right(value):
-            raise UserError(f"{name}={shown(repr(value))} {must}.")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={shown(repr(value))} must be 1 or more.")
+        if value is not None and value > MOST:
+            raise UserError(f"{name}={shown(repr(value))} is too large. Give at most {MOST}.")
