@@ -385,7 +385,7 @@ def test_a_check_lists_all_problems_at_once(photos, capsys):
         ("2", "unusable row"), ("3", "unusable row"), ("4", "unusable row"), ("5", "broken picture"), ("6", "duplicate pair"),
         ("7", "duplicate chosen response"),
     ]  # fmt: skip
-    assert report["lengths"]["chosen"] == {"unit": "words", "least": 2, "median": 2.0, "most": 2}
+    assert report["lengths"]["chosen"] == {"unit": "words", "least": 2, "median": 2.0, "most": 2, "mean": 2.0}
 
 
 def test_a_check_counts_the_models_tokens(photos, builtin, capsys):
