@@ -133,9 +133,10 @@ class Subset(Dataset):
         whole: Dataset,
         samples: Callable[[Iterator[Sample]], Iterable[Sample]] = iter,
         pairs: Callable[[Iterator[PreferencePair]], Iterable[PreferencePair]] = iter,
+        name: str | None = None,
     ) -> None:
         self.whole, self.choose_samples, self.choose_pairs = whole, samples, pairs
-        self.name, self.vocabulary = whole.name, whole.vocabulary
+        self.name, self.vocabulary = name or whole.name, whole.vocabulary
 
     def samples(self) -> Iterator[Sample]:
         return iter(self.choose_samples(self.whole.samples()))

@@ -20,7 +20,7 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import parse
 from catpo.core.types import Sample
 from catpo.data.datasets import Dataset
-from catpo.data.read import open_data
+from catpo.data.read import Subset, open_data
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
@@ -166,14 +166,9 @@ def _accuracy(run: Path) -> float | None:
     return values[-1] if values else None
 
 
-class SomeSamples(Dataset):
+def some_samples(whole: Dataset, samples: Sequence[Sample], name: str | None = None) -> Subset:
     """Some samples of a data set, with its words and, unless another is given, its name."""
-
-    def __init__(self, whole: Dataset, samples: Sequence[Sample], name: str | None = None) -> None:
-        self.name, self.vocabulary, self._samples = name or whole.name, whole.vocabulary, samples
-
-    def samples(self) -> Iterator[Sample]:
-        return iter(self._samples)
+    return Subset(whole, samples=lambda _: samples, name=name)
 
 
 def equal_parts(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
@@ -182,20 +177,20 @@ def equal_parts(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]
     return [samples[start:end] for start, end in pairwise(ends)]
 
 
-def _parts(data: str | Path | Dataset, rounds: int, fresh: bool, limit: int | None) -> list[SomeSamples]:
+def _parts(data: str | Path | Dataset, rounds: int, fresh: bool, limit: int | None) -> list[Subset]:
     """The samples of each round."""
     whole = open_data(data)
     wanted = None if limit is None else limit * (rounds if fresh else 1)
     samples = list(islice(whole.samples(), wanted))
     if not fresh:
-        return [SomeSamples(whole, samples)] * rounds
+        return [some_samples(whole, samples)] * rounds
     size = len(samples) // rounds
     if size < (limit or 1):
         raise UserError(
             f"{data} has {len(samples)} samples, too few for {rounds} rounds with fresh ones. Give more data, fewer rounds or "
             "a smaller limit, or use the same samples in all rounds."
         )
-    return [SomeSamples(whole, part) for part in equal_parts(samples[: size * rounds], rounds)]
+    return [some_samples(whole, part) for part in equal_parts(samples[: size * rounds], rounds)]
 
 
 def _options(recipe: ByCommand, given: RoundsOptions) -> dict[str, dict[str, Any]]:

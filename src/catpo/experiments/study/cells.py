@@ -31,7 +31,7 @@ from catpo.core.registry import load, names
 from catpo.core.spec import Spec, parse
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
-from catpo.experiments.rounds import RoundPlan, SomeSamples, equal_parts, run_rounds
+from catpo.experiments.rounds import RoundPlan, equal_parts, run_rounds, some_samples
 from catpo.experiments.study.file import Row, Study, Tuning
 from catpo.experiments.study.probe import FILE as PROBE
 from catpo.experiments.study.probe import probe
@@ -161,7 +161,7 @@ class Cell:
         data = open_data(shared.data)
         plans = []
         for number, samples in enumerate(equal_parts(list(data.samples()), self.rounds), start=1):
-            part = SomeSamples(data, samples, f"{data.name}, part {number} of {self.rounds}")
+            part = some_samples(data, samples, f"{data.name}, part {number} of {self.rounds}")
             here = folder / f"round-{number}"
             run = (folder if number == self.rounds else here) / "run"
             plans.append(RoundPlan(folder=here, data=part, seed=self.seed, run=run))
