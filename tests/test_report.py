@@ -3,11 +3,14 @@
 import base64
 import dataclasses
 import json
+import random
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,12 +18,13 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid
 from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.compare import Format, compare, show
 from catpo.evaluation.coverage import Coverage, at_equal_coverage
 from catpo.evaluation.folder import load_evaluation
 from catpo.evaluation.paired import Difference
-from catpo.files.json_files import read_rows
+from catpo.files.json_files import append_rows, read_rows, write_json
 from catpo.reporting.build import report
-from catpo.reporting.evaluations import BenchmarkTable, Cell
+from catpo.reporting.evaluations import BenchmarkTable, Cell, benchmark_tables
 from catpo.reporting.heatmap import canvas, compose, heatmap
 from catpo.reporting.page import embed, policy
 from catpo.reporting.plots import Series, curves, histogram
@@ -95,6 +99,41 @@ def path(folder):
 @pytest.fixture(scope="module")
 def page(path):
     return Page(path)
+
+
+# ---- metrics without a value ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_metric_may_be_without_a_value(folder, tmp_path, seed):
+    """0 of 0 is stored as null: of a model that names nothing, or never says yes."""
+    rng = random.Random(seed)
+    names = ("base", "dpo", HOSTILE_NAME)
+    paths = [_with_nulls(shutil.copytree(folder / "evaluations" / name, tmp_path / name), rng) for name in names]
+    tables = benchmark_tables([load_evaluation(path) for path in paths], dict.fromkeys(names, 0), resamples=20)
+    sentences = evaluation_verdicts(tables)
+    assert not [text for text in sentences if re.search(r"\bnan\b|–", text)]
+    for form in get_args(Format):
+        assert not re.search(r"\bnan\b", show(compare(paths, limit=9), form))
+    assert report(output=tmp_path, evaluations=paths).is_file()
+
+
+def _with_nulls(evaluation, rng):
+    """Some counts of some groups are 0, and some captions name nothing; some stored metrics are null."""
+    rows, scores = read_rows(evaluation / "grades.jsonl"), json.loads((evaluation / "scores.json").read_text())
+    names = sorted({(row["group"], count) for row in rows for count in row["counts"]})
+    zeroed = set(rng.sample(names, rng.choice([0, 3, len(names) // 2, len(names)])))
+    says_nothing = rng.random() < 0.5
+    for row in rows:
+        row["counts"] = {name: 0 if (row["group"], name) in zeroed else value for name, value in row["counts"].items()}
+        if "mentions" in row and says_nothing:
+            row["mentions"] = []
+    metrics = scores["benchmarks"]["scenes"]["metrics"]
+    metrics |= dict.fromkeys(rng.sample(sorted(metrics), 3), dict.fromkeys(("value", "low", "high")))
+    (evaluation / "grades.jsonl").unlink()
+    append_rows(evaluation / "grades.jsonl", rows)
+    write_json(evaluation / "scores.json", scores)
+    return evaluation
 
 
 # ---- one safe file ---------------------------------------------------------------------------------------------------

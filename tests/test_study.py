@@ -446,6 +446,13 @@ def test_measured_cells_have_processes_of_their_own(tmp_path: Path, builtin: Pat
     assert 200 < row.mean("cost/memory").value < 8000
 
 
+def test_a_cell_whose_training_was_killed_after_its_last_step_goes_without_a_cost(tmp_path):
+    """The resumed training has no step left, so that its log names no speed."""
+    cell = cells.Cell(shared=None, model="builtin", objective="dpo", learning_rate=1e-5, seed=0, measure=True)
+    make_run(cell.folder(tmp_path) / "run", objective="dpo")
+    assert cell._figures("builtin", tmp_path, cell.folder(tmp_path)) == {}
+
+
 def test_a_cell_killed_before_it_was_tidied_is_tidied_and_not_measured_again(tmp_path, monkeypatch):
     cell = cells.Cell(shared=None, model="builtin", objective="dpo", learning_rate=1e-4, seed=0)
     model, measured, tidy = cell.folder(tmp_path) / "run" / "model", [], cells._tidy

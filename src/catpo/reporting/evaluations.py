@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -117,7 +118,7 @@ def _table(
         rows=rows,
         more_rows=more_rows,
         coverage=coverage,
-        lead_of_best=_lead_of_best(same, coverage, resamples) if len(coverage) > 2 else None,
+        lead_of_best=_lead_of_best(same, coverage, resamples),
         drawing=_coverage_drawing(same, benchmark, colours) if coverage else None,
         notes=_notes(benchmark, evaluations),
     )
@@ -137,12 +138,21 @@ def _notes(benchmark: str, evaluations: Sequence[Evaluation]) -> list[str]:
     return notes
 
 
-def _lead_of_best(evaluations: Sequence[Evaluation], coverage: Sequence[Coverage], resamples: int) -> Coverage:
-    """The lowest CHAIRi at equal coverage, compared with the next lowest; the other models still decide how much is cut."""
-    best, second, *others = sorted(range(len(coverage)), key=lambda number: coverage[number].chair_i.value)
+def _lead_of_best(evaluations: Sequence[Evaluation], coverage: Sequence[Coverage], resamples: int) -> Coverage | None:
+    """The lowest CHAIRi at equal coverage, compared with the next lowest; the other models still decide how much is cut.
+
+    None unless at least three models have a CHAIRi: of a model that names nothing it is 0 of 0.
+    """
+    if sum(not math.isnan(row.chair_i.value) for row in coverage) < 3:
+        return None
+    best, second, *others = sorted(range(len(coverage)), key=lambda number: _nan_last(coverage[number].chair_i.value))
     reordered = [evaluations[number] for number in (second, best, *others)]  # the first is what others are compared with
     rows = at_equal_coverage(reordered, resamples=resamples)
     return next(row for row in rows if row.benchmark == coverage[0].benchmark and row.model == coverage[best].model)
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _coverage_drawing(evaluations: Sequence[Evaluation], benchmark: str, colours: Mapping[str, int]) -> Markup:

@@ -37,7 +37,7 @@ def signed(value: float, digits: int = 1) -> str:
     ('+2.0', '0.0', '0.0')
     """
     text = number(value, digits)
-    return text if text.startswith("−") or value <= 0 or float(text) == 0 else f"+{text}"
+    return f"+{text}" if value > 0 and float(text) != 0 else text
 
 
 def between(estimate: Estimate) -> str:
@@ -67,7 +67,8 @@ def evaluation_verdicts(tables: Sequence[BenchmarkTable]) -> list[str]:
 
 def _ranking(table: BenchmarkTable, best: Coverage, lead: Estimate) -> str:
     """The lowest CHAIRi at equal coverage, and whether its lead is clear."""
-    second = min((row for row in table.coverage if row.model != best.model), key=lambda row: row.chair_i.value)
+    others = [row for row in table.coverage if row.model != best.model and not math.isnan(row.chair_i.value)]
+    second = min(others, key=lambda row: row.chair_i.value)
     clear = "" if lead.high < 0 else "; which of the two is better is not clear"
     return (
         f"At equal coverage (every model cut to name {number(best.cover)} % of what is there) {best.model} has the lowest "
@@ -77,11 +78,18 @@ def _ranking(table: BenchmarkTable, best: Coverage, lead: Estimate) -> str:
 
 
 def _main(cells: dict[str, Cell | None]) -> list[tuple[str, Difference]]:
-    """Differences worth a sentence: of CHAIRi, Cover and the first accuracy; without these, of the first two rows."""
+    """Differences worth a sentence: of CHAIRi, Cover and the first accuracy; without these, of the first two rows.
+
+    A metric that one of the models does not have (0 of 0) is worth none.
+    """
     labels = [label for label in (CHAIR, COVER) if label in cells]
     labels += [label for label in cells if "accuracy" in label.lower()][:1]
-    main = [(label, cells[label]) for label in labels or list(cells)[:2]]
-    return [(label, cell.difference) for label, cell in main if cell is not None and cell.difference is not None]
+    main = []
+    for label in labels or list(cells)[:2]:
+        cell = cells[label]
+        if cell is not None and cell.difference is not None and not math.isnan(cell.difference.difference.value):
+            main.append((label, cell.difference))
+    return main
 
 
 def _clause(label: str, change: Difference) -> str:
@@ -97,7 +105,7 @@ def _equal_coverage(table: BenchmarkTable, model: str, chair: Cell | None) -> st
     rows = {row.model: row for row in table.coverage}
     base = next((row for row in table.coverage if row.difference is None), None)
     cut = rows.get(model)
-    if base is None or cut is None or cut.difference is None:
+    if base is None or cut is None or cut.difference is None or math.isnan(cut.difference.value):
         return ""
     sentence = (
         f" At equal coverage ({number(cut.cover)} %) its {CHAIR} is "

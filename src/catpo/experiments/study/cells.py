@@ -174,9 +174,9 @@ class Cell:
         run = read_json(folder / "run" / "catpo.json", made_by="catpo study")
         figures = {f"learned/{signal}": value for signal, value in run.get("learned_fusion", {}).items()}
         if self.measure:
-            last = read_rows(folder / "run" / "metrics.jsonl")[-1]
-            figures["cost/seconds_per_pair"] = 1 / last["train_samples_per_second"]
-            figures["cost/memory"] = peak_mebibytes()
+            speed = read_rows(folder / "run" / "metrics.jsonl")[-1].get("train_samples_per_second")
+            if speed:  # none if the training was interrupted after its last step: nothing was left to measure
+                figures |= {"cost/seconds_per_pair": 1 / speed, "cost/memory": peak_mebibytes()}
         if self.probe and self.shared is not None and self.rounds == 1:
             store = RewardStore.open(self.shared.rewards(output))
             scored = set(store.pair_ids)
