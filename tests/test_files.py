@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
+import platform
 import stat
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -112,6 +117,37 @@ def test_changed_or_missing_options_are_named():
     provenance.check_same({"a": 1, "b": 2}, {"a": 1, "b": 3}, where="x", ignore=["b"])
     with pytest.raises(UserError, match=r"x was begun with b=2, now it is None"):
         provenance.check_same({"a": 1, "b": 2}, {"a": 1}, where="x")
+
+
+def _without_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_where_locks_are_not_to_be_had_a_second_writer_is_refused_by_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.fcntl, "flock", _without_locks)
+    with lock.lock(tmp_path):
+        with (
+            pytest.raises(UserError, match=rf"\(pid {os.getpid()} on .*If that process is gone, remove .*lock-owner"),
+            lock.lock(tmp_path),
+        ):
+            pytest.fail("two writers")
+        assert (tmp_path / ".lock-owner").exists()
+    with lock.lock(tmp_path):
+        pass
+    assert not list(tmp_path.glob(".lock-*"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "is_taken_over"), [("pid {dead} on {here}", True), ("pid {dead} on elsewhere", False), ("", False)]
+)
+def test_the_file_of_a_dead_process_of_this_machine_is_taken_over(tmp_path, monkeypatch, owner, is_taken_over):
+    monkeypatch.setattr(lock.fcntl, "flock", _without_locks)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / ".lock-owner").write_text(owner.format(dead=process.pid, here=platform.node()))
+    expected = nullcontext() if is_taken_over else pytest.raises(UserError, match="If that process is gone")
+    with expected, lock.lock(tmp_path):
+        pass
 
 
 class Clock:

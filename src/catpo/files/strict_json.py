@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -35,8 +36,7 @@ def _refuse_constant(name: str) -> None:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
+        duplicate = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key '{duplicate[:80]}' stands twice in one object")
     return unique
 

@@ -1,9 +1,11 @@
-"""Tables of text for Markdown and for LaTeX, the only writers of either."""
+"""Text and tables for Markdown, LaTeX and CSV, the only writers of these: a name or an answer is never more than text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from catpo.text.words import plain
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -36,7 +38,7 @@ def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left:
     \end{tabular}
     """
     columns = "l" * left + "r" * (len(headings) - left)
-    comments = [f"% {' '.join(note.split())}" for note in (r"needs \usepackage{booktabs}", *notes)]
+    comments = [f"% {one_line(note)}" for note in (r"needs \usepackage{booktabs}", *notes)]
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(headings), r"\midrule"]
     return "\n".join([*comments, *begin, *(_latex_row(row) for row in rows), r"\bottomrule", r"\end{tabular}"])
 
@@ -46,8 +48,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def for_markdown(text: str) -> str:
-    """Text in which nothing is markup."""
-    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
+    """One line of text in which nothing is markup."""
+    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", one_line(text))
 
 
 LATEX_NAMES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -55,6 +57,25 @@ LATEX_NAMES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\tex
 
 def for_latex(text: str) -> str:
     """The same for LaTeX; signed numbers and ± become formulas."""
-    escaped = re.sub(r"[\\~^&%$#_{}]", lambda match: LATEX_NAMES.get(match[0], f"\\{match[0]}"), text)
+    escaped = re.sub(r"[\\~^&%$#_{}]", lambda match: LATEX_NAMES.get(match[0], f"\\{match[0]}"), one_line(text))
     signed = re.sub(r"(?<![\w])[+-]\d+(?:\.\d+)?", lambda match: f"${match[0]}$", escaped)
     return signed.replace("±", r"$\pm$")
+
+
+def for_csv(text: str) -> str:
+    """One line of text that a spreadsheet does not take for a formula.
+
+    >>> for_csv("=1+1"), for_csv("dpo")
+    ("'=1+1", 'dpo')
+    """
+    line = one_line(text)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+
+
+def one_line(text: str) -> str:
+    r"""The text without line breaks, control characters and marks that change the writing direction.
+
+    >>> one_line("a\x1b[31m\nb")
+    'a[31m b'
+    """
+    return plain(text).replace("\n", " ")

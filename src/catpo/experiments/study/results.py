@@ -27,7 +27,7 @@ from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_json
-from catpo.text.tables import for_markdown, latex_table, markdown_table
+from catpo.text.tables import for_csv, for_markdown, latex_table, markdown_table
 
 EQUAL, EQUAL_HEADING = "equal_coverage", "CHAIRi at equal Cover"
 LEAST_COVER = 0.5
@@ -268,7 +268,7 @@ def as_csv(results: Results) -> str:
         objective = results.study.rows[row.name].objective or ""
         rate = "" if row.rate is None else f"{row.rate:g}"
         texts = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
-        writer.writerow([row.name, objective, rate, len(row.cells), *texts])
+        writer.writerow([for_csv(row.name), for_csv(objective), rate, len(row.cells), *texts])
     return stream.getvalue()
 
 
