@@ -206,6 +206,9 @@ def test_init_writes_a_recipe_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "catpo pair --config recipe.yaml" in capsys.readouterr().out
     assert run("init", "deep/folder") == 0
     assert (tmp_path / "deep/folder/recipe.yaml").read_text() == (tmp_path / "recipe.yaml").read_text()
+    assert run("init") == 0
+    assert "There already: recipe.yaml" in capsys.readouterr().out
+    (tmp_path / "recipe.yaml").write_text("mine")
     assert run("init") == 2
     assert "exists already" in capsys.readouterr().err
 

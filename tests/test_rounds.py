@@ -7,6 +7,7 @@ import inspect
 import json
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from catpo.cli import main
@@ -16,6 +17,7 @@ from catpo.core.errors import UserError
 from catpo.experiments import rounds as loop
 from catpo.experiments.rounds import rounds
 from catpo.models import loading
+from catpo.models.merging import merge
 
 TRAIN = (
     "max_steps=1, learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1, "
@@ -72,6 +74,31 @@ def test_a_merged_model_gives_what_model_and_adapter_give(whole):
     inside = dict(beside.model.merge_and_unload().named_parameters())
     for name, value in merged.model.named_parameters():
         assert value.equal(inside[name]), name
+
+
+def test_catpo_merge_writes_a_model_of_its_own_once(folder, whole, tmp_path, capsys):
+    adapter, target = whole[0] / "round-1" / "run" / "model", tmp_path / "merged"
+    for _ in range(2):
+        main.main(["merge", str(adapter), "--output", str(target)])
+        assert f"Merged model: {target}" in capsys.readouterr().out
+    one, other = weights(target), weights(whole[0] / "round-1" / "model")
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in other)
+    with pytest.raises(UserError, match="was begun with dtype='auto'"):
+        merge(adapter, target, dtype="bfloat16")
+    with pytest.raises(UserError, match="not written by `catpo merge`"):
+        merge(adapter, folder)
+    with pytest.raises(UserError, match="no adapter to merge"):
+        merge(folder, tmp_path / "none")
+
+
+def test_a_full_disk_leaves_no_merged_model(whole, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(UserError, match=r"No space left.*not there yet\. Make space"):
+        merge(whole[0] / "round-1" / "run" / "model", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 class Killed(Exception):

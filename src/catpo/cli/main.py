@@ -218,6 +218,21 @@ def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe 
     rounds(**{**vars(options), "steps": None if recipe is None else recipes.read(recipe)})
 
 
+@app.command(group=STEPS, sort_key=7)
+def merge(
+    model: Annotated[str, Parameter(help="Folder of a trained adapter, or a base model with --adapter.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the merged model.")],
+    adapter: config.Adapter = None,
+    dtype: config.Dtype = "auto",
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    from catpo.models.merging import merge
+
+    print(f"Merged model: {merge(model, output, adapter=adapter, dtype=dtype)}")
+
+
 @app.command(group=LOOK, sort_key=1)
 def inspect(
     store: Annotated[Path, Parameter(help="Folder of a reward store.")],
@@ -371,16 +386,15 @@ def init(
 ) -> None:
     """Write a commented recipe to start from."""
     from catpo.config.recipes import starter
+    from catpo.files.atomic import make_folder, write_atomic
 
     path = folder / "recipe.yaml"
-    if path.exists():
+    is_there = path.is_file() and path.read_bytes() == starter().encode()
+    if path.exists() and not is_there:
         raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: `catpo init FOLDER`.") from error
-    print(f"Wrote {path}. Next: catpo pair --config {path}")
+    make_folder(folder)
+    write_atomic(path, starter())
+    print(f"{'There already' if is_there else 'Wrote'}: {path}. Next: catpo pair --config {path}")
 
 
 @app.command(group=START, sort_key=4)

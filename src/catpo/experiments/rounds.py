@@ -7,7 +7,6 @@ pairs/, rewards/, run/, and model/ where an adapter was merged into the model th
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -24,7 +23,7 @@ from catpo.data.read import Subset, open_data
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
-from catpo.models import loading
+from catpo.models.merging import merge
 from catpo.pairing.pair import pair as make_pairs
 from catpo.scoring.score import score as score_pairs
 from catpo.training.train import train as train_model
@@ -150,15 +149,7 @@ def _merged(trained: Path, target: Path) -> Path:
     """The trained model without an adapter: as it is, or with its adapter merged into the weights."""
     if not (trained / "adapter_config.json").exists():
         return trained
-    if not target.exists():
-        part = target.with_name(f".{target.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        family = loading.load(trained, device="cpu")
-        with loading.quiet():
-            family.model.merge_and_unload().save_pretrained(part)
-        family.processor.save_pretrained(part)
-        part.rename(target)
-    return target
+    return target if target.exists() else merge(trained, target)
 
 
 def _accuracy(run: Path) -> float | None:
