@@ -10,22 +10,23 @@ the same parts run on tiny shapes.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one card: transformers' Trainer would use all
 
 import torch
 from rich.console import Console
@@ -36,6 +37,7 @@ from bench import worker
 from bench.predicted import planned
 from bench.run import CATPO
 from bench.shapes import LLAVA_7B, QWEN_3B, Shape, blueprint, build, make_pairs
+from catpo.core.errors import first_line
 from catpo.core.types import Sample
 from catpo.data.pair_folder import write_pairs
 from catpo.models.attention.recorder import choose_layers
@@ -47,14 +49,16 @@ from catpo.planning.dry_run import Plan
 from catpo.scoring.score import score_pairs
 
 PEAK = {
-    "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362,
-    "A6000": 155, "RTX 4090": 165, "A10G": 70, "A10": 125, "L4": 121,
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "L40": 181, "L4": 121, "A10": 125, "A6000": 155,
 }  # fmt: skip
-"""TFLOP/s of dense bfloat16 products, from the makers' data sheets, by a part of the card's name; the first that fits counts."""
-TINY = (
-    Shape("llava", 4, 4, 1000, width=128, layers=2, vision_width=64, vision_layers=2, response_words=12, published="tiny-llava"),
-    Shape("qwen", 4, 4, 1000, width=128, layers=2, vision_width=64, vision_layers=2, response_words=12, published="tiny-qwen"),
-)
+"""TFLOP/s of dense bfloat16 products by the makers' data sheets, by words of the card's name; the first that fits counts."""
+TINY = [
+    Shape(
+        family, 4, 4, 1000, width=128, layers=2, vision_width=64, vision_layers=2, response_words=12, published=f"tiny-{family}"
+    )
+    for family in ("llava", "qwen")
+]
 CHECKED_LAYERS = 4
 """Layers of decoder and tower where numbers are checked: the models' own widths and heads, in float32 and in little time."""
 BOUND = {"float32": 1e-3, "bfloat16": 0.1}
@@ -72,25 +76,25 @@ class Part:
     seconds: float = 45
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     parser.add_argument("--minutes", type=float, default=10, help="start no part that would not end in this time")
     parser.add_argument("--part", default="", help="run only the parts whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; always so without a GPU")
-    options = parser.parse_args()
-    options.tiny = options.tiny or not torch.cuda.is_available()
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one card: transformers' Trainer would use all
+    is_tiny = options.tiny or not torch.cuda.is_available()
     end = time.monotonic() + 60 * options.minutes
-    chosen = {name: part for name, part in parts(options.tiny).items() if name == "card" or options.part in name}
     rows: list[Row] = []
-    for name, part in chosen.items():
-        left = end - time.monotonic()
-        needed = 0 if options.tiny else part.seconds
-        new = (
-            run(name, options.tiny, left)
-            if left > needed
-            else [{"note": f"left out: {left:.0f} s left, {needed:.0f} set aside"}]
-        )
+    for name, part in parts(is_tiny).items():
+        if options.part not in name and name != "card":
+            continue
+        left, needed = end - time.monotonic(), 0 if is_tiny else part.seconds
+        if left > needed:
+            new = run(name, is_tiny, left)
+        else:
+            new = [{"note": f"left out: {max(left, 0):.0f} s are left, and {needed:.0f} s are set aside for it"}]
         rows += [{"part": name, **row} for row in new]
         print(*(sentence(name, row) for row in new), sep="\n", flush=True)
         if options.out:
@@ -121,8 +125,7 @@ def parts(tiny: bool) -> dict[str, Part]:
 
 def run(name: str, tiny: bool, seconds: float) -> list[Row]:
     """Rows of a part, or what became of it."""
-    # a forked process cannot use a GPU that this one has looked at; spawning imports everything again
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context(start_method())
     read, write = context.Pipe(duplex=False)
     process = context.Process(target=in_process, args=(name, tiny, write))
     process.start()
@@ -138,12 +141,19 @@ def run(name: str, tiny: bool, seconds: float) -> list[Row]:
     return rows
 
 
+def start_method() -> str:
+    """A forked process cannot use a GPU that this one has looked at; a spawned one imports everything again."""
+    return "spawn" if torch.cuda.is_available() else "fork"
+
+
 def in_process(name: str, tiny: bool, write: Any) -> None:
+    gc.freeze()  # else every collection looks at all that was imported
     with tempfile.TemporaryDirectory() as folder:
         try:
             rows = parts(tiny)[name].run(Path(folder))
         except Exception as error:
-            rows = [failure(name, f"{type(error).__name__}: {error}")]
+            traceback.print_exc()
+            rows = [failure(name, f"{type(error).__name__}: {first_line(error)}")]
         write.send(rows)
 
 
@@ -165,8 +175,15 @@ def card() -> Row:
     if device() == "cuda":
         found = torch.cuda.get_device_properties(0)
         name, total = found.name, found.total_memory
-    peak = next((peak for part, peak in PEAK.items() if part in name and "MIG" not in name), None)
-    return {"card": name, "memory_gb": total / 1e9, "peak_tflops": peak, "torch": torch.__version__}
+    return {"card": name, "memory_gb": total / 1e9, "peak_tflops": peak_of(name), "torch": torch.__version__}
+
+
+def peak_of(card: str) -> int | None:
+    """TFLOP/s of a whole card; None for one that is not in the table."""
+    words = set(re.split("[ -]", card))
+    if "MIG" in words:  # a share of a card
+        return None
+    return next((peak for name, peak in PEAK.items() if set(name.split()) <= words), None)
 
 
 def random_family(shape: Shape, dtype: torch.dtype) -> Family:
