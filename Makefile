@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all test-latest test-lowest nightly kills demo bench clean
+.PHONY: help install check format test test-all test-latest test-lowest nightly kills demo bench gpu clean
 
 help:
 	@echo "make demo          pair, score, train, evaluate and report on built-in pictures"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-latest   contract tests against the newest supported transformers, peft and accelerate;  make test-lowest  the oldest"
 	@echo "make kills         kill every command at many moments, resume, compare (long); WORK=score runs one command"
 	@echo "make bench         measure speed and memory against TRL; OUT=FILE saves the figures, CASE=NAME runs one case"
+	@echo "make gpu           on one GPU: check the numbers, measure published models' shapes; OUT=FILE, MINUTES=10, PART=NAME"
 	@echo "make check         format, lint, types, imports, spelling;  make format  fixes the first two"
 	@echo "make install       create the virtual environment in $(VENV); any of these does so on first use"
 
@@ -62,6 +63,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.run $(foreach name,$(CASE),--case $(name)) $(if $(OUT),--out $(OUT)) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(NOTES),--notes)
+
+gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu $(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PART),--part "$(PART)")
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

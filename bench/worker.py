@@ -31,7 +31,7 @@ from catpo.files.lock import lock
 from catpo.models import family as families
 from catpo.models import loading
 from catpo.models.output_head import token_stats
-from catpo.models.packing import Batch, pack, response_hidden, run_backbone
+from catpo.models.packing import Batch, pack, response_hidden, run_backbone, to_device
 from catpo.rewards.store import ResponseRow, RewardStore
 from catpo.rewards.writer import RewardWriter
 from catpo.scoring.score import score_pairs
@@ -43,7 +43,16 @@ from catpo.training.trainer import CatPOTrainer
 LORA = "lora(r=16, alpha=32)"
 TRL = ("trl", "trl-responses")
 """TRL as shipped, and with its head on response positions only, as on CUDA."""
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def wall_time() -> float:
+    """Seconds; what a GPU has been asked for is waited for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.process_time}
 
 
 def main() -> None:
@@ -58,13 +67,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, on both sides")
     parser.add_argument(
         "--clock", default="wall", choices=CLOCKS, help="cpu: CPU time of this process, unaffected by other work"
     )
     options = parser.parse_args()
+    options.shape = SHAPES[options.shape]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as output:
         print(json.dumps(WORK[options.work](options, Path(output))))
+
+
+def opened(options: argparse.Namespace, count: int) -> tuple[families.Family, list[PreferencePair]]:
+    """The model, by its folder or in memory, and so many pairs of its shape."""
+    family = options.model if isinstance(options.model, families.Family) else loading.load(options.model)
+    return family, make_pairs(options.shape, count)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------
@@ -77,6 +94,7 @@ class Watch(TrainerCallback):
         self.steps: list[float] = []
         self.between: list[float] = []
         self.flops = counter()
+        self.counts = not torch.cuda.is_initialized()  # of Triton's kernels torch knows nothing
         self.decoder, self.clock, self.backward, self.token_passes = decoder, clock, backward, 0
         register_module_forward_hook(self.count)
 
@@ -88,13 +106,13 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.clock()
-        if not self.steps:
+        if not self.steps and self.counts:
             self.flops.__enter__()
         else:
             self.between.append(self.began - self.ended)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.steps:
+        if not self.steps and self.counts:
             self.flops.__exit__(None, None, None)
         self.ended = self.clock()
         self.steps.append(self.ended - self.began)
@@ -105,8 +123,7 @@ class Watch(TrainerCallback):
 
 
 def train(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    pairs = make_pairs(SHAPES[options.shape], options.pairs * (options.steps + 1))
-    family = loading.load(options.model)
+    family, pairs = opened(options, options.pairs * (options.steps + 1))
     before = resident_mebibytes()
     trainer, watch = make_trainer(options, family, pairs, output, options.steps + 1)
     with response_only_head(options.trainer):
@@ -134,8 +151,8 @@ def make_trainer(
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "use_cpu": True,
-        "bf16": False,  # TRL's default is on
+        "use_cpu": family.device.type == "cpu",
+        "bf16": options.bf16,  # TRL's default is on
         "disable_tqdm": True,
         "dataloader_num_workers": options.workers,
         "seed": 0,
@@ -201,12 +218,17 @@ def _trl(options: argparse.Namespace, family: families.Family, pairs: list[Prefe
     rows = Dataset.from_list([_row(pair) for pair in pairs], features=features)
     return DPOTrainer(
         model=family.model,
-        ref_model=None if options.lora else copy.deepcopy(family.model),
+        ref_model=None if options.lora else _frozen_copy(family.model, options),
         args=DPOConfig(**common, max_length=None, gradient_checkpointing=options.checkpointing),
         train_dataset=rows,
         processing_class=family.processor,
         peft_config=lora_config(LORA, family) if options.lora else None,
     )
+
+
+def _frozen_copy(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:
+    """In the precision that it computes in, since it is not trained."""
+    return copy.deepcopy(model).to(torch.bfloat16 if options.bf16 else next(model.parameters()).dtype)
 
 
 def _row(pair: PreferencePair) -> dict[str, Any]:
@@ -230,19 +252,17 @@ def response_only_head(trainer: str) -> Any:
 
 def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """All of `catpo score`: encoding, forward pass, signals, store with hidden states."""
-    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = loading.load(options.model)
+    family, pairs = opened(options, options.pairs * options.steps)
     score_pairs(pairs[:1], family, output / "warm", progress=False)
     return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False), CLOCKS[options.clock])
 
 
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """The same packed rows in the same batches through the plain model, and the log-probs of their response tokens."""
-    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = loading.load(options.model)
+    family, pairs = opened(options, options.pairs * options.steps)
 
     def run(some: Sequence[PreferencePair]) -> None:
-        batch = pack(family, [family.encode(pair) for pair in some])
+        batch = to_device(pack(family, [family.encode(pair) for pair in some]), family.device)
         hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
         token_stats(hidden, family.head, batch["token_ids"][batch["mask"]])
 
@@ -253,8 +273,7 @@ def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def eager(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """Chosen and rejected separately, with full attention maps of every layer and full logits."""
-    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = loading.load(options.model)
+    family, pairs = opened(options, options.pairs * options.steps)
     layer = int(0.6 * family.depth)
 
     def run(pair: PreferencePair) -> None:
@@ -280,8 +299,7 @@ def _one_picture(batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def epoch(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """One epoch from scratch; ours scores first."""
-    pairs = make_pairs(SHAPES[options.shape], options.pairs * options.steps)
-    family = loading.load(options.model)
+    family, pairs = opened(options, options.pairs * options.steps)
 
     def run() -> None:
         if options.trainer not in TRL:
@@ -325,7 +343,7 @@ def signals(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return measured(run)
 
 
-def measured(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+def measured(run: Callable[[], object], clock: Callable[[], float] = wall_time) -> dict[str, Any]:
     before = resident_mebibytes()
     began = clock()
     run()
@@ -336,13 +354,16 @@ def measured(run: Callable[[], object], clock: Callable[[], float] = time.perf_c
 
 
 def resident_mebibytes() -> float:
-    """What the process holds now; the peak is counted from here."""
+    """What the process holds now, on the GPU if it uses one; the peak is counted from here."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak_mebibytes() -> float:
-    return _status("VmHWM")
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else _status("VmHWM")
 
 
 def _status(field: str) -> float:

@@ -47,7 +47,7 @@ def check_family(family: Family, pair: PreferencePair, layers: Sequence[int] = (
     family.shares_prefix = False
     try:
         _check_pictures_enter(family, encoded)
-        eager, recorded = _eager(family, encoded, layers), _recorded(family, encoded, layers)
+        eager, recorded = eager_outputs(family, encoded, layers), recorded_outputs(family, encoded, layers)
     except FAILURES as error:
         raise _unsupported(family, f"the model cannot run on packed rows ({error})") from error
     for name, expected in eager.items():
@@ -75,8 +75,8 @@ def _can_share(family: Family, encoded: Encoded, layers: Sequence[int], separate
     family.shares_prefix = True
     reversed_chosen = {**encoded.response_ids, "chosen": encoded.response_ids["chosen"][::-1]}
     try:
-        shared = _recorded(family, encoded, layers)
-        changed = _recorded(family, replace(encoded, response_ids=reversed_chosen), layers)
+        shared = recorded_outputs(family, encoded, layers)
+        changed = recorded_outputs(family, replace(encoded, response_ids=reversed_chosen), layers)
     except FAILURES:
         return False
     rejected = len(encoded.response_ids["rejected"])
@@ -105,7 +105,7 @@ def _check_pictures_enter(family: Family, encoded: Encoded) -> None:
         )
 
 
-def _recorded(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
+def recorded_outputs(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
     """As scoring reads them, from a packed row."""
     batch = _packed(family, encoded)
     rows, mask = len(batch["model_inputs"]["input_ids"]), batch["mask"]
@@ -117,7 +117,7 @@ def _recorded(family: Family, encoded: Encoded, layers: Sequence[int]) -> Output
     return outputs
 
 
-def _eager(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
+def eager_outputs(family: Family, encoded: Encoded, layers: Sequence[int]) -> Outputs:
     """From the model's own forward, with its own head and whole attention maps."""
     batch = _packed(family, encoded)
     mask = batch["mask"]
