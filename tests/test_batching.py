@@ -126,7 +126,9 @@ TOKENIZERS = {"byte-level": tokenizer, "llama": lambda: sentencepiece(LLAMA), "g
 
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(words=st.lists(st.sampled_from(["a", "cat", "cats.", "", " ", "café", "猫が", "🙂👍🏽", "\n", "e\u0301", "\ufffd", "\x00"])))
+@given(
+    words=st.lists(st.sampled_from(["a", "cat", "cats.", "", " ", "café", "猫が", "🙂👍🏽", "\n", "e\u0301", "\ufffd", "\x00"]))
+)
 def test_pieces_are_what_each_token_adds_to_the_whole_text(family, make, words):
     reader = copy.copy(family)
     reader.processor = copy.copy(family.processor)

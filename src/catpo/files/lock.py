@@ -17,6 +17,20 @@ except ImportError:  # Windows: no advisory locks, the rest works
     fcntl = None  # type: ignore[assignment]
 
 
+_held: list[Any] = []
+"""Open files of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    """A forked worker would keep the lock for a moment after the process that took it was killed."""
+    while _held:
+        _held.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def lock(folder: str | Path) -> Iterator[Path]:
     """Create the folder and keep other processes from writing to it; a killed process leaves no lock behind.
@@ -33,10 +47,15 @@ def lock(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error
     with stream:
         _take(stream, folder)
+        _held.append(stream)
         for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
             if PART.fullmatch(part.name):  # of a killed process
                 part.unlink(missing_ok=True)
-        yield folder
+        try:
+            yield folder
+        finally:
+            if stream in _held:
+                _held.remove(stream)
 
 
 def _take(stream: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ A family is found from the checkpoint's `config.model_type`; what differs betwee
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,12 @@ class Family(Generation):
         self.processor = processor
         self.model_id = model_id
         self._model_hash: str | None = None
+
+    def reader(self) -> Family:
+        """The family without its weights, small enough to travel: encodes and packs pairs as this one does, in any process."""
+        reader = copy.copy(self)
+        reader.model = without_weights(self.unwrapped)
+        return reader
 
     # ---- identity -----------------------------------------------------------------------------------------------------
 
@@ -302,6 +309,17 @@ class Family(Generation):
     def _layer_kinds(self) -> set[str]:
         """Kinds of the decoder's attention layers; empty if it does not tell them apart."""
         return set(getattr(self.text_config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
+
+
+def without_weights(model: Any) -> Any:
+    """A model of the same class and settings that has no layers: its configuration can be read, it cannot run."""
+    empty: Any = object.__new__(type(model))
+    nn.Module.__init__(empty)
+    empty.config, empty.generation_config = model.config, getattr(model, "generation_config", None)
+    empty.nothing = nn.Parameter(torch.empty(0, dtype=model.dtype), requires_grad=False)  # tells the precision
+    if model.base_model is not model:
+        setattr(empty, model.base_model_prefix, without_weights(model.base_model))
+    return empty
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
