@@ -7,13 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.models.output_head import token_stats
 from catpo.models.packing import pack, response_hidden, run_backbone, unflatten
 from catpo.training.pair_forward import add_pair_forward
-from tiny import llava, pair, pairs, picture
+from tiny import llava, pair, pairs, picture, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,51 @@ def test_pieces_join_to_the_response(family):
     text = "a café with 猫 cats"
     ids = family.response_ids("assistant:", text)
     assert "".join(family.pieces(ids[:-1])) == " " + text
+
+
+def sentencepiece(decoder) -> PreTrainedTokenizerFast:
+    """As Llama's and Gemma's: a space is part of the word after it, and unknown characters are spelled in bytes."""
+    unigrams = [("<unk>", 0.0), ("▁", -3.0), ("▁a", -2.0), ("▁cat", -2.0), ("a", -3.0), ("s", -3.0), (".", -3.0)]
+    unigrams += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    tokens = Tokenizer(models.Unigram(unigrams, unk_id=0, byte_fallback=True))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokens.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokens)
+
+
+LLAMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+TOKENIZERS = {"byte-level": tokenizer, "llama": lambda: sentencepiece(LLAMA), "gemma": lambda: sentencepiece(GEMMA)}
+
+
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(st.sampled_from(["a", "cat", "cats.", "", " ", "café", "猫が", "🙂👍🏽", "\n", "e\u0301", "\ufffd", "\x00"]))
+)
+def test_pieces_are_what_each_token_adds_to_the_whole_text(family, make, words):
+    reader = copy.copy(family)
+    reader.processor = copy.copy(family.processor)
+    reader.processor.tokenizer = tokens = make()
+    ids = tokens(" ".join(words), add_special_tokens=False)["input_ids"]
+    expected, done = [], ""
+    for end in range(1, len(ids) + 1):
+        so_far = tokens.decode(ids[:end])
+        is_split = so_far.endswith("\ufffd")
+        expected.append("" if is_split else so_far[len(done) :])
+        done = done if is_split else so_far
+    assert reader.pieces(ids) == expected
+
+
+def test_pieces_of_twice_as_many_tokens_decode_twice_as_many(family, monkeypatch):
+    decoded, decode = [], family.tokenizer.decode
+    monkeypatch.setattr(family.tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    ids = family.token_ids("a cat on a café table " * 40)
+    family.pieces(ids)
+    once = sum(decoded)
+    decoded.clear()
+    family.pieces(ids * 2)
+    assert sum(decoded) <= 2 * once + 4
 
 
 def test_patches_stand_where_the_placeholders_are(family):

@@ -48,6 +48,9 @@ AttnImplementation = Annotated[
     str | None, _help("Attention implementation: sdpa, flex_attention or eager (default: the model's own).")
 ]
 TrustRemoteCode = Annotated[bool, _help("Run Python code that the checkpoint ships; read it first.")]
+Workers = Annotated[
+    Whole | None, _help("Processes that prepare batches (default: up to 4 on a GPU, as there are CPUs; 0 on a CPU).")
+]
 Device = Annotated[str | None, _help("Device (default: cuda if available).")]
 Progress = Annotated[bool, _help("Show progress on stderr.")]
 
@@ -118,6 +121,7 @@ class ScoreOptions(Options):
     """Pairs per file; an interrupted run resumes after the last complete one."""
     limit: Limit = None
     max_length: MaxLength = None
+    dataloader_num_workers: Workers = None
     adapter: Adapter = None
     on_error: OnError = "stop"
     dtype: Dtype = "auto"
@@ -179,8 +183,7 @@ class TrainOptions(Options):
     """Rescore the pairs with the policy every N optimiser steps, so that weights follow it; 0: never."""
     group_by_length: bool = False
     """Batch pairs of similar length to reduce padding."""
-    dataloader_num_workers: Whole = 0
-    """Processes that prepare batches."""
+    dataloader_num_workers: Workers = None
     limit: Limit = None
     on_error: OnError = "stop"
     dtype: Dtype = "auto"

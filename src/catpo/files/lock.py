@@ -21,6 +21,20 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+_streams: list[Any] = []
+"""Open files of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    """A forked worker would keep the lock for a moment after the process that took it was killed."""
+    while _streams:
+        _streams.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def lock(folder: str | Path) -> Iterator[Path]:
     """Create the folder and keep other processes from writing to it; a killed process leaves no lock behind.
@@ -36,10 +50,15 @@ def lock(folder: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder} cannot be used as output ({error.strerror}). Choose another --output.") from error
     with stream, _held(stream, folder):
+        _streams.append(stream)
         for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:
             if PART.fullmatch(part.name):  # of a killed process
                 part.unlink(missing_ok=True)
-        yield folder
+        try:
+            yield folder
+        finally:
+            if stream in _streams:
+                _streams.remove(stream)
 
 
 @contextmanager

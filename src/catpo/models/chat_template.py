@@ -128,14 +128,24 @@ class ChatTemplate:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; joined they are the response (bytes of a split character stand with its last token)."""
-        texts, done = [], ""
+        """The text of each token; joined they are the response (bytes of a split character stand with its last token).
+
+        Each token is decoded behind the one before it only, since some decoders drop the space at a text's beginning.
+        """
+        texts: list[str] = []
+        start = done = 0
+        before = ""  # the text of the tokens from `start` to `done`, whose pieces are known
         for end in range(1, len(ids) + 1):
-            so_far = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            is_open = so_far.endswith("\ufffd")
-            texts.append("" if is_open else so_far[len(done) :])
-            done = done if is_open else so_far
+            text = self._decoded(ids[start:end])
+            is_open = text.endswith("\ufffd")
+            texts.append("" if is_open else text[len(before) :])
+            if not is_open:
+                start, done = done, end
+                before = self._decoded(ids[start:done])
         return texts
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # ---- pictures -----------------------------------------------------------------------------------------------------
 

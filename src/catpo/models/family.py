@@ -72,6 +72,12 @@ class Family(Generation):
         self.model_id = model_id
         self._model_hash: str | None = None
 
+    def reader(self) -> Family:
+        """The family without its weights, small enough to travel: encodes and packs pairs as this one does, in any process."""
+        reader = copy.copy(self)
+        reader.model = without_weights(self.unwrapped)
+        return reader
+
     # ---- identity -----------------------------------------------------------------------------------------------------
 
     @property
@@ -313,6 +319,17 @@ def _unpadded(tokenizer: Any) -> Any:
     fresh.no_padding()
     fresh.no_truncation()
     return fresh
+
+
+def without_weights(model: Any) -> Any:
+    """A model of the same class and settings that has no layers: its configuration can be read, it cannot run."""
+    empty: Any = object.__new__(type(model))
+    nn.Module.__init__(empty)
+    empty.config, empty.generation_config = model.config, getattr(model, "generation_config", None)
+    empty.nothing = nn.Parameter(torch.empty(0, dtype=model.dtype), requires_grad=False)  # tells the precision
+    if model.base_model is not model:
+        setattr(empty, model.base_model_prefix, without_weights(model.base_model))
+    return empty
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

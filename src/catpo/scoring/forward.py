@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,17 +18,15 @@ from catpo.core.types import SIDES, PreferencePair, Side, Span
 from catpo.models import memory
 from catpo.models.attention.last_layer import read_at_responses
 from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers
-from catpo.models.family import Encoded, Family
+from catpo.models.family import Family
 from catpo.models.output_head import token_stats
-from catpo.models.packing import Batch, Prefix, pack, response_hidden, run_backbone, to_device, unflatten
+from catpo.models.packing import Batch, response_hidden, run_backbone, to_device, unflatten
 from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
+from catpo.scoring.batches import Prepared, with_another
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
 from catpo.scoring.signals import Evidence
-
-SORTED_PAIRS = 32
-"""Pairs sorted by length together, unless a batch holds more; their pixels are in memory."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,29 @@ class ScoredResponse:
 class PairScorer:
     """Runs the reference model on batches of pairs and reads the signals."""
 
-    def __init__(self, family: Family, settings: ScoreSettings, *, max_length: int | None = None, top: int = 0) -> None:
+    def __init__(self, family: Family, settings: ScoreSettings, *, top: int = 0) -> None:
         self.family = family
         self.settings = settings
-        self.max_length = max_length
         self.top = top
+        self.reads_another = False
+        """Whether the last batch's signals read its pairs with another picture."""
         self.signals = [(str(spec), registry.load("signals", spec.name), dict(spec.options)) for spec in settings.signals]
 
-    def encode(self, pair: PreferencePair) -> Encoded:
-        return self.family.encode(pair, max_length=self.max_length)
-
-    def score_batch(
-        self, encoded: Sequence[Encoded], pairs: Sequence[PreferencePair], others: OtherPictures
-    ) -> list[ScoredResponse]:
+    def score_batch(self, prepared: Prepared, pairs: Sequence[PreferencePair], others: OtherPictures) -> list[ScoredResponse]:
         """The signals of a batch, each pair's chosen first; `others` provides "another picture" if a signal reads it."""
-        doing = f"scoring {len(encoded)} pairs (the longest has {max(item.length for item in encoded):,} tokens)"
+        longest = max(item.length for item in prepared.encoded)
+        doing = f"scoring {len(pairs)} pairs (the longest has {longest:,} tokens)"
         scored = []
         with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
-            run = TeacherForced(self.family, encoded, self.settings, pairs, others)
+            run = TeacherForced(self.family, prepared, self.settings, pairs, others)
             for index in range(len(pairs)):
                 scored += [self._response(run, index, side) for side in SIDES]
+        self.reads_another = run.reads_another
         return scored
 
     def _response(self, run: TeacherForced, index: int, side: Side) -> ScoredResponse:
         encoded, pair, evidence = run.encoded[index], run.pairs[index], run.evidence(index, side)
-        ids = encoded.response_ids[side]
-        pieces = [*self.family.pieces(ids[:-1]), ""]  # the last is the end-of-sequence token
+        ids, pieces = encoded.response_ids[side], run.prepared.pieces[index][side]
         signals = {}
         for name, score, options in self.signals:
             values = score(evidence, **options)
@@ -104,14 +99,15 @@ class TeacherForced:
     def __init__(
         self,
         family: Family,
-        encoded: Sequence[Encoded],
+        prepared: Prepared,
         settings: ScoreSettings,
         pairs: Sequence[PreferencePair],
         others: OtherPictures,
     ) -> None:
-        self.family, self.encoded, self.settings, self.pairs, self.others = family, encoded, settings, pairs, others
+        self.family, self.prepared, self.settings, self.pairs, self.others = family, prepared, settings, pairs, others
+        self.encoded = prepared.encoded
         self.head = family.head
-        self.batch = self._pack(encoded)
+        self.batch = to_device(prepared.rows, family.device)
         self.patches = self._patch_positions()
         recorder = self._recorder()
         # the last layer may skip all other positions, unless a signal of the user's reads the patches' last states
@@ -160,10 +156,6 @@ class TeacherForced:
         at = index, SIDES.index(side)
         return self.last_hidden[self.batch["row"][at], self.batch["predictors"][at][self.batch["mask"][at]]]
 
-    def _pack(self, encoded: Sequence[Encoded]) -> Batch:
-        prefix: Prefix = "shared" if self.family.shares_prefix else "separate"
-        return to_device(pack(self.family, encoded, prefix=prefix), self.family.device)
-
     def _patch_positions(self) -> Tensor:
         """Positions of the patches in each row, [rows, patches], -1 in the padding: of all pictures, or the chosen one."""
         everywhere = self.batch["patches"]
@@ -202,17 +194,20 @@ class TeacherForced:
             raise UserError(f"There is no view '{view}' of a picture. Known: another.")
         return self._another_logps
 
+    @property
+    def reads_another(self) -> bool:
+        """Whether the batch was run with another picture."""
+        return "_another_logps" in vars(self)
+
     @cached_property
     def _another_logps(self) -> Tensor:
-        encoded = []
-        for pair in self.pairs:
-            images = self.others.of(pair)
-            if images is None:
-                raise UserError(
-                    f"pair {pair.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
-                )
-            encoded.append(self.family.encode(replace(pair, images=images)))
-        batch = self._pack(encoded)
+        rows = self.prepared.with_another or with_another(self.family, self.pairs, self.others)
+        if rows is None:
+            alone = next(pair for pair in self.pairs if self.others.of(pair) is None)
+            raise UserError(
+                f"pair {alone.id}: image_contrast needs another picture, and no other pair has one. Leave the signal out."
+            )
+        batch = to_device(rows, self.family.device)
         return self._token_logps(run_backbone(self.family.unwrapped, batch).last_hidden_state, batch)
 
     def _hidden(self, layer: int) -> Tensor:
@@ -241,24 +236,6 @@ def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) ->
                 labels[token] = 1 if span.label == "grounded" else 0
         start = end
     return labels
-
-
-def batches_by_length(
-    scorer: PairScorer, pairs: Sequence[PreferencePair], batch_size: int, batch_tokens: int
-) -> Iterator[list[tuple[PreferencePair, Encoded]]]:
-    """Batches of pairs of similar length, so that little is padded; the order depends on the shard's pairs only.
-
-    Only some are sorted at a time, since the pixels of a whole shard may not fit in memory.
-    """
-    window = max(SORTED_PAIRS, batch_size)
-    for start in range(0, len(pairs), window):
-        encoded = [(pair, scorer.encode(pair)) for pair in pairs[start : start + window]]
-        encoded.sort(key=lambda item: (-item[1].length, item[0].id))
-        while encoded:
-            longest = encoded[0][1].length
-            count = min(batch_size, max(1, batch_tokens // longest))
-            yield encoded[:count]
-            encoded = encoded[count:]
 
 
 def join_maps(maps: Sequence[np.ndarray]) -> np.ndarray:

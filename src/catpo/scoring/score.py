@@ -6,8 +6,9 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,13 @@ from catpo.models.memory import pass_tokens
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import RewardWriter, check_place
+from catpo.runtime import workers
 from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
-from catpo.scoring.forward import PairScorer, batches_by_length, join_maps, join_top
+from catpo.scoring.batches import Preparation, Prepared, Window, encoding_problems
+from catpo.scoring.forward import PairScorer, join_maps, join_top
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.scoring.settings import PAPER_SETTINGS, ScoreSettings, hash_labels, provenance
 
@@ -52,9 +55,12 @@ class Scoring:
 
     def encodable_pairs(self) -> SpooledPairs:
         """The pairs that the model can read; the others go to the skip log."""
+        count = worker_count(self.options.dataloader_num_workers, self.family)
+        problems = encoding_problems(self.pairs, self.family, self.options.max_length, count)
 
         def encode(index: int) -> None:
-            self.family.encode(self.pairs[index], max_length=self.options.max_length)
+            if problem := next(problems):
+                raise UserError(problem)
 
         usable = self.skip_log.usable(range(len(self.pairs)), encode, lambda index: f"pair {self.pairs[index].id}")
         return self.pairs.select(usable)
@@ -124,7 +130,13 @@ def score(options: ScoreOptions) -> RewardStore:
         max_length=options.max_length,
         skipped=scoring.skip_log,
         progress=options.progress,
+        dataloader_num_workers=options.dataloader_num_workers,
     )
+
+
+def worker_count(given: int | None, family: Family) -> int:
+    """The processes that prepare batches: as many as given, or by default on the model's device."""
+    return workers.default_count(family.device.type) if given is None else given
 
 
 def score_pairs(
@@ -141,6 +153,7 @@ def score_pairs(
     max_length: int | None = None,
     skipped: SkipLog | None = None,
     progress: bool = True,
+    dataloader_num_workers: int | None = None,
 ) -> RewardStore:
     """`score` on pairs at hand."""
     settings = settings or PAPER_SETTINGS
@@ -148,9 +161,11 @@ def score_pairs(
     kept.check(family)
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
-    scorer = PairScorer(family, settings, max_length=max_length, top=kept.k)
+    scorer = PairScorer(family, settings, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
-    run = _StoreRun(pairs, scorer, Path(output), kept, attention_maps, batch_size, bound, progress)
+    preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length)
+    count = worker_count(dataloader_num_workers, family)
+    run = _StoreRun(preparation, scorer, Path(output), kept, attention_maps, count, progress)
     with run.group.lock(output):
         writer = run.begin(shard_size)
         missing = run.group.broadcast("missing", writer.missing_shards)
@@ -169,18 +184,17 @@ def score_pairs(
 class _StoreRun:
     """One store being written, by one process or by several."""
 
-    pairs: Sequence[PreferencePair]
+    preparation: Preparation
     scorer: PairScorer
     output: Path
     cache: Cache
     keeps_maps: bool
-    batch_size: int
-    batch_tokens: int
+    worker_count: int
     shows_progress: bool
     group: WorkGroup = field(default_factory=WorkGroup)
 
     def __post_init__(self) -> None:
-        self.other_pictures = OtherPictures(self.pairs)
+        self.pairs = self.preparation.pairs
         self.shows_progress = self.shows_progress and self.group.is_main
         self.is_resumed = False
 
@@ -204,21 +218,36 @@ class _StoreRun:
         done = len(self.pairs) - missing_count
         if self.is_resumed and missing:
             self._tell_size()
-        with track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar, on_sigterm() as stop:
-            for shard in self.group.claim("missing", missing):
+        with (
+            track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar,
+            workers.explained(self.worker_count),
+            on_sigterm() as stop,
+        ):
+            batches = chain.from_iterable(
+                workers.in_workers(self.preparation, self._windows(writer, missing), self.worker_count)
+            )
+            for shard, of_shard in groupby(batches, lambda batch: batch.shard):
                 stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")
-                self._write_shard(writer, shard, lambda count: bar.advance(done + self.group.add("scored", count) - bar.count))
+                self._write_shard(
+                    writer, shard, of_shard, lambda count: bar.advance(done + self.group.add("scored", count) - bar.count)
+                )
             self.group.barrier("scored")
 
-    def _write_shard(self, writer: RewardWriter, shard: int, advance: Callable[[int], None]) -> None:
-        pairs = self.pairs[writer.pairs_of(shard)]
+    def _windows(self, writer: RewardWriter, missing: Sequence[int]) -> Iterator[Window]:
+        """What this process is going to score; workers draw it some windows ahead."""
+        for shard in self.group.claim("missing", missing):
+            yield from self.preparation.windows(shard, writer.pairs_of(shard), self.scorer.reads_another)
+
+    def _write_shard(
+        self, writer: RewardWriter, shard: int, batches: Iterable[Prepared], advance: Callable[[int], None]
+    ) -> None:
         scored = {}
-        for batch in batches_by_length(self.scorer, pairs, self.batch_size, self.batch_tokens):
-            batch_pairs, encoded = zip(*batch, strict=True)
-            for response in self.scorer.score_batch(encoded, batch_pairs, self.other_pictures):
+        for batch in batches:
+            pairs = [self.pairs[place] for place in batch.places]
+            for response in self.scorer.score_batch(batch, pairs, self.preparation.others):
                 scored[response.row.pair_id, response.row.side] = response
-            advance(len(batch))
-        responses = [scored[pair.id, side] for pair in pairs for side in SIDES]
+            advance(len(pairs))
+        responses = [scored[pair_id, side] for pair_id in writer.pair_ids[writer.pairs_of(shard)] for side in SIDES]
         writer.write_shard(
             shard,
             [response.row for response in responses],
@@ -231,7 +260,8 @@ class _StoreRun:
         """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""
         if not self.shows_progress or not self.pairs:
             return
-        sample = [self.scorer.encode(pair) for pair in spread(self.pairs, SIZED_PAIRS)]
+        reader, max_length = self.preparation.reader, self.preparation.max_length
+        sample = [reader.encode(pair, max_length=max_length) for pair in spread(self.pairs, SIZED_PAIRS)]
         family, signal_count = self.scorer.family, len(self.scorer.settings.signals)
         parts = store_bytes(family, sample, len(self.pairs), signal_count, self.cache, self.keeps_maps)
         sizes = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())

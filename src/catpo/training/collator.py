@@ -24,17 +24,19 @@ class PairCollator:
     """Pairs in, batch out: encodes, looks weights and reference up by (id, side), and verifies the stored token ids.
 
     Args:
+        reader: the model's family; its weights are not used, so it should have none where worker processes make the batches
+            (`Family.reader`).
         rewards: the store; None for an objective that needs neither weights nor a cached reference.
         needs: what the objective reads, see `requirements`.
     """
 
-    family: Family
+    reader: Family
     rewards: RewardStore | None = None
     fusion: Fusion = field(default_factory=Fusion)
     needs: Needs = frozenset()
     max_length: int | None = None
     prefix: Prefix = "shared"
-    extra: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] = lambda pairs, encoded: {}
+    extra: Callable[[Sequence[PreferencePair], Sequence[Encoded]], Batch] | None = None
     """Adds to a batch, e.g. rows with another view of the picture."""
     keeps_hidden: bool = False
     """Whether the reference's hidden states are needed even without a KL."""
@@ -42,16 +44,16 @@ class PairCollator:
     """Store of the weights, if another than that of the reference."""
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
-        encoded = [self.family.encode(pair, max_length=self.max_length) for pair in pairs]
-        prefix: Prefix = self.prefix if self.family.shares_prefix else "separate"
-        batch = pack(self.family, encoded, prefix=prefix)
+        encoded = [self.reader.encode(pair, max_length=self.max_length) for pair in pairs]
+        prefix: Prefix = self.prefix if self.reader.shares_prefix else "separate"
+        batch = pack(self.reader, encoded, prefix=prefix)
         batch["weights"] = batch["mask"].float()
         if self.rewards is not None:
             batch["reference_logps"] = stored_logps(self.rewards, encoded)
             batch |= self._reference_distribution(self.rewards, encoded)
             if Quantity("weights") in self.needs:
                 batch |= self._weights(self.weights_from or self.rewards, encoded)
-        return batch | self.extra(pairs, encoded)
+        return batch if self.extra is None else batch | self.extra(pairs, encoded)
 
     def _weights(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
         """Token weights of Eq. 7, and the signals behind them if their coefficients are learned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import torch
 from peft import LoraConfig
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -15,6 +16,7 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
+from catpo.runtime.workers import default_count
 from catpo.training.objectives import Objective
 from catpo.training.pair_stats import Quantity, kl_direction, requirements
 
@@ -48,8 +50,14 @@ class CatPOConfig(TrainingArguments):
     logging_steps: float = field(default=10)
     report_to: str | list[str] | None = field(default="none")
     remove_unused_columns: bool = field(default=False)
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "processes that prepare batches (default: up to 4 on a GPU, as there are CPUs)"}
+    )
 
     def __post_init__(self) -> None:
+        if self.dataloader_num_workers is None:  # rewards that follow the policy reach batches of this process only
+            on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.rescore_every
+            self.dataloader_num_workers = default_count("cuda" if on_gpu else "cpu")
         super().__post_init__()
         if self.reference not in REFERENCES:
             raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
@@ -78,7 +86,7 @@ def check_store(store: RewardStore, objective: Objective, reference: str) -> Non
         )
 
 
-def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int, processes: int) -> None:
+def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int | None, processes: int) -> None:
     """Raises UserError if rewards cannot follow the policy."""
     if rescore_every and Quantity("weights") not in requirements(objective.loss, objective.options):
         raise UserError(f"rescore_every={rescore_every}: {objective.spec} reads no token weights. Leave rescore_every out.")

@@ -12,6 +12,7 @@ from catpo.data.spool import select
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.skip_log import SkipLog
+from catpo.scoring.batches import encoding_problems
 
 
 def read_training_pairs(options: TrainOptions, skip_log: SkipLog) -> Sequence[PreferencePair]:
@@ -30,15 +31,22 @@ def read_training_pairs(options: TrainOptions, skip_log: SkipLog) -> Sequence[Pr
 
 
 def usable_pairs(
-    pairs: Sequence[PreferencePair], family: Family, skip_log: SkipLog, max_length: int | None, store: RewardStore | None
+    pairs: Sequence[PreferencePair],
+    family: Family,
+    skip_log: SkipLog,
+    max_length: int | None,
+    store: RewardStore | None,
+    worker_count: int = 0,
 ) -> Sequence[PreferencePair]:
     """The pairs that the model can read and that were scored; the others go to the skip log."""
+    problems = encoding_problems(pairs, family, max_length, worker_count)
 
     def use(index: int) -> None:
-        pair = pairs[index]
+        problem = next(problems)
         if store is not None:
-            store.get(pair.id, "chosen")
-        family.encode(pair, max_length=max_length)
+            store.get(pairs[index].id, "chosen")
+        if problem:
+            raise UserError(problem)
 
     usable = skip_log.usable(range(len(pairs)), use, lambda index: f"pair {pairs[index].id}")
     return select(pairs, usable)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from catpo.core.spec import parse
 from catpo.core.types import PreferencePair
+from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import ScoreSettings
@@ -26,9 +27,11 @@ class Rescoring(TrainerCallback):
     batch that was prepared earlier keeps its weights.
     """
 
-    def __init__(self, every: int, pairs: Sequence[PreferencePair], collator: PairCollator, folder: Path) -> None:
+    def __init__(
+        self, every: int, pairs: Sequence[PreferencePair], family: Family, collator: PairCollator, folder: Path
+    ) -> None:
         assert collator.rewards is not None
-        self.every, self.pairs, self.collator, self.folder = every, pairs, collator, folder
+        self.every, self.pairs, self.family, self.collator, self.folder = every, pairs, family, collator, folder
         self.settings = settings_of(collator.rewards)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -40,12 +43,19 @@ class Rescoring(TrainerCallback):
         step = state.global_step
         if step % self.every or step >= state.max_steps:
             return
-        family = self.collator.family
+        family = self.family
         was_training = family.model.training
         family.model.eval()
         family.forget_hash()  # the weights have changed since it was computed
         self.collator.weights_from = score_pairs(
-            self.pairs, family, self._path(step), self.settings, cache="logps", attention_maps=False, progress=False
+            self.pairs,
+            family,
+            self._path(step),
+            self.settings,
+            cache="logps",
+            attention_maps=False,
+            progress=False,
+            dataloader_num_workers=args.dataloader_num_workers,
         )
         family.model.train(was_training)
 

@@ -21,11 +21,12 @@ from catpo.files.provenance import check_same
 from catpo.models import loading
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
-from catpo.runtime import disk_errors
+from catpo.runtime import disk_errors, workers
 from catpo.runtime.launcher import process_count
 from catpo.runtime.sigterm import Stop, on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
+from catpo.scoring.score import worker_count
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
 from catpo.training.config import CatPOConfig, check_rescoring, check_values, lora_config
@@ -139,7 +140,8 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
     pairs = training.pairs
     if training.skip_log.goes_on:
         store = None if options.rewards is None else RewardStore.open(options.rewards)
-        pairs = usable_pairs(pairs, training.family, training.skip_log, options.max_length, store)
+        count = worker_count(options.dataloader_num_workers, training.family)
+        pairs = usable_pairs(pairs, training.family, training.skip_log, options.max_length, store, count)
         if group.is_main:
             training.skip_log.write(output)
     train_pairs, eval_pairs = dev_split(pairs, options.eval_fraction, options.seed)
@@ -151,7 +153,8 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
 
     if group.is_main:
         write_manifest(complete=False)
-    with loading.quiet(), on_sigterm() as stop, disk_errors.explained(lambda: complete_so_far(output)):
+    explained = disk_errors.explained(lambda: complete_so_far(output)), workers.explained(trainer.args.dataloader_num_workers)
+    with loading.quiet(), on_sigterm() as stop, explained[0], explained[1]:
         _run(trainer, checkpoint, stop)
         weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:

@@ -37,6 +37,7 @@ from catpo.models.tensors import masked_sum
 from catpo.models.top_k import TopTokens
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
+from catpo.runtime.workers import Guarded, opened
 from catpo.scoring.score import score_pairs
 from catpo.training import loss_checks, objectives
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
@@ -99,15 +100,19 @@ class CatPOTrainer(Trainer):
             check_family(self.family, train_pairs[0])
         all_pairs = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
         self.view_passes = ViewPasses(
-            self.family, self.needs, all_pairs, args.seed, cast(Prefix, args.prefix), max_length=args.max_length
+            self.family.reader(), self.needs, all_pairs, args.seed, cast(Prefix, args.prefix), max_length=args.max_length
         )
+        if self.view_passes.views and args.dataloader_persistent_workers:
+            raise UserError(
+                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. Leave it out."
+            )
         self.rewards = self._open_rewards(args, all_pairs)
         self._prepare_model(args, peft_config, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._recorded: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         collator = PairCollator(
-            self.family,
+            self.family.reader(),
             self.rewards,
             self.objective.fusion,
             self.needs,
@@ -119,7 +124,7 @@ class CatPOTrainer(Trainer):
         super().__init__(
             model=self.family.model,
             args=args,
-            data_collator=collator,
+            data_collator=Guarded(collator),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=self.family.processor,
@@ -127,7 +132,7 @@ class CatPOTrainer(Trainer):
             optimizers=optimizers,
         )
         if args.rescore_every:
-            self.add_callback(Rescoring(args.rescore_every, all_pairs, collator, Path(args.output_dir or ".")))
+            self.add_callback(Rescoring(args.rescore_every, all_pairs, self.family, collator, Path(args.output_dir or ".")))
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
         self._place_beside_model()
 
@@ -140,7 +145,8 @@ class CatPOTrainer(Trainer):
         if args.rewards is None:
             reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
             output = Path(args.output_dir or ".") / "rewards"
-            return score_pairs(pairs, self.family, output, cache="hidden" if reads_hidden else "logps")
+            cache = "hidden" if reads_hidden else "logps"
+            return score_pairs(pairs, self.family, output, cache=cache, dataloader_num_workers=args.dataloader_num_workers)
         store = RewardStore.open(args.rewards)
         hashes = ("model_hash", "processor_hash", "template_hash")
         store.verify({name: getattr(self.family, name) for name in hashes})
@@ -327,7 +333,7 @@ class CatPOTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; the message of an out-of-memory error says what takes the memory."""
-        rows, tokens = inputs["model_inputs"]["input_ids"].shape
+        rows, tokens = opened(inputs)["model_inputs"]["input_ids"].shape
         doing = f"at step {self.state.global_step} with {len(inputs['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
         with memory.explained(doing, self.model, self.optimizer):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -344,7 +350,7 @@ class CatPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Loss of an evaluation batch. The Trainer's would look for labels and logits, and there are none."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(opened(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None

@@ -35,12 +35,13 @@ class ViewPasses:
     """The additional rows of a batch, and what policy and reference compute for them.
 
     Args:
+        reader: the model's family, see `PairCollator`; the models that run are given with each call.
         needs: what the objective reads, see `requirements`.
         others: pairs whose pictures serve as `another`.
         seed: with epoch and pair id it seeds every draw, independent of the batch, so that a resumed run draws the same.
     """
 
-    family: Family
+    reader: Family
     needs: Needs
     others: Sequence[PreferencePair] = ()
     seed: int = 0
@@ -49,7 +50,7 @@ class ViewPasses:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        self.prefix = self.prefix if self.family.shares_prefix else "separate"
+        self.prefix = self.prefix if self.reader.shares_prefix else "separate"
         self.views: dict[str, list[Quantity]] = {}
         """View -> what is read under it."""
         for need in view_needs(self.needs):
@@ -98,7 +99,7 @@ class ViewPasses:
             responses = {side: shown.response_ids[side] if side in sides else [] for side in SIDES}
             rows.append(replace(shown, response_ids=responses))
             replaced.append(flags)
-        batch = pack(self.family, rows, prefix=self.prefix)
+        batch = pack(self.reader, rows, prefix=self.prefix)
         missing = width - batch["mask"].shape[2]
         for name, fill in (("mask", False), ("predictors", -1), ("token_ids", 0), ("tokens_at", -1)):
             batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=fill)
@@ -120,14 +121,14 @@ class ViewPasses:
             base = encoded if view.inner is None else self.show(view.inner, pair, encoded)[0]
             return self._perturbed(base, view.spec.options.get("share", 0.05), generator)
         if view.spec.name == "none":
-            return self.family.without_pictures(pair, encoded), {}
+            return self.reader.without_pictures(pair, encoded), {}
         if view.spec.name == "another":
             images = self._other_pictures.of(pair)
             if images is None:
                 raise UserError(f"pair {pair.id}: no other pair has another picture, so the view 'another' cannot be shown.")
         else:
             images = tuple(view.of_file(picture, generator) for picture in pair.images)
-        return self.family.encode(replace(pair, images=images), max_length=self.max_length), {}
+        return self.reader.encode(replace(pair, images=images), max_length=self.max_length), {}
 
     def _perturbed(self, encoded: Encoded, share: float, generator: torch.Generator) -> tuple[Encoded, Replaced]:
         """Random tokens in place of a share of those in prompt and responses; special tokens stay."""
@@ -152,8 +153,8 @@ class ViewPasses:
     @cached_property
     def _vocabulary(self) -> tuple[list[int], set[int]]:
         """Ids of ordinary tokens, and of special ones."""
-        tokenizer = self.family.tokenizer
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, self.family.image_token_id}
+        tokenizer = self.reader.tokenizer
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, self.reader.image_token_id}
         return [token for token in range(len(tokenizer)) if token not in special], special
 
     # ---- quantities, computed where the models run --------------------------------------------------------------------

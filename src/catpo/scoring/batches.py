@@ -1,0 +1,128 @@
+"""The batches of the scoring pass: which pairs go together, encoded and packed. Needs no weights, so it runs in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from catpo.core.errors import UserError
+from catpo.core.types import SIDES, PreferencePair, Side
+from catpo.models.family import Encoded, Family
+from catpo.models.packing import Batch, Prefix, pack
+from catpo.models.views import OtherPictures
+from catpo.runtime.workers import in_workers
+
+SORTED_PAIRS = 32
+"""Pairs sorted by length together, unless a batch holds more; their pixels are in memory."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Pairs that are sorted by length together: a part of a shard, as places in the data set."""
+
+    shard: int
+    places: range
+    reads_another: bool
+    """Whether the pairs are read with another picture too."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as the model reads it."""
+
+    shard: int
+    places: list[int]
+    """Of its pairs in the data set."""
+    encoded: list[Encoded]
+    """Without pixels, which are in the rows."""
+    rows: Batch
+    pieces: list[dict[Side, list[str]]]
+    """The text of each token of each pair's responses."""
+    with_another: Batch | None = None
+    """The rows with another picture, if they are known to be read and every pair has one."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes the batches of a window."""
+
+    reader: Family
+    """The model's family; its weights are not used."""
+    pairs: Sequence[PreferencePair]
+    others: OtherPictures
+    batch_size: int
+    batch_tokens: int
+    max_length: int | None = None
+
+    def windows(self, shard: int, places: slice, reads_another: bool) -> Iterator[Window]:
+        """The parts of a shard: the pixels of a whole one may not fit in memory."""
+        size = max(SORTED_PAIRS, self.batch_size)
+        for start in range(places.start, places.stop, size):
+            yield Window(shard, range(start, min(start + size, places.stop)), reads_another)
+
+    def __call__(self, window: Window) -> list[Prepared]:
+        """Batches of pairs of similar length, so that little is padded; they depend on the shard's pairs only.
+
+        Raises:
+            UserError: a pair cannot be encoded; names it.
+        """
+        encoded = [(place, self.reader.encode(self.pairs[place], max_length=self.max_length)) for place in window.places]
+        encoded.sort(key=lambda item: (-item[1].length, item[1].pair_id))
+        batches = []
+        while encoded:
+            longest = encoded[0][1].length
+            count = min(self.batch_size, max(1, self.batch_tokens // longest))
+            places, items = zip(*encoded[:count], strict=True)
+            encoded = encoded[count:]
+            batches.append(self._prepared(window, list(places), list(items)))
+        return batches
+
+    def _prepared(self, window: Window, places: list[int], encoded: list[Encoded]) -> Prepared:
+        pieces: list[dict[Side, list[str]]] = []
+        for item in encoded:  # the last token of a response is the end-of-sequence token
+            pieces.append({side: [*self.reader.pieces(item.response_ids[side][:-1]), ""] for side in SIDES})
+        rows = packed(self.reader, encoded)
+        another = (
+            with_another(self.reader, [self.pairs[place] for place in places], self.others) if window.reads_another else None
+        )
+        return Prepared(window.shard, places, [replace(item, pixels={}) for item in encoded], rows, pieces, another)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Encodes a pair only to see whether that can be done."""
+
+    reader: Family
+    pairs: Sequence[PreferencePair]
+    max_length: int | None
+
+    def __call__(self, place: int) -> str | None:
+        try:
+            self.reader.encode(self.pairs[place], max_length=self.max_length)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+def encoding_problems(
+    pairs: Sequence[PreferencePair], family: Family, max_length: int | None, worker_count: int
+) -> Iterator[str | None]:
+    """Why the model cannot read each of the pairs; None if it can."""
+    return in_workers(_Encoding(family.reader(), pairs, max_length), range(len(pairs)), worker_count)
+
+
+def packed(family: Family, encoded: Sequence[Encoded]) -> Batch:
+    """The rows of some pairs, with a shared prefix where the family can."""
+    prefix: Prefix = "shared" if family.shares_prefix else "separate"
+    return pack(family, encoded, prefix=prefix)
+
+
+def with_another(family: Family, pairs: Sequence[PreferencePair], others: OtherPictures) -> Batch | None:
+    """The rows of some pairs with the pictures of others; None if a pair finds no other."""
+    encoded = []
+    for pair in pairs:
+        images = others.of(pair)
+        if images is None:
+            return None
+        encoded.append(family.encode(replace(pair, images=images)))
+    return packed(family, encoded)
