@@ -5,6 +5,7 @@ A family is found from the checkpoint's `config.model_type`; what differs betwee
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ class Family(Generation):
         """Identity of the tokenizer and of every picture-processing setting."""
         image_settings = self.processor.image_processor.to_dict()
         image_settings.pop("image_processor_type", None)  # torchvision and PIL variants read the same settings
-        text = self.tokenizer.backend_tokenizer.to_str() + json.dumps(image_settings, sort_keys=True, default=str)
+        text = _unpadded(self.tokenizer.backend_tokenizer).to_str() + json.dumps(image_settings, sort_keys=True, default=str)
         return text_hash(text)
 
     @property
@@ -302,6 +303,16 @@ class Family(Generation):
     def _layer_kinds(self) -> set[str]:
         """Kinds of the decoder's attention layers; empty if it does not tell them apart."""
         return set(getattr(self.text_config, "layer_types", None) or ()) & {"full_attention", "sliding_attention"}
+
+
+def _unpadded(tokenizer: Any) -> Any:
+    """A tokenizer as it is before the first batch, whose padding it remembers."""
+    if tokenizer.padding is None and tokenizer.truncation is None:
+        return tokenizer
+    fresh = copy.deepcopy(tokenizer)
+    fresh.no_padding()
+    fresh.no_truncation()
+    return fresh
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

@@ -224,7 +224,7 @@ def _with_adapter(model: Any, adapter: str | Path) -> Any:
     _refuse_pickles(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
     try:
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
-        return PeftModel.from_pretrained(model, str(adapter))
+        return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")  # the weights go where the model is
     except FAILURES as error:
         raise UserError(
             f"adapter '{adapter}' cannot be put on the model: {first_line(error)} Give a folder made by save_pretrained of an "
