@@ -57,6 +57,8 @@ def prepare(options: EvaluateOptions) -> Asking:
     )
     decoding = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     server = _server(options)
+    if server is None:
+        loading.check_options(options)
     if not skip_log.goes_on:
         _check_pictures(tasks)
     if options.judge is not None:
@@ -86,7 +88,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     with group.lock(options.output):
         if group.is_main:
             folder.check_same(asking.manifest)
-        model = asking.server or _load(options)
+        model = asking.server or loading.opened(options)
         if group.is_main:
             _begin(folder, asking, model)
         group.barrier("begun")
@@ -97,19 +99,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         scores = group.broadcast("scores", lambda: write_scores(folder, asking.tasks, options.judge, options.progress))
     group.leave()
     return scores
-
-
-def _load(options: EvaluateOptions) -> Family:
-    if isinstance(options.model, Family):
-        return options.model
-    assert options.model is not None  # `prepare` has refused it
-    return loading.load(
-        options.model,
-        adapter=options.adapter,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
 
 
 def _begin(folder: EvaluationFolder, asking: Asking, model: Family | ServedModel) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
 from catpo.models.attention.packed import dense_mask
-from catpo.models.attention.recorder import recordable
+from catpo.models.attention.recorder import check_implementation, recordable
+from catpo.models.devices import check_in_one_place
 from catpo.models.generation import Generation
 from catpo.models.output_head import OutputHead
 from catpo.models.tensors import fingerprint, text_hash
@@ -181,6 +182,11 @@ class Family(Generation):
             handle.remove()
 
     # ---- attention ----------------------------------------------------------------------------------------------------
+
+    def check_packable(self) -> None:
+        """Raises UserError if packed rows cannot be run: the model is spread over devices, or its attention takes no masks."""
+        check_in_one_place(self.unwrapped, self.model_id)
+        check_implementation(self.text_config._attn_implementation, of_model="the decoder")
 
     def use_packed_attention(self, base: str | None = None) -> None:
         """From now on the decoder computes only the attention that packed rows need; other rows give what they gave before.

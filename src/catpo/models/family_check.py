@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair
+from catpo.models import memory
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, hidden_and_logps, pack, run_backbone, to_device
@@ -46,8 +47,9 @@ def check_family(family: Family, pair: PreferencePair, layers: Sequence[int] = (
     encoded = family.encode(pair)
     family.shares_prefix = False
     try:
-        _check_pictures_enter(family, encoded)
-        eager, recorded = eager_outputs(family, encoded, layers), recorded_outputs(family, encoded, layers)
+        with memory.explained(f"comparing {family.model_id} with its eager attention", family.model):
+            _check_pictures_enter(family, encoded)
+            eager, recorded = eager_outputs(family, encoded, layers), recorded_outputs(family, encoded, layers)
     except FAILURES as error:
         raise _unsupported(family, f"the model cannot run on packed rows ({error})") from error
     for name, expected in eager.items():
@@ -75,8 +77,9 @@ def _can_share(family: Family, encoded: Encoded, layers: Sequence[int], separate
     family.shares_prefix = True
     reversed_chosen = {**encoded.response_ids, "chosen": encoded.response_ids["chosen"][::-1]}
     try:
-        shared = recorded_outputs(family, encoded, layers)
-        changed = recorded_outputs(family, replace(encoded, response_ids=reversed_chosen), layers)
+        with memory.explained("trying whether two responses can share a prompt", family.model):
+            shared = recorded_outputs(family, encoded, layers)
+            changed = recorded_outputs(family, replace(encoded, response_ids=reversed_chosen), layers)
     except FAILURES:
         return False
     rejected = len(encoded.response_ids["rejected"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from catpo.core.types import Sample
-from catpo.models import memory
+from catpo.models import devices, memory
 from catpo.models.chat_template import ChatTemplate
 from catpo.models.tensors import text_hash
 
@@ -70,7 +70,8 @@ class Generation(ChatTemplate):
 
     @property
     def device(self) -> torch.device:
-        return next(self.unwrapped.parameters()).device
+        """Where it takes its input."""
+        return devices.input_device(self.unwrapped)
 
     def generate(
         self,
@@ -149,7 +150,8 @@ class Generation(ChatTemplate):
             first, length = samples[batch[0]].id, inputs["input_ids"].shape[1]
             self.check_positions(length, f"sample {first}")
             own_randomness = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-            with memory.explained(f"answering {len(batch)} questions at once", self.model), own_randomness:
+            doing = f"answering {len(batch)} questions at once"
+            with memory.explained(doing, self.model, advice=memory.ANSWERING), own_randomness:
                 torch.manual_seed(int(text_hash(f"{seed}/{first}")[:15], 16))
                 tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
             yield batch, tokens[:, length:]

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from catpo.core.types import PreferencePair, Sample
+from catpo.models import memory
 from catpo.models.family import Family
 from catpo.models.packing import Prefix, hidden_and_logps, pack, to_device
 
@@ -47,14 +48,16 @@ def response_logps(
     family: Family, pairs: Sequence[PreferencePair], *, batch_size: int = 16
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Log-probs in nats of the tokens of chosen and rejected response of each pair, including the end-of-sequence token."""
+    family.check_packable()
     was_training = family.model.training
     family.model.eval()
     prefix: Prefix = "shared" if family.shares_prefix else "separate"
     logps: list[NDArray[np.float64]] = []
     for start in range(0, len(pairs), batch_size):
         encoded = [family.encode(pair) for pair in pairs[start : start + batch_size]]
-        batch = to_device(pack(family, encoded, prefix=prefix), family.device)
-        flat = hidden_and_logps(family.unwrapped, batch)[1].double().cpu()  # in the order (pair, side, token)
+        with memory.explained(f"reading {2 * len(encoded)} responses at once", family.model, advice=memory.ANSWERING):
+            batch = to_device(pack(family, encoded, prefix=prefix), family.device)
+            flat = hidden_and_logps(family.unwrapped, batch)[1].double().cpu()  # in the order (pair, side, token)
         logps += [values.numpy() for values in flat.split(batch["mask"].sum(-1).flatten().tolist())]
     family.model.train(was_training)
     return list(zip(logps[::2], logps[1::2], strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,8 @@ from transformers.utils import cached_file, logging
 from catpo.core import registry
 from catpo.core.errors import UserError, did_you_mean, first_line
 from catpo.files.json_files import read_json
+from catpo.models import devices, memory
+from catpo.models.attention.recorder import check_implementation
 from catpo.models.family import Family
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -27,6 +28,8 @@ FAILURES = (
     OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises over a checkpoint that is missing, damaged, or not one."""
+OF_LOADING = ("adapter", "device", "dtype", "quantization", "attn_implementation", "trust_remote_code")
+"""Options of commands that say how a model is loaded; not every command has them all."""
 
 
 def resolve(model: str | Path) -> str:
@@ -56,37 +59,77 @@ def load(
     path = resolve(model)
     if adapter is None and (Path(path) / "adapter_config.json").is_file():
         path, adapter = _adapter_base(Path(path)), path
-    options = {} if quantization is None else {"quantization_config": quantized(quantization, path, dtype)}
     _check_dtype(dtype)
-    check_device(device)
+    check_implementation(attn_implementation or "sdpa")
+    place = devices.device_of(device)
+    options: dict[str, Any] = {}
+    if quantization is not None:  # bitsandbytes quantises on the device; left to itself, on the first GPU in every process
+        options = {"quantization_config": quantized(quantization, path, dtype), "device_map": {"": str(place)}}
     _refuse_pickles(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
     has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with quiet():
-            loaded, info = AutoModelForImageTextToText.from_pretrained(
-                path,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
+    with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING):
+        with _refused(model, "loaded"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            with quiet():
+                loaded, info = AutoModelForImageTextToText.from_pretrained(
+                    path,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                )
+            processor = AutoProcessor.from_pretrained(adapter if has_processor else path, trust_remote_code=trust_remote_code)
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(
+                f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
+                "Get the checkpoint again."
             )
-        processor = AutoProcessor.from_pretrained(adapter if has_processor else path, trust_remote_code=trust_remote_code)
-    except FAILURES as error:
-        raise _not_loaded(model, error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
-            "Get the checkpoint again."
-        )
-    if adapter is not None:
-        loaded = _with_adapter(loaded, adapter)
-    loaded.to(device or best_device()).eval()
+        if adapter is not None:
+            loaded = _with_adapter(loaded, adapter)
+        loaded.to(place).eval()
     _keep_one_4bit_precision(loaded)
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
     if attn_implementation is not None:
         family.use_packed_attention(attn_implementation)
+    return family
+
+
+def check_options(options: Any) -> None:
+    """Checks of a command's options of loading that need no model.
+
+    Raises:
+        UserError: a word is unknown, the device cannot be used, or the attention is not offered.
+    """
+    devices.device_of(options.device)
+    _check_dtype(options.dtype)
+    _check_quantization(getattr(options, "quantization", None))
+    check_implementation(getattr(options, "attn_implementation", None) or "sdpa")
+
+
+def opened(options: Any, **changes: Any) -> Family:
+    """The model of a command's options: loaded, or the one that was given in Python, moved to the device they name.
+
+    `changes` replace options.
+
+    Raises:
+        UserError: as `load`; or an option cannot be applied to a model at hand.
+    """
+    given = {name: getattr(options, name) for name in OF_LOADING if hasattr(options, name)} | changes
+    if given["device"] is None:
+        devices.tell_of_idle_gpus()
+    if isinstance(options.model, str | Path):
+        return load(options.model, **given)
+    family: Family = options.model
+    for name in ("adapter", "dtype", "quantization"):
+        if given.get(name) not in (None, "auto"):
+            raise UserError(
+                f"{name}={given[name]} cannot be set on a model that is loaded already. Load it so, or name its folder."
+            )
+    if given["device"] is not None:
+        devices.place(family, devices.device_of(given["device"]))
+    if given.get("attn_implementation") is not None:
+        family.use_packed_attention(given["attn_implementation"])
     return family
 
 
@@ -101,15 +144,23 @@ def _keep_one_4bit_precision(model: nn.Module) -> None:
             setattr(module, flag, False)
 
 
-def _not_loaded(model: str | Path, error: Exception, done: str = "loaded") -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"model '{model}' brings its own Python code, which runs only if you ask for it. Read that code, then give "
-            "--trust-remote-code (trust_remote_code=True)."
-        )
-    return UserError(
-        f"model '{model}' cannot be {done}: {first_line(error)} Give a hub id, a folder made by save_pretrained, or 'builtin'."
-    )
+@contextmanager
+def _refused(model: str | Path, done: str) -> Iterator[None]:
+    """Turns what transformers raises over a checkpoint into a message; running out of memory says nothing of it."""
+    try:
+        yield
+    except FAILURES as error:
+        if memory.is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model '{model}' brings its own Python code, which runs only if you ask for it. Read that code, then give "
+                "--trust-remote-code (trust_remote_code=True)."
+            ) from error
+        raise UserError(
+            f"model '{model}' cannot be {done}: {first_line(error)} Give a hub id, a folder made by save_pretrained, or "
+            "'builtin'."
+        ) from error
 
 
 def _refuse_pickles(folder: Path, name: str, *safetensors: str) -> None:
@@ -135,19 +186,6 @@ def _check_quantization(quantization: str | None) -> None:
         raise UserError(f"quantization='{quantization}' is not known. Give '4bit', or leave it out.")
 
 
-def check_device(device: str | torch.device | None) -> None:
-    """Raises UserError if torch cannot use the device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise UserError(f"device='{device}' cannot be used ({first_line(error)}). Give cpu, cuda, or leave it out.") from error
-
-
-def best_device() -> str:
-    """A GPU if there is one; of several processes on a machine, each takes its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
 def blueprint(
     model: str | Path, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
 ) -> Family:
@@ -159,7 +197,7 @@ def blueprint(
     path = resolve(model)
     _check_dtype(dtype)
     _check_quantization(quantization)
-    try:
+    with _refused(model, "read"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
@@ -167,8 +205,6 @@ def blueprint(
         if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
             empty.generation_config = GenerationConfig.from_pretrained(path)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except FAILURES as error:
-        raise _not_loaded(model, error, "read") from error
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
@@ -226,6 +262,8 @@ def _with_adapter(model: Any, adapter: str | Path) -> Any:
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
         return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")  # the weights go where the model is
     except FAILURES as error:
+        if memory.is_out_of_memory(error):
+            raise
         raise UserError(
             f"adapter '{adapter}' cannot be put on the model: {first_line(error)} Give a folder made by save_pretrained of an "
             "adapter of this model, with adapter_model.safetensors."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,31 @@ from catpo.core.errors import UserError
 if TYPE_CHECKING:
     from catpo.models.family import Family
 
+HALF = "load the weights in half precision (dtype='bfloat16')"
+HALF_OR_4BIT = f"{HALF} or in 4 bits (quantization='4bit')"
 ADAPTER = "train an adapter (lora='lora') instead of all weights"
-SETTINGS = {
-    "weights": "load them in half precision (dtype='bfloat16') or in 4 bits (quantization='4bit')",
+SEE_PLAN = " `--dry-run` shows what each part takes."
+TRAINING = {
+    "activations": "lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), then give "
+    "gradient_checkpointing=True or a max_length",
+    "weights": HALF_OR_4BIT,
     "gradients": ADAPTER,
     "optimiser": ADAPTER,
-    "activations": "lower the batch size (in training, raise gradient_accumulation_steps by as much), then give "
-    "gradient_checkpointing=True or a max_length",
+    "see": SEE_PLAN,
 }
-"""Part -> the setting to lower."""
+"""Part -> the setting to lower, for what a run of this kind does; `activations` are what the settings of a batch decide."""
+SCORING = {"activations": "lower batch_size or batch_tokens, or give a max_length", "weights": HALF_OR_4BIT, "see": SEE_PLAN}
+ANSWERING = {"activations": "lower batch_size or max_new_tokens", "weights": HALF}
+LOADING = {"weights": f"{HALF_OR_4BIT}, free the device of other programs, or name another device"}
+Advice = Mapping[str, str]
+MESSAGES = re.compile(
+    r"out of memory"  # CUDA's allocator, its runtime and driver (as torch.AcceleratorError, or through Triton), NCCL, MPS
+    r"|can(no|')t allocate memory"  # torch on a CPU; the operating system
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED"
+    r"|not enough memory",  # torch on a CPU under Windows
+    re.IGNORECASE,
+)
+"""How libraries say that memory has run out."""
 CPU_TOKENS = 2048
 """Tokens of a pass on a CPU: more leave its caches and take longer each (docs/lab-notes.md, `make bench`)."""
 GPU_SHARE = 0.5
@@ -31,25 +47,29 @@ GPU_SHARE = 0.5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, a GPU's, or that of torch on a CPU, which raises RuntimeError."""
+    """Whether memory ran out: Python's, a device's, or the machine's; most libraries say so in the text only."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, Exception) and not isinstance(error, UserError) and MESSAGES.search(str(error)) is not None
 
 
 @contextmanager
-def explained(doing: str, model: nn.Module, optimizer: Any = None) -> Iterator[None]:
-    """Turns running out of memory into a message; `doing` names the work and its size.
+def explained(
+    doing: str | Callable[[], str], model: nn.Module | None = None, optimizer: Any = None, *, advice: Advice = SCORING
+) -> Iterator[None]:
+    """Turns running out of memory into a message; `doing` names the work and its size, `advice` is for work of its kind.
 
     Raises:
         UserError: memory ran out; names the largest parts and the setting to lower.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_message(doing, parts(model, optimizer), str(error))) from error
+        what = doing if isinstance(doing, str) else doing()
+        sizes = {} if model is None else parts(model, optimizer)
+        raise UserError(_message(what, sizes, str(error), advice)) from error
 
 
 def parts(model: nn.Module, optimizer: Any = None) -> dict[str, int]:
@@ -74,16 +94,16 @@ def _bytes(values: Iterable[Any]) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
-def _message(doing: str, sizes: Mapping[str, int], reason: str) -> str:
-    asked = re.search(r"allocate ([\d.]+ \w+)", reason)
+def _message(doing: str, sizes: Mapping[str, int], reason: str, advice: Advice) -> str:
+    asked = re.search(r"allocate:? (?:you tried to allocate )?([\d.]+ \w+)", reason)
     largest = sorted(sizes, key=lambda name: -sizes[name])
-    held = ", ".join(f"{name} {readable(sizes[name])}" for name in largest)
-    if "activations" not in sizes:  # not measured on a CPU
-        held += ", the rest activations and temporaries"
-    advice = dict.fromkeys((SETTINGS["activations"], *(SETTINGS[name] for name in largest[:1])))
+    parts_held = ", ".join(f"{name} {readable(sizes[name])}" for name in largest)
+    rest = "" if "activations" in sizes else ", the rest activations and temporaries"  # not measured on a CPU
+    held = f"Held: {parts_held}{rest}. " if sizes else ""
+    settings = [advice[name] for name in dict.fromkeys(("activations", *(largest[:1] or ["weights"]))) if name in advice]
     return (
-        f"Out of memory {doing}{f': {asked[1]} more were asked for' if asked else ''}. Held: {held}. To need less, "
-        f"{'; or '.join(advice)}. `--dry-run` shows what each part takes."
+        f"Out of memory {doing}{f': {asked[1]} more were asked for' if asked else ''}. "
+        f"{held}To need less, {'; or '.join(settings)}.{advice.get('see', '')}"
     )
 
 

@@ -93,6 +93,7 @@ def prepare(options: PairOptions) -> Pairing:
     Raises:
         UserError: bad data, method, judge or option; the method asks for a truth that the samples do not have.
     """
+    loading.check_options(options)
     spec, data = parse(options.method), options.data
     if 0 < options.temperature < LOWEST_TEMPERATURE:
         raise UserError(
@@ -136,7 +137,7 @@ def pair(options: PairOptions) -> PairingResult:
     with group.lock(options.output) as folder:
         if group.is_main:  # other options show before the model is loaded
             _check_manifest(folder, pairing.manifest)
-        family = _load(options)
+        family = loading.opened(options)
         if group.is_main:
             manifest = pairing.manifest | {"model": family.model_id, "model_hash": family.model_hash}
             _check_manifest(folder, manifest)
@@ -151,18 +152,6 @@ def pair(options: PairOptions) -> PairingResult:
         counts = group.broadcast("counts", lambda: work.finish(pairing.skip_log))
     group.leave()
     return PairingResult(folder, **counts)
-
-
-def _load(options: PairOptions) -> Family:
-    if not isinstance(options.model, str):
-        return options.model  # loaded already
-    return loading.load(
-        options.model,
-        adapter=options.adapter,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
 
 
 class _Method:

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from catpo.config.options import ScoreOptions, TrainOptions
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
@@ -20,7 +18,7 @@ from catpo.core.types import SIDES, PreferencePair
 from catpo.data.check import Lengths
 from catpo.data.read import dev_split
 from catpo.data.spool import ids_of, spread
-from catpo.models import loading
+from catpo.models import devices, loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.planning import sizes
@@ -126,7 +124,7 @@ def _plan_scoring(scoring: score.Scoring, sample: Sequence[Encoded], processes: 
     for encoded in sample:
         scoring.settings.check_patches(encoded)
     row = sizes.row_lengths(family, sample)
-    token_limit = options.batch_tokens or pass_tokens(family, torch.device(options.device or loading.best_device()))
+    token_limit = options.batch_tokens or pass_tokens(family, devices.device_of(options.device))
     batch = max(1, min(options.batch_size, token_limit // max(row), len(pairs)))
     memory = {
         "weights": sizes.weight_bytes(family, options.quantization),

@@ -27,6 +27,15 @@ def process_number() -> int:
     return number
 
 
+def local_process_number() -> int:
+    """The number of this process among those on the same machine.
+
+    Raises:
+        UserError: LOCAL_RANK is not a number.
+    """
+    return _from_environment("LOCAL_RANK", 0)
+
+
 def process_count() -> int:
     """How many processes the launcher started for this command; 1 without a launcher."""
     count = _from_environment("WORLD_SIZE", 1)

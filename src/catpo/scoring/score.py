@@ -76,7 +76,7 @@ def prepare(options: ScoreOptions, open_model: Callable[[ScoreOptions], Family] 
     Raises:
         UserError: an option, the model or the data cannot be used; the output holds something else.
     """
-    loading.check_device(options.device)
+    loading.check_options(options)
     check_path(options.output)
     check_place(options.output)
     settings, cache = ScoreSettings.of(options), Cache.of(options.cache)
@@ -84,24 +84,10 @@ def prepare(options: ScoreOptions, open_model: Callable[[ScoreOptions], Family] 
     pairs = read_pairs(options.pairs, skip_log, options.limit)
     if not pairs:
         raise UserError(f"{options.pairs} holds no preference pairs, so there is nothing to score.")
-    family = (open_model or _load)(options)
+    family = (open_model or loading.opened)(options)
     settings.check(family.depth)
     cache.check(family)
     return Scoring(options, settings, cache, pairs, family, skip_log)
-
-
-def _load(options: ScoreOptions) -> Family:
-    if isinstance(options.model, Family):
-        return options.model
-    return loading.load(
-        options.model,
-        adapter=options.adapter,
-        device=options.device,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
 
 
 @command(ScoreOptions)
@@ -159,6 +145,7 @@ def score_pairs(
     settings = settings or PAPER_SETTINGS
     kept = Cache.of(cache)
     kept.check(family)
+    family.check_packable()
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, top=kept.k)

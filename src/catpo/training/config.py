@@ -14,6 +14,7 @@ from catpo.config.options import TrainOptions
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
+from catpo.models import devices
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.workers import default_count
@@ -40,6 +41,9 @@ class CatPOConfig(TrainingArguments):
         default=None, metadata={"help": "longest prompt + response in tokens; longer pairs are refused"}
     )
     prefix: str = field(default="shared", metadata={"help": "'shared': one row per pair; 'separate': a row per response"})
+    train_device: str | None = field(
+        default=None, metadata={"help": "device to train on, e.g. cuda:1 or cpu (default: the first GPU, or the process's own)"}
+    )
     rescore_every: int = field(
         default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
     )
@@ -55,10 +59,24 @@ class CatPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.train_device is not None:
+            self.train_device = str(devices.device_of(self.train_device))
+            # DeepSpeed finds its device itself; asked for a CPU, accelerate would leave it out
+            is_found = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+            if self.train_device == "cpu" and not is_found:
+                self.use_cpu: bool = True
         if self.dataloader_num_workers is None:  # rewards that follow the policy reach batches of this process only
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.rescore_every
             self.dataloader_num_workers = default_count("cuda" if on_gpu else "cpu")
         super().__post_init__()
+        if self.train_device is not None:
+            self._check_device(torch.device(self.train_device), super().device)
+        if self.auto_find_batch_size:
+            raise UserError(
+                "auto_find_batch_size=True would start again with a smaller batch, from weights that have been trained already "
+                "and with another learning-rate schedule. Leave it out; if memory runs out, lower per_device_train_batch_size "
+                "and raise gradient_accumulation_steps by as much (`catpo train --dry-run` shows what a batch takes)."
+            )
         if self.reference not in REFERENCES:
             raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
         if self.prefix not in ("shared", "separate"):
@@ -67,6 +85,24 @@ class CatPOConfig(TrainingArguments):
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
             # else each process keeps gradients whole until the last batch of a step
             self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}
+
+    def _check_device(self, device: torch.device, own: torch.device) -> None:
+        """Raise UserError if the Trainer takes another kind of device; make a GPU the one that "cuda" means."""
+        if device.type != own.type:
+            raise UserError(f"train_device='{device}', but the Trainer runs on {own} here. Leave out train_device, or use_cpu.")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; the Trainer's own choice would be the first GPU."""
+        own = super().device
+        return own if self.train_device is None or own.type != "cuda" else torch.device(self.train_device)
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: never more than one, since `DataParallel` would cut packed batches apart."""
+        return min(1, super().n_gpu)
 
 
 def needs_store(objective: Objective, reference: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from catpo.data.read import dev_split
 from catpo.files.atomic import check_path
 from catpo.files.json_files import write_json
 from catpo.files.provenance import check_same
-from catpo.models import loading
+from catpo.models import devices, loading, memory
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors, workers
@@ -31,6 +30,7 @@ from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
 from catpo.training.config import CatPOConfig, check_rescoring, check_values, lora_config
 from catpo.training.objectives import Objective, build
+from catpo.training.opening import shards_itself
 from catpo.training.pairs import read_training_pairs, usable_pairs
 from catpo.training.run_folder import (
     RUN,
@@ -79,29 +79,18 @@ def prepare(
     Raises:
         UserError: an option, the model or the data cannot be used.
     """
-    loading.check_device(options.device)
+    loading.check_options(options)
     check_path(options.output)
     check_values(options)
     objective = build(options.objective)
     check_rescoring(options.rescore_every, objective, options.dataloader_num_workers, processes or process_count())
     skip_log = SkipLog(options.on_error)
     pairs = read_training_pairs(options, skip_log)
-    return Training(options, objective, pairs, (open_model or _load)(options), skip_log)
+    return Training(options, objective, pairs, (open_model or _opened)(options), skip_log)
 
 
-def _load(options: TrainOptions) -> Family:
-    if isinstance(options.model, Family):
-        return options.model
-    # FSDP moves its own share of the weights to the GPU; without a store, scoring needs the whole model there first
-    shards_itself = options.rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    return loading.load(
-        options.model,
-        device="cpu" if shards_itself else options.device,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
+def _opened(options: TrainOptions) -> Family:
+    return loading.opened(options, **({"device": "cpu"} if shards_itself(options.rewards) else {}))
 
 
 @command(TrainOptions)
@@ -156,7 +145,8 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
     explained = disk_errors.explained(lambda: complete_so_far(output)), workers.explained(trainer.args.dataloader_num_workers)
     with loading.quiet(), on_sigterm() as stop, explained[0], explained[1]:
         _run(trainer, checkpoint, stop)
-        weights = trainer.whole_weights()  # a collective call: every process takes part
+        with memory.explained("gathering the trained weights", trainer.model, trainer.optimizer, advice=memory.TRAINING):
+            weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:
             save_model(trainer, output / "model", weights)
             write_manifest(complete=True)  # with coefficients as they were learned
@@ -198,15 +188,10 @@ def _config(options: TrainOptions, *, has_eval: bool) -> CatPOConfig:
         eval_strategy="epoch" if has_eval else "no",
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         disable_tqdm=True,
-        use_cpu=_is_on_cpu(options.device),
+        train_device=str(devices.device_of(options.device)),
     )
     config.gradient_checkpointing = options.gradient_checkpointing  # as an argument, newer transformers warn even of False
     return config
-
-
-def _is_on_cpu(device: str | None) -> bool:
-    """Whether the training runs on CPUs. DeepSpeed finds its device itself; asked for a CPU, accelerate would leave it out."""
-    return (device == "cpu" or not torch.cuda.is_available()) and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
 def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:

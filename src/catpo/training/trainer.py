@@ -10,6 +10,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from catpo.core.types import SIDES, PreferencePair
 from catpo.data.spool import joined
 from catpo.data.trl_rows import as_pairs
 from catpo.files.json_files import read_json
-from catpo.models import loading, memory
+from catpo.models import memory
 from catpo.models.attention import last_layer
 from catpo.models.family import Family
 from catpo.models.family_check import check_family
@@ -46,6 +47,7 @@ from catpo.training.config import CatPOConfig, check_rescoring, check_store, nee
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths
 from catpo.training.objectives import LossOutput, Objective
+from catpo.training.opening import open_for_training
 from catpo.training.pair_forward import add_pair_forward
 from catpo.training.pair_stats import PairStats, Quantity, kl_direction, requirements
 from catpo.training.rescoring import Rescoring
@@ -90,7 +92,9 @@ class CatPOTrainer(Trainer):
     ) -> None:
         args = args or CatPOConfig(output_dir="catpo-run")
         set_seed(args.seed)  # before an adapter draws its initial values
-        self.family = _as_family(model, processing_class)
+        self._doing = "preparing the training"
+        """What runs, for the message of an out-of-memory error."""
+        self.family = open_for_training(model, processing_class, args, ref_model)
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
@@ -104,10 +108,12 @@ class CatPOTrainer(Trainer):
         )
         if self.view_passes.views and args.dataloader_persistent_workers:
             raise UserError(
-                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. Leave it out."
+                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. "
+                "Leave it out."
             )
         self.rewards = self._open_rewards(args, all_pairs)
-        self._prepare_model(args, peft_config, ref_model)
+        with self._memory_explained():
+            self._prepare_model(args, peft_config, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._recorded: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -121,20 +127,21 @@ class CatPOTrainer(Trainer):
             extra=self.view_passes,
             keeps_hidden=self.view_passes.reads_clean_reference,
         )
-        super().__init__(
-            model=self.family.model,
-            args=args,
-            data_collator=Guarded(collator),
-            train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
-            processing_class=self.family.processor,
-            callbacks=[*(callbacks or []), ResampleViews(self.view_passes), KeepSpecialTokens(self.family.unwrapped)],
-            optimizers=optimizers,
-        )
+        with self._memory_explained():
+            super().__init__(
+                model=self.family.model,
+                args=args,
+                data_collator=Guarded(collator),
+                train_dataset=train_pairs,
+                eval_dataset=eval_pairs,
+                processing_class=self.family.processor,
+                callbacks=[*(callbacks or []), ResampleViews(self.view_passes), KeepSpecialTokens(self.family.unwrapped)],
+                optimizers=optimizers,
+            )
+            self._place_beside_model()
         if args.rescore_every:
             self.add_callback(Rescoring(args.rescore_every, all_pairs, self.family, collator, Path(args.output_dir or ".")))
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
-        self._place_beside_model()
 
     # ---- preparation --------------------------------------------------------------------------------------------------
 
@@ -331,12 +338,26 @@ class CatPOTrainer(Trainer):
         optimizer.add_param_group({"params": [logits], "lr": self.objective.fusion.learned_rate, "weight_decay": 0.0})
         return optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole training; the message of an out-of-memory error says what ran and what takes the memory."""
+        with self._memory_explained():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The validation pairs' figures, with the same message."""
+        with self._memory_explained():
+            return super().evaluate(*args, **kwargs)
+
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        optimizer = getattr(self, "optimizer", None)  # there is none before the Trainer is built
+        return memory.explained(lambda: self._doing, self.family.model, optimizer, advice=memory.TRAINING)
+
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; the message of an out-of-memory error says what takes the memory."""
-        rows, tokens = opened(inputs)["model_inputs"]["input_ids"].shape
-        doing = f"at step {self.state.global_step} with {len(inputs['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
-        with memory.explained(doing, self.model, self.optimizer):
-            return super().training_step(model, inputs, *args, **kwargs)
+        """Forward and backward."""
+        self._doing = f"at step {self.state.global_step} with {_size(opened(inputs))}"
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._doing = f"in the optimiser's step {self.state.global_step}"
+        return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The gradient norm for the log: the last chance to refuse a gradient (only DeepSpeed has applied it by then)."""
@@ -350,7 +371,9 @@ class CatPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Loss of an evaluation batch. The Trainer's would look for labels and logits, and there are none."""
-        inputs = self._prepare_inputs(opened(inputs))
+        inputs = opened(inputs)
+        self._doing = f"evaluating {_size(inputs)}"
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -399,17 +422,9 @@ class CatPOTrainer(Trainer):
             )
 
 
-def _as_family(model: str | nn.Module | Family, processor: Any) -> Family:
-    if isinstance(model, Family):
-        return model
-    if isinstance(model, str | Path):
-        return loading.load(model)
-    if processor is None:
-        raise UserError(
-            "CatPOTrainer got a model but no processing_class. Give the model's processor (AutoProcessor.from_pretrained)."
-        )
-    name = getattr(model.config, "_name_or_path", "") or "in memory"
-    return loading.family_of(model, processor, model_id=str(name))
+def _size(batch: Batch) -> str:
+    rows, tokens = batch["model_inputs"]["input_ids"].shape
+    return f"{len(batch['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
 
 
 def _objective(args: CatPOConfig) -> Objective:

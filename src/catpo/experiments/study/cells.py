@@ -38,6 +38,7 @@ from catpo.experiments.study.probe import probe
 from catpo.files.json_files import read_json, read_rows, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import versions
+from catpo.models.devices import device_of
 from catpo.pairing.pair import pair
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score
@@ -172,16 +173,17 @@ class Cell:
     def _figures(self, model: str, output: Path, folder: Path) -> dict[str, float]:
         """Figures of the training itself: learned coefficients, time and memory, log-probs of some pairs."""
         run = read_json(folder / "run" / "catpo.json", made_by="catpo study")
+        device = device_of(self.train.get("device"))
         figures = {f"learned/{signal}": value for signal, value in run.get("learned_fusion", {}).items()}
         if self.measure:
             speed = read_rows(folder / "run" / "metrics.jsonl")[-1].get("train_samples_per_second")
             if speed:  # none if the training was interrupted after its last step: nothing was left to measure
-                figures |= {"cost/seconds_per_pair": 1 / speed, "cost/memory": peak_mebibytes()}
+                figures |= {"cost/seconds_per_pair": 1 / speed, "cost/memory": peak_mebibytes(device)}
         if self.probe and self.shared is not None and self.rounds == 1:
             store = RewardStore.open(self.shared.rewards(output))
             scored = set(store.pair_ids)
             pairs = [pair for pair in open_data(self.shared.pairs(output)).pairs() if pair.id in scored]
-            figures |= probe(model, store, spread_over(pairs, self.probe), folder / PROBE)
+            figures |= probe(model, store, spread_over(pairs, self.probe), folder / PROBE, device)
         return figures
 
 
@@ -195,10 +197,11 @@ def spread_over(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def peak_mebibytes() -> float:
-    """Peak memory of this process, on the GPU if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_mebibytes(device: torch.device | None = None) -> float:
+    """Peak memory of this process on a GPU (by default, if there is one), or on the machine."""
+    device = device or device_of(None)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

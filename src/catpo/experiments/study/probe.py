@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from catpo.core.types import SIDES, PreferencePair, Side
@@ -29,7 +30,9 @@ class Response(NamedTuple):
     policy: NDArray[np.float64]
 
 
-def probe(model: str | Path, store: RewardStore, pairs: Sequence[PreferencePair], path: Path) -> dict[str, float]:
+def probe(
+    model: str | Path, store: RewardStore, pairs: Sequence[PreferencePair], path: Path, device: torch.device | None = None
+) -> dict[str, float]:
     """Write the log-probs of pairs under a trained model beside those of the reference; returns the figures of `risen`.
 
     Args:
@@ -37,9 +40,10 @@ def probe(model: str | Path, store: RewardStore, pairs: Sequence[PreferencePair]
         store: the reward store in which the reference scored the pairs.
         pairs: some of them.
         path: the Parquet file.
+        device: where the model runs; by default a GPU if there is one.
     """
     rows = []
-    for pair, by_side in zip(pairs, response_logps(loading.load(model), pairs), strict=True):
+    for pair, by_side in zip(pairs, response_logps(loading.load(model, device=device), pairs), strict=True):
         for side, policy in zip(SIDES, by_side, strict=True):
             scored = store.get(pair.id, side)
             for piece, before, after in zip(scored.pieces, scored.logps.tolist(), policy.tolist(), strict=True):

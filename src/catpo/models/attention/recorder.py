@@ -182,6 +182,23 @@ def _visible(
     return visible
 
 
+def check_implementation(name: str, *, of_model: str | None = None) -> None:
+    """Raises UserError if packed rows cannot be computed with this attention: flash and paged kernels take none of their masks.
+
+    `of_model` names a model at hand that is set to it.
+    """
+    if not ("flash" in name or "paged" in name or "/" in name):  # a name with a slash is that of a kernel on the hub
+        return
+    if of_model is None:
+        step = "Give 'sdpa', or leave attn_implementation out"
+    else:
+        step = f"Set {of_model} to 'sdpa': model.set_attn_implementation({{'text_config': 'sdpa'}})"
+    raise UserError(
+        f"attn_implementation='{name}' cannot be used on packed rows, whose responses share a prompt: its kernel takes none of "
+        f"their masks. {step}; on GPUs that is torch's own FlashAttention where it can be."
+    )
+
+
 def recordable(base: str) -> str:
     """Name of an attention implementation that equals `base`, can be recorded, and takes the layout of packed rows as a mask.
 
@@ -189,6 +206,7 @@ def recordable(base: str) -> str:
     """
     if base.startswith(packed.PREFIX):
         return base
+    check_implementation(base, of_model="the decoder")
     name = packed.PREFIX + base.removesuffix("_attention")  # some decoders refuse `flex_attention` by name, though they run it
     if name in ALL_ATTENTION_FUNCTIONS:
         return name

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoProcessor
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
+from catpo.models import memory
 from catpo.pairing import scorers
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Scorer(scorers.Scorer):
             ) from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise UserError(f"clip(source='{source}') is a {type(model).__name__}, which does not compare pictures with texts.")
-        self.model: Any = model.to(family.device).eval()
+        with memory.explained(f"loading clip(source='{source}')", family.unwrapped, advice=memory.ANSWERING):
+            self.model: Any = model.to(family.device).eval()
 
     @torch.inference_mode()
     def look(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -67,7 +69,8 @@ class Scorer(scorers.Scorer):
         vectors: list[Tensor] = []
         for start in range(0, len(values), self.batch_size):
             batch = {kind: list(values[start : start + self.batch_size])}
-            output = features(**self.processor(**batch, **options, return_tensors="pt").to(self.model.device))
-            pooled = output if isinstance(output, Tensor) else output.pooler_output
-            vectors.extend(F.normalize(pooled.float(), dim=-1))
+            with memory.explained(f"comparing {len(batch[kind])} of {kind} at once", self.model, advice=memory.ANSWERING):
+                output = features(**self.processor(**batch, **options, return_tensors="pt").to(self.model.device))
+                pooled = output if isinstance(output, Tensor) else output.pooler_output
+                vectors.extend(F.normalize(pooled.float(), dim=-1))
         return vectors

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from catpo.core.checks import check_word
 from catpo.core.types import Sample
+from catpo.models import memory
+from catpo.models.devices import check_in_one_place
 from catpo.pairing import scorers
 
 if TYPE_CHECKING:
@@ -26,12 +28,13 @@ class Scorer(scorers.Scorer):
         batch_size: samples at once.
 
     Raises:
-        UserError: another word for `features`.
+        UserError: another word for `features`; the model is spread over several devices.
     """
 
     def __init__(self, family: Family, *, features: str = "hidden", batch_size: int = 16) -> None:
         super().__init__(family)
         check_word("own", "features", features, ("hidden", "input"))
+        check_in_one_place(family.unwrapped, family.model_id)
         self.features, self.batch_size = features, batch_size
         model = family.unwrapped
         self.words = model.get_output_embeddings() if features == "hidden" else model.get_input_embeddings()
@@ -45,7 +48,9 @@ class Scorer(scorers.Scorer):
             texts = [self.family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in batch]
             inputs = self.family.process([sample.images for sample in batch], texts, padding=True, padding_side="left")
             inputs = {name: value.to(self.family.device) for name, value in inputs.items()}
-            with self.family.decoder_inputs() as decoder_inputs:
+            doing = f"looking at the pictures of {len(batch)} samples at once"
+            net = memory.explained(doing, self.family.unwrapped, advice=memory.ANSWERING)
+            with net, self.family.decoder_inputs() as decoder_inputs:
                 hidden = self.family.backbone(**inputs).last_hidden_state
             vectors = hidden if self.features == "hidden" else decoder_inputs["embeddings"]
             is_patch = inputs["input_ids"] == self.family.image_token_id

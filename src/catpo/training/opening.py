@@ -1,0 +1,54 @@
+"""The model to train, on the device of its training: by name, as a model at hand, or as a family. Knows no step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from catpo.core.errors import UserError
+from catpo.models import devices, loading
+from catpo.models.family import Family
+from catpo.runtime.launcher import is_main_process
+from catpo.training.config import CatPOConfig
+
+
+def shards_itself(rewards: Any) -> bool:
+    """Whether FSDP moves its share of the weights to the GPU; without a store, scoring needs the whole model there first."""
+    return rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def open_for_training(
+    model: str | Path | nn.Module | Family, processor: Any, args: CatPOConfig, ref_model: nn.Module | None = None
+) -> Family:
+    """The family of a model on the device that trains it, where it is scored too.
+
+    Raises:
+        UserError: a model without its processor, or one that is spread over several devices.
+    """
+    if args.train_device is None and args.device.type == "cuda":
+        devices.tell_of_idle_gpus()
+    if ref_model is not None:
+        devices.check_in_one_place(ref_model, "ref_model")
+    leaves_it = shards_itself(args.rewards)
+    device = torch.device("cpu") if leaves_it else args.device
+    if isinstance(model, str | Path):
+        return loading.load(model, device=device)
+    family = model if isinstance(model, Family) else _family_of(model, processor)
+    was_on = family.device
+    if devices.place(family, device) and not leaves_it and is_main_process():
+        print(f"catpo: the model was on {was_on}; it is scored and trained on {device}.", file=sys.stderr)
+    return family
+
+
+def _family_of(model: nn.Module, processor: Any) -> Family:
+    if processor is None:
+        raise UserError(
+            "CatPOTrainer got a model but no processing_class. Give the model's processor (AutoProcessor.from_pretrained)."
+        )
+    name = getattr(model.config, "_name_or_path", "") or "in memory"
+    return loading.family_of(model, processor, model_id=str(name))
