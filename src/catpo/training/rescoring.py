@@ -5,7 +5,8 @@ Not in the paper, whose rewards are computed once (Sec. 4.5). Knows nothing of l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ class Rescoring(TrainerCallback):
     batch that was prepared earlier keeps its weights.
     """
 
-    def __init__(self, every: int, pairs: Sequence[PreferencePair], collator: PairCollator, folder: Path) -> None:
+    def __init__(
+        self,
+        every: int,
+        pairs: Sequence[PreferencePair],
+        collator: PairCollator,
+        folder: Path,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         assert collator.rewards is not None
-        self.every, self.pairs, self.collator, self.folder = every, pairs, collator, folder
+        self.every, self.pairs, self.collator, self.folder, self.autocast = every, pairs, collator, folder, autocast
         self.settings = settings_of(collator.rewards)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -44,9 +52,10 @@ class Rescoring(TrainerCallback):
         was_training = family.model.training
         family.model.eval()
         family.forget_hash()  # the weights have changed since it was computed
-        self.collator.weights_from = score_pairs(
-            self.pairs, family, self._path(step), self.settings, cache="logps", attention_maps=False, progress=False
-        )
+        with self.autocast():
+            self.collator.weights_from = score_pairs(
+                self.pairs, family, self._path(step), self.settings, cache="logps", attention_maps=False, progress=False
+            )
         family.model.train(was_training)
 
     def _path(self, step: int) -> Path:

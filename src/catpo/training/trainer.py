@@ -10,11 +10,13 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -38,7 +40,7 @@ from catpo.models.top_k import TopTokens
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.scoring.score import score_pairs
-from catpo.training import loss_checks, objectives
+from catpo.training import loss_checks, objectives, precision
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
 from catpo.training.config import CatPOConfig, check_rescoring, check_store, needs_store
@@ -90,6 +92,7 @@ class CatPOTrainer(Trainer):
         args = args or CatPOConfig(output_dir="catpo-run")
         set_seed(args.seed)  # before an adapter draws its initial values
         self.family = _as_family(model, processing_class)
+        args, self.computes_in = precision.settled(args, self.family.head.weight.dtype)
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
@@ -126,8 +129,11 @@ class CatPOTrainer(Trainer):
             callbacks=[*(callbacks or []), ResampleViews(self.view_passes), KeepSpecialTokens(self.family.unwrapped)],
             optimizers=optimizers,
         )
+        # a cache would hold the casts of all layers, though checkpointing keeps those of one
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=not args.gradient_checkpointing)
         if args.rescore_every:
-            self.add_callback(Rescoring(args.rescore_every, all_pairs, collator, Path(args.output_dir or ".")))
+            folder = Path(args.output_dir or ".")
+            self.add_callback(Rescoring(args.rescore_every, all_pairs, collator, folder, self.accelerator.autocast))
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
         self._place_beside_model()
 
@@ -162,6 +168,8 @@ class CatPOTrainer(Trainer):
         elif not has_adapter:
             self._prepare_full(args, ref_model)
             self.reference_head = family.head.frozen_copy()
+        is_full = not hasattr(family.model, "peft_config")
+        self.loaded_dtypes = precision.keep_masters(family, args, is_saved=is_full)
         last_layer.install(family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
@@ -263,7 +271,8 @@ class CatPOTrainer(Trainer):
 
     def _in_reference(self, batch: Batch, run: Callable[[Any], Any]) -> Any:
         """`run` inside the forward of the online reference: a frozen copy, or the policy with its adapter switched off."""
-        with self.accelerator.autocast():
+        in_half = self.reference_model is not None and self.reference_model.dtype in precision.NAMES
+        with nullcontext() if in_half else self.accelerator.autocast():
             if self.reference_model is not None:
                 return self.reference_model(pair_batch=batch, inside=run)
             with self.accelerator.unwrap_model(self.model).disable_adapter():
@@ -276,10 +285,7 @@ class CatPOTrainer(Trainer):
         loss_checks.check_losses(output.losses, output.metrics, made_of, self.last_pairs, self.state.global_step)
         is_first = self.state.global_step == 0 and self.model.training
         if is_first and self.args.self_check and not self.objective.options.get("label_smoothing"):
-            is_mixed = self.args.bf16 or self.args.fp16
-            loss_checks.check_first_losses(
-                output.metrics, torch.bfloat16 if is_mixed else next(self.family.unwrapped.parameters()).dtype
-            )
+            loss_checks.check_first_losses(output.metrics, self.computes_in)
 
     # ---- the log ------------------------------------------------------------------------------------------------------
 
