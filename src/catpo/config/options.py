@@ -189,8 +189,8 @@ class TrainOptions(Options):
     dtype: Dtype = "auto"
     quantization: Quantization = None
     attn_implementation: AttnImplementation = None
-    bf16: bool = False
-    """Compute in bfloat16 where it is safe."""
+    bf16: bool | None = None
+    """Compute in bfloat16 where it is safe; trained weights stay in float32 (default: if the weights are in half precision)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     report_to: str = "none"

@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar
@@ -351,7 +351,13 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _forward_without_graph(part: nn.Module, *args: Any, **options: Any) -> Any:
-    """The forward of a module's class, with a graph only if a parameter of the module trains."""
-    trains = any(parameter.requires_grad for parameter in part.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+    """The forward of a module's class, with a graph only if a parameter of the module trains.
+
+    Without autocast if it is in half precision and does not train: its features are those that were scored.
+    """
+    parameters = list(part.parameters())
+    trains = any(parameter.requires_grad for parameter in parameters)
+    is_half = any(parameter.dtype.itemsize == 2 for parameter in parameters)
+    autocast = torch.autocast(parameters[0].device.type, enabled=False) if is_half and not trains else nullcontext()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
         return type(part).forward(part, *args, **options)

@@ -49,6 +49,9 @@ class CatPOConfig(TrainingArguments):
     )
     train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
     self_check: bool = field(default=True, metadata={"help": "check loss, KL and gradient of the first step"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "compute in bfloat16; None: if the weights are in half precision"}
+    )
     learning_rate: float = field(default=1.4e-6)
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: float = field(default=10)
@@ -59,6 +62,8 @@ class CatPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 and self.fp16:
+            raise UserError("bf16=True and fp16=True exclude each other. Give bf16=True where the device has bfloat16.")
         if self.train_device is not None:
             self.train_device = str(devices.device_of(self.train_device))
             # DeepSpeed finds its device itself; asked for a CPU, accelerate would leave it out

@@ -5,7 +5,8 @@ Not in the paper, whose rewards are computed once (Sec. 4.5). Knows nothing of l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,17 @@ class Rescoring(TrainerCallback):
     """
 
     def __init__(
-        self, every: int, pairs: Sequence[PreferencePair], family: Family, collator: PairCollator, folder: Path
+        self,
+        every: int,
+        pairs: Sequence[PreferencePair],
+        family: Family,
+        collator: PairCollator,
+        folder: Path,
+        autocast: Callable[[], AbstractContextManager[None]],
     ) -> None:
         assert collator.rewards is not None
         self.every, self.pairs, self.family, self.collator, self.folder = every, pairs, family, collator, folder
+        self.autocast = autocast
         self.settings = settings_of(collator.rewards)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,16 +55,17 @@ class Rescoring(TrainerCallback):
         was_training = family.model.training
         family.model.eval()
         family.forget_hash()  # the weights have changed since it was computed
-        self.collator.weights_from = score_pairs(
-            self.pairs,
-            family,
-            self._path(step),
-            self.settings,
-            cache="logps",
-            attention_maps=False,
-            progress=False,
-            dataloader_num_workers=args.dataloader_num_workers,
-        )
+        with self.autocast():
+            self.collator.weights_from = score_pairs(
+                self.pairs,
+                family,
+                self._path(step),
+                self.settings,
+                cache="logps",
+                attention_maps=False,
+                progress=False,
+                dataloader_num_workers=args.dataloader_num_workers,
+            )
         family.model.train(was_training)
 
     def _path(self, step: int) -> Path:

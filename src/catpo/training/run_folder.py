@@ -15,6 +15,7 @@ from catpo.files.provenance import versions
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
 from catpo.training.checkpoints import last_whole
+from catpo.training.precision import as_loaded
 from catpo.training.trainer import CatPOTrainer
 
 RUN = "catpo.json"
@@ -97,6 +98,7 @@ def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] |
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
+    weights = as_loaded(model, trainer.loaded_dtypes, weights)
     type(model).save_pretrained(model, part, state_dict=weights)  # with the usual key names, unlike the checkpoints
     trainer.family.processor.save_pretrained(part)
     if folder.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from catpo.training.config import CatPOConfig, check_rescoring, check_values, lo
 from catpo.training.objectives import Objective, build
 from catpo.training.opening import shards_itself
 from catpo.training.pairs import read_training_pairs, usable_pairs
+from catpo.training.precision import compute_dtype
 from catpo.training.run_folder import (
     RUN,
     complete_so_far,
@@ -64,6 +66,8 @@ class Training:
     """All of them, validation pairs included."""
     family: Family
     skip_log: SkipLog
+    computes_in: torch.dtype
+    """Precision of the forward pass."""
 
 
 def prepare(
@@ -86,7 +90,9 @@ def prepare(
     check_rescoring(options.rescore_every, objective, options.dataloader_num_workers, processes or process_count())
     skip_log = SkipLog(options.on_error)
     pairs = read_training_pairs(options, skip_log)
-    return Training(options, objective, pairs, (open_model or _opened)(options), skip_log)
+    family = (open_model or _opened)(options)
+    computes_in = compute_dtype(family.head.weight.dtype, options.bf16, on_cpu=_is_on_cpu(options.device))
+    return Training(options, objective, pairs, family, skip_log, computes_in)
 
 
 def _opened(options: TrainOptions) -> Family:
@@ -158,7 +164,7 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
     callbacks = [MetricsFile(options.output / "metrics.jsonl")]
     trainer = CatPOTrainer(
         training.family,
-        _config(options, has_eval=bool(eval_pairs)),
+        _config(training, has_eval=bool(eval_pairs)),
         train_pairs,
         eval_pairs or None,
         peft_config=lora_config(options.lora, training.family) if options.lora else None,
@@ -172,12 +178,13 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
 SAME_NAME = (
     "objective", "rescore_every", "reference", "max_length", "learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay",
-    "max_grad_norm", "seed", "logging_steps", "dataloader_num_workers", "bf16", "report_to",
+    "max_grad_norm", "seed", "logging_steps", "dataloader_num_workers", "report_to",
 )  # fmt: skip
 """Options that `CatPOConfig` has under the same name."""
 
 
-def _config(options: TrainOptions, *, has_eval: bool) -> CatPOConfig:
+def _config(training: Training, *, has_eval: bool) -> CatPOConfig:
+    options = training.options
     config = CatPOConfig(
         **{name: getattr(options, name) for name in SAME_NAME},
         output_dir=str(options.output / "checkpoints"),
@@ -189,9 +196,16 @@ def _config(options: TrainOptions, *, has_eval: bool) -> CatPOConfig:
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         disable_tqdm=True,
         train_device=str(devices.device_of(options.device)),
+        bf16=training.computes_in == torch.bfloat16,
+        fp16=training.computes_in == torch.float16,
     )
     config.gradient_checkpointing = options.gradient_checkpointing  # as an argument, newer transformers warn even of False
     return config
+
+
+def _is_on_cpu(device: str | None) -> bool:
+    """Whether the training runs on CPUs; DeepSpeed finds its device itself."""
+    return devices.device_of(device).type == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
 def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:

@@ -10,12 +10,13 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -40,7 +41,7 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
 from catpo.scoring.score import score_pairs
-from catpo.training import loss_checks, objectives
+from catpo.training import loss_checks, objectives, precision
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
 from catpo.training.config import CatPOConfig, check_rescoring, check_store, needs_store
@@ -95,6 +96,7 @@ class CatPOTrainer(Trainer):
         self._doing = "preparing the training"
         """What runs, for the message of an out-of-memory error."""
         self.family = open_for_training(model, processing_class, args, ref_model)
+        args, self.computes_in = precision.settled(args, self.family.head.weight.dtype)
         self.objective = _objective(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
@@ -139,8 +141,13 @@ class CatPOTrainer(Trainer):
                 optimizers=optimizers,
             )
             self._place_beside_model()
+        # a cache would hold the casts of all layers, though checkpointing keeps those of one
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=not args.gradient_checkpointing)
         if args.rescore_every:
-            self.add_callback(Rescoring(args.rescore_every, all_pairs, self.family, collator, Path(args.output_dir or ".")))
+            folder = Path(args.output_dir or ".")
+            self.add_callback(
+                Rescoring(args.rescore_every, all_pairs, self.family, collator, folder, self.accelerator.autocast)
+            )
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -175,6 +182,8 @@ class CatPOTrainer(Trainer):
         elif not has_adapter:
             self._prepare_full(args, ref_model)
             self.reference_head = family.head.frozen_copy()
+        is_full = not hasattr(family.model, "peft_config")
+        self.loaded_dtypes = precision.keep_masters(family, args, is_saved=is_full)
         last_layer.install(family.decoder)
 
     def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
@@ -276,7 +285,8 @@ class CatPOTrainer(Trainer):
 
     def _in_reference(self, batch: Batch, run: Callable[[Any], Any]) -> Any:
         """`run` inside the forward of the online reference: a frozen copy, or the policy with its adapter switched off."""
-        with self.accelerator.autocast():
+        in_half = self.reference_model is not None and self.reference_model.dtype in precision.NAMES
+        with nullcontext() if in_half else self.accelerator.autocast():
             if self.reference_model is not None:
                 return self.reference_model(pair_batch=batch, inside=run)
             with self.accelerator.unwrap_model(self.model).disable_adapter():
@@ -289,10 +299,7 @@ class CatPOTrainer(Trainer):
         loss_checks.check_losses(output.losses, output.metrics, made_of, self.last_pairs, self.state.global_step)
         is_first = self.state.global_step == 0 and self.model.training
         if is_first and self.args.self_check and not self.objective.options.get("label_smoothing"):
-            is_mixed = self.args.bf16 or self.args.fp16
-            loss_checks.check_first_losses(
-                output.metrics, torch.bfloat16 if is_mixed else next(self.family.unwrapped.parameters()).dtype
-            )
+            loss_checks.check_first_losses(output.metrics, self.computes_in)
 
     # ---- the log ------------------------------------------------------------------------------------------------------
 
