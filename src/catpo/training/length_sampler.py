@@ -1,4 +1,4 @@
-"""The order of pairs in training: batches of similar length, so that little is padded. Knows nothing of pairs."""
+"""The order of pairs in training: batches of similar length, so that little is padded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from catpo.core.types import SIDES, PreferencePair
+from catpo.rewards.store import RewardStore
 
 
 class LikeLengths(Sampler[int]):
@@ -28,3 +31,15 @@ class LikeLengths(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator))
+
+
+def lengths_of(pairs: Sequence[PreferencePair], rewards: RewardStore | None) -> list[int]:
+    """Tokens of picture and responses by the store's counts; without a store, words of the texts."""
+    lengths = []
+    for pair in pairs:
+        if rewards is None:
+            lengths.append(sum(len(text.split()) for text in (pair.prompt, pair.chosen, pair.rejected)))
+            continue
+        stored = [rewards.get(pair.id, side) for side in SIDES]
+        lengths.append(sum(grid.size for grid in stored[0].grids) + sum(len(row.token_ids) for row in stored))
+    return lengths

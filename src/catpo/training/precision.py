@@ -45,8 +45,8 @@ def compute_dtype(stored: torch.dtype, bf16: bool | None, fp16: bool = False, *,
         return stored
     if asked is None and bf16 is False:
         raise UserError(
-            f"bf16=False (--no-bf16), but the weights are {_name(stored)}. Leave bf16 out, or load them in float32, for scoring "
-            "too: dtype='float32' (--dtype float32)."
+            f"bf16=False (--no-bf16), but the weights are {_name(stored)}. Leave bf16 out, or load them in float32, for "
+            "scoring too: dtype='float32' (--dtype float32)."
         )
     if asked is None:
         asked = torch.bfloat16 if has_bfloat16 or stored == torch.bfloat16 else torch.float16

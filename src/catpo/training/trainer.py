@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo.core.errors import UserError
 from catpo.core.spec import parse
-from catpo.core.types import SIDES, PreferencePair
+from catpo.core.types import PreferencePair
 from catpo.data.spool import joined
 from catpo.data.trl_rows import as_pairs
 from catpo.files.json_files import read_json
@@ -46,7 +46,7 @@ from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleView
 from catpo.training.collator import PairCollator
 from catpo.training.config import CatPOConfig, check_rescoring, check_store, needs_store
 from catpo.training.learned_fusion import LearnedFusion
-from catpo.training.length_sampler import LikeLengths
+from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput, Objective
 from catpo.training.opening import open_for_training
 from catpo.training.pair_forward import add_pair_forward
@@ -105,30 +105,14 @@ class CatPOTrainer(Trainer):
         if train_pairs:
             check_family(self.family, train_pairs[0])
         all_pairs = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
-        self.view_passes = ViewPasses(
-            self.family.reader(), self.needs, all_pairs, args.seed, cast(Prefix, args.prefix), max_length=args.max_length
-        )
-        if self.view_passes.views and args.dataloader_persistent_workers:
-            raise UserError(
-                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. "
-                "Leave it out."
-            )
+        self.view_passes = self._open_views(args, all_pairs)
         self.rewards = self._open_rewards(args, all_pairs)
         with self._memory_explained():
             self._prepare_model(args, peft_config, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._recorded: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        collator = PairCollator(
-            self.family.reader(),
-            self.rewards,
-            self.objective.fusion,
-            self.needs,
-            args.max_length,
-            cast(Prefix, args.prefix),
-            extra=self.view_passes,
-            keeps_hidden=self.view_passes.reads_clean_reference,
-        )
+        collator = self._collator(args)
         with self._memory_explained():
             super().__init__(
                 model=self.family.model,
@@ -151,6 +135,29 @@ class CatPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
 
     # ---- preparation --------------------------------------------------------------------------------------------------
+
+    def _open_views(self, args: CatPOConfig, pairs: Sequence[PreferencePair]) -> ViewPasses:
+        """The passes over other views of the pictures that the objective reads."""
+        prefix = cast(Prefix, args.prefix)
+        views = ViewPasses(self.family.reader(), self.needs, pairs, args.seed, prefix, max_length=args.max_length)
+        if views.views and args.dataloader_persistent_workers:
+            raise UserError(
+                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. "
+                "Leave it out."
+            )
+        return views
+
+    def _collator(self, args: CatPOConfig) -> PairCollator:
+        return PairCollator(
+            self.family,
+            self.rewards,
+            self.objective.fusion,
+            self.needs,
+            args.max_length,
+            cast(Prefix, args.prefix),
+            extra=self.view_passes,
+            keeps_hidden=self.view_passes.reads_clean_reference,
+        )
 
     def _open_rewards(self, args: CatPOConfig, pairs: Sequence[PreferencePair]) -> RewardStore | None:
         """The store of weights and reference, scored now if none is given; None if the objective reads none."""
@@ -400,15 +407,7 @@ class CatPOTrainer(Trainer):
         return self._by_length(eval_dataset, self.args.eval_batch_size)
 
     def _by_length(self, pairs: Sequence[PreferencePair], batch_size: int) -> LikeLengths:
-        """Lengths are tokens of picture and responses; without a store, words of the texts."""
-        lengths = []
-        for pair in pairs:
-            if self.rewards is None:
-                lengths.append(sum(len(text.split()) for text in (pair.prompt, pair.chosen, pair.rejected)))
-                continue
-            stored = [self.rewards.get(pair.id, side) for side in SIDES]
-            lengths.append(sum(grid.size for grid in stored[0].grids) + sum(len(row.token_ids) for row in stored))
-        return LikeLengths(lengths, batch_size, self.args.seed)
+        return LikeLengths(lengths_of(pairs, self.rewards), batch_size, self.args.seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the learned coefficients too, which the Trainer does not know of."""
