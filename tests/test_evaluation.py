@@ -283,7 +283,6 @@ def other_model():
         ({"shuffled": True}, "shuffled"),
         ({"max_new_tokens": 5}, "decoding"),
         ({"batch_size": 8}, "decoding"),
-        ({"adapter": "lora"}, "adapter"),
         ({"family": "other"}, "model_hash"),
     ],
 )

@@ -76,14 +76,19 @@ def place(family: Family, device: torch.device) -> bool:
     """Move a model at hand to a device; returns whether it was elsewhere.
 
     Raises:
-        UserError: it is spread over several devices.
+        UserError: it is spread over several devices, or is quantised in a way that cannot be moved.
     """
     model = family.unwrapped
     if getattr(model, "hf_device_map", None):
         check_in_one_place(model, family.model_id)
     if {_indexed(parameter.device) for parameter in model.parameters()} == {_indexed(device)}:
         return False
-    family.model.to(device)
+    try:
+        family.model.to(device)
+    except ValueError as error:  # of some quantised models
+        raise UserError(
+            f"{family.model_id} cannot be moved to {device}: {first_line(error)} Load it with device_map={{'': '{device}'}}."
+        ) from error
     if getattr(model, "hf_device_map", None):
         model.hf_device_map = {"": device}
     return True

@@ -9,7 +9,7 @@ from catpo.core.errors import UserError
 from catpo.files.atomic import make_folder
 from catpo.files.json_files import read_json, write_json
 from catpo.files.provenance import check_same, versions
-from catpo.models import loading
+from catpo.models import loading, memory
 from catpo.runtime import disk_errors
 
 MANIFEST = "catpo-merge.json"
@@ -43,7 +43,8 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
     shutil.rmtree(part, ignore_errors=True)  # of a killed process
     with loading.quiet(), disk_errors.explained(lambda: f"{folder} is not there yet. Make space, then run it again."):
         make_folder(part)
-        family.model.merge_and_unload().save_pretrained(part)
+        with memory.explained("merging the adapter", family.model, advice=memory.LOADING):
+            family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
         write_json(part / MANIFEST, {"format": 1, "settings": settings, "versions": versions()})
         part.rename(folder)
