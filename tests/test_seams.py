@@ -247,7 +247,8 @@ def test_a_callback_can_ask_for_a_checkpoint_and_the_end(tmp_path):
     ("_get_grad_norm", ["model", "grad_norm"]), ("_get_train_sampler", ["train_dataset"]),
     ("_get_eval_sampler", ["eval_dataset"]), ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
     ("_issue_warnings_after_load", ["load_result"]), ("create_optimizer", []), ("compute_loss_context_manager", []),
-    ("add_callback", ["callback"]), ("remove_callback", ["callback"]),
+    ("add_callback", ["callback"]), ("remove_callback", ["callback"]), ("train", ["resume_from_checkpoint"]),
+    ("evaluate", ["eval_dataset"]),
 ])  # fmt: skip
 def test_the_trainer_has_the_methods_that_ours_replaces_or_calls(method, names):
     parameters = list(inspect.signature(getattr(Trainer, method)).parameters)
@@ -263,6 +264,11 @@ def test_training_arguments_have_the_options_that_train_sets():
         "train_sampling_strategy", "bf16", "report_to", "disable_tqdm", "use_cpu",
     }  # fmt: skip
     assert wanted <= names, wanted - names
+
+
+def test_training_arguments_tell_the_device_and_the_number_of_gpus_as_properties():
+    for name in ("device", "n_gpu"):  # ours replaces them; the Trainer asks nothing else where to put model and batches
+        assert isinstance(inspect.getattr_static(TrainingArguments, name), property)
 
 
 def test_the_length_grouped_sampler_draws_from_a_generator():
