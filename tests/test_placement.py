@@ -13,6 +13,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import Sample
 from catpo.data.pair_folder import write_pairs
 from catpo.evaluation.evaluate import evaluate
+from catpo.experiments.study.cells import peak_mebibytes
 from catpo.models import devices, loading
 from catpo.models.likelihood import response_logps
 from catpo.pairing.pair import pair
@@ -163,6 +164,12 @@ def test_every_command_runs_on_the_cpu_where_there_is_a_gpu_if_asked_to(cuda, fo
     with pytest.raises(UserError, match="gave a pair"):
         pair(**common, data="scenes(count=2)", output=tmp_path / "made", max_new_tokens=1, method="corrected")
     assert result.model.is_dir() and not cuda.copies and not cuda.waits
+
+
+def test_a_study_measures_memory_on_the_device_of_the_cell(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 20)
+    assert peak_mebibytes(torch.device("cuda:1")) == peak_mebibytes() == 3.0
+    assert peak_mebibytes(CPU) > 100
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
