@@ -247,16 +247,11 @@ def test_options_of_loading_are_applied_to_a_model_at_hand_or_refused(cuda, tmp_
 # ---- a model that device_map has spread -----------------------------------------------------------------------------------
 
 
-def spread(folder, **places):
-    """A tiny model whose decoder lies on the disk, as accelerate spreads a model that does not fit."""
+def spread(folder):
+    """A tiny model that lies on the disk but for its projector, as accelerate spreads a model that does not fit."""
     family = llava()
-    default = {
-        "model.vision_tower": "cpu",
-        "model.multi_modal_projector": "cpu",
-        "model.language_model": "disk",
-        "lm_head": "disk",
-    }
-    dispatch_model(family.model, places or default, offload_dir=str(folder))
+    places = dict.fromkeys(("model.vision_tower", "model.language_model", "lm_head"), "disk")
+    dispatch_model(family.model, places | {"model.multi_modal_projector": "cpu"}, offload_dir=str(folder))
     return family
 
 
