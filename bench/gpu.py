@@ -153,7 +153,7 @@ def in_process(name: str, tiny: bool, write: Any) -> None:
             rows = parts(tiny)[name].run(Path(folder))
         except Exception as error:
             traceback.print_exc()
-            rows = [failure(name, f"{type(error).__name__}: {first_line(error)}")]
+            rows = [failure(name, f"{type(error).__name__}: {first_line(error)[:200]}")]
         write.send(rows)
 
 
@@ -279,7 +279,7 @@ def trained(
     """What `bench.worker` measures of some steps; ours reads a store that is scored before."""
     options = Namespace(
         shape=shape, model=family, trainer=trainer, rewards=folder / "rewards", pairs=pairs, steps=STEPS, workers=0,
-        lora=is_lora, checkpointing=not is_lora, bf16=bf16, clock="wall",
+        lora=is_lora, checkpointing=not is_lora, bf16=bf16, clock="wall", counts=False,
     )  # fmt: skip
     if trainer == CATPO:
         score_pairs(make_pairs(shape, pairs * (STEPS + 1)), family, options.rewards, progress=False)

@@ -97,6 +97,21 @@ def test_the_peak_of_an_unknown_card_is_a_dash(name, peak):
     assert gpu.shown(None) == "-"
 
 
+def test_what_is_ours_runs_on_a_pretended_gpu(monkeypatch):
+    """TRL's head does not: it has kernels of its own for GPUs."""
+    pretended_cuda = pytest.importorskip("pretended_cuda").pretended_cuda
+    monkeypatch.setattr(gpu, "start_method", lambda: "fork")
+    with pretended_cuda():
+        monkeypatch.setattr(gpu, "build", lambda shape, device, dtype: moved(*build(shape, "cpu", dtype)))
+        for part in ("LoRA step, catpo", "scoring, plain forward", "generation"):
+            (row,) = gpu.run(f"tiny-llava, {part}", True, 120)
+            assert row.get("seconds", 0) > 0, row
+
+
+def moved(model, processor):
+    return model.to("cuda"), processor
+
+
 @pytest.mark.slow
 def test_a_part_runs_in_a_spawned_process_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "start_method", lambda: "spawn")
