@@ -210,10 +210,7 @@ def equality(shape: Shape, folder: Path) -> list[Row]:
         vision_layers=min(shape.vision_layers, CHECKED_LAYERS),
         whole_layers=(),
     )
-    family, half = random_family(few, torch.float32), random_family(few, torch.bfloat16)
-    half.unwrapped.load_state_dict(family.unwrapped.state_dict())
-    plain, separate, packed = outputs(family, few)
-    _, half_separate, half_packed = outputs(half, few)
+    (plain, separate, packed), (_, half_separate, half_packed) = outputs(few)
     logps, attention = "log-probs", "attention to the picture"
     exact, rough = BOUND["float32"], BOUND["bfloat16"]
     rows = [
@@ -230,14 +227,19 @@ def equality(shape: Shape, folder: Path) -> list[Row]:
     return rows
 
 
-@torch.inference_mode()
-def outputs(family: Family, shape: Shape) -> list[dict[str, Tensor]]:
-    """Log-probs and attention to the picture from plain eager attention, from separate rows, and from packed ones."""
+def outputs(shape: Shape) -> list[list[dict[str, Tensor]]]:
+    """Log-probs and attention to the picture: from plain eager attention, separate rows and packed ones; in both precisions."""
+    family, half = random_family(shape, torch.float32), random_family(shape, torch.bfloat16)
+    half.unwrapped.load_state_dict(family.unwrapped.state_dict())
     encoded, layers = family.encode(make_pairs(shape, 1)[0]), choose_layers("paper", family.depth)
-    family.shares_prefix = False
-    separate = [read(family, encoded, layers) for read in (eager_outputs, recorded_outputs)]
-    family.shares_prefix = True
-    return [*separate, recorded_outputs(family, encoded, layers)]
+    found = []
+    with torch.inference_mode():
+        for each in (family, half):
+            each.shares_prefix = False
+            plain, separate = eager_outputs(each, encoded, layers), recorded_outputs(each, encoded, layers)
+            each.shares_prefix = True
+            found.append([plain, separate, recorded_outputs(each, encoded, layers)])
+    return found
 
 
 def losses(shape: Shape, dtype: torch.dtype, trainer: str, folder: Path) -> Tensor:
