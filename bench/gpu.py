@@ -62,7 +62,10 @@ TINY = [
 CHECKED_LAYERS = 4
 """Layers of decoder and tower where numbers are checked: the models' own widths and heads, in float32 and in little time."""
 BOUND = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest difference of a log-prob; half of it of a loss. Attention may differ by 1 % of its largest probability."""
+"""Largest difference of a log-prob; half of it of a loss. Attention may differ by 1 % of its largest probability.
+
+On a CPU, at both models' widths, log-probs differ by 5e-6 in float32 and by 0.05 in bfloat16.
+"""
 STEPS, SCORED, NEW = 3, 8, 64
 """Measured training steps; pairs per batch of scoring, and answers at once; tokens of an answer."""
 Row = dict[str, Any]
