@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.set_defaults(counts=True)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, on both sides")
     parser.add_argument(
         "--clock", default="wall", choices=CLOCKS, help="cpu: CPU time of this process, unaffected by other work"
@@ -90,11 +91,13 @@ def opened(options: argparse.Namespace, count: int) -> tuple[families.Family, li
 class Watch(TrainerCallback):
     """Records the time of each step and between steps (fetching data), and operations and token passes of the first step."""
 
-    def __init__(self, decoder: type[torch.nn.Module], clock: Callable[[], float], *, backward: int) -> None:
+    def __init__(
+        self, decoder: type[torch.nn.Module], clock: Callable[[], float], *, backward: int, counts: bool = True
+    ) -> None:
+        self.counts = counts
         self.steps: list[float] = []
         self.between: list[float] = []
         self.flops = counter()
-        self.counts = not torch.cuda.is_initialized()  # of Triton's kernels torch knows nothing
         self.decoder, self.clock, self.backward, self.token_passes = decoder, clock, backward, 0
         register_module_forward_hook(self.count)
 
@@ -106,10 +109,10 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.clock()
-        if not self.steps and self.counts:
-            self.flops.__enter__()
-        else:
+        if self.steps:
             self.between.append(self.began - self.ended)
+        elif self.counts:
+            self.flops.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.steps and self.counts:
@@ -158,9 +161,8 @@ def make_trainer(
         "seed": 0,
         "beta": 0.1,
     }
-    watch = Watch(
-        type(family.decoder), CLOCKS[options.clock], backward=1 if options.lora else 2
-    )  # frozen weights need no gradient
+    backward = 1 if options.lora else 2  # frozen weights need no gradient
+    watch = Watch(type(family.decoder), CLOCKS[options.clock], backward=backward, counts=options.counts)
     trainer = (_trl if options.trainer in TRL else _ours)(options, family, pairs, common)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -13,6 +13,8 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'catpo[benc
 from bench import gpu
 from bench.shapes import LLAVA_7B, QWEN_3B, build
 
+from pretended_cuda import pretended_cuda
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -95,6 +97,22 @@ def test_a_step_that_does_not_fit_says_what_it_needs(tmp_path, monkeypatch):
 def test_the_peak_of_an_unknown_card_is_a_dash(name, peak):
     assert gpu.peak_of(name) == peak
     assert gpu.shown(None) == "-"
+
+
+def test_what_is_ours_runs_on_a_pretended_gpu(monkeypatch):
+    """TRL's head does not: it has kernels of its own for GPUs."""
+    monkeypatch.setattr(gpu, "start_method", lambda: "fork")
+    with pretended_cuda():
+        monkeypatch.setattr(gpu, "build", lambda shape, device, dtype: moved(*build(shape, "cpu", dtype)))
+        for part in ("full step, catpo", "scoring, plain forward", "generation"):
+            (row,) = gpu.run(f"tiny-llava, {part}", True, 120)
+            assert row.get("seconds", 0) > 0, row
+        checks = gpu.run("tiny-qwen, equality", True, 120)
+        assert all(row["holds"] for row in checks), checks
+
+
+def moved(model, processor):
+    return model.to("cuda"), processor
 
 
 @pytest.mark.slow
