@@ -29,7 +29,7 @@ class FakeFamily(Family):
     """What engines ask of a family, and a switch that breaks it after so many calls."""
 
     model_id = "fake"
-    model_hash = "1234"
+    model_hash, precision = "1234", "float32"
     processor_hash = template_hash = "none"
 
     def __init__(

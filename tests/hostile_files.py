@@ -39,9 +39,9 @@ def stores() -> None:
     ]:
         bad(f"store-{name}", lambda p, changes=changes: changed_store(p, changes), "store", *says)
     for name, content, reason in [
-        ("torn", b'{"format": 2, "sig', "not valid JSON"),
+        ("torn", b'{"format": 3, "sig', "not valid JSON"),
         ("list", b"[]", "JSON object"),
-        ("key-twice", b'{"format": 2, "format": 2}', "stands twice"),
+        ("key-twice", b'{"format": 3, "format": 3}', "stands twice"),
         ("binary", b"\xff\xfe\0", "not UTF-8"),
     ]:
         bad(f"store-json-{name}", lambda p, c=content: _file_of_store(p, "store.json", c), "store.json", reason)

@@ -23,6 +23,7 @@ from catpo.rewards.writer import RewardWriter
 SIGNALS = ["global_attention", "patch_entropy", "semantic(embedding='hidden')"]
 PROVENANCE = {
     "model": "models/tiny",
+    "precision": "bfloat16",
     "model_hash": "m1",
     "processor_hash": "p1",
     "template_hash": "t1",
@@ -306,6 +307,7 @@ def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     ("changes", "says"),
     [
         ({"model_hash": "m2"}, "another model .model_hash is 'm1', now 'm2'"),
+        ({"precision": "float32", "model_hash": "m2"}, "weights in bfloat16, now loaded in float32: give the dtype "),
         ({"processor_hash": "p2"}, "another processor "),
         ({"template_hash": "t2"}, "another chat template "),
         ({"signals": SIGNALS[:2]}, "another signals "),
@@ -467,9 +469,10 @@ def test_an_incomplete_store_says_how_much_is_there(tmp_path):
     ("written", "says"),
     [
         (None, "is not a reward store"),
-        ("{}", "has format None, this catpo reads 2"),
-        ('{"format": 1, "signals": []}', "has format 1, this catpo reads 2. Score again"),
-        ('{"format": 2, "signals": []}', "lacks 'pair_count'"),
+        ("{}", "has format None, this catpo reads 3"),
+        ('{"format": 1, "signals": []}', "has format 1, this catpo reads 3. Score again"),
+        ('{"format": 2, "signals": []}', "has format 2, .* hash that depended on the device. Score the pairs again"),
+        ('{"format": 3, "signals": []}', "lacks 'pair_count'"),
     ],
 )
 def test_a_folder_that_is_no_store_is_named(tmp_path, written, says):
@@ -487,6 +490,8 @@ def test_verify_names_what_differs_among_the_fields_given(tmp_path):
     store.verify({"model_hash": "m1", "model": "moved/elsewhere", "attention": {"layers": (2, 3)}})
     with pytest.raises(UserError, match=r"was scored with another model \(model_hash is 'm1', now 'm9'\).*models/tiny"):
         store.verify({"model_hash": "m9"})
+    with pytest.raises(UserError, match=r"scored with weights in bfloat16, now loaded in float32.*models/tiny"):
+        store.verify({"precision": "float32", "model_hash": "m9"})
     with pytest.raises(UserError, match=r"another attention.query .*is 'token', now 'predictor'"):
         store.verify({"attention": {"query": "predictor"}})
 

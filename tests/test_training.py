@@ -236,6 +236,7 @@ def test_a_frozen_tower_keeps_no_graph_for_checkpointing_either(folder, store, t
     CatPOTrainer(family, config(tmp_path, gradient_checkpointing=True, **options), pairs(2), peft_config=peft_config).train()
     assert keeps_graph and not any(keeps_graph)
     if peft_config is None:
+        family = loading.load(folder)
         before = {name: each.clone() for name, each in family.backbone.multi_modal_projector.named_parameters()}
         CatPOTrainer(family, config(tmp_path, train_vision=True, **options), pairs(2)).train()
         after = dict(family.backbone.multi_modal_projector.named_parameters())

@@ -104,8 +104,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def _begin(folder: EvaluationFolder, asking: Asking, model: Family | ServedModel) -> None:
     """Write evaluation.json, or check that it is of the same model and options."""
     adapter = asking.options.adapter
-    of_model = {"model": model.model_id, "model_hash": model.model_hash, "adapter": str(adapter) if adapter else None}
-    manifest = {**asking.manifest, **of_model}
+    of_model = {"model": model.model_id, "precision": model.precision, "model_hash": model.model_hash}
+    manifest = {**asking.manifest, **of_model, "adapter": str(adapter) if adapter else None}
     folder.check_same(manifest)
     if folder.manifest.exists():
         return

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from catpo.core.errors import UserError, first_line
 from catpo.core.types import Picture
+from catpo.models.adapters import unwrapped
 
 CONTEXT = 200
 """Characters of the prompt that a response is tokenised behind: enough, since placeholders are not expanded there."""
@@ -27,7 +28,7 @@ class ChatTemplate:
     @property
     def unwrapped(self) -> Any:
         """The transformers model, without a PEFT wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return unwrapped(self.model)
 
     @property
     def tokenizer(self) -> Any:

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
+from catpo.models.adapters import check_wrapper
 from catpo.models.attention.packed import dense_mask
 from catpo.models.attention.recorder import check_implementation, recordable
 from catpo.models.devices import check_in_one_place
 from catpo.models.generation import Generation
+from catpo.models.identity import HashedWeights, precision
 from catpo.models.output_head import OutputHead
-from catpo.models.tensors import fingerprint, text_hash
+from catpo.models.tensors import text_hash
 
 TOKEN_INPUTS = ("mm_token_type_ids", "token_type_ids")
 """Model inputs beside the ids that have one value per token."""
@@ -68,10 +70,11 @@ class Family(Generation):
     """Value of a `prompt_inputs` entry on response tokens, where it is not 0."""
 
     def __init__(self, model: Any, processor: Any, *, model_id: str = "in memory") -> None:
+        check_wrapper(model)
         self.model = model
         self.processor = processor
         self.model_id = model_id
-        self._model_hash: str | None = None
+        self._hashed = HashedWeights()
 
     def reader(self) -> Family:
         """The family without its weights, small enough to travel: encodes and packs pairs as this one does, in any process."""
@@ -83,14 +86,17 @@ class Family(Generation):
 
     @property
     def model_hash(self) -> str:
-        """Identity of the weights, including those of an adapter."""
-        if self._model_hash is None:
-            self._model_hash = fingerprint(self.model.state_dict().items())
-        return self._model_hash
+        """Identity of the weights as they are loaded, including those of an adapter that is on; see `identity`."""
+        return self._hashed.of(self.unwrapped)
 
     def forget_hash(self) -> None:
-        """The weights have changed: hash them again when `model_hash` is next read."""
-        self._model_hash = None
+        """Weights have changed: hash them again when `model_hash` is next read."""
+        self._hashed.forget()
+
+    @property
+    def precision(self) -> str:
+        """In which precision the weights are loaded, e.g. `bfloat16` or `bfloat16 (4bit)`."""
+        return precision(self.unwrapped)
 
     @property
     def processor_hash(self) -> str:
@@ -351,13 +357,14 @@ def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _forward_without_graph(part: nn.Module, *args: Any, **options: Any) -> Any:
-    """The forward of a module's class, with a graph only if a parameter of the module trains.
+    """The forward of a module's class, with a graph only if a parameter of the module or of one before it trains.
 
     Without autocast if it is in half precision and does not train: its features are those that were scored.
     """
     parameters = list(part.parameters())
     trains = any(parameter.requires_grad for parameter in parameters)
+    follows = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *options.values()))
     is_half = any(parameter.dtype.itemsize == 2 for parameter in parameters)
     autocast = torch.autocast(parameters[0].device.type, enabled=False) if is_half and not trains else nullcontext()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trains), autocast:
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (trains or follows)), autocast:
         return type(part).forward(part, *args, **options)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from catpo.models.adapters import check_head
 from catpo.models.tensors import arithmetic_dtype
 
 Direction = Literal["policy||reference", "reference||policy"]
@@ -39,8 +40,9 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: Any) -> OutputHead:
-        """The output head of a transformers model."""
+        """The output head of a transformers model; raises UserError for one with an adapter."""
         layer = model.get_output_embeddings()
+        check_head(layer)
         text = model.config.get_text_config()
         settings = {name: getattr(text, name, None) for name in _applied_settings(model.__class__)}
         scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)

@@ -28,7 +28,7 @@ class ServedModel:
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if None.
     """
 
-    model_hash = None
+    model_hash = precision = None
     """The weights are unknown."""
 
     def __init__(self, model: str, *, base_url: str | None = None) -> None:

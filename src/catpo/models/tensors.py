@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,21 +35,6 @@ def masked_sum(values: Float[Tensor, "... tokens"], mask: Bool[Tensor, "... toke
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over the vocabulary run in float32, or in float64 where the inputs are float64 (oracle tests)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, sample: int = 4096) -> str:
-    """Identity of a set of named tensors: name, dtype, shape, an even sample of the values and their sum.
-
-    Costs one pass over the memory; two checkpoints that differ anywhere by training differ here.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        values = tensor.detach().reshape(-1)
-        step = max(1, values.numel() // sample)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(values[::step].float().cpu().numpy().tobytes())
-        digest.update(str(values.double().sum().item()).encode() if values.numel() < 1 << 24 else b"")
-    return digest.hexdigest()
 
 
 def text_hash(text: str) -> str:

@@ -139,7 +139,8 @@ def pair(options: PairOptions) -> PairingResult:
             _check_manifest(folder, pairing.manifest)
         family = loading.opened(options)
         if group.is_main:
-            manifest = pairing.manifest | {"model": family.model_id, "model_hash": family.model_hash}
+            of_model = {"model": family.model_id, "precision": family.precision, "model_hash": family.model_hash}
+            manifest = pairing.manifest | of_model
             _check_manifest(folder, manifest)
             if not (folder / ABOUT).exists():
                 write_json(folder / ABOUT, {**manifest, "versions": versions(), "complete": False})

@@ -12,7 +12,7 @@ from catpo.files.json_files import read_json
 from catpo.files.strict_json import check_fields, fits
 from catpo.rewards.shards import COLUMNS, checksum
 
-FORMAT = 2
+FORMAT = 3
 FIELDS = {"signals": list[str], "pair_count": int, "shard_size": int, "pairs_hash": str}
 """Fields that every `store.json` has."""
 SECTIONS = ("attention", "versions")
@@ -58,6 +58,10 @@ def read_description(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} is not a reward store (no store.json in it). `catpo score` makes one.")
     description = read_json(file, made_by="catpo score")
+    if description.get("format") == 2:
+        raise UserError(
+            f"{path} has format 2, which knew the model by a hash that depended on the device. Score the pairs again."
+        )
     if description.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {description.get('format')!r}, this catpo reads {FORMAT}. Score again, or update catpo."
@@ -80,10 +84,10 @@ def check_same_store(stored: Mapping[str, Any], now: Mapping[str, Any], begun_wi
     before, after = flat_fields(stored), flat_fields(now)
     for field in {**after, **before}:
         if field.split(".")[0] not in ignored and before.get(field) != after.get(field):
-            name = HASHES.get(field, field)
-            raise UserError(
-                f"{begun_with} another {name} ({field} is {before.get(field)!r}, now {after.get(field)!r}). {next_step}"
-            )
+            old, new = before.get(field), after.get(field)
+            if field == "precision":
+                raise UserError(f"{begun_with} weights in {old}, now loaded in {new}: give the dtype of then. {next_step}")
+            raise UserError(f"{begun_with} another {HASHES.get(field, field)} ({field} is {old!r}, now {new!r}). {next_step}")
 
 
 def hash_pairs(pair_ids: Sequence[str]) -> str:

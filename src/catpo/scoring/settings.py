@@ -61,6 +61,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
     """Everything that changes the numbers of a store, as it stands in its `store.json`."""
     return {
         "model": family.model_id,
+        "precision": family.precision,
         "model_hash": family.model_hash,
         "processor_hash": family.processor_hash,
         "template_hash": family.template_hash,

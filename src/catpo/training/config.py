@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from catpo.config.options import TrainOptions
 from catpo.core.checks import check_word
-from catpo.core.errors import UserError
+from catpo.core.errors import UserError, first_line
 from catpo.core.spec import Spec, check_options, parse
 from catpo.models import devices
 from catpo.models.family import Family
@@ -22,6 +23,24 @@ from catpo.training.objectives import Objective
 from catpo.training.pair_stats import Quantity, kl_direction, requirements
 
 REFERENCES = ("cached", "online")
+NO_PREDICTIONS = "preference training has neither labels nor predictions to compute metrics from"
+SAME_POLICY = "an evaluation runs the policy in the precision it trains in"
+NOT_HERE = {
+    "auto_find_batch_size": "it would start again with a smaller batch, from weights that have been trained already and with "
+    "another learning-rate schedule; if memory runs out, lower per_device_train_batch_size and raise "
+    "gradient_accumulation_steps by as much (`catpo train --dry-run` shows what a batch takes)",
+    "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the reference before it has learned",
+    "use_liger_kernel": "it replaces the forward pass in which catpo computes log-probs and KL without logits",
+    "label_smoothing_factor": "it is for labels of tokens; the objective smooths those of pairs: dpo(label_smoothing=0.1)",
+    "label_names": NO_PREDICTIONS,
+    "batch_eval_metrics": NO_PREDICTIONS,
+    "include_for_metrics": NO_PREDICTIONS,
+    "include_num_input_tokens_seen": "the tokens of a pair's batch are not counted; --dry-run predicts them",
+    "length_column_name": "batches of like length are made by the reward store's token counts",
+    "bf16_full_eval": SAME_POLICY,
+    "fp16_full_eval": SAME_POLICY,
+}
+"""Arguments of transformers that would have no effect, or the wrong one -> why."""
 
 
 @dataclass
@@ -74,14 +93,9 @@ class CatPOConfig(TrainingArguments):
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.rescore_every
             self.dataloader_num_workers = default_count("cuda" if on_gpu else "cpu")
         super().__post_init__()
+        _check_arguments(self)
         if self.train_device is not None:
             self._check_device(torch.device(self.train_device), super().device)
-        if self.auto_find_batch_size:
-            raise UserError(
-                "auto_find_batch_size=True would start again with a smaller batch, from weights that have been trained already "
-                "and with another learning-rate schedule. Leave it out; if memory runs out, lower per_device_train_batch_size "
-                "and raise gradient_accumulation_steps by as much (`catpo train --dry-run` shows what a batch takes)."
-            )
         if self.reference not in REFERENCES:
             raise UserError(f"reference='{self.reference}' is not known. Give 'cached' (read from the store) or 'online'.")
         if self.prefix not in ("shared", "separate"):
@@ -108,6 +122,35 @@ class CatPOConfig(TrainingArguments):
     def n_gpu(self) -> int:
         """GPUs of this process: never more than one, since `DataParallel` would cut packed batches apart."""
         return min(1, super().n_gpu)
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Raises UserError for an argument of transformers that would be ignored, or make the figures wrong."""
+    for name, reason in NOT_HERE.items():
+        if getattr(args, name, None) not in (None, False, 0, [], "no", "length"):
+            raise UserError(f"{name}={getattr(args, name)!r} cannot be used: {reason}. Leave it out.")
+    optim = getattr(args.optim, "value", args.optim)
+    if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
+        raise UserError(
+            f"optim='{optim}' applies gradients within the backward pass, before they can be checked and clipped. Choose "
+            "optim='adamw_torch'; to save memory, train an adapter."
+        )
+
+
+def check_reference(ref_model: Any, *, is_run: bool) -> None:
+    """Raises UserError for a reference model that would not be used."""
+    if ref_model is not None and not is_run:
+        raise UserError("ref_model would not be used: the reference is read from the store. Give reference='online' too.")
+
+
+def check_optimiser(args: TrainingArguments, model: Any, given: Any) -> None:
+    """Raises UserError if the optimiser, unless one is given, cannot be made; the Trainer looks only after the scoring."""
+    try:
+        if given is None:
+            Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        optim = getattr(args.optim, "value", args.optim)
+        raise UserError(f"optim='{optim}' cannot be used: {first_line(error)} Or choose optim='adamw_torch'.") from error
 
 
 def needs_store(objective: Objective, reference: str) -> bool:

@@ -54,7 +54,6 @@ class Rescoring(TrainerCallback):
         family = self.family
         was_training = family.model.training
         family.model.eval()
-        family.forget_hash()  # the weights have changed since it was computed
         with self.autocast():
             self.collator.weights_from = score_pairs(
                 self.pairs,

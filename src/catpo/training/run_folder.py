@@ -96,7 +96,7 @@ def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] |
     for leftover in (part, old):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
+    if trainer.has_new_adapter:  # one that the model carried names its base already
         model.peft_config["default"].base_model_name_or_path = trainer.family.model_id
     weights = as_loaded(model, trainer.loaded_dtypes, weights)
     type(model).save_pretrained(model, part, state_dict=weights)  # with the usual key names, unlike the checkpoints

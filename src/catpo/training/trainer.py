@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, set_seed
@@ -30,6 +30,7 @@ from catpo.data.spool import joined
 from catpo.data.trl_rows import as_pairs
 from catpo.files.json_files import read_json
 from catpo.models import memory
+from catpo.models.adapters import active_tensors, unwrapped
 from catpo.models.attention import last_layer
 from catpo.models.family import Family
 from catpo.models.family_check import check_family
@@ -42,9 +43,10 @@ from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
 from catpo.scoring.score import score_pairs
 from catpo.training import loss_checks, objectives, precision
+from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
-from catpo.training.config import CatPOConfig, check_rescoring, check_store, needs_store
+from catpo.training.config import CatPOConfig, check_optimiser, check_reference, check_rescoring, check_store, needs_store
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput, Objective
@@ -106,9 +108,15 @@ class CatPOTrainer(Trainer):
             check_family(self.family, train_pairs[0])
         all_pairs = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
         self.view_passes = self._open_views(args, all_pairs)
-        self.rewards = self._open_rewards(args, all_pairs)
+        self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
+        self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
+        check_reference(ref_model, is_run=self._runs_reference)
         with self._memory_explained():
-            self._prepare_model(args, peft_config, ref_model)
+            put_adapter(self.family, peft_config, train_vision=args.train_vision)
+            check_optimiser(args, self.family.model, optimizers[0])
+            with self.family.model.disable_adapter() if self.has_new_adapter else nullcontext():
+                self.rewards = self._open_rewards(args, all_pairs)
+            self._prepare_model(args, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
         self._recorded: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -169,12 +177,12 @@ class CatPOTrainer(Trainer):
             cache = "hidden" if reads_hidden else "logps"
             return score_pairs(pairs, self.family, output, cache=cache, dataloader_num_workers=args.dataloader_num_workers)
         store = RewardStore.open(args.rewards)
-        hashes = ("model_hash", "processor_hash", "template_hash")
-        store.verify({name: getattr(self.family, name) for name in hashes})
+        facts = ("precision", "model_hash", "processor_hash", "template_hash")
+        store.verify({name: getattr(self.family, name) for name in facts})
         check_store(store, self.objective, args.reference)
         return store
 
-    def _prepare_model(self, args: CatPOConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None) -> None:
+    def _prepare_model(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         """Adapter or full training, and with it what serves as the reference."""
         family = self.family
         add_pair_forward(family.unwrapped)
@@ -182,23 +190,20 @@ class CatPOTrainer(Trainer):
         if not args.train_vision:
             family.keep_no_graph_of_vision()
         has_adapter = hasattr(family.model, "peft_config")
-        if has_adapter and peft_config is not None:
-            raise UserError("The model already carries an adapter; peft_config would stack another. Give one of them.")
-        if peft_config is not None:
-            family.model = get_peft_model(family.model, peft_config)
-        elif not has_adapter:
-            self._prepare_full(args, ref_model)
-            self.reference_head = family.head.frozen_copy()
-        is_full = not hasattr(family.model, "peft_config")
-        self.loaded_dtypes = precision.keep_masters(family, args, is_saved=is_full)
+        # an adapter that was trained before is part of the reference, so switching it off does not leave that
+        is_switched = self.has_new_adapter or (has_adapter and not active_tensors(family.unwrapped)[1])
+        if self._runs_reference and (ref_model is not None or not is_switched):
+            self.reference_model = (ref_model or copy.deepcopy(family.model)).eval().requires_grad_(False)
+            add_pair_forward(unwrapped(self.reference_model))
+        if not has_adapter:
+            self._prepare_full(args)
+        if ref_model is not None or family.head.weight.requires_grad:
+            self.reference_head = OutputHead.of(unwrapped(self.reference_model or family.model)).frozen_copy()
+        self.loaded_dtypes = precision.keep_masters(family, args, is_saved=not has_adapter)
         last_layer.install(family.decoder)
 
-    def _prepare_full(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
-        model = self.family.model
-        if args.reference == "online" or self.view_passes.reads_reference:
-            self.reference_model = (ref_model or copy.deepcopy(model)).eval().requires_grad_(False)
-            add_pair_forward(self.reference_model)
-        model.requires_grad_(True)
+    def _prepare_full(self, args: CatPOConfig) -> None:
+        model = self.family.model.requires_grad_(True)
         if not args.train_vision:
             self.family.freeze_vision()
         # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
@@ -304,7 +309,7 @@ class CatPOTrainer(Trainer):
         made_of = {name: getattr(stats, name) for name in loss_checks.CAUSES if Quantity(name) in self.needs}
         self.last_pairs = batch["pair_ids"]
         loss_checks.check_losses(output.losses, output.metrics, made_of, self.last_pairs, self.state.global_step)
-        is_first = self.state.global_step == 0 and self.model.training
+        is_first = self.state.global_step == 0 and self.model.training and not self._has_other_reference
         if is_first and self.args.self_check and not self.objective.options.get("label_smoothing"):
             loss_checks.check_first_losses(output.metrics, self.computes_in)
 
@@ -368,6 +373,7 @@ class CatPOTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward."""
+        self.family.forget_hash()  # of weights that change now
         self._doing = f"at step {self.state.global_step} with {_size(opened(inputs))}"
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._doing = f"in the optimiser's step {self.state.global_step}"
@@ -407,7 +413,8 @@ class CatPOTrainer(Trainer):
         return self._by_length(eval_dataset, self.args.eval_batch_size)
 
     def _by_length(self, pairs: Sequence[PreferencePair], batch_size: int) -> LikeLengths:
-        return LikeLengths(lengths_of(pairs, self.rewards), batch_size, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LikeLengths(lengths_of(pairs, self.rewards), batch_size, seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the learned coefficients too, which the Trainer does not know of."""
