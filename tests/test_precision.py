@@ -123,7 +123,7 @@ def dtypes(folder):
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'catpo[quant]'")
 def test_an_adapter_of_a_4bit_model_trains_in_float32(saved, tmp_path):
-    folder, dtype = saved
+    folder, _ = saved
     made = in_memory(None, tmp_path / "run", family=loading.load(folder, quantization="4bit", device="cpu"), lora=LORA)
     assert min(moved(made).values()) > 0
     assert made.state.log_history[0]["loss/preference"] == pytest.approx(math.log(2), abs=0.002)
