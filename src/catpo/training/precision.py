@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -83,6 +84,8 @@ def settled(args: CatPOConfig, stored: torch.dtype) -> tuple[CatPOConfig, torch.
             f"The model computes in {args.mixed_precision}, but DeepSpeed was set up without it, before the model was known. "
             f"Give {args.mixed_precision}=True in CatPOConfig."
         )
+    if AcceleratorState._shared_state.get("_mixed_precision", args.mixed_precision) != args.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier trainer with these arguments; new ones reset it themselves
     return args, computes
 
 
