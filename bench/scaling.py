@@ -16,7 +16,7 @@ from catpo.scoring.reference_cache import token_bytes
 IMAGE, PROMPT, RESPONSES = 1200, 30, 200
 """Tokens of a pair: an image of about 980 x 980 pixels, the prompt, both responses."""
 ROW = IMAGE + PROMPT + RESPONSES
-BF16 = 2
+BF16, FLOAT32 = 2, 4
 LORA_RANK = 128
 
 
@@ -98,13 +98,16 @@ def main() -> None:
 
 
 def memory(size: Size, lora: bool, engine: str, gpus: int) -> dict[str, int]:
-    trained = 4 * size.adapter if lora else BF16 * (size.linear + size.head)  # adapters are float32
+    count = size.adapter if lora else size.linear + size.head
+    trained, own_masters = FLOAT32 * count, engine.startswith("zero")
+    in_float32 = 0 if lora or own_masters else count
     parts = {
-        "weights": BF16 * size.weights,
+        "weights": BF16 * size.weights + (FLOAT32 - BF16) * in_float32,
         "adapter": trained if lora else 0,
+        "casts": 0 if engine != "ddp" else BF16 * (count if lora else size.layer),  # checkpointing: one layer's
         "reference": 0 if lora else BF16 * size.head,
-        "gradients": trained,
-        "optimiser": 2 * trained,
+        "gradients": BF16 * count if own_masters else trained,
+        "optimiser": (2 + own_masters) * trained,
         "activations": size.checkpointed,
         "head tile": 4 * 4 * (1 << 24),
     }

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from catpo.models import loading
 from catpo.runtime.work_group import WorkGroup
+from catpo.scoring.score import score_pairs
 from catpo.training.callbacks import MetricsFile
 from catpo.training.train import train
 from tiny import pairs
@@ -105,6 +106,35 @@ def test_an_engine_in_bfloat16_stays_near_one_process(folder, store, tmp_path, e
     two = partial(trained, folder, store, tmp_path / "two", bf16=True, per_device_train_batch_size=2)
     figures, _ = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
     assert figures[::2] == pytest.approx(alone[::2], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("engine", "lora"),
+    [
+        ("fsdp2", None),
+        *[pytest.param(*case, marks=slow) for case in (("fsdp2", LORA), ("ddp", None), ("ddp", LORA))],
+        pytest.param("zero3", None, marks=[slow, needs_deepspeed, needs_gpu]),
+    ],
+)
+def test_an_engine_trains_a_bfloat16_checkpoint_as_one_process_does(folder, tmp_path, engine, lora):
+    """Every trained tensor moves: float32 shards, which FSDP2 gathers in bfloat16."""
+    family = loading.load(folder)
+    family.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    family.processor.save_pretrained(tmp_path / "half")
+    half, rewards = tmp_path / "half", tmp_path / "rewards"
+    score_pairs(pairs(8), loading.load(half), rewards, progress=False)
+    alone, _ = together(1, partial(trained, half, rewards, tmp_path / "alone", lora=lora, max_steps=3))[0]
+    two = partial(trained, half, rewards, tmp_path / "two", lora=lora, max_steps=3, per_device_train_batch_size=2)
+    figures, _ = together(2, two, **environment_of(RECIPES / f"{engine}.yaml"))[0]
+    assert figures[::2] == pytest.approx(alone[::2], abs=0.02)
+    tuned = weights(tmp_path / "two")
+    assert {each.dtype for each in tuned.values()} == {torch.float32 if lora else torch.bfloat16}
+    checkpoint = load_file(next((tmp_path / "two" / "checkpoints").glob("checkpoint-*/*model.safetensors")))
+    assert torch.float32 in {each.dtype for each in checkpoint.values()}
+    if lora is None:
+        base = load_file(half / "model.safetensors")
+        still = {name for name in base if torch.equal(base[name], tuned[name])}
+        assert still == {name for name in base if "vision" in name or "projector" in name}
 
 
 @slow

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from catpo.models.family import Family
 from catpo.training.config import CatPOConfig
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
@@ -13,12 +14,13 @@ from tiny import pairs
 
 
 def trainer(folder, output, data=None, peft_config=None, **options):
-    """A trainer on eight pairs, or on `data`, that logs every step and saves nothing."""
+    """A trainer of the model in a folder or in memory, on eight pairs or on `data`, that logs every step and saves nothing."""
     defaults = dict(
         output_dir=str(output), learning_rate=1e-3, per_device_train_batch_size=2, logging_steps=1, use_cpu=True,
         save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", seed=3,
     )  # fmt: skip
-    return CatPOTrainer(str(folder), CatPOConfig(**{**defaults, **options}), data or pairs(8), peft_config=peft_config)
+    model = folder if isinstance(folder, Family) else str(folder)
+    return CatPOTrainer(model, CatPOConfig(**{**defaults, **options}), data or pairs(8), peft_config=peft_config)
 
 
 def curve(trainer, name="loss"):

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from catpo.config.options import ScoreOptions, TrainOptions
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
@@ -159,9 +161,16 @@ class _TrainingPlan:
         self.train_pairs, self.eval_pairs = dev_split(training.pairs, self.options.eval_fraction, self.options.seed)
         self.row = sizes.row_lengths(self.family, sample)
         self.mean_row = sum(self.row) / len(self.row)
-        self.weights = sizes.weight_bytes(self.family, self.options.quantization)
+        self.computes_in = training.computes_in
+        is_mixed = self.computes_in != torch.float32
+        self.rounds_in_autocast = is_mixed and engine == "ddp"  # FSDP and DeepSpeed round what they gather
+        self.has_own_masters = is_mixed and engine.startswith("zero")
+        """DeepSpeed: weights and gradients in half precision, the float32 masters beside the moments."""
+        self.stored = sizes.weight_bytes(self.family, self.options.quantization)
         self.head = self.family.head.weight.numel() * self.family.head.weight.element_size()
-        self.trained, self.trained_bytes = sizes.trained_size(self.family, self.options.lora)
+        self.trained = sizes.trained_count(self.family, self.options.lora)
+        self.trained_bytes = sizes.MASTER * self.trained
+        self.weights = sizes.weight_bytes_in_training(self.family, self.options.quantization, self.options.lora)
         needs = requirements(self.objective.loss, self.objective.options)
         self.has_kl = kl_direction(needs) is not None
         views = view_needs(needs)
@@ -223,11 +232,12 @@ class _TrainingPlan:
         batch, longest = options.per_device_train_batch_size, max(self.row)
         per_token = decoder.checkpointed if options.gradient_checkpointing else decoder.kept
         memory = {
-            "weights": self.weights,
+            "weights": self.stored if self.has_own_masters else self.weights,
             "reference": self._reference_bytes(),
             "adapter": self.trained_bytes if options.lora else 0,
-            "gradients": self.trained_bytes,
-            "optimiser": ADAMW_MOMENTS * self.trained_bytes,
+            "casts": self._cast_bytes(),
+            "gradients": self.trained * self.computes_in.itemsize if self.has_own_masters else self.trained_bytes,
+            "optimiser": (ADAMW_MOMENTS + self.has_own_masters) * self.trained_bytes,
             "activations": longest * batch * self.policy_rows * per_token,
             "attention mask": batch * longest**2,
             "head tile": sizes.head_tile_bytes(self.sample, batch),
@@ -236,12 +246,20 @@ class _TrainingPlan:
         layer = sizes.largest_layer_bytes(self.family)
         return per_process(present, self.engine, self.processes, layer=layer, head=self.head)
 
+    def _cast_bytes(self) -> int:
+        """What autocast keeps of float32 weights for the backward pass."""
+        if not self.rounds_in_autocast:
+            return 0
+        if self.options.lora:
+            return self.trained * self.computes_in.itemsize
+        return sizes.cast_bytes(self.family, self.computes_in, is_checkpointed=self.options.gradient_checkpointing)
+
     def _reference_bytes(self) -> int:
         """A frozen copy of the model where it runs, of its head where only the KL needs it; none beside an adapter."""
         if self.options.lora:
             return 0
         if self.reference_rows:
-            return self.weights
+            return self.stored
         return self.head if self.has_kl else 0
 
     def _work(self, seen: float) -> Work:
@@ -254,9 +272,10 @@ class _TrainingPlan:
         )
         adapter = self.trained_bytes if self.options.lora else 0
         # the backward pass gathers neither tower nor head again
-        gathered = 2 * (self.weights + adapter) - sizes.bytes_outside_decoder(self.family)
+        gathered = 2 * (self.stored + adapter) - sizes.bytes_outside_decoder(self.family)
         batches = self.options.gradient_accumulation_steps
-        sent = sent_bytes(self.engine, self.processes, gathered=gathered, gradients=self.trained_bytes, batches=batches)
+        gradients = self.trained_bytes if self.engine == "ddp" else self.trained * min(4, self.computes_in.itemsize)
+        sent = sent_bytes(self.engine, self.processes, gathered=gathered, gradients=gradients, batches=batches)
         return Work(seen * (self.policy_rows * training + self.reference_rows * of_pair.forward), sent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from peft import get_peft_model
 from torch import nn
 
@@ -12,6 +13,8 @@ from catpo.models.output_head import MIN_TILE_WIDTH, TILE
 from catpo.planning.costs import Operations
 from catpo.training.config import lora_config
 
+MASTER = 4
+"""Bytes of a trained number, of its gradient and of each of its moments: float32, whatever the checkpoint."""
 NF4_BITS = 4.127
 """Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
 TILE_COPIES = 4
@@ -60,17 +63,40 @@ def largest_layer_bytes(family: Family) -> int:
     return max(parameter_bytes(layer) for layer in getattr(family.decoder, "layers", [family.decoder]))
 
 
-def trained_size(family: Family, lora: str | None) -> tuple[int, int]:
-    """Number and bytes of the parameters that take a gradient, found by preparing the model without weights."""
+def weight_bytes_in_training(family: Family, quantization: str | None, lora: str | None) -> int:
+    """Bytes of the weights once what trains is float32; call it after `trained_count` has marked what that is.
+
+    An adapter is not among them. What is frozen in float16 becomes float32 beside trained weights (`precision.keep_masters`).
+    """
+    total = weight_bytes(family, quantization)
+    if lora:
+        return total
+    for parameter in family.unwrapped.parameters():
+        if parameter.requires_grad or parameter.dtype == torch.float16:
+            total += parameter.numel() * max(0, MASTER - parameter.element_size())
+    return total
+
+
+def cast_bytes(family: Family, computes_in: torch.dtype, *, is_checkpointed: bool) -> int:
+    """Bytes of what autocast rounds: weights of the decoder's linear layers, of all or, with checkpointing, of one layer."""
+    layers = getattr(family.decoder, "layers", [family.decoder])
+    sizes = []
+    for layer in layers:
+        linear = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        sizes.append(sum(weight.numel() for weight in linear if weight.requires_grad) * computes_in.itemsize)
+    return max(sizes) if is_checkpointed else sum(sizes)
+
+
+def trained_count(family: Family, lora: str | None) -> int:
+    """Number of parameters that take a gradient, found by preparing the model without weights."""
     if lora:
         model = get_peft_model(family.unwrapped, lora_config(lora, family))
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         model.unload()
-        return count, 4 * count  # PEFT keeps adapters of half-precision models in float32
+        return count
     family.unwrapped.requires_grad_(True)
     family.freeze_vision()
-    trained = [parameter for parameter in family.unwrapped.parameters() if parameter.requires_grad]
-    return sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in trained)
+    return sum(parameter.numel() for parameter in family.unwrapped.parameters() if parameter.requires_grad)
 
 
 def head_tile_bytes(encoded: Sequence[Encoded], pairs: int) -> int:

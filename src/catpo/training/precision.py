@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -83,14 +84,17 @@ def settled(args: CatPOConfig, stored: torch.dtype) -> tuple[CatPOConfig, torch.
             f"The model computes in {args.mixed_precision}, but DeepSpeed was set up without it, before the model was known. "
             f"Give {args.mixed_precision}=True in CatPOConfig."
         )
+    if AcceleratorState._shared_state.get("_mixed_precision", args.mixed_precision) != args.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier trainer with these arguments; new ones reset it themselves
     return args, computes
 
 
 def keep_masters(family: Family, args: CatPOConfig, *, is_saved: bool) -> dict[str, torch.dtype]:
-    """Keep what trains in float32; returns the precision that each changed weight had, by name.
+    """Keep what trains in float32; returns the precision that each changed weight of a model `is_saved` whole had, by name.
 
-    Autocast mixes bfloat16 with float32 but not with float16, so what is frozen in float16 changes too: to float32 if the model
-    `is_saved` whole, else to bfloat16, which autocast would round it to. DeepSpeed keeps masters of its own.
+    Autocast mixes bfloat16 with float32 but not with float16, so what is frozen in float16 changes too: to float32 if it is
+    saved, else to bfloat16, which autocast would round it to. Adapters stay float32, in files as well. DeepSpeed keeps
+    masters of its own.
     """
     if args.deepspeed_plugin is not None:
         return {}
@@ -110,7 +114,7 @@ def keep_masters(family: Family, args: CatPOConfig, *, is_saved: bool) -> dict[s
         own = [f"{name}.{parameter}".lstrip(".") for parameter, _ in module.named_parameters(recurse=False)]
         if not isinstance(module, nn.Linear) and any(had.get(each) == computes for each in own):
             module.register_forward_hook(_as_in_half_precision)
-    return had
+    return had if is_saved else {}
 
 
 def _as_in_half_precision(module: nn.Module, inputs: Any, output: Any) -> Any:

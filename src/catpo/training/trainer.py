@@ -311,7 +311,15 @@ class CatPOTrainer(Trainer):
         loss_checks.check_losses(output.losses, output.metrics, made_of, self.last_pairs, self.state.global_step)
         is_first = self.state.global_step == 0 and self.model.training and not self._has_other_reference
         if is_first and self.args.self_check and not self.objective.options.get("label_smoothing"):
-            loss_checks.check_first_losses(output.metrics, self.computes_in)
+            self._check_first(output, stats)
+
+    def _check_first(self, output: LossOutput, stats: PairStats) -> None:
+        """Raise UserError unless policy and reference agree up to rounding."""
+        dtype = torch.bfloat16 if getattr(self.family.unwrapped, "is_quantized", False) else self.computes_in
+        tokens = int(stats.mask.sum((1, 2)).max())
+        loss_checks.check_first_losses(output.metrics, dtype, tokens, self.objective.options.get("beta", 0.1))
+        if Quantity("reference_logps") in self.needs:
+            loss_checks.check_first_logps(stats.policy_logps, stats.reference_logps, stats.mask, dtype)
 
     # ---- the log ------------------------------------------------------------------------------------------------------
 
