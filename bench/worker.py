@@ -31,7 +31,8 @@ from catpo.files.lock import lock
 from catpo.models import family as families
 from catpo.models import loading
 from catpo.models.output_head import token_stats
-from catpo.models.packing import Batch, pack, response_hidden, run_backbone, to_device
+from catpo.models.packing import Batch, pack, response_hidden, run_backbone
+from catpo.models.transfer import to_device
 from catpo.rewards.store import ResponseRow, RewardStore
 from catpo.rewards.writer import RewardWriter
 from catpo.scoring.score import score_pairs

@@ -342,10 +342,20 @@ def _maker(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return make
 
 
-def _pinned(self: Tensor, *args: Any) -> Tensor:
-    copy = self.clone()
+def _pinned(tensor: Tensor, *args: Any) -> Tensor:
+    copy = tensor.clone()
     copy.is_in_pinned_memory = True  # type: ignore[attr-defined]
     return copy
+
+
+def _empty(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.empty` can make pinned memory; also in the `DataLoader`'s thread, where `_Operators` does not see it."""
+
+    def empty(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = real(*args, **options)
+        return _pinned(made) if pin_memory else made
+
+    return empty
 
 
 def _as_cpu(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -408,7 +418,7 @@ def _patches() -> dict[Any, dict[str, Any]]:
     }  # fmt: skip
     top = {name: _maker(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")}
     top |= {name: _as_cpu(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")}
-    top["autocast"] = _Autocast
+    top |= {"autocast": _Autocast, "empty": _empty(torch.empty)}
     below = {"_group_tensors_by_device_and_dtype": _by_device(torch._C._group_tensors_by_device_and_dtype)}
     numbers = {name: runtime[name] for name in runtime if "rng_state" in name}
     return {

@@ -316,7 +316,8 @@ def test_an_adapter_draws_the_same_first_values_after_the_same_seed():
 def test_accelerate_reduces_gathers_waits_and_skips():
     accelerator = Accelerator(cpu=True)
     assert accelerator.reduce(torch.tensor(2.0)) == 2 and accelerator.reduce(torch.tensor(2.0), "mean") == 2
-    assert accelerator.gather_for_metrics(torch.ones(3)).tolist() == [1, 1, 1]
+    assert accelerator.gather(torch.ones(3)).tolist() == [1, 1, 1]
+    assert (accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.remainder) == (False, -1)
     accelerator.wait_for_everyone()
     loader = accelerator.prepare(DataLoader(list(range(6)), batch_size=2))
     assert [batch.tolist() for batch in skip_first_batches(loader, 1)] == [[2, 3], [4, 5]]

@@ -19,8 +19,9 @@ from catpo.core.types import PreferencePair
 from catpo.models import memory
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.family import Encoded, Family
-from catpo.models.packing import Batch, hidden_and_logps, pack, run_backbone, to_device
+from catpo.models.packing import Batch, hidden_and_logps, pack, run_backbone
 from catpo.models.tensors import arithmetic_dtype
+from catpo.models.transfer import to_device
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest difference of an attention probability, or of a log-prob, by precision; 0.05 in half precision."""

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from catpo.core.types import PreferencePair, Sample
 from catpo.models import memory
 from catpo.models.family import Family
-from catpo.models.packing import Prefix, hidden_and_logps, pack, to_device
+from catpo.models.packing import Prefix, hidden_and_logps, pack
+from catpo.models.transfer import to_device
 
 Options = Mapping[str, str]
 """Key of an answer, such as its letter -> its text."""

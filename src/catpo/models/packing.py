@@ -24,6 +24,10 @@ from catpo.models.tensors import pad_indices
 Batch = dict[str, Any]
 """Nested tensors: `model_inputs`, and per (pair, side, token) `row`, `tokens_at`, `predictors`, `token_ids`, `mask`, …"""
 Prefix = Literal["shared", "separate"]
+HOST_INPUTS = ("image_sizes", "batch_num_images")
+"""Model inputs that transformers reads number by number: on a GPU, the host would wait for each. They stay on the host as NumPy
+arrays, which nothing moves.
+"""
 
 
 def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared") -> Batch:
@@ -31,7 +35,8 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
 
     `prefix='separate'` gives chosen and rejected rows of their own (twice the picture): for families that cannot share, and to
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
-    [rows, patches]. Positions are those in the row, -1 in padding. `padding` is each row's share of padding.
+    [rows, patches]. Positions are those in the row, -1 in padding. `padding` is each row's share of padding, `parts` lists its
+    parts, and `read_at` are the positions whose outputs are read, in the rows laid end to end.
     """
     row_sides: list[tuple[Side, ...]] = [SIDES] if prefix == "shared" else [(side,) for side in SIDES]
     rows = [_row(family, pair, sides) for pair in encoded for sides in row_sides]
@@ -51,7 +56,7 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         padded = [F.pad(each, (0, segments.shape[1] - each.shape[-1])) for each in positions]
         model_inputs["position_ids"] = torch.stack(padded, dim=-2)  # (*axes, row, token)
     pairs = len(encoded)
-    return {
+    batch: Batch = {
         "model_inputs": model_inputs,
         "row": torch.tensor([number for number, _ in responses]).view(pairs, 2),
         "tokens_at": tokens_at.view(pairs, 2, -1),
@@ -59,9 +64,23 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         "token_ids": response_ids.view(pairs, 2, -1),
         "mask": (tokens_at >= 0).view(pairs, 2, -1),
         "patches": pad_indices([row.source.patches for row in rows]),
+        "host_inputs": {name: model_inputs.pop(name).numpy() for name in HOST_INPUTS if name in model_inputs},
         "padding": (segments < 0).float().mean(1),
+        "parts": [row.parts for row in rows],
+        "read_at": packed.read_positions([row.parts for row in rows], segments.shape[1]),
         "pair_ids": [pair.pair_id for pair in encoded],
     }
+    return batch | flat_tokens(batch)
+
+
+def flat_tokens(batch: Batch) -> Batch:
+    """The response tokens one after another, in the order (pair, side, token): `flat_ids`, and `flat_predictors`, the
+    positions that predict them in rows laid end to end. Made where batches are made: on a GPU, choosing by `mask` would make
+    the host wait.
+    """
+    mask, length = batch["mask"], batch["model_inputs"]["input_ids"].shape[1]
+    positions = batch["row"][:, :, None] * length + batch["predictors"]
+    return {"flat_ids": batch["token_ids"][mask], "flat_predictors": positions[mask]}
 
 
 @dataclass(frozen=True)
@@ -132,21 +151,12 @@ def _attention(family: Family, rows: Sequence[_Row], segments: Int[Tensor, "rows
     return family.attention_masks((causal | same_block)[:, None], index)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Nested tensors on a device; other values are returned unchanged."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {name: to_device(value, device) for name, value in batch.items()} if isinstance(batch, dict) else batch
-
-
 # ---- the model on a batch -------------------------------------------------------------------------------------------------
 
 
 def response_hidden(last_hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "flat width"]:
     """Final hidden states that predict the response tokens, flat in the order (pair, side, token)."""
-    mask = batch["mask"]
-    rows = batch["row"][:, :, None].expand_as(mask)[mask]
-    return last_hidden[rows, batch["predictors"][mask]]
+    return last_hidden.flatten(0, 1)[batch["flat_predictors"]]
 
 
 def unflatten(values: Float[Tensor, " flat"], mask: Bool[Tensor, "pairs 2 tokens"]) -> Float[Tensor, "pairs 2 tokens"]:
@@ -156,20 +166,22 @@ def unflatten(values: Float[Tensor, " flat"], mask: Bool[Tensor, "pairs 2 tokens
 
 def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
     """The model without its output head on a batch's rows."""
-    return model.base_model(**model_inputs(model, batch), use_cache=False, **options)
+    on_host = {name: torch.from_numpy(values) for name, values in batch["host_inputs"].items()}
+    return model.base_model(**model_inputs(model, batch), **on_host, use_cache=False, **options)
 
 
 def model_inputs(model: Any, batch: Batch) -> Batch:
     """A batch's inputs with the mask that the decoder's attention takes."""
     inputs: Batch = batch["model_inputs"]
-    layout = inputs["attention_mask"]
-    if not packed.is_layout(layout):
-        return inputs
-    implementation = model.config.get_text_config()._attn_implementation
-    return {**inputs, "attention_mask": packed.mask_for(implementation, layout, inputs["input_ids"].shape[1], model.dtype)}
+    mask, dtype = inputs["attention_mask"], model.dtype
+    if not packed.is_layout(mask):
+        return {**inputs, "attention_mask": packed.ready(mask, dtype)}
+    implementation, length = model.config.get_text_config()._attn_implementation, inputs["input_ids"].shape[1]
+    made = packed.mask_for(implementation, mask, length, dtype, parts=batch["parts"], read_at=batch["read_at"])
+    return {**inputs, "attention_mask": made}
 
 
 def hidden_and_logps(model: Any, batch: Batch) -> tuple[Float[Tensor, "flat width"], Float[Tensor, " flat"]]:
     """Final hidden states that predict the response tokens, and the tokens' log-probs."""
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
-    return hidden, at_head(model, hidden, token_stats, batch["token_ids"][batch["mask"]]).logps
+    return hidden, at_head(model, hidden, token_stats, batch["flat_ids"]).logps

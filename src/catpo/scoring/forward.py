@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,8 +22,9 @@ from catpo.models.attention.last_layer import read_at_responses
 from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers
 from catpo.models.family import Family
 from catpo.models.output_head import token_stats
-from catpo.models.packing import Batch, response_hidden, run_backbone, to_device, unflatten
+from catpo.models.packing import Batch, response_hidden, run_backbone, unflatten
 from catpo.models.top_k import TopTokens, top_tokens
+from catpo.models.transfer import to_device, to_host
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
 from catpo.scoring.batches import Prepared, with_another
@@ -57,40 +60,45 @@ class PairScorer:
         """The signals of a batch, each pair's chosen first; `others` provides "another picture" if a signal reads it."""
         longest = max(item.length for item in prepared.encoded)
         doing = f"scoring {len(pairs)} pairs (the longest has {longest:,} tokens)"
-        scored = []
+        responses = [(index, side) for index in range(len(pairs)) for side in SIDES]
         with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, prepared, self.settings, pairs, others)
-            for index in range(len(pairs)):
-                scored += [self._response(run, index, side) for side in SIDES]
+            read = to_host({response: self._read(run, *response) for response in responses})
         self.reads_another = run.reads_another
-        return scored
+        return [self._scored(run, *response, read[response]) for response in responses]
 
-    def _response(self, run: TeacherForced, index: int, side: Side) -> ScoredResponse:
-        encoded, pair, evidence = run.encoded[index], run.pairs[index], run.evidence(index, side)
-        ids, pieces = encoded.response_ids[side], run.prepared.pieces[index][side]
-        signals = {}
-        for name, score, options in self.signals:
-            values = score(evidence, **options)
+    def _read(self, run: TeacherForced, index: int, side: Side) -> dict[str, Any]:
+        """What is kept of one response, where it was computed."""
+        evidence, predicting = run.evidence(index, side), run.predicting(index, side)
+        signals = {name: score(evidence, **options).float() for name, score, options in self.signals}
+        top = top_tokens(predicting, run.head, self.top)._asdict() if self.top else {}
+        attention = evidence.attention.half()
+        return {"signals": signals, "logps": evidence.logps, "attention": attention, "hidden": predicting, "top": top}
+
+    def _scored(self, run: TeacherForced, index: int, side: Side, read: dict[str, Any]) -> ScoredResponse:
+        """One response on the host."""
+        encoded, pair, pieces = run.encoded[index], run.pairs[index], run.prepared.pieces[index][side]
+        ids, hidden = encoded.response_ids[side], read["hidden"]
+        for name, values in read["signals"].items():
             if values.shape != (len(ids),) or not torch.isfinite(values).all():
                 raise UserError(
                     f"pair {pair.id}: signal {name} gave {tuple(values.shape)} values, not {len(ids)} finite ones. "
                     "Leave the signal out."
                 )
-            signals[name] = values.float().cpu().numpy()
         row = ResponseRow(
             pair_id=pair.id,
             side=side,
             token_ids=np.array(ids, dtype=np.int32),
-            logps=evidence.logps.cpu().numpy(),
-            signals=signals,
+            logps=read["logps"].numpy(),
+            signals={name: values.numpy() for name, values in read["signals"].items()},
             labels=token_labels(pieces, pair.response(side), pair.labels.get(side, ())),
             pieces=pieces,
             is_special=np.array([False] * (len(ids) - 1) + [True]),
             grids=encoded.grids,
         )
-        attention = evidence.attention.half().cpu().numpy()
-        top = run.top_tokens(index, side, self.top) if self.top else None
-        return ScoredResponse(row, run.hidden_states(index, side), attention, top)
+        states = hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden  # NumPy has no bfloat16
+        top = TopTokens(**read["top"]) if self.top else None
+        return ScoredResponse(row, states.numpy(), read["attention"].numpy(), top)
 
 
 class TeacherForced:
@@ -107,8 +115,9 @@ class TeacherForced:
         self.family, self.prepared, self.settings, self.pairs, self.others = family, prepared, settings, pairs, others
         self.encoded = prepared.encoded
         self.head = family.head
-        self.batch = to_device(prepared.rows, family.device)
-        self.patches = self._patch_positions()
+        self.rows: Batch = {**prepared.rows, "patches": self._patch_positions(prepared.rows["patches"])}
+        """The batch on the host: what is looked up there, nobody waits for."""
+        self.batch = to_device(self.rows, family.device)
         recorder = self._recorder()
         # the last layer may skip all other positions, unless a signal of the user's reads the patches' last states
         is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)
@@ -121,44 +130,33 @@ class TeacherForced:
 
     def evidence(self, index: int, side: Side) -> Evidence:
         """What signals may read of one response of pair `index`."""
-        at = index, SIDES.index(side)
-        mask, row = self.batch["mask"][at], self.batch["row"][at]
-        tokens = self.batch["tokens_at"][at][mask]
-        patches = self.patches[row]
-        patches = patches[patches >= 0]
+        at, count = (index, SIDES.index(side)), len(self.encoded[index].response_ids[side])
+        row = int(self.rows["row"][at])
+        tokens = self.batch["tokens_at"][at][:count]
+        patches = self.batch["patches"][row][: int((self.rows["patches"][row] >= 0).sum())]
 
         def read_hidden(layer: int) -> tuple[Tensor, Tensor]:
             hidden = self._hidden(layer)[row]
             return hidden[tokens].float(), hidden[patches].float()
 
         return Evidence(
-            token_ids=self.batch["token_ids"][at][mask],
+            token_ids=self.batch["token_ids"][at][:count],
             head=self.head,
-            read_attention=lambda: self.attention[at][mask][:, : len(patches)].float(),
+            read_attention=lambda: self.attention[at][:count, : len(patches)].float(),
             read_token_embeddings=lambda: self.embeddings[row, tokens].float(),
             read_patch_features=lambda: self.embeddings[row, patches].float(),
-            read_logps=lambda: self.logps[at][mask].float(),
-            read_view_logps=lambda view: self._view_logps(view)[at][mask].float(),
+            read_logps=lambda: self.logps[at][:count].float(),
+            read_view_logps=lambda view: self._view_logps(view)[at][:count].float(),
             read_hidden=read_hidden,
         )
 
-    def hidden_states(self, index: int, side: Side) -> np.ndarray:
-        """Final hidden states that predict the response's tokens, [tokens, width]; bfloat16 comes as int16."""
-        states = self._predicting(index, side).cpu()
-        return (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()  # NumPy has no bfloat16
+    def predicting(self, index: int, side: Side) -> Float[Tensor, "tokens width"]:
+        """Final hidden states that predict the response's tokens."""
+        at, count = (index, SIDES.index(side)), len(self.encoded[index].response_ids[side])
+        return self.last_hidden[int(self.rows["row"][at]), self.batch["predictors"][at][:count]]
 
-    def top_tokens(self, index: int, side: Side, k: int) -> TopTokens:
-        """The k most likely tokens at each position of the response."""
-        ids, logps = top_tokens(self._predicting(index, side), self.head, k)
-        return TopTokens(ids.cpu(), logps.cpu())
-
-    def _predicting(self, index: int, side: Side) -> Tensor:
-        at = index, SIDES.index(side)
-        return self.last_hidden[self.batch["row"][at], self.batch["predictors"][at][self.batch["mask"][at]]]
-
-    def _patch_positions(self) -> Tensor:
-        """Positions of the patches in each row, [rows, patches], -1 in the padding: of all pictures, or the chosen one."""
-        everywhere = self.batch["patches"]
+    def _patch_positions(self, everywhere: Int[Tensor, "rows all_patches"]) -> Int[Tensor, "rows patches"]:
+        """Positions of the patches in each row, -1 in the padding: of all pictures, or the chosen one."""
         if self.settings.patches == "all":
             return everywhere
         picture, rows_per_pair = int(self.settings.patches), len(everywhere) // len(self.encoded)
@@ -176,7 +174,7 @@ class TeacherForced:
         rows = self.batch["model_inputs"]["input_ids"].shape[0]
         return AttentionRecorder(
             queries=queries.reshape(rows, -1),
-            keys=self.patches,
+            keys=self.batch["patches"],
             layers=choose_layers(self.settings.layers, self.family.depth),
             heads=choose_heads(self.settings.heads),
         )
@@ -186,7 +184,7 @@ class TeacherForced:
         return self._token_logps(self.last_hidden, self.batch)
 
     def _token_logps(self, last_hidden: Tensor, batch: Batch) -> Tensor:
-        stats = token_stats(response_hidden(last_hidden, batch), self.head, batch["token_ids"][batch["mask"]])
+        stats = token_stats(response_hidden(last_hidden, batch), self.head, batch["flat_ids"])
         return unflatten(stats.logps, batch["mask"])
 
     def _view_logps(self, view: str) -> Tensor:

@@ -14,6 +14,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, Prefix, pack
+from catpo.models.transfer import HostBatch
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
 from catpo.training.pair_stats import Needs, Quantity, kl_direction
@@ -53,7 +54,7 @@ class PairCollator:
             batch |= self._reference_distribution(self.rewards, encoded)
             if Quantity("weights") in self.needs:
                 batch |= self._weights(self.weights_from or self.rewards, encoded)
-        return batch if self.extra is None else batch | self.extra(pairs, encoded)
+        return HostBatch(batch if self.extra is None else batch | self.extra(pairs, encoded))
 
     def _weights(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
         """Token weights of Eq. 7, and the signals behind them if their coefficients are learned."""

@@ -74,6 +74,7 @@ class CatPOConfig(TrainingArguments):
     learning_rate: float = field(default=1.4e-6)
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: float = field(default=10)
+    logging_nan_inf_filter: bool = field(default=False)  # such a loss is refused; to ask would stop the host twice per batch
     report_to: str | list[str] | None = field(default="none")
     remove_unused_columns: bool = field(default=False)
     dataloader_num_workers: int | None = field(

@@ -52,7 +52,7 @@ def _pair_forward(
     if inside is not None:
         return inside(model)
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
-    tokens = batch["token_ids"][batch["mask"]]
+    tokens = batch["flat_ids"]
     if direction is None:
         stats = at_head(model, hidden, token_stats, tokens)
     elif reference_top is not None:

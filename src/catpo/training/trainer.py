@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -47,6 +45,7 @@ from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
 from catpo.training.config import CatPOConfig, check_optimiser, check_reference, check_rescoring, check_store, needs_store
+from catpo.training.figures import Figures
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput, Objective
@@ -119,7 +118,7 @@ class CatPOTrainer(Trainer):
             self._prepare_model(args, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
-        self._recorded: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._recorded = {"train": Figures(), "eval": Figures()}
         collator = self._collator(args)
         with self._memory_explained():
             super().__init__(
@@ -325,30 +324,27 @@ class CatPOTrainer(Trainer):
 
     @torch.no_grad()
     def _record(self, output: LossOutput, stats: PairStats, batch: Batch) -> None:
-        """Keep the batch's figures, as means over all processes, for the next log."""
+        """Keep the batch's figures for the next log."""
         figures = dict(output.metrics)
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
         figures["rewards/accuracies"] = (figures["rewards/margins"] > 0).float()
         figures["logps/chosen"], figures["logps/rejected"] = masked_sum(stats.policy_logps, stats.mask).unbind(1)
         figures["padding"] = batch["padding"]
         if self.learned_fusion is not None:
-            for name, value in self.learned_fusion.coefficients.items():
-                figures[f"fusion/{name}"] = torch.full((len(output.losses),), value)
+            for name, value in zip(self.learned_fusion.fusion.needs, self.learned_fusion.logits.softmax(0), strict=True):
+                figures[f"fusion/{name}"] = value.expand(len(output.losses))
         elif "net_shared_coefficient" in batch:
             figures["weights/net_shared"] = batch["net_shared_coefficient"]
-        recorded = self._recorded["train" if self.model.training else "eval"]
-        for name, values in figures.items():
-            mean = self.accelerator.gather_for_metrics(values.detach().float()).nanmean().item()
-            if not math.isnan(mean):
-                recorded[name].append(mean)
+        state = self.accelerator.gradient_state
+        counted = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        self._recorded["train" if self.model.training else "eval"].record(figures, counted)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what was recorded since the last log."""
+        """Adds the means of what was recorded since the last log. A collective call: every process logs."""
         is_eval = any(name.startswith("eval_") for name in logs)
-        recorded, prefix = (self._recorded["eval"], "eval_") if is_eval else (self._recorded["train"], "")
-        means = {prefix + name: sum(values) / len(values) for name, values in recorded.items()}
-        recorded.clear()
-        super().log({**logs, **means}, start_time)
+        means = self._recorded["eval" if is_eval else "train"].means(self.accelerator.gather)
+        prefix = "eval_" if is_eval else ""
+        super().log({**logs, **{prefix + name: mean for name, mean in means.items()}}, start_time)
 
     # ---- seams of transformers.Trainer --------------------------------------------------------------------------------
     # What follows replaces methods of the Trainer, some of them private; tests/test_seams.py holds their signatures.

@@ -19,7 +19,8 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import at_head, likeliest_tokens, token_logits, token_stats
-from catpo.models.packing import Batch, Prefix, pack, response_hidden, run_backbone, unflatten
+from catpo.models.packing import Batch, Prefix, flat_tokens, pack, response_hidden, run_backbone, unflatten
+from catpo.models.tensors import pad_indices
 from catpo.models.views import OtherPictures, View
 from catpo.rewards.store import RewardStore
 from catpo.training.collator import stored_logps
@@ -106,7 +107,10 @@ class ViewPasses:
         for pair_index, flags in enumerate(replaced):
             for side, is_replaced in flags.items():
                 batch["mask"][pair_index, SIDES.index(side), : len(is_replaced)] &= ~torch.tensor(is_replaced)
-        return batch
+        # of the clean picture's tokens, those that the view has too
+        exists = pad_indices([item.response_ids[side] for item in encoded for side in SIDES]) >= 0
+        in_clean = batch["mask"].flatten(0, 1)[exists].nonzero()[:, 0]
+        return batch | flat_tokens(batch) | {"in_clean": in_clean}
 
     def show(self, view: View, pair: PreferencePair, encoded: Encoded) -> tuple[Encoded, Replaced]:
         """A pair as it is under a view, and which response tokens the view replaced.
@@ -173,7 +177,7 @@ class ViewPasses:
     def _compute(self, whose: str, model: Any, hidden: Tensor | None, batch: Batch) -> Quantities:
         computed: Quantities = {}
         if self._reads_logits(whose) and hidden is not None:
-            logits = at_head(model, hidden, token_logits, batch["token_ids"][batch["mask"]])
+            logits = at_head(model, hidden, token_logits, batch["flat_ids"])
             computed[Quantity(f"{whose}_logits")] = unflatten(logits, batch["mask"])
         for view, needs in self.views.items():
             rows = batch["views"][view]
@@ -195,12 +199,11 @@ def _at_tokens(
     name: str, model: Any, under_view: Tensor, rows: Batch, hidden: Tensor | None, batch: Batch
 ) -> Float[Tensor, "pairs 2 tokens"]:
     """The quantity `name` of a view, from the hidden states under it and with the clean picture."""
-    ids, mask = rows["token_ids"][rows["mask"]], rows["mask"]
+    ids, mask = rows["flat_ids"], rows["mask"]
     if name.endswith("_top_logps"):
         assert hidden is not None
-        is_read = mask[batch["mask"]]  # of the clean picture's tokens, those that the view has too
         likeliest = at_head(model, under_view, likeliest_tokens)
-        return unflatten(at_head(model, hidden[is_read], token_stats, likeliest).logps, mask)
+        return unflatten(at_head(model, hidden[rows["in_clean"]], token_stats, likeliest).logps, mask)
     if name.endswith("_logits"):
         return unflatten(at_head(model, under_view, token_logits, ids), mask)
     return unflatten(at_head(model, under_view, token_stats, ids).logps, mask)

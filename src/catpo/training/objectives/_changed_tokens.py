@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from catpo.models.transfer import to_device, to_host
 from catpo.training.objectives import PairStats
 
 
@@ -43,11 +44,12 @@ def segment_weights(stats: PairStats, weight: float, *, block: int = 3) -> Float
 
 def changed_mask(stats: PairStats, *, block: int = 3, one_sided: bool = False) -> Bool[Tensor, "pairs 2 tokens"]:
     """`changed_tokens` of a batch of pairs; False in the padding."""
-    mask = stats.mask.cpu()
+    here = to_host({"mask": stats.mask, "ids": stats.token_ids})
+    mask = here["mask"]
     changed = torch.zeros_like(mask)
-    for pair, ids in enumerate(stats.token_ids.cpu()):
+    for pair, ids in enumerate(here["ids"]):
         chosen, rejected = (ids[side][mask[pair, side]].tolist() for side in (0, 1))
         flags = changed_tokens(rejected, chosen, block=block, one_sided=one_sided)
         for side, values in enumerate(reversed(flags)):
             changed[pair, side, mask[pair, side]] = torch.tensor(values, dtype=torch.bool)
-    return changed.to(stats.mask.device)
+    return to_device({"changed": changed}, stats.mask.device)["changed"]
