@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from catpo.models.attention import last_layer, packed
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.loading import load
-from catpo.models.packing import pack, response_hidden, run_backbone
+from catpo.models.packing import model_inputs, pack, response_hidden, run_backbone, to_device
+from pretended_cuda import cuda
 from tiny import llava, pairs
 from tiny_families import build
 
+__all__ = ["cuda"]
 
-def loss_and_gradients(family, batch):
+
+def loss_and_gradients(family, batch, forward=contextlib.nullcontext()):
     """A sum over all response tokens, and its gradient for every weight matrix of the decoder."""
-    loss = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch).pow(2).sum()
+    with forward:
+        loss = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch).pow(2).sum()
     weights = [weight for weight in family.decoder.parameters() if weight.ndim > 1]
     return loss, torch.autograd.grad(loss, weights, allow_unused=True)
 
@@ -50,6 +58,56 @@ def test_checkpointed_layers_keep_the_layout():
     family.unwrapped.train()
     family.unwrapped.gradient_checkpointing_enable()
     assert_gradients_are_close(loss_and_gradients(family, batch)[1], plain, 1e-4, 1e-4)
+
+
+class Squares(TorchDispatchMode):
+    """Counts tensors of a row's length times a row's length, whatever made them."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.size, self.count = (length, length), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.ndim > 1:
+                self.count += each.shape[-2:] == self.size
+        return out
+
+
+@pytest.mark.parametrize(("attention", "has_masks"), [("sdpa", False), ("eager", True)])
+def test_a_gpu_attends_part_by_part_without_a_mask_of_whole_rows(attention, has_masks, cuda, monkeypatch):
+    alone = llava()
+    expected, expected_gradients = loss_and_gradients(alone, batch_of(alone))  # a dense mask on the CPU
+    family = llava()
+    family.model.to("cuda")
+    family.use_packed_attention(attention)
+    last_layer.install(family.decoder)
+    batch = to_device(batch_of(family), torch.device("cuda"))
+    made, additive = [], packed.additive
+    monkeypatch.setattr(packed, "additive", lambda *args: made.append(args[0].shape) or additive(*args))
+    cuda.reset()
+    squares = Squares(batch["model_inputs"]["input_ids"].shape[1])
+    found, gradients = loss_and_gradients(family, batch, squares)
+    assert (squares.count > 0) == has_masks
+    assert not [where for kind, where in cuda.waits if "attention/" in where], cuda.waits
+    if not has_masks:  # three rows of different lengths, in the last layer also the first response: no layer makes its own
+        assert len(made) == len(set(made)) == 6
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    gradients = [None if gradient is None else gradient.cpu() for gradient in gradients]
+    assert_gradients_are_close(gradients, expected_gradients, 1e-3, 1e-3)
+
+
+def test_a_gpu_gets_dense_masks_as_numbers_once_for_all_layers(cuda):
+    alone, family = build("paligemma"), build("paligemma")
+    expected, _ = loss_and_gradients(alone, batch_of(alone))
+    family.model.to("cuda")
+    batch = to_device(batch_of(family), torch.device("cuda"))
+    mask = model_inputs(family.unwrapped, batch)["attention_mask"]
+    assert batch["model_inputs"]["attention_mask"].dtype == torch.bool and mask.dtype == family.unwrapped.dtype
+    assert mask.stride(-2) % 8 == 0
+    found, _ = loss_and_gradients(family, batch)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layout_hides_the_other_response_and_the_padding():

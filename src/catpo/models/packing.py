@@ -31,7 +31,8 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
 
     `prefix='separate'` gives chosen and rejected rows of their own (twice the picture): for families that cannot share, and to
     test against. Shapes: `row` [pairs, 2]; `tokens_at`, `predictors`, `token_ids`, `mask` [pairs, 2, tokens]; `patches`
-    [rows, patches]. Positions are those in the row, -1 in padding. `padding` is each row's share of padding.
+    [rows, patches]. Positions are those in the row, -1 in padding. `padding` is each row's share of padding, `parts` lists its
+    parts, and `read_at` are the positions whose outputs are read, in the rows laid end to end.
     """
     row_sides: list[tuple[Side, ...]] = [SIDES] if prefix == "shared" else [(side,) for side in SIDES]
     rows = [_row(family, pair, sides) for pair in encoded for sides in row_sides]
@@ -60,6 +61,8 @@ def pack(family: Family, encoded: Sequence[Encoded], *, prefix: Prefix = "shared
         "mask": (tokens_at >= 0).view(pairs, 2, -1),
         "patches": pad_indices([row.source.patches for row in rows]),
         "padding": (segments < 0).float().mean(1),
+        "parts": [row.parts for row in rows],
+        "read_at": packed.read_positions([row.parts for row in rows], segments.shape[1]),
         "pair_ids": [pair.pair_id for pair in encoded],
     }
 
@@ -162,11 +165,12 @@ def run_backbone(model: Any, batch: Batch, **options: Any) -> Any:
 def model_inputs(model: Any, batch: Batch) -> Batch:
     """A batch's inputs with the mask that the decoder's attention takes."""
     inputs: Batch = batch["model_inputs"]
-    layout = inputs["attention_mask"]
-    if not packed.is_layout(layout):
-        return inputs
-    implementation = model.config.get_text_config()._attn_implementation
-    return {**inputs, "attention_mask": packed.mask_for(implementation, layout, inputs["input_ids"].shape[1], model.dtype)}
+    mask, dtype = inputs["attention_mask"], model.dtype
+    if not packed.is_layout(mask):
+        return {**inputs, "attention_mask": packed.ready(mask, dtype)}
+    implementation, length = model.config.get_text_config()._attn_implementation, inputs["input_ids"].shape[1]
+    made = packed.mask_for(implementation, mask, length, dtype, parts=batch["parts"], read_at=batch["read_at"])
+    return {**inputs, "attention_mask": made}
 
 
 def hidden_and_logps(model: Any, batch: Batch) -> tuple[Float[Tensor, "flat width"], Float[Tensor, " flat"]]:

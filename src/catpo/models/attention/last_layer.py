@@ -59,9 +59,7 @@ class _ReadPositions:
 
     def find(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """From the mask that comes with the call, so that a recomputed layer finds them again."""
-        layout = packed.layout_behind(options.get("attention_mask"))
-        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
-        self.flat = None if layout is None else packed.read_positions(layout, hidden.shape[1])
+        self.flat = packed.read_at(options.get("attention_mask"))
 
     def forget(self, *_: object) -> None:
         self.flat = None

@@ -7,6 +7,7 @@ attention function like a finished mask, also in checkpointed layers. Knows noth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -18,8 +19,12 @@ Layout = Int[Tensor, "rows 1 parts 2"]
 """First position and the one after the last of the prompt and of each response; equal where there is no such part."""
 PREFIX = "catpo_"
 """Begins the names of attention functions that take a layout; the name of the one underneath follows."""
-LAYOUT = "catpo_layout"
-"""Attribute of a mask: the layout it was made from."""
+PARTS = "catpo_parts"
+"""Attribute of a layout: the same as lists, since reading them off a GPU would stop the host in every layer."""
+READ_AT = "catpo_read_at"
+"""Attribute of a mask of packed rows: `read_positions`."""
+TRIANGLES = "catpo_triangles"
+"""Attribute of a layout on a GPU: the masks of its responses, which all layers share."""
 Fused = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function as transformers calls it: outputs are [rows, tokens, heads, size]."""
 
@@ -59,34 +64,65 @@ def visible(
     return sees(part.gather(1, query)[:, :, None], part[:, None], query[:, :, None], key)
 
 
-def mask_for(implementation: str, layout: Layout, length: int, dtype: torch.dtype) -> Layout | Tensor | BlockMask:
-    """The mask that the decoder's attention function takes: the layout, a block mask, numbers to add, or booleans."""
-    if implementation == f"{PREFIX}sdpa" and layout.device.type == "cpu":
-        return layout
-    is_flex = implementation == f"{PREFIX}flex"
-    mask = block_mask(layout, length) if is_flex else dense_mask(implementation, visible(layout, length)[:, None], dtype)
-    setattr(mask, LAYOUT, layout)  # the last layer looks it up
+def mask_for(
+    implementation: str,
+    layout: Layout,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    parts: Sequence[Sequence[tuple[int, int]]] | None = None,
+    read_at: Int[Tensor, " positions"] | None = None,
+) -> Layout | Tensor | BlockMask:
+    """The mask that the decoder's attention function takes: the layout, a block mask, numbers to add, or booleans.
+
+    `parts` are the layout as lists, and `read_at` its `read_positions`, where they are known.
+    """
+    mask: Layout | Tensor | BlockMask = layout
+    if implementation == f"{PREFIX}flex":
+        mask = block_mask(layout, length)
+    elif implementation != f"{PREFIX}sdpa":  # which computes part by part
+        mask = dense_mask(implementation, visible(layout, length)[:, None], dtype)
+    setattr(layout, PARTS, parts)
+    setattr(mask, READ_AT, read_at)  # the last layer looks it up
     return mask
 
 
 def dense_mask(implementation: str, visible: Bool[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """Booleans for fused attention; for eager attention, numbers that are added to the scores."""
-    if not implementation.endswith("eager"):
-        return visible
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+    return additive(visible, dtype) if implementation.endswith("eager") else visible
 
 
-def layout_behind(mask: object) -> Layout | None:
-    """The layout that a mask is or was made from, if any."""
-    return mask if is_layout(mask) else getattr(mask, LAYOUT, None)
+def additive(visible: Bool[Tensor, ...], dtype: torch.dtype) -> Float[Tensor, ...]:
+    """Numbers to add to the scores: 0 where a key is seen. A GPU's kernels take them as they are, and make them of booleans
+    in every layer anew, to keep them for the backward pass; rows begin at multiples of eight, else the kernels copy them too.
+    """
+    *shape, keys = visible.shape
+    numbers = torch.zeros(*shape, -(-keys // 8) * 8, dtype=dtype, device=visible.device)[..., :keys]
+    return numbers.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def read_positions(layout: Layout, length: int) -> Int[Tensor, " positions"]:
-    """Positions of response tokens and of the prompt's last one, in the rows laid end to end."""
-    is_read = segments(layout, length) > 0
-    row = torch.arange(len(layout), device=layout.device)
-    is_read[row, layout[:, 0, 0, 1] - 1] = True  # predicts the first token of each response
-    return is_read.flatten().nonzero()[:, 0]
+def ready(mask: Any, dtype: torch.dtype) -> Any:
+    """A finished mask, or one for each kind of layers, as the kernels of its device take it best."""
+    if isinstance(mask, dict):
+        return {kind: ready(each, dtype) for kind, each in mask.items()}
+    is_dense = isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool
+    return additive(mask, dtype) if is_dense and mask.device.type != "cpu" else mask
+
+
+def read_at(mask: object) -> Int[Tensor, " positions"] | None:
+    """Where a mask says that the output of the last layer is read; None is everywhere."""
+    return getattr(mask, READ_AT, None)
+
+
+def read_positions(rows: Sequence[Sequence[tuple[int, int]]], length: int) -> Int[Tensor, " positions"]:
+    """Positions of response tokens and of the prompt's last one, in the rows laid end to end; `rows` are their parts."""
+    positions = []
+    for row, ((_, prompt_end), *responses) in enumerate(rows):
+        start = row * length
+        positions.append(start + prompt_end - 1)  # predicts the first token of each response
+        for begin, end in responses:
+            positions += range(start + begin, start + end)
+    return torch.tensor(positions, dtype=torch.long)
 
 
 def block_mask(layout: Layout, length: int) -> BlockMask:
@@ -118,33 +154,56 @@ def attend(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: dict[str, Any]
 ) -> tuple[Float[Tensor, "rows length heads size"], None]:
     """Part by part: prompt and first response as one sequence, each further response against the prompt's keys and its own."""
-    inputs = zip(query.split(1), key.split(1), value.split(1), layout[:, 0].tolist(), strict=True)
-    return torch.cat([_attend_row(fused, module, *row, options) for row in inputs]), None
+    call = _Call(fused, module, getattr(layout, PARTS, None) or layout[:, 0].tolist(), layout, options)
+    rows = zip(query.split(1), key.split(1), value.split(1), call.parts, strict=True)
+    return torch.cat([call.row(*row) for row in rows]), None
 
 
-def _attend_row(
-    fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: list[list[int]], options: dict[str, Any]
-) -> Float[Tensor, "1 length heads size"]:
-    (start, prompt_end), (_, first_end), *others = parts
-    first_query = prompt_end - 1 if reads_responses(module) else start
-    # the first response comes right after the prompt: one causal sequence
-    sequence = slice(start, first_end)
-    queries = query[:, :, first_query:first_end]
-    outputs = [_causal(fused, module, queries, key[:, :, sequence], value[:, :, sequence], options)]
-    for begin, end in others:
-        if begin == end:  # an empty part: the row has one response
-            continue
-        keys = torch.cat([key[:, :, start:prompt_end], key[:, :, begin:end]], dim=2)
-        values = torch.cat([value[:, :, start:prompt_end], value[:, :, begin:end]], dim=2)
-        outputs.append(_causal(fused, module, query[:, :, begin:end], keys, values, options))
-    output = torch.cat(outputs, dim=1)  # (1, query, head, size)
-    return nn.functional.pad(output, (0, 0, 0, 0, first_query, query.shape[2] - parts[-1][1]))  # zeros where nothing is read
+@dataclass(frozen=True)
+class _Call:
+    """One call of the attention function in a layer."""
+
+    fused: Fused
+    module: nn.Module
+    parts: Sequence[Sequence[tuple[int, int]]]
+    layout: Layout
+    options: dict[str, Any]
+
+    def row(
+        self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "1 length heads size"]:
+        (start, prompt_end), (_, first_end), *others = parts
+        first_query = prompt_end - 1 if reads_responses(self.module) else start
+        # the first response comes right after the prompt: one causal sequence
+        sequence = slice(start, first_end)
+        outputs = [self._causal(query[:, :, first_query:first_end], key[:, :, sequence], value[:, :, sequence])]
+        for begin, end in others:
+            if begin == end:  # an empty part: the row has one response
+                continue
+            keys = torch.cat([key[:, :, start:prompt_end], key[:, :, begin:end]], dim=2)
+            values = torch.cat([value[:, :, start:prompt_end], value[:, :, begin:end]], dim=2)
+            outputs.append(self._causal(query[:, :, begin:end], keys, values))
+        output = torch.cat(outputs, dim=1)  # (1, query, head, size)
+        after = query.shape[2] - parts[-1][1]
+        return nn.functional.pad(output, (0, 0, 0, 0, first_query, after))  # zeros where nothing is read
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "1 queries heads size"]:
+        """Causal attention of the last queries of a sequence; of a whole sequence it needs no mask."""
+        queries, keys = query.shape[2], key.shape[2]
+        mask = None if queries == keys else self._triangle(queries, keys, query)
+        return self.fused(self.module, query, key, value, mask, **self.options)[0]
+
+    def _triangle(self, queries: int, keys: int, query: Tensor) -> Tensor:
+        """The mask of the last queries of a sequence, [1, 1, queries, keys]."""
+        if query.device.type == "cpu":
+            return _lower_right(queries, keys, query.device)
+        device = query.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        known = vars(self.layout).setdefault(TRIANGLES, {})
+        if (queries, keys, dtype) not in known:
+            known[queries, keys, dtype] = additive(_lower_right(queries, keys, query.device), dtype)
+        return known[queries, keys, dtype]
 
 
-def _causal(
-    fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-) -> Float[Tensor, "1 queries heads size"]:
-    """Causal attention of the last queries of a sequence."""
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None if queries == keys else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    return fused(module, query, key, value, None if mask is None else mask[None, None], **options)[0]
+def _lower_right(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
