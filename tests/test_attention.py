@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from catpo.core.errors import UserError
-from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers, recordable
+from catpo.models.attention.recorder import AttentionRecorder, choose_heads, choose_layers, piece_elements, recordable
 from catpo.models.packing import pack, run_backbone
 from tiny import llava, pairs
 
@@ -85,6 +85,13 @@ def test_small_memory_gives_the_same_maps():
     batch = pack(family, [family.encode(pairs(1)[0])])
     whole = record(family, batch, (1,)).mean()
     torch.testing.assert_close(record(family, batch, (1,), memory=1).mean(), whole)
+
+
+@pytest.mark.parametrize(("free", "elements"), [(80e9, 1 << 26), (1e9, 10416666), (0, 1 << 20)])
+def test_pieces_are_as_large_as_a_gpu_has_room_for(free, elements, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 80_000_000_000))
+    assert piece_elements(torch.device("cuda")) == elements
+    assert piece_elements(torch.device("cpu")) == 1 << 20
 
 
 def test_a_model_that_does_not_report_is_an_error_that_names_the_layers():

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from catpo.models.output_head import OutputHead, likeliest_tokens, token_logits, token_probabilities, token_stats
+from pretended_cuda import cuda
 
+__all__ = ["cuda"]
 DIRECTIONS = ["policy||reference", "reference||policy"]
 
 
@@ -120,6 +122,36 @@ def test_half_precision_inputs_are_summed_in_float32_and_without_a_reference_the
     hidden, head, tokens, *_ = problem(dtype=torch.bfloat16)
     stats = token_stats(hidden, head, tokens)
     assert stats.logps.dtype == torch.float32 and stats.kl is None
+
+
+def matmul_precision():
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_sums_products_of_half_precision_in_float32_and_rounds_no_logit(cuda, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(32, 256, generator=generator), torch.randn(500, 256, generator=generator)
+    hidden, weight = (tensor.to(dtype) for tensor in whole)
+    exact = hidden.double() @ weight.double().T
+    before, inside, linear = matmul_precision(), [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: inside.append(matmul_precision()) or linear(*args))
+    logits = OutputHead(weight.to("cuda")).logits(hidden.to("cuda")).cpu()
+    assert inside == ["tf32"] and matmul_precision() == before
+    assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-4
+    assert (OutputHead(weight).logits(hidden) - exact).abs().max() > 1e-2  # rounded, as before, on a CPU
+    # against float32 all through: each factor is rounded once, by a relative 2^-8 at most (float16: 2^-11)
+    unit = torch.finfo(dtype).eps / 2
+    bound = (2 * unit + unit**2) * (whole[0].abs() @ whole[1].abs().T) + 1e-4
+    assert ((logits - whole[0] @ whole[1].T).abs() <= bound).all()
+
+
+def test_a_gpu_multiplies_float32_as_torch_is_set(cuda, monkeypatch):
+    hidden, head, *_ = problem(dtype=torch.float32)
+    before, inside, linear = matmul_precision(), [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: inside.append(matmul_precision()) or linear(*args))
+    head.to(torch.device("cuda")).logits(hidden.to("cuda"))
+    assert inside == [before]
 
 
 def test_probabilities_of_a_few_tokens_equal_the_whole_softmax():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from catpo.models.tensors import arithmetic_dtype
+from catpo.models.tensors import arithmetic_dtype, sums_in_float32
 
 Direction = Literal["policy||reference", "reference||policy"]
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -60,9 +60,14 @@ class OutputHead:
 
     def logits(self, hidden: Float[Tensor, "tokens width"], tile: slice = slice(None)) -> Float[Tensor, "tokens tile"]:
         """Logits of a slice of the vocabulary, or of all, in arithmetic precision."""
+        dtype = arithmetic_dtype(hidden.dtype)
         bias = None if self.bias is None else self.bias[tile].to(hidden.dtype)
-        logits = F.linear(hidden, self.weight[tile].to(hidden.dtype), bias)
-        return self.finish(logits.to(arithmetic_dtype(hidden.dtype)))
+        weight = self.weight[tile].to(hidden.dtype)
+        with sums_in_float32(hidden) as is_summed:
+            if is_summed:
+                hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            logits = F.linear(hidden, weight, bias)
+        return self.finish(logits.to(dtype))
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and soft cap, after the projection."""
@@ -153,8 +158,9 @@ class _TokenStats(torch.autograd.Function):
         is_frozen = not any(ctx.needs_input_grad[1:3])
         keep_jacobians = is_frozen and ctx.needs_input_grad[0]
         sweep = _Sweep(hidden, head, tokens, reference_hidden, reference_head, direction, keep_jacobians)
-        for tile in _tiles(len(weight), tile_width):
-            sweep.add(tile)
+        with sums_in_float32(hidden):
+            for tile in _tiles(len(weight), tile_width):
+                sweep.add(tile)
         ctx.settings = (head, reference_head, direction, tile_width, keep_jacobians)
         saved = sweep.jacobians() if keep_jacobians else [hidden, weight, bias, tokens, reference_hidden, *sweep.norms()]
         ctx.save_for_backward(*saved)

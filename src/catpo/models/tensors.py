@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,27 @@ def pad_indices(rows: Sequence[Sequence[int]], *, fill: int = PAD) -> Int[Tensor
     for row, values in enumerate(rows):
         table[row, : len(values)] = torch.as_tensor(values, dtype=torch.long)
     return table
+
+
+@contextmanager
+def sums_in_float32(factor: Tensor) -> Iterator[bool]:
+    """On a GPU, whether `factor` is in half precision: then float32 products inside round their factors to TF32.
+
+    Its mantissa of ten bits holds every number of half precision exactly, and its sums are float32: such numbers cast to
+    float32 are multiplied as the kernels for half precision do, but the result is not rounded. On a CPU nothing changes.
+    """
+    device = factor.device.type
+    if device != "cuda" or factor.dtype not in (torch.bfloat16, torch.float16):
+        yield False
+        return
+    name, value = ("fp32_precision", "tf32") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(torch.backends.cuda.matmul, name)
+    setattr(torch.backends.cuda.matmul, name, value)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield True
+    finally:
+        setattr(torch.backends.cuda.matmul, name, before)
 
 
 def masked_sum(values: Float[Tensor, "... tokens"], mask: Bool[Tensor, "... tokens"]) -> Float[Tensor, ...]:

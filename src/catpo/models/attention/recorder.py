@@ -31,6 +31,22 @@ Mask = Tensor | BlockMask | None
 PAPER_LAYERS = (0.594, 0.6875)
 """The official run's layers 19-22 of 32, as shares of the depth (methods: the paper is silent on layers)."""
 
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements of the largest temporary, rows x heads x tokens x length: it fits a CPU's cache, and is worth a GPU's launches."""
+PIECE_SHARE = 0.25
+"""Of a GPU's free memory, for all temporaries together."""
+PIECE_BYTES = 24
+"""Of all temporaries together, per element of the largest."""
+
+
+def piece_elements(device: torch.device) -> int:
+    """Elements of the largest temporary on a device; on a GPU fewer if little memory is free."""
+    most = PIECE.get(device.type, PIECE["cuda"])
+    if device.type != "cuda":
+        return most
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(PIECE["cpu"], min(most, int(PIECE_SHARE * free) // PIECE_BYTES))
+
 
 def choose_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
     """Decoder layers (0-based) by name or number.
@@ -90,8 +106,8 @@ class AttentionRecorder:
     keys: Int[Tensor, "rows patches"]
     layers: tuple[int, ...]
     heads: Callable[[Tensor], Tensor] = field(default_factory=lambda: choose_heads("mean"))
-    memory: int = 1 << 20
-    """Elements of the largest temporary, rows x heads x tokens x length."""
+    memory: int | None = None
+    """Elements of the largest temporary, rows x heads x tokens x length; by default `piece_elements` of the device."""
     by_layer: dict[int, Float[Tensor, "rows tokens patches"]] = field(default_factory=dict)
 
     def __enter__(self) -> AttentionRecorder:
@@ -122,6 +138,8 @@ class AttentionRecorder:
         if layer not in self.layers or layer in self.by_layer:  # recorded: gradient checkpointing runs a layer twice
             return
         rows, heads, length = query.shape[0], query.shape[1], key.shape[2]
+        if self.memory is None:
+            self.memory = piece_elements(query.device)
         step = max(1, self.memory // (rows * heads * length))
         chunks = []
         for tokens in self.queries.split(step, dim=1):
