@@ -60,7 +60,7 @@ def logits_of(family, view_passes, pair):
     encoded = family.encode(pair)
     logits = {side: plain_logits(family, encoded, side) for side in SIDES}
     for name in view_passes.views:
-        shown = replace(view_passes, family=family).show(View.of(name), pair, encoded)[0]
+        shown = replace(view_passes, reader=family).show(View.of(name), pair, encoded)[0]
         logits |= {f"{side}@{name}": plain_logits(family, shown, side) for side in SIDES}
     return logits
 

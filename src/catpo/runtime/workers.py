@@ -11,9 +11,8 @@ import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,8 +26,11 @@ MOST = 4
 """Workers by default, where there are as many CPUs."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where workers leave their tensors; containers often have 64 MB of it, which no batch of pictures fits into."""
-ROOM = 1 << 30
-"""Bytes of shared memory below which there are no workers by default."""
+ROOM = 4 << 30
+"""Bytes of free shared memory below which there are no workers by default."""
+
+REFUSED = "refused"
+"""Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
 
 
 def default_count(device: str) -> int:
@@ -49,7 +51,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_workers(make: Callable[[Item], Value], items: Iterable[Item], count: int) -> Iterator[Value]:
+def in_workers(make: Callable[[Item], Value], items: Iterable[Item], count: int) -> Generator[Value, None, None]:
     """`make` of every item in their order, made by `count` workers; by this process if 0.
 
     Each worker is one item ahead; `items` are drawn here. `make` and its values are pickled if there are workers.
@@ -72,26 +74,19 @@ def in_workers(make: Callable[[Item], Value], items: Iterable[Item], count: int)
             yield opened(value)
 
 
-@dataclass(frozen=True)
-class Refused:
-    """What a worker gives in place of a value that it refused to make: torch would put its traceback before the message."""
-
-    message: str
-
-
 def opened(value: Any) -> Any:
     """A value from a `Guarded` function.
 
     Raises:
         UserError: the function raised it.
     """
-    if isinstance(value, Refused):
-        raise UserError(value.message)
+    if isinstance(value, dict) and REFUSED in value:
+        raise UserError(value[REFUSED])
     return value
 
 
 class Guarded(Generic[Item, Value]):
-    """A function for workers: what it refuses comes back as `Refused`, and signals are left to the main process."""
+    """A function for workers: what it refuses comes back as a value, see `opened`; signals are left to the main process."""
 
     def __init__(self, make: Callable[[Item], Value]) -> None:
         self.make = make
@@ -100,7 +95,7 @@ class Guarded(Generic[Item, Value]):
         self._settled: int | None = None
         """The worker process whose signals are settled."""
 
-    def __call__(self, item: Item) -> Value | Refused:
+    def __call__(self, item: Item) -> Value | dict[str, str]:
         if get_worker_info() is None:
             return self.make(item)
         if self._settled != os.getpid():
@@ -109,7 +104,7 @@ class Guarded(Generic[Item, Value]):
         try:
             return self.make(item)
         except UserError as error:
-            return Refused(str(error))
+            return {REFUSED: str(error)}
 
 
 def _leave_signals_to_the_main_process() -> None:

@@ -22,6 +22,8 @@ class Window:
 
     shard: int
     places: range
+    is_last: bool
+    """Of the shard."""
     reads_another: bool
     """Whether the pairs are read with another picture too."""
 
@@ -30,7 +32,6 @@ class Window:
 class Prepared:
     """A batch as the model reads it."""
 
-    shard: int
     places: list[int]
     """Of its pairs in the data set."""
     encoded: list[Encoded]
@@ -58,10 +59,11 @@ class Preparation:
         """The parts of a shard: the pixels of a whole one may not fit in memory."""
         size = max(SORTED_PAIRS, self.batch_size)
         for start in range(places.start, places.stop, size):
-            yield Window(shard, range(start, min(start + size, places.stop)), reads_another)
+            end = min(start + size, places.stop)
+            yield Window(shard, range(start, end), end == places.stop, reads_another)
 
-    def __call__(self, window: Window) -> list[Prepared]:
-        """Batches of pairs of similar length, so that little is padded; they depend on the shard's pairs only.
+    def __call__(self, window: Window) -> tuple[Window, list[Prepared]]:
+        """The window with its batches, of pairs of similar length, so that little is padded. They depend on its pairs only.
 
         Raises:
             UserError: a pair cannot be encoded; names it.
@@ -74,18 +76,17 @@ class Preparation:
             count = min(self.batch_size, max(1, self.batch_tokens // longest))
             places, items = zip(*encoded[:count], strict=True)
             encoded = encoded[count:]
-            batches.append(self._prepared(window, list(places), list(items)))
-        return batches
+            batches.append(self._prepared(list(places), list(items), window.reads_another))
+        return window, batches
 
-    def _prepared(self, window: Window, places: list[int], encoded: list[Encoded]) -> Prepared:
+    def _prepared(self, places: list[int], encoded: list[Encoded], reads_another: bool) -> Prepared:
         pieces: list[dict[Side, list[str]]] = []
         for item in encoded:  # the last token of a response is the end-of-sequence token
             pieces.append({side: [*self.reader.pieces(item.response_ids[side][:-1]), ""] for side in SIDES})
         rows = packed(self.reader, encoded)
-        another = (
-            with_another(self.reader, [self.pairs[place] for place in places], self.others) if window.reads_another else None
-        )
-        return Prepared(window.shard, places, [replace(item, pixels={}) for item in encoded], rows, pieces, another)
+        pairs = [self.pairs[place] for place in places] if reads_another else []
+        another = with_another(self.reader, pairs, self.others) if reads_another else None
+        return Prepared(places, [replace(item, pixels={}) for item in encoded], rows, pieces, another)
 
 
 @dataclass(frozen=True)

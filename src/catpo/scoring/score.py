@@ -6,9 +6,9 @@ Knows nothing of how signals become weights (that is decided when the store is r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from catpo.config.command import command
 from catpo.config.options import ScoreOptions
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PreferencePair
+from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.data.read import read_pairs
 from catpo.data.spool import SpooledPairs, ids_of, spread
 from catpo.files.atomic import check_path
@@ -34,7 +34,7 @@ from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.batches import Preparation, Prepared, Window, encoding_problems
-from catpo.scoring.forward import PairScorer, join_maps, join_top
+from catpo.scoring.forward import PairScorer, ScoredResponse, join_maps, join_top
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.scoring.settings import PAPER_SETTINGS, ScoreSettings, hash_labels, provenance
 
@@ -209,15 +209,18 @@ class _StoreRun:
             track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar,
             workers.explained(self.worker_count),
             on_sigterm() as stop,
+            closing(workers.in_workers(self.preparation, self._windows(writer, missing), self.worker_count)) as windows,
         ):
-            batches = chain.from_iterable(
-                workers.in_workers(self.preparation, self._windows(writer, missing), self.worker_count)
-            )
-            for shard, of_shard in groupby(batches, lambda batch: batch.shard):
-                stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")
-                self._write_shard(
-                    writer, shard, of_shard, lambda count: bar.advance(done + self.group.add("scored", count) - bar.count)
-                )
+            scored: dict[tuple[str, Side], ScoredResponse] = {}  # of the shard
+            for window, batches in windows:
+                if not scored:
+                    stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")
+                for batch in batches:
+                    scored |= self._scored(batch)
+                    bar.advance(done + self.group.add("scored", len(batch.places)) - bar.count)
+                if window.is_last:
+                    self._write_shard(writer, window.shard, scored)
+                    scored = {}
             self.group.barrier("scored")
 
     def _windows(self, writer: RewardWriter, missing: Sequence[int]) -> Iterator[Window]:
@@ -225,15 +228,12 @@ class _StoreRun:
         for shard in self.group.claim("missing", missing):
             yield from self.preparation.windows(shard, writer.pairs_of(shard), self.scorer.reads_another)
 
-    def _write_shard(
-        self, writer: RewardWriter, shard: int, batches: Iterable[Prepared], advance: Callable[[int], None]
-    ) -> None:
-        scored = {}
-        for batch in batches:
-            pairs = [self.pairs[place] for place in batch.places]
-            for response in self.scorer.score_batch(batch, pairs, self.preparation.others):
-                scored[response.row.pair_id, response.row.side] = response
-            advance(len(pairs))
+    def _scored(self, batch: Prepared) -> dict[tuple[str, Side], ScoredResponse]:
+        pairs = [self.pairs[place] for place in batch.places]
+        responses = self.scorer.score_batch(batch, pairs, self.preparation.others)
+        return {(response.row.pair_id, response.row.side): response for response in responses}
+
+    def _write_shard(self, writer: RewardWriter, shard: int, scored: Mapping[tuple[str, Side], ScoredResponse]) -> None:
         responses = [scored[pair_id, side] for pair_id in writer.pair_ids[writer.pairs_of(shard)] for side in SIDES]
         writer.write_shard(
             shard,
