@@ -11,7 +11,7 @@ import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,8 +26,11 @@ MOST = 4
 """Workers by default, where there are as many CPUs."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where workers leave their tensors; containers often have 64 MB of it, which no batch of pictures fits into."""
-ROOM = 1 << 30
-"""Bytes of shared memory below which there are no workers by default."""
+ROOM = 4 << 30
+"""Bytes of free shared memory below which there are no workers by default."""
+
+REFUSED = "refused"
+"""Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
 
 REFUSED = "refused"
 """Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
@@ -51,7 +54,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_workers(make: Callable[[Item], Value], items: Iterable[Item], count: int) -> Iterator[Value]:
+def in_workers(make: Callable[[Item], Value], items: Iterable[Item], count: int) -> Generator[Value, None, None]:
     """`make` of every item in their order, made by `count` workers; by this process if 0.
 
     Each worker is one item ahead; `items` are drawn here. `make` and its values are pickled if there are workers.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,9 +209,10 @@ class _StoreRun:
             track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar,
             workers.explained(self.worker_count),
             on_sigterm() as stop,
+            closing(workers.in_workers(self.preparation, self._windows(writer, missing), self.worker_count)) as windows,
         ):
             scored: dict[tuple[str, Side], ScoredResponse] = {}  # of the shard
-            for window, batches in workers.in_workers(self.preparation, self._windows(writer, missing), self.worker_count):
+            for window, batches in windows:
                 if not scored:
                     stop.leave_if_asked(f"{bar.count} of {len(self.pairs)} pairs are scored in {self.output}.")
                 for batch in batches:
