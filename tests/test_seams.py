@@ -244,6 +244,7 @@ def test_a_callback_can_ask_for_a_checkpoint_and_the_end(tmp_path):
 @pytest.mark.parametrize("method, names", [
     ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]), ("training_step", ["model", "inputs"]),
     ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]), ("log", ["logs", "start_time"]),
+    ("_get_num_items_in_batch", ["batch_samples", "device"]),
     ("_get_grad_norm", ["model", "grad_norm"]), ("_get_train_sampler", ["train_dataset"]),
     ("_get_eval_sampler", ["eval_dataset"]), ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
     ("_issue_warnings_after_load", ["load_result"]), ("create_optimizer", []), ("compute_loss_context_manager", []),

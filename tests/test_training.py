@@ -148,6 +148,21 @@ def test_adaptive_rewards_ask_for_an_objective_with_weights(folder, store, tmp_p
         run(folder, tmp_path, objective="dpo", rewards=str(store), rescore_every=2)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_window_that_ends_short_counts_each_pair_alike(folder, store, tmp_path, workers):
+    """Seven pairs in one step: at once, one by one, and as 2 + 2 + 2 + 1."""
+    norms, losses = [], []
+    for batch_size, windows in ((7, 1), (1, 7), (2, 4)):
+        trainer = run(
+            folder, tmp_path / f"{batch_size}", objective="dpo", rewards=str(store), count=7, max_steps=1,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=windows, dataloader_num_workers=workers,
+        )  # fmt: skip
+        norms.append(curve(trainer, "grad_norm")[0])
+        losses.append(curve(trainer, "loss")[0])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_batches_of_like_length_are_padded_less(tmp_path):
     texts = [" ".join(["cat"] * (3 + 7 * number % 60)) for number in range(64)]
     mixed = [pair(number, text, text + " dog") for number, text in enumerate(texts)]

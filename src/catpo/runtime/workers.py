@@ -32,9 +32,6 @@ ROOM = 4 << 30
 REFUSED = "refused"
 """Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
 
-REFUSED = "refused"
-"""Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
-
 
 def default_count(device: str) -> int:
     """Workers if no number is given: on a GPU one per free CPU, at most `MOST`; none on a CPU, which they would share.

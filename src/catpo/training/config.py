@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from catpo.models import devices
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.workers import default_count
-from catpo.training.objectives import Objective
+from catpo.training.objectives import Objective, build
 from catpo.training.pair_stats import Quantity, kl_direction, requirements
 
 REFERENCES = ("cached", "online")
@@ -152,6 +152,14 @@ def check_optimiser(args: TrainingArguments, model: Any, given: Any) -> None:
     except (ImportError, ValueError) as error:
         optim = getattr(args.optim, "value", args.optim)
         raise UserError(f"optim='{optim}' cannot be used: {first_line(error)} Or choose optim='adamw_torch'.") from error
+
+
+def objective_of(args: CatPOConfig) -> Objective:
+    """The objective that is asked for, with `beta` unless it names its own."""
+    spec = parse(args.objective)
+    if args.beta is not None and "beta" not in spec.options:
+        spec = replace(spec, options={**spec.options, "beta": args.beta})
+    return build(spec)
 
 
 def needs_store(objective: Objective, reference: str) -> bool:

@@ -9,7 +9,6 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo.core.errors import UserError
-from catpo.core.spec import parse
 from catpo.core.types import PreferencePair
 from catpo.data.spool import joined
 from catpo.data.trl_rows import as_pairs
@@ -40,15 +38,23 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
 from catpo.scoring.score import score_pairs
-from catpo.training import loss_checks, objectives, precision
+from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.collator import PairCollator
-from catpo.training.config import CatPOConfig, check_optimiser, check_reference, check_rescoring, check_store, needs_store
+from catpo.training.config import (
+    CatPOConfig,
+    check_optimiser,
+    check_reference,
+    check_rescoring,
+    check_store,
+    needs_store,
+    objective_of,
+)  # fmt: skip
 from catpo.training.figures import Figures
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths, lengths_of
-from catpo.training.objectives import LossOutput, Objective
+from catpo.training.objectives import LossOutput
 from catpo.training.opening import open_for_training
 from catpo.training.pair_forward import add_pair_forward
 from catpo.training.pair_stats import PairStats, Quantity, kl_direction, requirements
@@ -98,7 +104,7 @@ class CatPOTrainer(Trainer):
         """What runs, for the message of an out-of-memory error."""
         self.family = open_for_training(model, processing_class, args, ref_model)
         args, self.computes_in = precision.settled(args, self.family.head.weight.dtype)
-        self.objective = _objective(args)
+        self.objective = objective_of(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
         check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
@@ -139,7 +145,7 @@ class CatPOTrainer(Trainer):
             self.add_callback(
                 Rescoring(args.rescore_every, all_pairs, self.family, collator, folder, self.accelerator.autocast)
             )
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: accumulation divides it
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of the whole window
 
     # ---- preparation --------------------------------------------------------------------------------------------------
 
@@ -148,10 +154,7 @@ class CatPOTrainer(Trainer):
         prefix = cast(Prefix, args.prefix)
         views = ViewPasses(self.family.reader(), self.needs, pairs, args.seed, prefix, max_length=args.max_length)
         if views.views and args.dataloader_persistent_workers:
-            raise UserError(
-                "dataloader_persistent_workers=True would show the first epoch's draws of the views in every epoch. "
-                "Leave it out."
-            )
+            raise UserError("dataloader_persistent_workers=True would keep the first epoch's draws of the views. Leave it out.")
         return views
 
     def _collator(self, args: CatPOConfig) -> PairCollator:
@@ -241,7 +244,7 @@ class CatPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the objective's losses over the pairs of the batch."""
+        """Mean of the objective's losses over the pairs of the batch; in training, this batch's part of its window's mean."""
         if not self.args.train_vision:
             for part in self.family.frozen_parts():  # no dropout or batch statistics: it must see what the reference saw
                 part.eval()
@@ -249,7 +252,7 @@ class CatPOTrainer(Trainer):
         output = self.objective.loss(stats, **self.objective.options)
         self._check(output, stats, inputs)
         self._record(output, stats, inputs)
-        loss = output.losses.mean()
+        loss = output.losses.sum() / (num_items_in_batch or len(output.losses))
         return (loss, output) if return_outputs else loss
 
     def pair_stats(self, model: nn.Module, batch: Batch) -> PairStats:
@@ -383,6 +386,13 @@ class CatPOTrainer(Trainer):
         self._doing = f"in the optimiser's step {self.state.global_step}"
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        """Pairs of a gradient-accumulation window, so that a window which ends short counts each pair alike.
+
+        Of this process: accelerate gives every process batches of the same sizes.
+        """
+        return sum(len(opened(batch)["pair_ids"]) for batch in batch_samples)
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The gradient norm for the log: the last chance to refuse a gradient (only DeepSpeed has applied it by then)."""
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -442,10 +452,3 @@ class CatPOTrainer(Trainer):
 def _size(batch: Batch) -> str:
     rows, tokens = batch["model_inputs"]["input_ids"].shape
     return f"{len(batch['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
-
-
-def _objective(args: CatPOConfig) -> Objective:
-    spec = parse(args.objective)
-    if args.beta is not None and "beta" not in spec.options:
-        spec = replace(spec, options={**spec.options, "beta": args.beta})
-    return objectives.build(spec)
