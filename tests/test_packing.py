@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from catpo.models.attention import last_layer, packed
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.loading import load
-from catpo.models.packing import model_inputs, pack, response_hidden, run_backbone, to_device
+from catpo.models.packing import model_inputs, pack, response_hidden, run_backbone
+from catpo.models.transfer import to_device
 from pretended_cuda import cuda
 from tiny import llava, pairs
 from tiny_families import build
