@@ -185,3 +185,9 @@ def hidden_and_logps(model: Any, batch: Batch) -> tuple[Float[Tensor, "flat widt
     """Final hidden states that predict the response tokens, and the tokens' log-probs."""
     hidden = response_hidden(run_backbone(model, batch).last_hidden_state, batch)
     return hidden, at_head(model, hidden, token_stats, batch["flat_ids"]).logps
+
+
+def size_of(batch: Batch) -> str:
+    """How large a batch is, in words."""
+    rows, tokens = batch["model_inputs"]["input_ids"].shape
+    return f"{len(batch['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"

@@ -31,7 +31,7 @@ from catpo.models.attention import last_layer
 from catpo.models.family import Family
 from catpo.models.family_check import check_family
 from catpo.models.output_head import OutputHead, TokenStats
-from catpo.models.packing import Batch, Prefix, hidden_and_logps, unflatten
+from catpo.models.packing import Batch, Prefix, hidden_and_logps, size_of, unflatten
 from catpo.models.tensors import masked_sum
 from catpo.models.top_k import TopTokens
 from catpo.rewards.store import RewardStore
@@ -381,7 +381,7 @@ class CatPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward."""
         self.family.forget_hash()  # of weights that change now
-        self._doing = f"at step {self.state.global_step} with {_size(opened(inputs))}"
+        self._doing = f"at step {self.state.global_step} with {size_of(opened(inputs))}"
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._doing = f"in the optimiser's step {self.state.global_step}"
         return loss
@@ -406,7 +406,7 @@ class CatPOTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Loss of an evaluation batch. The Trainer's would look for labels and logits, and there are none."""
         inputs = opened(inputs)
-        self._doing = f"evaluating {_size(inputs)}"
+        self._doing = f"evaluating {size_of(inputs)}"
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -447,8 +447,3 @@ class CatPOTrainer(Trainer):
                 f"{len(load_result.unexpected_keys)} unknown, "
                 f"e.g. '{(missing or load_result.unexpected_keys)[0]}'). Resume with the model and options the run began with."
             )
-
-
-def _size(batch: Batch) -> str:
-    rows, tokens = batch["model_inputs"]["input_ids"].shape
-    return f"{len(batch['pair_ids'])} pairs ({rows} rows of {tokens:,} tokens)"
