@@ -38,7 +38,7 @@ def as_pairs(dataset: Any) -> Any:
         return None
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UserError(f"A {type(dataset).__name__} has no length. Give the trainer a list or a data set with len() and [i].")
-    if len(dataset) and isinstance(dataset[0], PreferencePair):
+    if not _is_stored(dataset) and len(dataset) and isinstance(dataset[0], PreferencePair):
         return dataset
     return SpooledPairs.of(_pairs(dataset))
 
@@ -60,8 +60,7 @@ def _pairs_of(row: Row) -> list[PreferencePair]:
 
 def _rows(dataset: Any) -> Iterator[Row]:
     """The rows by their numbers; those of a `datasets.Dataset` as they are stored, unless it has a transform of its own."""
-    library = sys.modules.get("datasets")  # not imported: then it is none of its data sets
-    if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] is None:
+    if _is_stored(dataset):
         from catpo.data.datasets._table import Table, undecoded
 
         yield from Table("the data set", undecoded(dataset), Path.cwd()).rows()
@@ -73,6 +72,12 @@ def _rows(dataset: Any) -> Iterator[Row]:
                 f"the data set, row {number} is a {type(values).__name__}. Give rows with prompt, chosen and rejected."
             )
         yield Row(f"the data set, row {number}", values)
+
+
+def _is_stored(dataset: Any) -> bool:
+    """Whether it is a `datasets.Dataset` without a transform; the library is not imported: then it is none."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] is None
 
 
 def _picture(row: Row, field: str, index: int, cell: Any) -> Picture:

@@ -69,13 +69,13 @@ def pairs_of(row: Row, choices: Choices = Choices(), pictures: tuple[Picture, ..
 # ---- which format --------------------------------------------------------------------------------------------------------
 
 MARKS = {
-    "rejected_conversations": "two conversations", "rejected_messages": "two conversations", "rejected_response": "ms-swift",
+    "rejected_conversations": "two conversations", "rejected_messages": "two lists", "rejected_response": "ms-swift",
     "completions": "ranked", "conversations": "sharegpt", "messages": "sharegpt", "instruction": "alpaca", "text": "json",
 }  # fmt: skip
 """Field -> the shape of a row that has it; the first that is there decides."""
 FORMATS = {
     "llama-factory": ("sharegpt", "alpaca"),
-    "ms-swift": ("ms-swift", "two conversations"),
+    "ms-swift": ("ms-swift", "two lists"),
     "povid": ("two conversations",),
     "trl": ("plain",),
     "rlhf-v": ("json", "plain"),
@@ -154,8 +154,8 @@ def _plain(row: Row, choices: Choices) -> Preference:
 
 
 SHAPES: dict[str, Callable[[Row, Choices], Preference]] = {
-    "two conversations": _two_conversations, "ms-swift": _ms_swift, "sharegpt": _sharegpt, "alpaca": _alpaca, "json": _json,
-    "plain": _plain,
+    "two conversations": _two_conversations, "two lists": _two_conversations, "ms-swift": _ms_swift, "sharegpt": _sharegpt,
+    "alpaca": _alpaca, "json": _json, "plain": _plain,
 }  # fmt: skip
 
 
