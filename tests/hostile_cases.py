@@ -280,7 +280,7 @@ def texts() -> None:
     for token in ("<image>", "</s>", "<s>", "<pad>"):
         row = {**PAIR, "rejected": f"A {token} cat."}
         bad(f"token-in-response-{token}", lambda p, row=row: score(p, p.data(row)), "pair", "rejected", repr(token))
-        row = {**PAIR, "prompt": f"What {token}?"}
+        row = {**PAIR, "prompt": f"What {token}?" + f" {token}" * (token == "<image>")}  # one would be the picture's place
         bad(f"token-in-prompt-{token}", lambda p, row=row: score(p, p.data(row)), "pair", "the prompt", repr(token))
     long = {**PAIR, "chosen": "A dog sits. " * 8_400}
     bad("response-of-100k-characters", lambda p: score(p, p.data(long)), "pair", "tokens")

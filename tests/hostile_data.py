@@ -101,7 +101,6 @@ def lines() -> None:
     text = json.dumps(PAIR)
     for name, line, reason in [
         ("not-json", b"{image: a.png}", "not valid JSON"),
-        ("list", b"[1, 2]", "must be a JSON object"),
         ("nan", text[:-1].encode() + b', "meta": {"score": NaN}}', "NaN"),
         ("key-twice", text[:-1].encode() + b', "chosen": "A bird."}', "'chosen' stands twice"),
         ("deep", text[:-1].encode() + b', "meta": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "not valid JSON"),
@@ -110,6 +109,7 @@ def lines() -> None:
         ("long-line", b'{"image": "' + b"a" * 17_000_000 + b'"}', "longer than"),
     ]:  # fmt: skip
         bad(f"line-{name}", lambda place, line=line: convert(place, place.data(line)), "data.jsonl:1", reason)
+    bad("line-list", lambda p: convert(p, p.data(b"[1, 2]")), "data.jsonl, row 0", "must be a JSON object")
     bad("line-same-id", lambda p: convert(p, p.data({**PAIR, "id": "x"}, {**PAIR, "id": "x", "chosen": "B."})), ":2", "id 'x'")
     bad("line-same-pair", lambda p: convert(p, p.data(PAIR, PAIR)), "data.jsonl:2", "line 1")
     bad("line-same-answers", lambda p: convert(p, p.data({**PAIR, "rejected": "A dog. "})), "data.jsonl:1", "the same text")
@@ -159,7 +159,7 @@ def paths() -> None:
         ("absolute", "/etc/passwd", "leaves the folder"),
         ("up-inside", "sub/../../secret.png", "leaves the folder"),
         ("windows-up", "..\\secret.png", "leaves the folder"),
-        ("url", "https://example.org/a.png", "is not a file"),
+        ("url", "https://example.org/a.png", "nothing is downloaded"),
         ("nul", "a\0.png", "not a usable path"),
         ("long", "a" * 5000 + ".png", "not a usable path"),
         ("escape-sequence", "\x1b[2Ja.png", "is not a file"),
@@ -325,7 +325,7 @@ def llava_style() -> None:
     three = [*POVID["conversations"], {"from": "human", "value": "And?"}]
     ranked = {"image": "a.png", "prompt": "What?"}
     for name, content, reason in [
-        ("several-turns", [{**POVID, "conversations": three}], "one question with one answer"),
+        ("several-turns", [{**POVID, "conversations": three}], "must end with a question and its answer"),
         ("row-list", [[]], "row 0"),
         ("completions-ragged", [{**ranked, "completions": {"response": ["a", "b"], "score": [1]}}], "'completions'"),
         ("annotations-list", [{**ranked, "completions": [{"response": "a", "annotations": [1]}]}], "'completions"),
@@ -379,7 +379,7 @@ def tables() -> None:
         ("same-answers", {"image": picture, **texts, "rejected": "A dog."}, "the same text"),
         ("text-without-question", {"image": picture, "text": '{"chosen": "a", "rejected": "b"}'}, "'question'"),
         ("text-key-twice", {"image": picture, "text": '{"question": "a", "question": "b"}'}, "stands twice"),
-        ("no-picture", texts, "'image_path'"),
+        ("no-picture", texts, "'image'"),
         ("picture-broken", {"image": {"bytes": encoded()[:-30], "path": None}, **texts}, "row 0"),
         ("picture-path-up", {"image": {"bytes": None, "path": "../../etc/passwd"}, **texts}, "leaves the folder"),
     ]:

@@ -138,7 +138,7 @@ BAD = {
     "field 'question' is missing": {"text": json.dumps({"chosen": "a", "rejected": "b"})},
     "chosen and rejected are the same": {"text": json.dumps({**ANSWERS[0], "rejected": ANSWERS[0]["chosen"]})},
     "field 'rejected' must be a text, not int": {"text": json.dumps({**ANSWERS[0], "rejected": 3})},
-    "field 'image_path' is missing": {"image": None},
+    "field 'image' is missing": {"image": None},
 }
 
 
@@ -160,7 +160,7 @@ def test_a_missing_hub_data_set_is_explained(monkeypatch):
 
 
 def test_a_folder_without_tables_is_explained(tmp_path):
-    with pytest.raises(UserError, match="no Parquet or JSON files in it"):
+    with pytest.raises(UserError, match="no Parquet, JSON or CSV files in it"):
         open_data(f"trl(source={str(tmp_path)!r})")
 
 
@@ -168,8 +168,8 @@ def test_a_folder_without_tables_is_explained(tmp_path):
 
 
 def message(role, text, parts=False):
-    content = [{"type": "image", "text": None}, {"type": "text", "text": text}] if parts else text
-    return {"role": role, "content": content}
+    picture = [{"type": "image", "text": None}] if role == "user" else []
+    return {"role": role, "content": [*picture, {"type": "text", "text": text}] if parts else text}
 
 
 SHAPES = {

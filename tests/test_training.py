@@ -356,7 +356,7 @@ def test_rows_in_trls_format_are_taken(folder, tmp_path):
     trainer = CatPOTrainer(str(folder), config(tmp_path, max_steps=1), rows)
     trainer.train()
     assert curve(trainer, "loss/preference")[0] == pytest.approx(math.log(2), abs=1e-5)
-    with pytest.raises(UserError, match="row 0 of the data set: field 'rejected' is missing"):
+    with pytest.raises(UserError, match="the data set, row 0: field 'rejected' is missing"):
         CatPOTrainer(str(folder), config(tmp_path), [{key: value for key, value in rows[0].items() if key != "rejected"}])
 
 

@@ -101,7 +101,7 @@ def _some(listed: Mapping[str, Any]) -> str:
 
 
 def data_tables(report: Any) -> list[Table | str]:
-    """What `catpo data check` found: counts, lengths, and every problem with its row."""
+    """What `catpo data check` found: counts, lengths, and problems; equal ones of several rows with the first of them."""
     counts = f"{report.rows} rows: {report.pairs} pairs, {report.samples} samples, {report.pictures} different pictures"
     shown: list[Table | str] = [_cell(f"{report.name}: {counts}")]
     if report.lengths:
@@ -109,9 +109,9 @@ def data_tables(report: Any) -> list[Table | str]:
         for name, length in report.lengths.items():
             lengths.add_row(name, str(length.least), f"{length.median:g}", str(length.most), length.unit)
         shown.append(lengths)
-    problems = Table("problem", "where", "what", title=f"{len(report.problems)} problems")
-    for problem in report.problems:
-        problems.add_row(problem.kind, _cell(problem.where), _cell(problem.what))
+    problems = Table("problem", "rows", "first", "what", title=f"{len(report.problems)} problems")
+    for problem, count in report.grouped():
+        problems.add_row(problem.kind, f"{count:,}", _cell(problem.where), _cell(problem.what))
     return [*shown, problems if report.problems else "No problems found."]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from PIL import Image, ImageOps
 
+from catpo.core.conversation import IMAGE, Turn, check_places
 from catpo.core.errors import UserError
 
 Side = Literal["chosen", "rejected"]
@@ -44,7 +45,7 @@ class Picture:
     at: tuple[str | int, ...] = ()
 
     def open(self) -> Image.Image:
-        """The picture as RGB, rotated as viewers show it (EXIF), first frame of an animation.
+        """The picture as RGB on white, rotated as viewers show it (EXIF), first frame of an animation.
 
         Raises:
             UserError: it is missing, empty, broken, too large, or not a picture.
@@ -58,7 +59,7 @@ class Picture:
                         raise UserError(
                             f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
                         )
-                    return _as_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+                    return _on_white(_as_eight_bits(ImageOps.exif_transpose(image)))
         except UNREADABLE as error:
             raise UserError(f"{self} is not a picture that can be read ({error}). Replace or remove it.") from error
 
@@ -104,10 +105,23 @@ def opened(content: bytes) -> Image.Image:
 
 
 def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture as viewers show it; Pillow would clip values above 255."""
+    """A grey picture of 16 bits or of fractions as viewers show it; Pillow would clip the values at 255."""
+    if image.mode == "F":
+        low, high = cast("tuple[float, float]", image.getextrema())
+        if not 0 <= low <= high <= 255:  # not a number is neither
+            raise ValueError(f"its values go from {low:g} to {high:g}, not from 0 to 1 or to 255")
+        return image.point(lambda value: value * 255 + 0.5).convert("L") if high <= 1 else image.convert("L")
     if not image.mode.startswith("I"):
         return image
     return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture as RGB; what is transparent shows white, as on a page."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -167,15 +181,18 @@ class PreferencePair:
     """Per side, object words known to be grounded or hallucinated."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the row; kept, never used in training."""
+    history: tuple[Turn, ...] = ()
+    """System message and earlier turns, which come before the prompt; the loss is on the response to the prompt alone."""
 
     def response(self, side: Side) -> str:
         return self.chosen if side == "chosen" else self.rejected
 
 
-def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str) -> str:
+def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str, history: Sequence[Turn] = ()) -> str:
     """A pair's identity: hash of its pictures' bytes and its texts."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in [*(image.digest() for image in images), prompt, chosen, rejected]:
+    earlier = [part for turn in history for part in (turn.role, turn.text)]
+    for part in [*(image.digest() for image in images), *earlier, prompt, chosen, rejected]:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
@@ -184,15 +201,22 @@ def check_pair(pair: PreferencePair) -> PreferencePair:
     """Check what every later step relies on; returns the pair.
 
     Raises:
-        UserError: a response is empty, both are the same, or there is no picture; names the pair.
+        UserError: a response is empty or holds a place for a picture, both are the same, there is no picture, or the prompt has
+            places for another number of them; names the pair.
     """
     for side in SIDES:
         if not pair.response(side).strip():
             raise UserError(f"pair {pair.id}: the {side} response is empty. Remove the pair or give it a text.")
+        if IMAGE in pair.response(side):
+            raise UserError(f"pair {pair.id}: the {side} response holds '{IMAGE}'; only a prompt has pictures. Remove it.")
     if pair.chosen.strip() == pair.rejected.strip():
         raise UserError(
             f"pair {pair.id}: chosen and rejected are the same text, so nothing can be learned from it. Remove the pair."
         )
     if not pair.images:
         raise UserError(f"pair {pair.id} has no picture. Give it at least one.")
+    try:
+        check_places([*pair.history, Turn("user", pair.prompt)], len(pair.images))
+    except UserError as error:
+        raise UserError(f"pair {pair.id}: {error}") from error
     return pair

@@ -5,6 +5,7 @@ Knows no format; token counts come from a model's own processor.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,8 @@ from catpo.files.json_files import write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import versions
 
+OWN = re.compile(r"(?<!field )'[^']*'|\b[0-9a-f]{16}\b|\d[\d,.]*")
+"""What is a row's own in a message: quoted texts, except names of fields; ids of pairs; numbers."""
 BLOCK = 256
 """Pairs converted between two writes."""
 
@@ -67,6 +70,13 @@ class DataReport:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def grouped(self) -> list[tuple[Problem, int]]:
+        """Equal problems of several rows as the first of them, and their number; in the order of the rows."""
+        groups: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.problems:
+            groups.setdefault((problem.kind, OWN.sub("…", problem.what)), []).append(problem)
+        return [(group[0], len(group)) for group in groups.values()]
 
 
 def check_data(data: str | Path, *, family: Any = None, max_length: int | None = None, limit: int | None = None) -> DataReport:

@@ -41,9 +41,11 @@ def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
 
 def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:
     """A pair's row; its pictures are saved in the folder."""
+    history = [{"role": turn.role, "content": turn.text} for turn in pair.history]
     return {
         "id": pair.id,
         "images": [_save(folder, picture) for picture in pair.images],
+        **({"history": history} if history else {}),
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,

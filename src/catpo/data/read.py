@@ -1,7 +1,7 @@
 """Open a data set by what a user writes, `scenes(count=400)` or a path, and select rows of it. Knows no data set by name.
 
 Options of every data set, besides its own: `limit`, `where='field=value'`, `max_words`, and `part='train'` or `'dev'` with
-`eval_fraction` and `dev_seed`.
+`eval_fraction` and `dev_seed`; of those that are read row by row also `columns={'field': 'column'}` and `ignore=['column']`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from catpo.core.checks import check_kind, check_positive
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, keyword_options, parse
 from catpo.core.types import SIDES, PreferencePair, Sample, check_pair
-from catpo.data.datasets import Dataset, Scanned
+from catpo.data.datasets import Dataset, FieldOptions, RowDataset, Scanned
+from catpo.data.path_kind import data_set_of
 from catpo.data.spool import SpooledPairs, ids_of, select
 from catpo.runtime.skip_log import SkipLog
 
 
 def open_data(text: str | Path | Spec | Dataset) -> Dataset:
-    """A data set: `name(option=value)`, a path (a folder or a file, as data set `folder`), or one that is open already.
+    """A data set: `name(option=value)`, a path (a file or a folder, opened as what it is), or one that is open already.
 
     A plugin that reads files takes their path as option `source`: `folder(source='DIR', limit=10)`. If a folder has the name of
     a plugin, the plugin is meant; `./scenes` is the folder.
@@ -39,7 +40,7 @@ def open_data(text: str | Path | Spec | Dataset) -> Dataset:
     if isinstance(text, Dataset):
         return text
     request = _request(text)
-    dataset = request.plugin(*request.source, **request.options)
+    dataset = request.open()
     return dataset if request.part == Part() else Subset(dataset, request.part.samples, request.part.pairs)
 
 
@@ -200,16 +201,24 @@ class _Request:
     source: tuple[str, ...]
     options: dict[str, Any]
     part: Part
+    fields: FieldOptions
+
+    def open(self) -> Dataset:
+        dataset = self.plugin(*self.source, **self.options)
+        if isinstance(dataset, RowDataset):
+            dataset.read_with(self.fields)
+        return dataset
 
     def scan(self) -> Iterator[Scanned]:
-        return self.plugin.scan(*self.source, **self.options)
+        fields = {"fields": self.fields} if issubclass(self.plugin, RowDataset) else {}
+        return self.plugin.scan(*self.source, **fields, **self.options)
 
 
 def _request(text: str | Path | Spec) -> _Request:
     """The plugin and its options; a plugin's name wins over a path, and a path over a mistyped option."""
     path, known = Path(str(text)), registry.names("datasets")
     if isinstance(text, Path):
-        return _request_of(Spec("folder", {"source": str(text)}))
+        return _request_of_path(text)
     try:
         spec = parse(text)
     except UserError:
@@ -219,12 +228,16 @@ def _request(text: str | Path | Spec) -> _Request:
     if spec is not None and spec.name in known:
         return _request_of(spec)
     if path.exists():
-        return _request_of(Spec("folder", {"source": str(text)}))
+        return _request_of_path(path, str(text))
     if spec is None or "/" in str(text) or "." in str(text):
-        raise UserError(f"'{text}' does not exist. Give a folder, a .jsonl file, or a data set such as scenes(count=400).")
+        raise UserError(f"'{text}' does not exist. Give a folder, a file, or a data set such as scenes(count=400).")
     raise UserError(
         f"'{spec.name}' is neither a path nor a data set. {did_you_mean(spec.name, known)} `catpo list` shows them all."
     )
+
+
+def _request_of_path(path: Path, text: str | None = None) -> _Request:
+    return _request_of(Spec(data_set_of(path), {"source": str(path) if text is None else text}))
 
 
 def _request_of(spec: Spec) -> _Request:
@@ -235,11 +248,45 @@ def _request_of(spec: Spec) -> _Request:
         raise UserError(f"{spec.name}: source={source!r} must be a path in quotes.")
     if source is not None and "source" not in inspect.signature(plugin).parameters:
         raise UserError(f"'{spec.name}' reads no file, so it has no option 'source'.")
+    fields = _take_fields(spec.name, options, plugin)
     part = _take_part(spec.name, options, plugin)
+    _check_known(spec.name, options, plugin)
     checked = check_options(plugin, Spec(spec.name, options))
     if "sources" in checked:
         checked["sources"] = [open_data(source) for source in checked["sources"]]
-    return _Request(plugin, () if source is None else (source,), checked, part)
+    return _Request(plugin, () if source is None else (source,), checked, part, fields)
+
+
+def _check_known(name: str, options: Mapping[str, Any], plugin: type[Dataset]) -> None:
+    """Raise UserError for an unknown option; lists the data set's own and those of every data set."""
+    own = [*(["source"] if "source" in inspect.signature(plugin).parameters else []), *keyword_options(plugin)]
+    common = [option for option in _common(plugin) if option not in own]
+    for option in options:
+        if option not in own:
+            close = did_you_mean(option, [*own, *common])
+            listed = f"Its options: {', '.join(own) or 'none'}; those of every data set: {', '.join(common)}."
+            raise UserError(
+                f"'{name}' has no option '{option}'. {close if close.startswith('Did') else ''} {listed}".replace("  ", " ")
+            )
+
+
+def _common(plugin: type[Dataset]) -> dict[str, Any]:
+    """Options of every data set, or of every one that is read row by row, with their defaults."""
+    return {**vars(Part()), **(vars(FieldOptions()) if issubclass(plugin, RowDataset) else {})}
+
+
+def _take_fields(name: str, options: dict[str, Any], plugin: type[Dataset]) -> FieldOptions:
+    """Remove `columns` and `ignore` from the options of a data set that is read row by row."""
+    if not issubclass(plugin, RowDataset):
+        return FieldOptions()
+    own = keyword_options(plugin)
+    given = {field: options.pop(field) for field in vars(FieldOptions()) if field in options and field not in own}
+    columns, ignore = given.get("columns", {}), given.get("ignore", [])
+    if not isinstance(columns, dict) or not all(isinstance(text, str) for text in (*columns, *columns.values())):
+        raise UserError(f"{name}: columns={columns!r} must say which column holds which field: columns={{'chosen': 'better'}}.")
+    if not isinstance(ignore, list | tuple) or not all(isinstance(text, str) for text in ignore):
+        raise UserError(f"{name}: ignore={ignore!r} must be a list of columns: ignore=['system'].")
+    return FieldOptions(columns, tuple(ignore))
 
 
 def _take_part(name: str, options: dict[str, Any], plugin: type[Dataset]) -> Part:

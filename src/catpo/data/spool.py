@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar, cast, overload
 import numpy as np
 import pyarrow as pa
 
+from catpo.core.conversation import Turn
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, Side, Span
 
@@ -32,7 +33,8 @@ PICTURE = pa.struct(
     {"name": pa.binary(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string()}
 )  # fmt: skip
 SCHEMA = pa.schema(
-    {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta")} | {"images": pa.list_(PICTURE)}
+    {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta", "history")}
+    | {"images": pa.list_(PICTURE)}
 )
 
 
@@ -150,6 +152,7 @@ class _File:
                 cast(Side, side): tuple(Span(*span) for span in spans) for side, spans in json.loads(row["labels"]).items()
             },
             meta=json.loads(row["meta"]),
+            history=tuple(Turn(*turn) for turn in json.loads(row["history"])),
         )
 
     def ids(self) -> list[str]:
@@ -198,6 +201,7 @@ def _row(pair: PreferencePair, loads: list[Callable[..., bytes]]) -> dict[str, A
             {side: [(span.start, span.end, span.label) for span in spans] for side, spans in pair.labels.items()}
         ),
         "meta": json.dumps(dict(pair.meta), default=str),
+        "history": json.dumps([(turn.role, turn.text) for turn in pair.history]),
         "images": [_described(picture, loads) for picture in pair.images],
     }
 

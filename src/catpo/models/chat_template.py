@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 
+from catpo.core.conversation import IMAGE, Turn, arranged
 from catpo.core.errors import UserError, first_line
 from catpo.core.types import Picture
 from catpo.models.adapters import unwrapped
@@ -56,15 +57,35 @@ class ChatTemplate:
 
     # ---- text ---------------------------------------------------------------------------------------------------------
 
-    def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
-        """The model's own chat template around pictures and prompt, up to where the answer starts.
+    def prompt_text(self, prompt: str, image_count: int, *, history: Sequence[Turn] = (), name: str = "prompt") -> str:
+        """The model's own chat template around earlier turns, pictures and prompt, up to where the answer starts.
 
         Raises:
-            UserError: the prompt holds a special token, or the model has no chat template.
+            UserError: a text holds a special token, the pictures' places are not as many as they, or the model has no chat
+                template, or one without such turns.
         """
-        self.refuse_special_tokens(prompt, f"{name}: the prompt")
-        content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
-        return self._rendered([{"role": "user", "content": content}], add_generation_prompt=True)
+        try:
+            turns = arranged(history, prompt, [{"type": "image"}] * image_count)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        messages: list[dict[str, Any]] = []
+        for role, parts in turns:
+            for text in (part for part in parts if isinstance(part, str)):
+                self.refuse_special_tokens(text, f"{name}: the prompt")
+            content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+            messages.append({"role": role, "content": content})
+        text = self._rendered(messages, add_generation_prompt=True)
+        self._refuse_lost_turns(history, text, name)
+        return text
+
+    def _refuse_lost_turns(self, history: Sequence[Turn], text: str, name: str) -> None:
+        """Raises UserError if the chat template leaves out an earlier turn, as some do with system messages."""
+        for turn in history:
+            if any(part.strip() not in text for part in turn.text.split(IMAGE)):
+                raise UserError(
+                    f"{name}: the chat template of {self.model_id} leaves out what the {turn.role} says before the question. "
+                    "Remove it from the row, or use another model."
+                )
 
     def response_ids(self, prompt_text: str, response: str, *, name: str = "response") -> list[int]:
         """The tokens the model would generate for `response` after the prompt, with the end-of-sequence token.
@@ -121,8 +142,12 @@ class ChatTemplate:
 
     @cached_property
     def _special_tokens(self) -> list[str]:
-        image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        return sorted({image, *self.tokenizer.all_special_tokens} - {None, ""})
+        """By every name: the named ones, added ones that count as special, the picture's, and those that end an answer."""
+        image, *stops = self.tokenizer.convert_ids_to_tokens([self.image_token_id, *self.stop_ids])
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        stops = [stop for stop in stops if stop and self.tokenizer.convert_tokens_to_string([stop]).strip()]  # not a line break
+        tokens = {image, *self.tokenizer.all_special_tokens, *added, *stops}
+        return sorted(token for token in tokens if token and token.strip())
 
     def token_ids(self, text: str) -> list[int]:
         """The text's tokens, without any that the tokenizer would add."""

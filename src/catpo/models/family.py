@@ -232,7 +232,7 @@ class Family(Generation):
                 match the picture; names the pair.
         """
         name = f"pair {pair.id}"
-        text = self.prompt_text(pair.prompt, len(pair.images), name=name)
+        text = self.prompt_text(pair.prompt, len(pair.images), history=pair.history, name=name)
         pictures = [picture.open() for picture in pair.images]
         try:
             inputs = self.process([pictures], [text])
@@ -255,7 +255,7 @@ class Family(Generation):
 
     def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
         """A pair's texts alone, as the model reads a prompt without a picture."""
-        text = self.prompt_text(pair.prompt, 0, name=f"pair {pair.id}")
+        text = self.prompt_text(pair.prompt, 0, history=pair.history, name=f"pair {pair.id}")
         ids = self.tokenizer(text, add_special_tokens=self.needs_bos(text))["input_ids"]
         return Encoded(pair.id, ids, encoded.response_ids, [], [], {}, {name: [0] * len(ids) for name in encoded.prompt_inputs})
 

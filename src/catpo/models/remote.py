@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from catpo.core.conversation import arranged
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Sample, opened
 from catpo.models.openai_client import ChatServer
@@ -66,9 +67,10 @@ class ServedModel:
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
-    """One message: the pictures, then the prompt."""
+    """One message: pictures and prompt in their order."""
     pictures = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in sample.images]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": sample.prompt}]}]
+    [(role, parts)] = arranged((), sample.prompt, pictures)
+    return [{"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}]
 
 
 def data_url(picture: Picture) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from catpo.core.conversation import spoken
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.data.read import open_data
@@ -85,7 +86,7 @@ def _pair(
 ) -> dict[str, Any]:
     return {
         "id": pair_id,
-        "prompt": source.prompt if source else "",
+        "prompt": spoken(source.history, source.prompt) if source else "",
         "images": album.add_all(source.images) if source else [],
         "shared": shared,
         "hallucinated": sides["rejected"]["labels"].count("hallucinated"),

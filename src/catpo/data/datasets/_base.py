@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from catpo.core.errors import UserError, shown
+from catpo.core.conversation import IMAGE, Turn, check_places, without_leading_places
+from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, Sample, check_pair, pair_id
+from catpo.data.datasets._content import content_of
+from catpo.data.datasets._pictures import picture
 from catpo.files import strict_json
 
 MAX_TEXT = 1_000_000
@@ -17,8 +20,16 @@ MAX_TEXT = 1_000_000
 CORRECT = "Correct the row or remove it."
 Scanned = tuple[str, "PreferencePair | Sample | UserError"]
 """Place of a row, and what it becomes, or why it cannot be used."""
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Role in a conversation, as LLaVA or TRL writes it -> who speaks."""
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """Options of every data set that is read row by row."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field -> the column of the file that holds it."""
+    ignore: Sequence[str] = ()
+    """Columns that are left out, though they hold texts or pictures."""
 
 
 class Dataset:
@@ -60,6 +71,8 @@ class Dataset:
 class RowDataset(Dataset):
     """A data set whose pairs are made row by row, so that a bad row does not hide the next."""
 
+    fields = FieldOptions()
+
     def rows(self) -> Iterator[Row]:
         """The rows in their order, as they are read."""
         raise NotImplementedError
@@ -72,13 +85,18 @@ class RowDataset(Dataset):
         """
         raise NotImplementedError
 
+    def read_with(self, fields: FieldOptions) -> None:
+        """Set which columns are read; called before any row is read."""
+        self.fields = fields
+
     def pairs(self) -> Iterator[PreferencePair]:
         for row in self.rows():
             yield from self._pairs_of(row)
 
     @classmethod
-    def scan(cls, *arguments: Any, **options: Any) -> Iterator[Scanned]:
+    def scan(cls, *arguments: Any, fields: FieldOptions = fields, **options: Any) -> Iterator[Scanned]:
         dataset = cls(*arguments, **options)
+        dataset.read_with(fields)
         for row in dataset.rows():
             try:
                 for pair in dataset._pairs_of(row):
@@ -87,8 +105,23 @@ class RowDataset(Dataset):
                 yield row.where, error
 
     def _pairs_of(self, row: Row) -> list[PreferencePair]:
-        with row.named():
-            return list(self.pairs_of(row))
+        return row.made(self.pairs_of, self.fields)
+
+
+class Fields(dict[str, Any]):
+    """A row's fields, which know those that were read by name; iterating reads none."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 @dataclass(frozen=True)
@@ -97,11 +130,24 @@ class Row:
 
     where: str
     values: Mapping[str, Any]
+    root: Path = Path()
+    """Folder of pictures that are given by name; resolved."""
+    stored: Callable[[str, int], Picture] | None = None
+    """(column, index in the cell) -> a picture whose bytes are read when it is opened; for rows of a table on disk."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field -> what the file calls it, where that differs."""
+    problem: UserError | None = None
+    """Why the row could not be read at all."""
+    inside: list[Row] = field(default_factory=list)
+    """Objects that fields hold as text."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", Fields(self.values))
 
     def error(self, field: str, problem: str) -> UserError:
         """What is wrong with a field; advice is added unless the problem ends with some."""
-        advice = "" if ". " in problem else f" {CORRECT}"
-        return UserError(f"{self.where}: field '{field}' {problem}.{advice}")
+        advice = "." if ". " in problem else f". {CORRECT}"
+        return UserError(f"{self.where}: field '{self.columns.get(field, field)}' {problem}{advice}")
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -110,6 +156,61 @@ class Row:
             yield
         except UserError as error:
             raise UserError(str(error) if str(error).startswith(self.where) else f"{self.where}: {error}") from error
+
+    def made(
+        self, make: Callable[[Row], Iterable[Any]], fields: FieldOptions = FieldOptions(), remedy: str = "ignore=['{}']"
+    ) -> list[Any]:
+        """What `make` makes of the row, whose columns are renamed and left out as `fields` say.
+
+        `remedy` is how to leave a column out, with `{}` for its name.
+
+        Raises:
+            UserError: the row cannot be used, or holds texts or pictures that `make` has not read.
+        """
+        if self.problem is not None:
+            raise self.problem
+        row = self._renamed(fields)
+        with row.named():
+            items = list(make(row))
+            row._refuse_unread(remedy)
+        return items
+
+    def _renamed(self, fields: FieldOptions) -> Row:
+        values = {name: value for name, value in self.values.items() if name not in fields.ignore}
+        for ours, theirs in fields.columns.items():
+            if theirs not in self.values:
+                raise self.error(
+                    theirs, f"is missing, which columns={{'{ours}': '{theirs}'}} names. There are {_listed(self.values)}"
+                )
+            if content_of(ours, values.get(ours)) and ours not in fields.columns.values():
+                raise self.error(ours, f"is there beside '{theirs}', which columns= names. Leave one out: ignore=['{ours}']")
+        taken = {name: value for name, value in values.items() if name not in fields.columns.values()}
+        renamed = {ours: self.values.get(theirs) for ours, theirs in fields.columns.items()}
+        return replace(self, values={**taken, **renamed}, columns=fields.columns)
+
+    def _refuse_unread(self, remedy: str) -> None:
+        """Raise UserError if a field that nobody has read holds a text, a conversation, a picture or a video."""
+        for row in (self, *self.inside):
+            for name in self.unread(row.values):
+                content = content_of(name, row.peek(name))
+                if content:
+                    theirs = self.columns.get(name, name)
+                    problem = f"holds {content}, and this format has no use for it. Correct the row, or leave the field out:"
+                    raise self.error(name, f"{problem} {remedy.format(theirs)}")
+
+    @staticmethod
+    def unread(values: Mapping[str, Any]) -> list[str]:
+        """Names of the fields that nobody has read."""
+        assert isinstance(values, Fields)
+        return [name for name in values if name not in values.read]
+
+    def has(self, field: str) -> bool:
+        """Whether there is such a field; a table fills a missing one with None. Does not count as reading it."""
+        return self.peek(field) is not None
+
+    def peek(self, field: str) -> Any:
+        """What a field holds; does not count as reading it."""
+        return dict(self.values).get(field)
 
     def text(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""
@@ -130,28 +231,13 @@ class Row:
             raise self.error(field, "must be an object: {...}")
         return value
 
-    def inner(self, field: str, content: str | bytes) -> Row:
-        """The JSON object that a field holds as text."""
-        place = f"{self.where}: field '{field}'"
-        return Row(self.where, strict_json.parse_object(content, place=place, remedy=CORRECT))
-
-    def turns(self, field: str, messages: Any, speakers: Sequence[str]) -> list[str]:
-        """The texts of a conversation in LLaVA's or TRL's form, in which these speak, in this order.
-
-        System messages are left out: the model's own template has one.
-        """
-        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-            raise self.error(field, "must be a list of messages")
-        roles, texts = [], []
-        for message in messages:
-            role = ROLES.get(str(message.get("from", message.get("role"))), "unknown")
-            if role != "system":
-                roles.append(role)
-                texts.append(message_text(message))
-        if roles != list(speakers):
-            wanted = "one question" if len(speakers) == 1 else "one question with one answer"
-            raise self.error(field, f"must be {wanted}, not the turns {roles}")
-        return [self.checked(field, text) for text in texts]
+    def inner(self, field: str, content: str | bytes | Mapping[str, Any]) -> Row:
+        """The JSON object that a field holds, as text or as it is."""
+        if not isinstance(content, Mapping):
+            content = strict_json.parse_object(content, place=f"{self.where}: field '{field}'", remedy=CORRECT)
+        row = replace(self, values=content)
+        self.inside.append(row)
+        return row
 
     def checked(self, field: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -166,35 +252,53 @@ class Row:
             raise self.error(field, f"holds half a character (a lone surrogate at {error.start}). Remove it") from error
         return value
 
-    def picture(self, field: str, name: Any, root: Path) -> Picture:
-        """A picture by its name inside `root` (resolved), which neither the name nor a link may leave."""
-        name = self.checked(field, name)
-        is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or PureWindowsPath(name).drive
-        if is_absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
-            raise self.error(field, f"'{shown(name)}' leaves the folder. Give a path relative to {root}, inside it")
+    def picture(self, field: str, value: Any, root: Path) -> Picture:
+        """A picture's bytes, or its name inside `root` (resolved), which neither the name nor a link may leave."""
+        return picture(self, field, value, root)
+
+    def pictures(self, field: str) -> tuple[Picture, ...]:
+        """The picture or pictures in a field."""
+        value = self.values.get(field)
+        cells = list(value) if isinstance(value, list | tuple) else [value]
+        if not cells:
+            raise self.error(field, "is an empty list. Give at least one picture")
+        pictures = []
+        for index, cell in enumerate(cells):
+            content = cell.get("bytes") if isinstance(cell, Mapping) else cell
+            if self.stored is not None and isinstance(content, bytes) and content:
+                pictures.append(self.stored(self.columns.get(field, field), index))
+            else:
+                pictures.append(self.picture(field, cell, self.root))
+        return tuple(pictures)
+
+    def placed(self, field: str, turns: Sequence[Turn], pictures: int) -> list[Turn]:
+        """The turns of a conversation whose question stands in `field`, without places for pictures that come first anyway.
+
+        Raises:
+            UserError: the question is empty, or there are places for another number of pictures.
+        """
         try:
-            path = (root / name).resolve()
-            if not path.is_relative_to(root):
-                raise self.error(field, f"'{shown(name)}' is a link that leads out of the folder. Put the picture inside")
-            if not path.is_file():
-                raise self.error(field, f"'{shown(name)}' is not a file in {root}. Check the name")
-        except (OSError, ValueError, RuntimeError) as error:  # NUL in the name, a name too long, a loop of links
-            reason = getattr(error, "strerror", None) or error
-            raise self.error(field, f"'{shown(name)}' is not a usable path ({reason})") from error
-        return Picture(path=path, name=f"{name} ({self.where})")
+            check_places(turns, pictures)
+        except UserError as error:
+            raise self.error(field, f"cannot be used: {error}".rstrip(".")) from error
+        placed = without_leading_places(turns, pictures)
+        self.checked(field, placed[-1].text.replace(IMAGE, ""))
+        return placed
 
 
-def message_text(message: Mapping[str, Any]) -> Any:
-    """What a message says; its picture parts are placed by the model's own template."""
-    content = message.get("value", message.get("content"))
-    if not isinstance(content, list):
-        return content
-    return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def make_pair(
-    images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str, meta: Mapping[str, Any] | None = None
+    images: tuple[Picture, ...],
+    prompt: str,
+    chosen: str,
+    rejected: str,
+    meta: Mapping[str, Any] | None = None,
+    history: tuple[Turn, ...] = (),
 ) -> PreferencePair:
     """A checked pair whose id is the hash of its content."""
     texts = prompt.strip(), chosen.strip(), rejected.strip()
-    return check_pair(PreferencePair(pair_id(images, *texts), images, *texts, meta=dict(meta or {})))
+    name = pair_id(images, *texts, history)
+    return check_pair(PreferencePair(name, images, *texts, meta=dict(meta or {}), history=history))

@@ -1,11 +1,14 @@
-"""Rows of Parquet and JSON files, of saved data sets and of the hub, through the `datasets` library; read when needed.
+"""Rows of files, folders of files, saved data sets and hub data sets, read when needed.
+
+JSON and CSV are read strictly, the others through the `datasets` library.
 
 Pictures stay encoded, and on disk, until they are opened. Knows no column by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,17 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import logging
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from catpo.core.errors import UserError
-from catpo.core.types import Picture
-from catpo.data.datasets import Row, RowDataset
+from catpo.core.types import Picture, PreferencePair
+from catpo.data.datasets._base import Row, RowDataset
+from catpo.data.datasets._files import CSV, JSON, rows_of
+from catpo.data.datasets._formats import Choices, pairs_of
 
-NUMBER = "row number"
-"""Key of a row's own number; no column has a space in its name."""
-KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+KINDS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(JSON, "json"), **dict.fromkeys(CSV, "csv")}
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that describe a data set, and hold none of its rows."""
+BLOCK = 16
+"""Rows of a table that are in memory together."""
+SPLITS = {
+    "training": "train", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Word in a file's or folder's name -> split, as the `datasets` library reads them."""
 FAILURES = (
     DatasetNotFoundError, DatasetGenerationError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError, ValueError,
 )  # fmt: skip
@@ -36,7 +49,7 @@ class Table:
 
     name: str
     data: Any
-    """A `datasets.Dataset`, or an `IterableDataset` when streaming."""
+    """A `datasets.Dataset`, an `IterableDataset` when streaming, or a list of JSON or CSV files."""
     root: Path
     """Folder of pictures that are given by name; resolved."""
 
@@ -56,11 +69,11 @@ class Table:
         except (*FAILURES, StopIteration) as error:  # the latter for an empty file
             first_line = str(error).strip().split("\n", 1)[0] or "it is empty"
             raise UserError(
-                f"{plugin}: '{source}' cannot be read ({first_line}). Give a .parquet or .json file, a folder of them, a "
-                "folder made by save_to_disk, or the id of a data set on the hub (needs a connection the first time)."
+                f"{plugin}: '{source}' cannot be read ({first_line}). Give a .parquet, .json, .jsonl or .csv file, a folder of "
+                "them, a folder made by save_to_disk, or the id of a data set on the hub (needs a connection the first time)."
             ) from error
         folder = path if path.is_dir() else path.parent
-        return cls(str(source), _undecoded(data), Path(images or folder).resolve())
+        return cls(str(source), undecoded(data), Path(images or folder).resolve())
 
     @cached_property
     def read_cell(self) -> Callable[[int, str, int], bytes]:
@@ -69,45 +82,38 @@ class Table:
 
     def rows(self) -> Iterator[Row]:
         """Every row with its number, from 0; a row that cannot be read ends it."""
+        if isinstance(self.data, list):
+            for file in self.data:
+                yield from rows_of(file, self.root)
+            return
+        is_stored = isinstance(self.data, datasets.Dataset)
         try:
-            for number, values in enumerate(self.data):
-                yield Row(f"{self.name}, row {number}", {**values, NUMBER: number})
+            for number, values in enumerate(_stored_rows(self.data) if is_stored else self.data):
+                where = f"{self.name}, row {number}"
+                yield Row(where, values, self.root, partial(self._stored, where, number) if is_stored else None)
         except FAILURES as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.name} cannot be read to its end ({reason}). Repair the file or get it again.") from error
 
-    def pictures(self, row: Row, field: str) -> tuple[Picture, ...]:
-        """The picture(s) of a row: encoded bytes, or names inside `root`."""
-        value = row.values.get(field)
-        cells = value if isinstance(value, list) else [value]
-        if not cells:
-            raise row.error(field, "is an empty list. Give at least one picture")
-        return tuple(self._picture(row, field, cell, index) for index, cell in enumerate(cells))
-
-    def _picture(self, row: Row, field: str, cell: Any, index: int) -> Picture:
-        name = row.where + (f", picture {index}" if index else "")
-        if isinstance(cell, Mapping) and cell.get("bytes"):
-            if not isinstance(cell["bytes"], bytes):
-                raise row.error(field, f"must hold the picture's bytes, not {type(cell['bytes']).__name__}")
-            if not isinstance(self.data, datasets.Dataset):
-                return Picture(data=bytes(cell["bytes"]), name=name)
-            return Picture(load=self.read_cell, at=(row.values[NUMBER], field, index), name=name)
-        path = cell.get("path") if isinstance(cell, Mapping) else cell
-        return row.picture(field, path, self.root)
+    def _stored(self, where: str, number: int, column: str, index: int) -> Picture:
+        """A picture whose bytes stay in the table until they are needed."""
+        name = where + (f", picture {index}" if index else "")
+        return Picture(load=self.read_cell, at=(number, column, index), name=name)
 
 
 class TableDataset(RowDataset):
     """A data set of which each row is a row of a table.
 
     Args:
-        source: Parquet or JSON file, folder of them, folder made by `save_to_disk`, or hub id.
-        split: of a hub or saved data set.
+        source: Parquet, JSON or CSV file, folder of them, folder made by `save_to_disk`, or hub id.
+        split: of a hub or saved data set, or of a folder whose files are named by it.
         streaming: read a hub data set row by row instead of downloading it first.
         images: folder of the pictures, for rows that name them instead of holding them; by default the file's own.
     """
 
     plugin = ""
     """Its name, for messages."""
+    choices = Choices()
 
     def __init__(
         self, source: str | Path | None = None, *, split: str = "train", streaming: bool = False, images: str | None = None
@@ -117,6 +123,9 @@ class TableDataset(RowDataset):
 
     def rows(self) -> Iterator[Row]:
         return self.table.rows()
+
+    def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
+        return pairs_of(row, self.choices)
 
 
 @contextmanager
@@ -133,13 +142,20 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _stored_rows(data: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    for block in data.iter(batch_size=BLOCK):
+        yield from block.to_pylist()
+
+
 def _read_cell(data: datasets.Dataset, row: int, field: str, index: int) -> bytes:
     """The encoded bytes of a picture."""
-    value = data.select_columns([field])[row][field]
-    return bytes((value[index] if isinstance(value, list) else value)["bytes"])
+    cell = data[row].column(field)[0]
+    cell = cell[index] if isinstance(cell, pa.ListScalar) else cell
+    return bytes((cell["bytes"] if isinstance(cell, pa.StructScalar) else cell).as_py())
 
 
 def _load(path: Path, name: str, split: str, streaming: bool) -> Any:
+    """A data set of the library, or the JSON or CSV files to read."""
     if not path.exists():
         return datasets.load_dataset(name, split=split, streaming=streaming)
     if (path / "dataset_dict.json").is_file():
@@ -149,19 +165,45 @@ def _load(path: Path, name: str, split: str, streaming: bool) -> Any:
         return saved[split]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
+    files = [path] if path.is_file() else files_of(path, split)
     kinds = {KINDS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError("no Parquet or JSON files in it" if not files else f"files of several kinds: {files[0].name}, …")
-    data_files = {split: [str(file) for file in files]}
-    return datasets.load_dataset(kinds.pop(), data_files=data_files, split=split, streaming=streaming)
+        raise ValueError("no Parquet, JSON or CSV files in it" if not files else f"files of several kinds: {files[0].name}, …")
+    kind = kinds.pop()
+    if kind in ("json", "csv"):
+        return files
+    return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split, streaming=streaming)
 
 
-def _undecoded(data: Any) -> Any:
-    """The same rows with pictures left encoded."""
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The files of rows in a folder and below it, in the order of their names; of one split, if their names say which.
+
+    Raises:
+        ValueError: there are files, but none of this split.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(file for file in folder.rglob("*") if _has_rows(file)):
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
+        splits.setdefault(next((SPLITS[word] for word in words if word in SPLITS), "train"), []).append(file)
+    wanted = SPLITS.get(split, split)
+    if splits and wanted not in splits:
+        raise ValueError(f"it has no split '{split}' but {', '.join(splits)}")
+    return splits.get(wanted, [])
+
+
+def _has_rows(file: Path) -> bool:
+    return file.suffix in KINDS and file.name not in METADATA and file.is_file()  # not a pipe, which would block
+
+
+def undecoded(data: Any) -> Any:
+    """The same rows as they are stored, with pictures, sounds and videos encoded."""
+    if isinstance(data, list):
+        return data
+    if isinstance(data, datasets.Dataset):
+        return data.with_format("arrow")
     for column, feature in (data.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            data = data.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        media = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(media, datasets.Image | datasets.Audio | datasets.Video):
+            encoded = type(media)(decode=False)
+            data = data.cast_column(column, datasets.List(encoded) if isinstance(feature, datasets.List) else encoded)
     return data

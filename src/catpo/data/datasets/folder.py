@@ -10,33 +10,34 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from catpo.core.conversation import IMAGE, Turn
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import SIDES, Picture, PreferencePair, Sample, Span, check_pair, pair_id
 from catpo.data import datasets
-from catpo.data.datasets import Row
+from catpo.data.datasets import FieldOptions, Row
+from catpo.data.datasets._files import line_object, numbered_lines
+from catpo.data.datasets._messages import dialogue
 from catpo.files.json_files import read_json
-from catpo.files.strict_json import parse_object
 
 DEFAULT_PROMPT = "Describe the image."
-FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "labels", "meta", "references", "truth")
+FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "history", "labels", "meta", "references", "truth")
 USUAL_FILES = ("pairs.jsonl", "data.jsonl")
 LABELS = ("grounded", "hallucinated")
-MAX_LINE = 16_000_000
-"""Bytes of the longest row."""
-ONE_PER_LINE = "Each line must be one JSON object, in UTF-8."
 
 
-class Dataset(datasets.Dataset):
+class Dataset(datasets.RowDataset):
     """Rows of DIR/pairs.jsonl, DIR/data.jsonl, or the one .jsonl in DIR.
 
     Rows with chosen and rejected are pairs, the others are samples. Other fields are kept in a pair's `meta`.
 
     Args:
-        source: the folder, or the .jsonl file in it; every picture must lie inside the folder.
+        source: the folder, or the .jsonl file in it.
+        images: folder of the pictures, which all of them must lie inside; by default the file's own.
         limit: read at most this many rows.
         prompt: for rows without one.
         vocabulary: JSON file inside the folder, surface form -> object, e.g. {"puppies": "dog"}; by default DIR/vocabulary.json
@@ -50,6 +51,7 @@ class Dataset(datasets.Dataset):
         self,
         source: str | Path | None = None,
         *,
+        images: str | None = None,
         limit: int | None = None,
         prompt: str = DEFAULT_PROMPT,
         vocabulary: str | None = None,
@@ -58,40 +60,72 @@ class Dataset(datasets.Dataset):
             raise UserError("folder needs a place to read: folder(source='DIR'), or simply the path.")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise UserError(f"folder: limit={limit!r} must be a whole number, 1 or more.")
-        self.name = str(source)
-        scanned = _scan(Path(source), prompt)
+        self.name, self.limit, self.prompt = str(source), limit, prompt
+        self.file = row_file(Path(source))
+        _check_finished(self.file)
+        self.root = Path(images or self.file.parent).resolve()
         self.vocabulary = self.words(source, vocabulary=vocabulary)
-        self._pairs: list[PreferencePair] = []
-        self._samples: list[Sample] = []
-        for _, row in islice(scanned, limit):
-            if isinstance(row, UserError):
-                raise row
-            if isinstance(row, PreferencePair):
-                self._pairs.append(row)
-            else:
-                self._samples.append(row)
-        if not self._pairs and not self._samples:
-            raise UserError(f"{_row_file(Path(source))} holds no rows. Give it one JSON object per line.")
+        self._items: list[PreferencePair | Sample] | None = None
+
+    def read_with(self, fields: FieldOptions) -> None:
+        """Set which columns are read, and read all rows, so that no later step fails halfway.
+
+        Raises:
+            UserError: a row is wrong, or there is none; names file, line and field.
+        """
+        super().read_with(fields)
+        self._items = []
+        for _, item in islice(self._scanned(), self.limit):
+            if isinstance(item, UserError):
+                raise item
+            self._items.append(item)
+        if not self._items:
+            raise UserError(f"{self.file} holds no rows. Give it one JSON object per line.")
+
+    def _read(self) -> list[PreferencePair | Sample]:
+        if self._items is None:
+            self.read_with(self.fields)
+        return self._items or []
 
     def samples(self) -> Iterator[Sample]:
         """The rows without chosen and rejected."""
-        return iter(self._samples) if self._samples else super().samples()
+        samples = [item for item in self._read() if isinstance(item, Sample)]
+        return iter(samples) if samples else super().samples()
 
     def pairs(self) -> Iterator[PreferencePair]:
         """The rows with chosen and rejected."""
-        return iter(self._pairs) if self._pairs else super().pairs()
+        pairs = [item for item in self._read() if isinstance(item, PreferencePair)]
+        return iter(pairs) if pairs else datasets.Dataset.pairs(self)
 
     @classmethod
-    def scan(
-        cls, source: str | Path, *, limit: int | None = None, prompt: str = DEFAULT_PROMPT, **options: Any
-    ) -> Iterator[datasets.Scanned]:
+    def scan(cls, *arguments: Any, fields: FieldOptions = FieldOptions(), **options: Any) -> Iterator[datasets.Scanned]:
         """Every line, bad ones too."""
-        return islice(_scan(Path(source), prompt), limit)
+        dataset = cls(*arguments, **options)
+        dataset.fields = fields
+        return islice(dataset._scanned(), dataset.limit)
+
+    def _scanned(self) -> Iterator[datasets.Scanned]:
+        """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
+        seen: dict[str, int] = {}
+        for number, line in numbered_lines(self.file):
+            where = f"{self.file}:{number}"
+            try:
+                row = _Row(where, line_object(where, line), self.root)
+                [item] = row.made(partial(_Row.items, prompt=self.prompt, number=number), self.fields)
+                if item.id in seen:
+                    raise UserError(
+                        f"{where}: id '{item.id}' is that of line {seen[item.id]}. Remove the row or give it another id."
+                    )
+            except UserError as error:
+                yield where, error
+                continue
+            seen[item.id] = number
+            yield where, item
 
     @classmethod
     def words(cls, source: str | Path, *, vocabulary: str | None = None, **options: Any) -> Mapping[str, str] | None:
         """DIR/vocabulary.json, or the file named."""
-        path = _row_file(Path(source)).parent / (vocabulary or "vocabulary.json")
+        path = row_file(Path(source)).parent / (vocabulary or "vocabulary.json")
         if vocabulary is None and not path.exists():
             return None
         if path.exists() and not path.is_file():
@@ -100,46 +134,6 @@ class Dataset(datasets.Dataset):
         if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
             raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
         return words
-
-
-def _scan(source: Path, prompt: str) -> Iterator[datasets.Scanned]:
-    """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
-    file = _row_file(source)
-    _check_finished(file)
-    return _scan_lines(file, file.parent.resolve(), prompt)
-
-
-def _scan_lines(file: Path, root: Path, prompt: str) -> Iterator[datasets.Scanned]:
-    seen: dict[str, int] = {}
-    for number, line in _lines(file):
-        where = f"{file}:{number}"
-        try:
-            if len(line) > MAX_LINE:
-                raise UserError(f"{where} is longer than {MAX_LINE:,} bytes. {ONE_PER_LINE}")
-            row = _Row(where, parse_object(line, place=where, remedy=ONE_PER_LINE))
-            row.unknown()
-            item = row.pair(root, prompt) if row.is_pair else row.sample(root, prompt, number)
-            if item.id in seen:
-                raise UserError(
-                    f"{where}: id '{item.id}' is that of line {seen[item.id]}. Remove the row or give it another id."
-                )
-        except UserError as error:
-            yield where, error
-            continue
-        seen[item.id] = number
-        yield where, item
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; of one that is too long, its beginning."""
-    try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
-                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
-                if content.strip():
-                    yield number, content
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}). Check the path.") from error
 
 
 class _Row(Row):
@@ -153,32 +147,44 @@ class _Row(Row):
             raise UserError(f"{self.where}: field '{sides[0]}' stands without '{other}'. A pair needs both, a sample neither.")
         return bool(sides)
 
-    def pair(self, root: Path, prompt: str) -> PreferencePair:
-        images, prompt = self.images(root), self.text("prompt", prompt)
+    def items(self, prompt: str, number: int) -> list[PreferencePair | Sample]:
+        """The row's pair if it has answers, else its sample."""
+        self.unknown()
+        return [self.preference(prompt) if self.is_pair else self.sample(prompt, number)]
+
+    def preference(self, prompt: str) -> PreferencePair:
+        images, prompt = self.images(), self.text("prompt", prompt)
         chosen, rejected = self.text("chosen"), self.text("rejected")
+        earlier = self.values.get("history") or []
+        turns = [message.turn for message in dialogue(self, "history", earlier)] if earlier else []
+        *history, question = self.placed("prompt", [*turns, Turn("user", prompt)], len(images))
+        prompt = question.text if IMAGE in prompt else prompt
         labels = self.labels({"chosen": chosen, "rejected": rejected})
         meta = {**self.mapping("meta"), **self.unknown()}
         with self.named():
-            name = self.identity() or pair_id(images, prompt, chosen, rejected)
-            return check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta))
+            name = self.identity() or pair_id(images, prompt, chosen, rejected, history)
+            return check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta, tuple(history)))
 
-    def sample(self, root: Path, prompt: str, number: int) -> Sample:
+    def sample(self, prompt: str, number: int) -> Sample:
+        images, text = self.images(), self.text("prompt", prompt)
+        [question] = self.placed("prompt", [Turn("user", text)], len(images))
         return Sample(
             id=self.identity() or str(number),
-            images=self.images(root),
-            prompt=self.text("prompt", prompt),
+            images=images,
+            prompt=question.text if IMAGE in text else text,
             references=tuple(self.texts("references")),
             truth=self.truth(),
         )
 
-    def images(self, root: Path) -> tuple[Picture, ...]:
-        if ("image" in self.values) == ("images" in self.values):
+    def images(self) -> tuple[Picture, ...]:
+        fields = [name for name in ("image", "images") if name in self.values]
+        fields = [name for name in fields if len(fields) == 1 or self.has(name)]  # one of both may be null
+        if len(fields) != 1:
             raise self.error("image", "or 'images' must be given, and not both")
-        field = "image" if "image" in self.values else "images"
-        names = [self.text(field)] if field == "image" else self.texts(field)
-        if not names:
-            raise self.error(field, "is an empty list. Give at least one picture")
-        return tuple(self.picture(field, name, root) for name in names)
+        [field] = fields
+        if field == "images" and not isinstance(self.values.get("images"), list):
+            raise self.error(field, "must be a list of pictures")
+        return self.pictures(field)
 
     def identity(self) -> str:
         """The row's own id, or an empty text."""
@@ -228,7 +234,12 @@ class _Row(Row):
         return extra
 
 
-def _row_file(source: Path) -> Path:
+def row_file(source: Path) -> Path:
+    """The file of rows in a folder, or the file itself.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
     if source.is_file():
         return source
     if not source.is_dir():

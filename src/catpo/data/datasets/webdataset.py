@@ -9,14 +9,16 @@ their name up to the first dot. Several pictures are `name.0.jpg`, `name.1.jpg`.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 from catpo.core.errors import UserError
 from catpo.core.types import MAX_BYTES, Picture, PreferencePair
 from catpo.data import datasets
-from catpo.data.datasets import Row, make_pair
+from catpo.data.datasets import Row
+from catpo.data.datasets._formats import pairs_of
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -42,30 +44,54 @@ class Dataset(datasets.RowDataset):
             try:
                 with tarfile.open(file, "r:") as archive:  # compressed ones cannot be opened in the middle
                     for stem, members in groupby(_files(archive), key=_stem):
-                        yield Row(f"{file}, {stem}", {"members": list(members), "file": file})
+                        yield _row(file, Row(f"{file}, {stem}", {}, file.parent), list(members))
             except (tarfile.TarError, OSError) as error:
                 raise UserError(
                     f"{file} cannot be read ({error}). Give an uncompressed .tar, as WebDataset writes them."
                 ) from error
 
     def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
-        file, members = row.values["file"], row.values["members"]
+        assert isinstance(row, _Row)
+        for name in row.unused:
+            if not {name, name.rpartition(".")[2]} & set(self.fields.ignore):
+                raise row.error(
+                    name, f"has no use here. Remove the file, or leave such files out: ignore=['{name.rpartition('.')[2]}']"
+                )
+        if not row.shown:
+            raise row.error("jpg", f"is missing. Put a picture ({', '.join(PICTURES)}) beside the .json")
+        return pairs_of(row, pictures=row.shown)
+
+
+@dataclass(frozen=True)
+class _Row(Row):
+    """The .json of a sample, with the other files of its name."""
+
+    shown: tuple[Picture, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def _row(file: Path, row: Row, members: Sequence[tarfile.TarInfo]) -> Row:
+    """A sample's row; its pictures stay in the tar."""
+    try:
         for member in members:
             if member.size > MAX_BYTES:
                 problem = f"has {member.size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it"
                 raise row.error(member.name, problem)
-        jsons = [member for member in members if Path(member.name).suffix.lower() == ".json"]
+        by_kind = {kind: [member for member in members if _kind(member) == kind] for kind in ("json", "picture", "other")}
+        jsons = by_kind["json"]
         if len(jsons) != 1:
             raise row.error("json", f"must be there once, not {len(jsons)} times")
-        texts = row.inner("json", _read(file, jsons[0].offset_data, jsons[0].size))
-        pictures = []
-        for member in members:
-            if Path(member.name).suffix.lower() in PICTURES:
-                at = (str(file), member.offset_data, member.size)
-                pictures.append(Picture(load=_read, at=at, name=f"{member.name} ({file})"))
-        if not pictures:
-            raise row.error("jpg", f"is missing. Put a picture ({', '.join(PICTURES)}) beside the .json")
-        return [make_pair(tuple(pictures), texts.text("prompt"), texts.text("chosen"), texts.text("rejected"))]
+        values = row.inner("json", _read(file, jsons[0].offset_data, jsons[0].size)).values
+    except UserError as error:
+        return replace(row, problem=error)
+    places = [((str(file), member.offset_data, member.size), f"{member.name} ({file})") for member in by_kind["picture"]]
+    shown = tuple(Picture(load=_read, at=at, name=name) for at, name in places)
+    return _Row(row.where, values, row.root, shown=shown, unused=tuple(member.name for member in by_kind["other"]))
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    suffix = Path(member.name).suffix.lower()
+    return "json" if suffix == ".json" else "picture" if suffix in PICTURES else "other"
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from catpo.core.conversation import Turn
 from catpo.core.errors import UserError
 from catpo.models import families
 from catpo.models.families import Encoded, PatchGrid, Pixels, Size
@@ -22,7 +23,9 @@ class Family(families.Family):
     def grids(self, prompt_ids: Sequence[int], pixels: Pixels, sizes: Sequence[Size]) -> list[PatchGrid]:
         return [square(picture, self.processor.image_seq_length) for picture in range(len(sizes))]
 
-    def prompt_text(self, prompt: str, image_count: int, *, name: str = "prompt") -> str:
+    def prompt_text(self, prompt: str, image_count: int, *, history: Sequence[Turn] = (), name: str = "prompt") -> str:
+        if history:
+            raise UserError(f"{name}: PaliGemma reads one question, and no turns before it. Remove them, or use another model.")
         self.refuse_special_tokens(prompt, f"{name}: the prompt")
         return self.processor.image_token * image_count + prompt
 
