@@ -84,6 +84,10 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
             )
         if empty["count"]:
             warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+        warnings += _thought_warnings(name, benchmark)
+        unparsed = (benchmark["metrics"].get("unparsed") or {}).get("value")
+        if unparsed:
+            warnings.append(f"{name}: {unparsed:.1f} % of the answers cannot be read. They count as wrong.")
         figures = benchmark.get("tools", {}).get("figures", "")
         if figures.startswith("not comparable"):
             warnings.append(f"{name}: figures are {figures}.")
@@ -92,6 +96,20 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
                 f"{name}: the judge's reply to {unread['count']:,} answers cannot be read: {_some(unread)}. They count as the "
                 "official program counts them; grades.jsonl has the replies."
             )
+    return warnings
+
+
+def _thought_warnings(name: str, benchmark: Mapping[str, Any]) -> list[str]:
+    """Thoughts of a reasoning model are not graded; one that does not end leaves no answer."""
+    removed, unfinished = (benchmark.get(f"thoughts_{kind}", {"count": 0}) for kind in ("removed", "unfinished"))
+    warnings = []
+    if removed["count"]:
+        warnings.append(f"{name}: thoughts were taken out of {removed['count']:,} answers before grading.")
+    if unfinished["count"]:
+        warnings.append(
+            f"{name}: {unfinished['count']:,} answers were cut off in a thought and graded without it: {_some(unfinished)}. "
+            "Let the model write more: raise --max-new-tokens above the benchmark's own limit."
+        )
     return warnings
 
 

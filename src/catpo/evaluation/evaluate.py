@@ -207,11 +207,15 @@ def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: 
 
 
 def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
-    """Longest answer and items of each batch: items in order, those with the same longest answer together."""
+    """Longest answer and items of each batch: items in order, those with the same longest answer together.
+
+    More tokens than the benchmark's own limit are for a model that thinks before it answers: then questions get them, too.
+    """
     batches = []
     for task in tasks:
         longest = max_new_tokens or task.benchmark.max_new_tokens
-        lengths = [min(item.max_new_tokens or longest, longest) for item in task.items]
+        thinks = longest > task.benchmark.max_new_tokens
+        lengths = [longest if thinks else min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
             batches += [(tokens, alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]

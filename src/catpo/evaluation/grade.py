@@ -14,7 +14,7 @@ from catpo.config.command import command
 from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, parse
-from catpo.evaluation.benchmarks import Grade, Item, Record, read_records, some
+from catpo.evaluation.benchmarks import Grade, Item, Record, check_repeated, read_records, some
 from catpo.evaluation.bootstrap import estimate, resample
 from catpo.evaluation.folder import EvaluationFolder
 from catpo.evaluation.tasks import (
@@ -28,9 +28,11 @@ from catpo.evaluation.tasks import (
     without_skipped,
 )
 from catpo.files.lock import lock
+from catpo.files.records import as_id
 from catpo.judges import Judge, open_judge
 from catpo.runtime.progress import track
 from catpo.runtime.skip_log import SkipLog
+from catpo.text.thoughts import without_thoughts
 
 KEPT = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
 """Fields of evaluation.json that scores.json repeats."""
@@ -127,14 +129,16 @@ def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[st
 
 def _our_answers(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     """Rows with benchmark, id and answer, as `catpo evaluate` writes them; those of other items are left out."""
-    wanted = {(task.name, item.id) for task, item in each_item(tasks)}
+    wanted = {(task.name, item.id): item for task, item in each_item(tasks)}
     opened = {task.name for task in tasks if waits_for_answers(task.benchmark)}
     given: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
     double = []
     for record in records:
-        name, key, answer = (record.row.get(field) for field in ("benchmark", "id", "answer"))
-        if not (isinstance(name, str) and isinstance(key, str) and isinstance(answer, str)):
+        name, key, answer = record.row.get("benchmark"), as_id(record.row.get("id")), record.row.get("answer")
+        if not (isinstance(name, str) and key is not None and isinstance(answer, str)):
             raise UserError(f"{record.place} needs the texts 'benchmark', 'id' and 'answer'.")
+        if (name, key) in wanted:
+            check_repeated(record, wanted[name, key])
         if (name, key) in wanted or name in opened:
             if key in given[name]:
                 double.append(f"{record.place} answers item '{key}'")
@@ -228,10 +232,13 @@ def _grade_task(
 
 
 def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
-    """A row of grades.jsonl; `judge` for benchmarks that need one."""
+    """A row of grades.jsonl, of the answer without a model's thoughts; `judge` for benchmarks that need one."""
     judges = [judge] if task.benchmark.needs_judge else []
-    graded: Grade = task.benchmark.grade(item, answer, *judges)
+    said, thought = without_thoughts(answer)
+    graded: Grade = task.benchmark.grade(item, said, *judges)
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
+    if thought:
+        row["thought"] = thought
     row["counts"] = dict(graded.counts)
     if graded.mentions is not None:
         row["mentions"] = [list(mention) for mention in graded.mentions]
@@ -269,7 +276,10 @@ def _or_none(figure: float) -> float | None:
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict."""
+    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict.
+
+    If answers had thoughts in them, also which: they were taken out, and of a thought that did not end nothing is left.
+    """
     graded = {row["id"] for row in rows}
     parts: dict[str, dict[str, int]] = {}
     for item in task.items:
@@ -281,6 +291,8 @@ def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mappin
     unread = [row["id"] for row in rows if row.get("verdict") is False]
     is_complete = not missing and not unread
     listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed(unread)}
+    thoughts = {name: [row["id"] for row in rows if row.get("thought") == name] for name in ("removed", "unfinished")}
+    listed |= {f"thoughts_{name}": _listed(ids) for name, ids in thoughts.items() if any(thoughts.values())}
     return {"complete": is_complete, "parts": parts, **listed}
 
 

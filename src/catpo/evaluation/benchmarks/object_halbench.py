@@ -108,6 +108,7 @@ class Benchmark(FolderBenchmark):
             id_fields=("image_id", "image"),
             answer_fields=("text", *ANSWER_FIELDS),
             as_id=as_id,
+            items=items,
         )
 
     def grade(self, item: Item, answer: str, judge: Judge | None = None) -> Grade:
