@@ -109,9 +109,18 @@ def _begin(folder: EvaluationFolder, asking: Asking, model: Family | ServedModel
     folder.check_same(manifest)
     if folder.manifest.exists():
         return
-    skipped = {"skipped": _unusable(asking.tasks, asking.skip_log)} if asking.skip_log.goes_on else {}
+    more: dict[str, Any] = {"skipped": _unusable(asking.tasks, asking.skip_log)} if asking.skip_log.goes_on else {}
     asking.skip_log.write(folder.path)
-    folder.write_manifest(manifest, **skipped)
+    if isinstance(model, Family):
+        more |= {"generation_config": changed} if (changed := model.changed_by_config(is_sampled=False)) else {}
+        more |= {"unknown_pictures": unknown} if (unknown := _beyond_scenes(model, asking.tasks)) else {}
+    folder.write_manifest(manifest, **more)
+
+
+def _beyond_scenes(model: Family, tasks: Sequence[Task]) -> list[str]:
+    """Benchmarks whose pictures mean nothing to the model: any but the built-in scenes, if it is or was the built-in one."""
+    others = [task.name for task in tasks if not (task.benchmark.data or task.name).startswith("scenes")]
+    return others if others and loading.is_builtin(model) else []
 
 
 def _server(options: EvaluateOptions) -> ServedModel | None:

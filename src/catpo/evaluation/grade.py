@@ -36,9 +36,12 @@ from catpo.text.thoughts import without_thoughts
 
 KEPT = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
 """Fields of evaluation.json that scores.json repeats."""
+KEPT_IF_THERE = ("server", "generation_config", "unknown_pictures")
 RESAMPLES = 1000
 LISTED = 100
 """Ids listed in scores.json of answers that are missing or empty."""
+QUOTED = 300
+"""Characters of a judge's reply that cannot be read."""
 
 
 def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool = True) -> dict[str, Any]:
@@ -167,8 +170,7 @@ def write_scores(folder: EvaluationFolder, tasks: Sequence[Task], judge: str | S
         graded[task.name] = _grade_task(folder, task, answers, judges.get(task.name), progress)
     folder.write_grades(row for rows in graded.values() for row in rows)
     scores = {key: manifest.get(key) for key in KEPT}
-    if "server" in manifest:
-        scores["server"] = manifest["server"]
+    scores |= {key: manifest[key] for key in KEPT_IF_THERE if key in manifest}
     if "skipped" in manifest:
         scores["skipped"] = _skipped(skipped, tasks)
     scores["benchmarks"] = {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks}
@@ -288,9 +290,12 @@ def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mappin
         part["graded"] += item.id in graded
     missing = [item.id for item in task.items if item.id not in graded]
     empty = [item.id for item in task.items if not answers.get((task.name, item.id), "nothing").strip()]
-    unread = [row["id"] for row in rows if row.get("verdict") is False]
+    unread = [row for row in rows if row.get("verdict") is False]
     is_complete = not missing and not unread
-    listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed(unread)}
+    listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed([row["id"] for row in unread])}
+    if unread:
+        reply = str(unread[0].get("notes", {}).get("reply", ""))
+        listed["without_verdict"] |= {"reply": reply[:QUOTED], "form": task.benchmark.judge_form}
     thoughts = {name: [row["id"] for row in rows if row.get("thought") == name] for name in ("removed", "unfinished")}
     listed |= {f"thoughts_{name}": _listed(ids) for name, ids in thoughts.items() if any(thoughts.values())}
     return {"complete": is_complete, "parts": parts, **listed}

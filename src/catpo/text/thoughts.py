@@ -11,7 +11,8 @@ Thought = Literal["", "removed", "unfinished"]
 BEGINS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]", "◁think▷")
 """How a thought begins; it ends with the same and a slash."""
 ENDS = tuple(f"{begin[0]}/{begin[1:]}" for begin in BEGINS)
-_MARKER = re.compile("|".join(rf"(?i:{re.escape(m)})" if m[0] == "<" else re.escape(m) for m in (*BEGINS, *ENDS)))
+THOUGHT_MARKERS = (*BEGINS, *ENDS)
+_MARKER = re.compile("|".join(rf"(?i:{re.escape(m)})" if m[0] == "<" else re.escape(m) for m in THOUGHT_MARKERS))
 _ANSWER = re.compile(r"<answer>(.*)</answer>", re.DOTALL | re.IGNORECASE)
 
 

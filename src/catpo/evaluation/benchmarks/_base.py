@@ -82,6 +82,8 @@ class Benchmark(ABC):
     """Whether `grade` takes a `catpo.judges.Judge` as third argument."""
     judge_decoding: ClassVar[Mapping[str, Any]] = {}
     """How the benchmark's authors decode from their judge, e.g. {"temperature": 0.2}."""
+    judge_form: ClassVar[str] = ""
+    """The judge's reply that can be read, in words."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
     is_answered_here: bool = False

@@ -47,6 +47,7 @@ class Benchmark(FolderBenchmark):
 
     needs_judge = True
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.0}
+    judge_form = "`Rating: ` and one whole number from 0 to 6"
     max_new_tokens = 1024
     sources = (
         Source(QUESTIONS, (f"mmhal/{QUESTIONS}", QUESTIONS, f"eval/data/{QUESTIONS}",
