@@ -40,6 +40,9 @@ class FakeFamily(Family):
         self.calls: list[int] = []
         self.options: list[dict[str, object]] = []
 
+    def changed_by_config(self, *, is_sampled: bool) -> dict[str, dict[str, object]]:
+        return {}
+
     def generate(
         self, samples: Sequence[Sample], *, seed: int = 0, temperature: float = 0.0, batch_size: int = 32, **options: object
     ) -> list[str]:

@@ -8,7 +8,9 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from catpo.cli.main import main
 from catpo.core.errors import UserError
 from catpo.core.intervals import bootstrap_indices
 from catpo.data.read import open_data
@@ -109,7 +111,7 @@ def slow_caption_metrics(answers, samples):
 def slow_question_metrics(pairs):
     """POPE's five numbers from (expected, said), "yes" the positive class."""
     true_yes = sum(e == s == "yes" for e, s in pairs)
-    false_yes = sum(e == "no" and s == "yes" for e, s in pairs)
+    false_yes = sum(e == "no" and s != "no" for e, s in pairs)  # neither yes nor no is as wrong
     missed = sum(e == "yes" and s != "yes" for e, s in pairs)
     precision, recall = ratio(true_yes, true_yes + false_yes), ratio(true_yes, true_yes + missed)
     return {
@@ -150,8 +152,9 @@ def test_intervals_equal_a_loop_over_resampled_pictures(tmp_path):
         said = [row["counts"] for row in drawn if row["group"] == CAPTIONS]
         values["chair_i"].append(ratio(sum(c["hallucinated"] for c in said), sum(c["objects"] for c in said)))
         asked = [row["counts"] for row in drawn if row["group"] == "random"]
-        right, yes = sum(c["right_yes"] for c in asked), sum(c["said_yes"] + c["expected_yes"] for c in asked)
-        values["random/f1"].append(ratio(2 * right, yes))
+        right, yes = sum(c["right_yes"] for c in asked), sum(c["expected_yes"] for c in asked)
+        wrong_yes = len(asked) - yes - sum(c["right"] - c["right_yes"] for c in asked)
+        values["random/f1"].append(ratio(2 * right, right + wrong_yes + yes))
     for name, draws in values.items():
         each = scores["benchmarks"]["scenes"]["metrics"][name]
         assert [each["low"], each["high"]] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
@@ -161,8 +164,10 @@ def test_what_cannot_be_divided_is_null_and_not_zero(tmp_path):
     scores = run(tmp_path / "out", family=FakeFamily(lambda *_: "Bright colours."))
     assert metrics(scores)["chair_i"] is None
     assert metrics(scores)["cover"] == 0
-    assert metrics(scores)["random/precision"] is None
+    assert metrics(scores)["random/precision"] == 0
     assert metrics(scores)["random/unparsed"] == 100
+    scores = run(tmp_path / "no", family=FakeFamily(lambda *_: "No."))
+    assert metrics(scores)["random/precision"] is None
     json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -207,6 +212,32 @@ def test_questions_are_cut_shorter_than_captions(tmp_path):
     assert lengths == sorted(lengths, reverse=True)
     assert set(lengths) == {50, benchmarks.QUESTION_TOKENS}
     assert {options["temperature"] for options in family.options} == {0.0}
+
+
+def test_a_limit_above_the_benchmark_s_own_leaves_room_for_thoughts(tmp_path):
+    family = FakeFamily(
+        lambda sample, rng: f"<think>no, no</think>{'Yes' if sample.prompt.startswith('Is there') else 'A dog.'}"
+    )
+    scores = run(tmp_path / "out", family=family, max_new_tokens=500)
+    assert {options["max_new_tokens"] for options in family.options} == {500}
+    assert metrics(scores)["random/yes_ratio"] == 100
+    assert scores["benchmarks"]["scenes"]["thoughts_removed"]["count"] == scores["benchmarks"]["scenes"]["items"]
+    rows = read_rows(tmp_path / "out" / "answers.jsonl")
+    assert all(row["answer"].startswith("<think>") for row in rows)
+
+
+def test_the_built_in_model_says_that_it_knows_no_photographs(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (96, 96), "teal").save(tmp_path / "photos" / "a.png")
+    row = {"id": "a", "image": "a.png", "prompt": "Describe the image.", "references": ["A dog."]}
+    (tmp_path / "photos" / "data.jsonl").write_text(json.dumps(row) + "\n")
+    options = ["--model", "builtin", "--max-new-tokens", "4", "--no-progress"]
+    benchmark = f"captions(data='{tmp_path / 'photos'}')"
+    main(["evaluate", "--benchmarks", benchmark, "--output", str(tmp_path / "out"), *options])
+    assert "the built-in model knows nothing but the built-in scenes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["unknown_pictures"] == ["captions"]
+    main(["evaluate", "--benchmarks", "scenes(count=1, questions=0)", "--output", str(tmp_path / "scenes"), *options])
+    assert "built-in" not in capsys.readouterr().err
 
 
 def test_grading_can_be_repeated_without_the_model(tmp_path):

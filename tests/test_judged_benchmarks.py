@@ -174,7 +174,9 @@ def test_llava_bench_scores_failed_reviews_as_officially_and_also_without_them(s
     assert metrics["score"] == pytest.approx(100 * round(25 / 6, 3) / round(43 / 6, 3))
     assert metrics["read_score"] == pytest.approx(100 * 26 / 44)
     assert metrics["score_detail"] == pytest.approx(100 * 3.5 / 3.5)
-    assert not scores["complete"] and scores["without_verdict"] == {"count": 1, "first": ["2"]}
+    assert not scores["complete"] and scores["without_verdict"] == {
+        "count": 1, "first": ["2"], "reply": "no score", "form": "two numbers and nothing else in the first line",
+    }  # fmt: skip
     assert scores["judge"]["name"] == "gpt-4-0314"
 
 
@@ -410,7 +412,9 @@ def test_object_halbench_counts_each_object_that_the_judge_names_once(small_halb
     # photograph 1: dog, puppy and hydrant, all there (unique words, not classes); 2: kitten and toilet absent; 3: no verdict
     assert values["object_hallucination"] == pytest.approx(100 * 2 / 5)
     assert values["response_hallucination"] == pytest.approx(100 * 1 / 2)
-    assert not scores["complete"] and scores["without_verdict"] == {"count": 1, "first": ["3"]}
+    assert not scores["complete"] and scores["without_verdict"] == {
+        "count": 1, "first": ["3"], "reply": "A cat.", "form": object_halbench.Benchmark.judge_form,
+    }  # fmt: skip
     assert scores["tools"]["nouns"] == "spacy"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,10 @@ from catpo import judges
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, Sample
 from catpo.data.read import open_data
+from catpo.files.json_files import read_rows
 from catpo.judges import Judge, open_judge
+from catpo.judges._requests import FORMS, TASKS
+from catpo.judges.truth import Judge as Truth
 from catpo.pairing.methods import Dropped, hadpo, povid, rlaif
 from catpo.pairing.pair import pair
 from catpo.text.object_words import mentions
@@ -82,6 +86,36 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_and_then_left_out(sample
     assert rlaif.make(sample, "A.", random.Random(0), None, ["B."], Scripted(*["?"] * 6), by="rating") == Dropped(
         "unreadable reply"
     )
+
+
+def test_a_reply_that_cannot_be_read_is_counted_and_quoted_once_with_the_form_expected(tmp_path, monkeypatch, capsys):
+    keys = []
+
+    def mumble(judge, messages, *, key, attempt=1):
+        keys.append(key)
+        return "I would say 7" if key.endswith("-0") else f"Rating: {len(keys) % 7}"
+
+    monkeypatch.setattr(Truth, "ask", mumble)
+    result = run(tmp_path / "out", "rlaif(candidates=3, by='rating')", limit=4, block_size=1)
+    about = json.loads((tmp_path / "out" / "pairs.json").read_text())
+    unread = sum(key.endswith("-0") for key in keys) // 3  # three attempts each
+    assert about["counts"]["noted"] == {"replies of the judge could not be read": unread}
+    sentence = f"the judge's reply to {keys[0]} is 'I would say 7', expected: `Rating: ` and a number from 0 to 10"
+    assert about["counts"]["unreadable"] == result.unreadable == sentence
+    assert str(result).count("I would say 7") == 1
+    assert not any({"noted", "unreadable"} & row.keys() for row in read_rows(tmp_path / "out" / "pairs.jsonl"))
+    monkeypatch.setattr(Truth, "ask", lambda *_, **__: "Bananas")
+    with pytest.raises(
+        UserError, match=r"the first: the judge's reply to .*/rate-0 is 'Bananas', expected: `Rating: ` and a num"
+    ):
+        run(tmp_path / "none", "rlaif(candidates=3, by='rating')", limit=2)
+
+
+@pytest.mark.parametrize(("task", "form"), FORMS.items())
+def test_the_form_of_every_request_is_documented(task, form):
+    page = (Path(__file__).parent.parent / "docs" / "judges.md").read_text(encoding="utf-8")
+    assert set(FORMS) == set(TASKS)
+    assert f"| `{task}` |" in page and form in page
 
 
 @pytest.mark.parametrize(

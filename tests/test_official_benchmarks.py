@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 import re
 
+import numpy as np
 import pytest
 
 from catpo.cli.main import main
 from catpo.core.errors import UserError
-from catpo.evaluation.benchmarks import _coco, amber, pope
+from catpo.evaluation.benchmarks import _coco, amber, grade_question, pope, question_metrics
 from catpo.evaluation.benchmarks._answers import read_records
 from catpo.evaluation.compare import compare, show
 from catpo.evaluation.evaluate import evaluate
 from catpo.evaluation.grade import grade, grade_answers
 from catpo.files.json_files import read_rows
+from catpo.judges.recorded import Judge as Recorded
 from fake_family import FakeFamily
 
 QUESTIONS = [("dog.jpg", "Is there a dog?", "yes"), ("dog.jpg", "Is there a cat?", "no"), ("sea.jpg", "Is there a dog?", "no")]
@@ -187,8 +190,34 @@ def test_what_a_tolerant_parser_reads_differently_is_an_option(data):
     official, tolerant = (
         graded(data, f"pope(subset='random', parser='{parser}')", rows, parser) for parser in ("official", "tolerant")
     )
-    assert [each["official"]["random"]["FP"] for each in (official, tolerant)] == [2, 0]
+    assert [each["metrics"]["yes_ratio"]["value"] for each in (official, tolerant)] == [100, pytest.approx(100 / 3)]
     assert tolerant["metrics"]["unparsed"]["value"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "figures"),
+    [
+        (["Yes", "It isn't there", "There isn't any"], {"precision": 100 / 3, "recall": 100, "f1": 50, "unparsed": 200 / 3}),
+        (["I see one", "No", "No"], {"precision": None, "recall": 0, "f1": None, "unparsed": 100 / 3}),
+        (["Yes", "No", "No"], {"precision": 100, "recall": 100, "f1": 100, "unparsed": 0}),
+    ],
+)
+def test_an_answer_that_is_neither_yes_nor_no_is_wrong_in_every_figure(data, answers, figures):
+    found = graded(data, "pope(subset='random', parser='tolerant')", in_order("random", answers))
+    assert {name: found["metrics"][name]["value"] for name in figures} == {
+        name: None if value is None else pytest.approx(value) for name, value in figures.items()
+    }
+    printed = found["official"]["random"]
+    assert [printed["Precision"], printed["F1 score"]] == [
+        None if figures[name] is None else pytest.approx(figures[name] / 100) for name in ("precision", "f1")
+    ]
+    grades = [grade_question(answer, expected) for answer, (_, _, expected) in zip(answers, QUESTIONS, strict=True)]
+    sums = {name: np.array([float(sum(each.counts[name] for each in grades))]) for name in grades[0].counts}
+    ours = question_metrics(sums)
+    same = {"precision": "precision", "recall": "recall", "unparsed": "unparsed"} | ({"f1": "f1"} if figures["f1"] else {})
+    assert {name: ours[name].tolist() for name in same} == {
+        name: [pytest.approx(math.nan if figures[name] is None else figures[name], nan_ok=True)] for name in same
+    }
 
 
 def test_seeds_letters_may_be_losses_and_videos_are_left_out(data):
@@ -211,6 +240,114 @@ def test_grading_can_be_repeated_in_part_and_from_packed_answers(data):
     assert json.loads((data / "out" / "scores.json").read_text())["model"] == "a"
 
 
+# ---- answers with thoughts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        "<think>No dog? no, not a cat.</think>\n\n{}",
+        "<Thinking>There is no cat.</Thinking> {}",
+        "[THINK]no[/THINK]{}",
+        "no, wait.</think>{}",
+        "<think>no</think><answer>{}</answer>",
+        "◁think▷no◁/think▷ {}",
+    ],
+)
+def test_thoughts_are_taken_out_before_grading_and_counted(data, thinking):
+    for number, (spec, rows) in enumerate(
+        [
+            ("pope(subset='random')", in_order("random", [thinking.format(answer) for answer in ("Yes", "No", "No")])),
+            ("seed", [{"question_id": str(number), "prediction": thinking.format("ABCD"[number % 4])} for number in range(8)]),
+        ]
+    ):
+        found = graded(data, spec, rows, f"out{number}")
+        assert found["metrics"]["accuracy"]["value"] == 100
+        assert found["thoughts_removed"]["count"] == len(rows) and found["thoughts_unfinished"]["count"] == 0
+        given = [row.get("answer", row.get("prediction")) for row in rows]
+        assert [row["answer"] for row in read_rows(data / f"out{number}" / "answers.jsonl")] == given  # as they were
+
+
+def test_an_answer_cut_off_in_a_thought_is_no_answer(data, capsys):
+    rows = in_order("random", ["<think>Is it a dog? Yes", "<think>hm</think>No", "No"])
+    write(data / "answers.jsonl", rows)
+    files = ["--answers", str(data / "answers.jsonl"), "--data", str(data), "--output", str(data / "out")]
+    main(["evaluate", "--benchmarks", "pope(subset='random', parser='tolerant')", *files])
+    shown = capsys.readouterr().err
+    assert "pope: thoughts were taken out of 1 answers before grading." in shown
+    assert "pope: 1 answers were cut off in a thought and graded without it: random/1." in shown
+    assert "pope: 33.3 % of the answers cannot be read. They count as wrong." in shown
+    grades = read_rows(data / "out" / "grades.jsonl")
+    assert [row.get("thought") for row in grades] == ["unfinished", "removed", None]
+    assert [row["right"] for row in grades] == [False, True, True]
+
+
+# ---- answers that say what they answer -----------------------------------------------------------------------------------
+
+
+def of_random(changes=()):
+    """POPE's own rows of one subset with the right answers, as its label file has them, in another order."""
+    rows = []
+    for number, (image, text, label) in enumerate(QUESTIONS, start=1):
+        question = f"{text[:-1]} in the random image?"
+        rows.append({"question_id": number, "image": image, "text": question, "label": label, "answer": label.capitalize()})
+    for row, change in zip(rows, changes, strict=False):
+        row.update(change)
+    return rows[::-1]
+
+
+@pytest.mark.parametrize(
+    "without",
+    [(), ("image", "label"), ("text", "image", "label")],
+    ids=["all fields", "no picture", "ids alone"],
+)
+@pytest.mark.parametrize("as_id", [int, float, str, "{:.1f}".format, "random/{}".format])
+def test_popes_answers_in_any_order_are_matched_by_their_own_ids(data, without, as_id):
+    rows = of_random()
+    for row in rows:
+        row["question_id"] = as_id(row["question_id"])
+        for field in without:
+            del row[field]
+    found = graded(data, "pope(subset='random')", rows)
+    assert found["metrics"]["accuracy"]["value"] == 100
+    in_part = graded(data, "pope(subset='random')", rows[:2], "in part")
+    assert (in_part["metrics"]["accuracy"]["value"], in_part["complete"]) == (100, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"image": "sea.jpg"}], r"answers\.jsonl:3: 'image' is 'sea\.jpg', where that of item random/1 is 'dog\.jpg'"),
+        ([{"question": "Is there a dog?"}], r"answers\.jsonl:3: 'question' is 'Is there a dog\?', where that of item random/1"),
+        ([{}, {"label": "yes"}], r"answers\.jsonl:2: 'label' is 'yes', where that of item random/2 is 'no'"),
+        ([{"response": "No"}], r"answers\.jsonl:3 has two answers: 'answer' is 'Yes', 'response' is 'No'"),
+        ([{"question_id": 1.5}], r"answers\.jsonl:3: 'question_id' must be a whole number or a text, not 1\.5"),
+        ([{"question_id": 71}, {"question_id": 70}, {"question_id": 72}], r"answers\.jsonl:2: the id 70 comes after 72"),
+    ],
+)
+def test_a_row_that_contradicts_its_id_is_refused_by_field(data, changes, message):
+    with pytest.raises(UserError, match=message):
+        graded(data, "pope(subset='random')", of_random(changes))
+
+
+def test_foreign_ids_are_no_order_unless_they_ascend(data):
+    numbered = [{"question_id": 70 + number, "answer": label} for number, (_, _, label) in enumerate(QUESTIONS)]
+    assert graded(data, "pope(subset='random')", numbered)["metrics"]["accuracy"]["value"] == 100
+    with pytest.raises(UserError, match=r"answers\.jsonl:2: the id 71 comes after 72, and not all ids are POPE's own"):
+        graded(data, "pope(subset='random')", numbered[::-1])
+    with pytest.raises(UserError, match=r"answers\.jsonl:1 does not say which subset it is of"):
+        graded(data, "pope", [{"answer": "Yes"}] * 9)
+
+
+def test_whole_floats_are_ids_everywhere(data):
+    rows = [{"question_id": number, "prediction": "ABCD"[int(float(number))]} for number in (0.0, "1.0", 2)]
+    assert graded(data, "seed", rows)["official"]["right"] == 3
+    ours = [{"benchmark": "seed", "id": number, "answer": "ABCD"[int(number)]} for number in (0.0, 1)]
+    assert graded(data, "seed", ours, "ours")["official"]["right"] == 2
+    replies = write(data / "replies.jsonl", [{"question_id": 4.0, "content": "8 7"}])
+    assert Recorded(file=str(replies)).ask([], key="llava_bench/4") == "8 7"
+
+
 # ---- what is refused, and what is told ------------------------------------------------------------------------------------
 
 ROTATED = [*in_order("random", ["Yes", "No", "No"])[1:], in_order("random", ["Yes", "No", "No"])[0]]
@@ -220,7 +357,7 @@ ROTATED = [*in_order("random", ["Yes", "No", "No"])[1:], in_order("random", ["Ye
     ("spec", "rows", "message"),
     [
         ("pope(subset='random')", [{"answer": "Yes"}] * 2, "2 answers to 3 questions"),
-        ("pope(subset='random')", ROTATED, r"answers\.jsonl:1 answers 'Is there a cat in .* where question random/1"),
+        ("pope(subset='random')", ROTATED, r"answers\.jsonl:1: 'question' is 'Is there a cat in .* that of item random/1"),
         ("pope(subset='random')", [{"answer": 1}] * 3, r"answers\.jsonl:1: 'answer' must be a text, not 1"),
         ("pope(subset='random')", [{"said": "Yes"}] * 3, r"answers\.jsonl:1 has no answer"),
         ("seed", [{"question_id": "99", "prediction": "A"}], r"99 \(.*answers\.jsonl:1\): no such item"),

@@ -12,6 +12,7 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, Sample
 from catpo.data.read import open_data
+from catpo.files.json_files import read_rows
 from catpo.pairing.methods import Dropped, corrected, label, reference, seva
 from catpo.pairing.pair import pair
 from catpo.text.object_words import mentions
@@ -480,3 +481,31 @@ def test_seva_drops_equal_answers_and_needs_no_truth():
 def test_seva_refuses_views_that_are_no_corrupted_picture(tmp_path, view, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", method=f"seva(view='{view}')")
+
+
+# ---- thoughts -------------------------------------------------------------------------------------------------------------
+
+
+def test_thoughts_are_taken_out_of_answers_before_pairs_are_made_and_counted(tmp_path):
+    plain = FakeFamily()
+
+    def think(sample, rng):
+        answer = plain.answer(sample, rng)
+        return f"<think>A dog? {answer}" if sample.id.endswith("3") else f"<think>A dog?</think>\n\n{answer}"
+
+    made = {}
+    for name, family in (("plain", plain), ("thinking", FakeFamily(think))):
+        pair(model=family, data="scenes(count=8)", block_size=2, output=tmp_path / name, progress=False)
+        made[name] = {row["meta"]["sample"]: row for row in read_rows(tmp_path / name / "pairs.jsonl")}
+    assert made["thinking"] == {sample: row for sample, row in made["plain"].items() if not sample.endswith("3")}
+    counts = json.loads((tmp_path / "thinking" / "pairs.json").read_text())["counts"]
+    assert counts["noted"] == {
+        "answers had thoughts in them, which were taken out": 7,
+        "answers were cut off in a thought": 1,
+    }
+    assert "noted" not in json.loads((tmp_path / "plain" / "pairs.json").read_text())["counts"]
+
+
+def test_a_model_that_never_ends_its_thoughts_is_given_more_tokens_not_more_data(tmp_path):
+    with pytest.raises(UserError, match="2 answers were cut off in a thought. Give more --max-new-tokens"):
+        pair(model=FakeFamily(lambda *_: "<think>so"), data="scenes(count=2)", output=tmp_path / "out", progress=False)

@@ -127,9 +127,15 @@ app["--help"].group = app["--version"].group = START
 @app.command(group=STEPS, sort_key=1)
 def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = None) -> None:
     """Make preference pairs from a model's answers."""
+    from catpo.cli.tables import config_warnings
+    from catpo.data.pair_folder import ABOUT
+    from catpo.files.json_files import read_json
     from catpo.pairing.pair import pair
 
     print(pair(**vars(options)))
+    about = options.output / ABOUT
+    for warning in config_warnings(read_json(about).get("generation_config", {}) if about.is_file() else {}):
+        print(f"catpo: {warning}", file=sys.stderr)
 
 
 def _show_plan(options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:

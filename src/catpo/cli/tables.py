@@ -73,7 +73,12 @@ def _blocks(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, dict[
 
 def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
     """What a reader of the numbers must know: answers that are missing, are empty, or got no verdict."""
-    warnings = []
+    warnings = config_warnings(scores.get("generation_config", {}))
+    if unknown := scores.get("unknown_pictures"):
+        warnings.append(
+            f"the built-in model knows nothing but the built-in scenes: what it says of the pictures of {', '.join(unknown)} "
+            "means nothing. Name another --model."
+        )
     for name, benchmark in scores["benchmarks"].items():
         missing, empty, unread = (benchmark.get(kind, {"count": 0}) for kind in ("missing", "empty", "without_verdict"))
         if missing["count"]:
@@ -84,14 +89,47 @@ def scores_warnings(scores: Mapping[str, Any]) -> list[str]:
             )
         if empty["count"]:
             warnings.append(f"{name}: {empty['count']:,} answers are empty: {_some(empty)}. They are graded as they are.")
+        warnings += _thought_warnings(name, benchmark)
+        unparsed = (benchmark["metrics"].get("unparsed") or {}).get("value")
+        if unparsed:
+            warnings.append(f"{name}: {unparsed:.1f} % of the answers cannot be read. They count as wrong.")
         figures = benchmark.get("tools", {}).get("figures", "")
         if figures.startswith("not comparable"):
             warnings.append(f"{name}: figures are {figures}.")
         if unread["count"]:
             warnings.append(
                 f"{name}: the judge's reply to {unread['count']:,} answers cannot be read: {_some(unread)}. They count as the "
-                "official program counts them; grades.jsonl has the replies."
+                f"official program counts them; grades.jsonl has the replies.{_quoted(unread)}"
             )
+    return warnings
+
+
+def _quoted(unread: Mapping[str, Any]) -> str:
+    reply, form = unread.get("reply"), unread.get("form")
+    return f" The first: {plain(reply)!r}; expected: {form}." if reply is not None and form else ""
+
+
+def config_warnings(changed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the model's generation_config asks for, and what became of it."""
+    texts = {
+        "switched_off": "generation_config.json of the model asks for {}, which is switched off: the options alone decide.",
+        "kept": "generation_config.json of the model forbids tokens ({}), which stay forbidden.",
+    }
+    shown = {kind: ", ".join(f"{name}={str(value)[:60]}" for name, value in values.items()) for kind, values in changed.items()}
+    return [texts[kind].format(values) for kind, values in shown.items()]
+
+
+def _thought_warnings(name: str, benchmark: Mapping[str, Any]) -> list[str]:
+    """Thoughts of a reasoning model are not graded; one that does not end leaves no answer."""
+    removed, unfinished = (benchmark.get(f"thoughts_{kind}", {"count": 0}) for kind in ("removed", "unfinished"))
+    warnings = []
+    if removed["count"]:
+        warnings.append(f"{name}: thoughts were taken out of {removed['count']:,} answers before grading.")
+    if unfinished["count"]:
+        warnings.append(
+            f"{name}: {unfinished['count']:,} answers were cut off in a thought and graded without it: {_some(unfinished)}. "
+            "Let the model write more: raise --max-new-tokens above the benchmark's own limit."
+        )
     return warnings
 
 

@@ -222,7 +222,7 @@ class EvaluateOptions(Options):
     batch_size: Count = 64
     """Items answered per forward pass."""
     max_new_tokens: Count | None = None
-    """Maximum length of an answer, in tokens (default: the benchmark's own)."""
+    """Maximum length of an answer, in tokens (default: the benchmark's own; above it, yes/no answers may be as long)."""
     shuffled: bool = False
     """Control: answer each item with another item's picture; a model that looks must fail."""
     on_error: OnError = "stop"

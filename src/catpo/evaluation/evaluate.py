@@ -109,9 +109,18 @@ def _begin(folder: EvaluationFolder, asking: Asking, model: Family | ServedModel
     folder.check_same(manifest)
     if folder.manifest.exists():
         return
-    skipped = {"skipped": _unusable(asking.tasks, asking.skip_log)} if asking.skip_log.goes_on else {}
+    more: dict[str, Any] = {"skipped": _unusable(asking.tasks, asking.skip_log)} if asking.skip_log.goes_on else {}
     asking.skip_log.write(folder.path)
-    folder.write_manifest(manifest, **skipped)
+    if isinstance(model, Family):
+        more |= {"generation_config": changed} if (changed := model.changed_by_config(is_sampled=False)) else {}
+        more |= {"unknown_pictures": unknown} if (unknown := _beyond_scenes(model, asking.tasks)) else {}
+    folder.write_manifest(manifest, **more)
+
+
+def _beyond_scenes(model: Family, tasks: Sequence[Task]) -> list[str]:
+    """Benchmarks whose pictures mean nothing to the model: any but the built-in scenes, if it is or was the built-in one."""
+    others = [task.name for task in tasks if not (task.benchmark.data or task.name).startswith("scenes")]
+    return others if others and loading.is_builtin(model) else []
 
 
 def _server(options: EvaluateOptions) -> ServedModel | None:
@@ -207,11 +216,15 @@ def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: 
 
 
 def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
-    """Longest answer and items of each batch: items in order, those with the same longest answer together."""
+    """Longest answer and items of each batch: items in order, those with the same longest answer together.
+
+    More tokens than the benchmark's own limit are for a model that thinks before it answers: then questions get them, too.
+    """
     batches = []
     for task in tasks:
         longest = max_new_tokens or task.benchmark.max_new_tokens
-        lengths = [min(item.max_new_tokens or longest, longest) for item in task.items]
+        thinks = longest > task.benchmark.max_new_tokens
+        lengths = [longest if thinks else min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
             batches += [(tokens, alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]

@@ -14,7 +14,7 @@ from catpo.config.command import command
 from catpo.config.options import EvaluateOptions
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, parse
-from catpo.evaluation.benchmarks import Grade, Item, Record, read_records, some
+from catpo.evaluation.benchmarks import Grade, Item, Record, check_repeated, read_records, some
 from catpo.evaluation.bootstrap import estimate, resample
 from catpo.evaluation.folder import EvaluationFolder
 from catpo.evaluation.tasks import (
@@ -28,15 +28,20 @@ from catpo.evaluation.tasks import (
     without_skipped,
 )
 from catpo.files.lock import lock
+from catpo.files.records import as_id
 from catpo.judges import Judge, open_judge
 from catpo.runtime.progress import track
 from catpo.runtime.skip_log import SkipLog
+from catpo.text.thoughts import without_thoughts
 
 KEPT = ("format", "model", "model_hash", "adapter", "limit", "shuffled", "decoding", "data_hashes", "versions")
 """Fields of evaluation.json that scores.json repeats."""
+KEPT_IF_THERE = ("server", "generation_config", "unknown_pictures")
 RESAMPLES = 1000
 LISTED = 100
 """Ids listed in scores.json of answers that are missing or empty."""
+QUOTED = 300
+"""Characters of a judge's reply that cannot be read."""
 
 
 def grade(output: str | Path, *, judge: str | Spec | None = None, progress: bool = True) -> dict[str, Any]:
@@ -127,14 +132,16 @@ def _check_given(files: Sequence[Path], tasks: Sequence[Task], given: Mapping[st
 
 def _our_answers(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     """Rows with benchmark, id and answer, as `catpo evaluate` writes them; those of other items are left out."""
-    wanted = {(task.name, item.id) for task, item in each_item(tasks)}
+    wanted = {(task.name, item.id): item for task, item in each_item(tasks)}
     opened = {task.name for task in tasks if waits_for_answers(task.benchmark)}
     given: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
     double = []
     for record in records:
-        name, key, answer = (record.row.get(field) for field in ("benchmark", "id", "answer"))
-        if not (isinstance(name, str) and isinstance(key, str) and isinstance(answer, str)):
+        name, key, answer = record.row.get("benchmark"), as_id(record.row.get("id")), record.row.get("answer")
+        if not (isinstance(name, str) and key is not None and isinstance(answer, str)):
             raise UserError(f"{record.place} needs the texts 'benchmark', 'id' and 'answer'.")
+        if (name, key) in wanted:
+            check_repeated(record, wanted[name, key])
         if (name, key) in wanted or name in opened:
             if key in given[name]:
                 double.append(f"{record.place} answers item '{key}'")
@@ -163,8 +170,7 @@ def write_scores(folder: EvaluationFolder, tasks: Sequence[Task], judge: str | S
         graded[task.name] = _grade_task(folder, task, answers, judges.get(task.name), progress)
     folder.write_grades(row for rows in graded.values() for row in rows)
     scores = {key: manifest.get(key) for key in KEPT}
-    if "server" in manifest:
-        scores["server"] = manifest["server"]
+    scores |= {key: manifest[key] for key in KEPT_IF_THERE if key in manifest}
     if "skipped" in manifest:
         scores["skipped"] = _skipped(skipped, tasks)
     scores["benchmarks"] = {task.name: _scores(task, graded[task.name], answers, judges.get(task.name)) for task in tasks}
@@ -228,10 +234,13 @@ def _grade_task(
 
 
 def grade_row(task: Task, item: Item, answer: str, judge: Judge | None = None) -> dict[str, Any]:
-    """A row of grades.jsonl; `judge` for benchmarks that need one."""
+    """A row of grades.jsonl, of the answer without a model's thoughts; `judge` for benchmarks that need one."""
     judges = [judge] if task.benchmark.needs_judge else []
-    graded: Grade = task.benchmark.grade(item, answer, *judges)
+    said, thought = without_thoughts(answer)
+    graded: Grade = task.benchmark.grade(item, said, *judges)
     row: dict[str, Any] = {"benchmark": task.name, "id": item.id, "group": item.group, "picture": item.picture}
+    if thought:
+        row["thought"] = thought
     row["counts"] = dict(graded.counts)
     if graded.mentions is not None:
         row["mentions"] = [list(mention) for mention in graded.mentions]
@@ -269,7 +278,10 @@ def _or_none(figure: float) -> float | None:
 
 
 def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict."""
+    """How many items of each group were asked and graded; which are missing, answered with nothing, or without a verdict.
+
+    If answers had thoughts in them, also which: they were taken out, and of a thought that did not end nothing is left.
+    """
     graded = {row["id"] for row in rows}
     parts: dict[str, dict[str, int]] = {}
     for item in task.items:
@@ -278,9 +290,14 @@ def _completeness(task: Task, rows: Sequence[Mapping[str, Any]], answers: Mappin
         part["graded"] += item.id in graded
     missing = [item.id for item in task.items if item.id not in graded]
     empty = [item.id for item in task.items if not answers.get((task.name, item.id), "nothing").strip()]
-    unread = [row["id"] for row in rows if row.get("verdict") is False]
+    unread = [row for row in rows if row.get("verdict") is False]
     is_complete = not missing and not unread
-    listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed(unread)}
+    listed = {"missing": _listed(missing), "empty": _listed(empty), "without_verdict": _listed([row["id"] for row in unread])}
+    if unread:
+        reply = str(unread[0].get("notes", {}).get("reply", ""))
+        listed["without_verdict"] |= {"reply": reply[:QUOTED], "form": task.benchmark.judge_form}
+    thoughts = {name: [row["id"] for row in rows if row.get("thought") == name] for name in ("removed", "unfinished")}
+    listed |= {f"thoughts_{name}": _listed(ids) for name, ids in thoughts.items() if any(thoughts.values())}
     return {"complete": is_complete, "parts": parts, **listed}
 
 

@@ -15,6 +15,7 @@ from catpo.files import strict_json
 MAX_BYTES = 2_000_000_000
 """Larger files are refused; the largest official one, COCO's instances of train2014, has 448 million bytes."""
 _HALVES = re.compile("[\ud800-\udfff]")
+_WHOLE = re.compile(r"-?\d+\.0+")
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,17 @@ def _record(place: str, row: Any) -> Record:
         if isinstance(value, str) and not value.isascii() and _HALVES.search(value):
             raise UserError(f"{place}: '{name}' holds half a character (a lone surrogate). Remove it.")
     return Record(place, row)
+
+
+def as_id(value: Any) -> str | None:
+    """An id as text, whatever tool wrote it; None for what is none.
+
+    >>> as_id(7), as_id("a/7"), as_id(13557.0), as_id("13557.0"), as_id(True), as_id(0.5)
+    ('7', 'a/7', '13557', '13557', None, None)
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return None
+    text = str(value)
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text

@@ -9,6 +9,9 @@ from typing import Any
 from catpo.core import registry
 from catpo.core.spec import Spec, check_options, parse
 
+QUOTED = 300
+"""Characters of a reply in a message."""
+
 
 class Judge(ABC):
     """Base of every module in `judges/`. Options are keyword arguments of its constructor.
@@ -40,6 +43,29 @@ class Judge(ABC):
         Raises:
             UserError: there is no reply; names the item.
         """
+
+    def note_unreadable(self, key: str, reply: str, form: str) -> None:
+        """Called where no attempt gave a reply of the form that was asked for; only `CountingJudge` does something about it."""
+        return
+
+
+class CountingJudge(Judge):
+    """A judge that keeps the replies of which nothing could be made."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.workers = judge, judge.workers
+        self.unreadable: list[str] = []
+        """Each as a sentence with key, reply and the form expected."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.judge.identity
+
+    def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
+        return self.judge.ask(messages, key=key, attempt=attempt)
+
+    def note_unreadable(self, key: str, reply: str, form: str) -> None:
+        self.unreadable.append(f"the judge's reply to {key} is {reply[:QUOTED]!r}, expected: {form}")
 
 
 def open_judge(text: str | Spec) -> Judge:

@@ -34,6 +34,13 @@ TASKS = {
     "style. Write the changed answer, nothing else.",
 }
 """Name of a request -> its instruction."""
+FORMS = {
+    "claims": "one question a line, each with a question mark at its end",
+    "verify": "as many lines with yes or no as there are questions",
+    "rate": "`Rating: ` and a number from 0 to 10",
+    **dict.fromkeys(("correct", "restyle", "invent"), "the text alone, not empty"),
+}
+"""Name of a request -> the reply that can be read."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Request:
 def ask(
     judge: Judge, task: str, sample: Sample, read: Callable[[str], Read | None], *, number: int = 0, **sections: str
 ) -> Read | None:
-    """The judge's reply as `read` returns it, after up to three attempts; None if no reply could be read.
+    """The judge's reply as `read` returns it, after up to three attempts; None if none could be read, which the judge is told.
 
     Args:
         judge: is asked under the key `ID/TASK-NUMBER`.
@@ -64,10 +71,13 @@ def ask(
         headed = {"Known of the picture": known, **headed}
     text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in headed.items())])
     messages = with_pictures(replace(sample, prompt=text))
+    key, reply = f"{sample.id}/{task}-{number}", ""
     for attempt in range(1, ATTEMPTS + 1):
-        reply = read(judge.ask(messages, key=f"{sample.id}/{task}-{number}", attempt=attempt))
-        if reply is not None:
-            return reply
+        reply = judge.ask(messages, key=key, attempt=attempt)
+        found = read(reply)
+        if found is not None:
+            return found
+    judge.note_unreadable(key, reply, FORMS[task])
     return None
 
 

@@ -20,6 +20,7 @@ from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.judges._replies import Replies, hash_of
 from catpo.models.openai_client import ChatServer
+from catpo.text.thoughts import without_thoughts
 
 LEFT_TO_SERVER = -1
 
@@ -85,7 +86,7 @@ class Judge(judges.Judge):
         return judge
 
     def ask(self, messages: list[dict[str, Any]], *, key: str, attempt: int = 1) -> str:
-        """The kept reply, or the server's."""
+        """The kept reply, or the server's, without the thoughts of a reasoning model; the cache keeps them."""
         asked = hash_of([self.server.model, self.server.url, self.decoding, [self.repeat, attempt], messages])
         kept = self.replies.get(asked) if self.replies else None
         if kept is None:
@@ -97,7 +98,7 @@ class Judge(judges.Judge):
             if self.replies and reply.text:
                 self.replies.add(asked, **kept)
         self.answered_by.add(kept["model"])
-        return str(kept["reply"])
+        return without_thoughts(str(kept["reply"]))[0]
 
 
 def _sent(decoding: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from catpo import judges
 from catpo.core.errors import UserError
-from catpo.files.records import decode, parse_records, read_bytes
+from catpo.files.records import as_id, decode, parse_records, read_bytes
 
 
 class Judge(judges.Judge):
@@ -32,7 +32,8 @@ class Judge(judges.Judge):
         self._replies: dict[str, str] = {}
         models = set()
         for number, record in enumerate(parse_records(decode(read_bytes(self.path), self.path), file)):
-            key = str(record.row.get("key", record.row.get("question_id", number)))
+            given = record.row.get("key", record.row.get("question_id", number))
+            key = as_id(given) or str(given)
             reply = _reply(record.row)
             if not isinstance(reply, str):
                 raise UserError(f"{record.place} has no reply: neither reply, content nor choices.")

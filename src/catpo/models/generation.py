@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from catpo.core.types import Sample
 from catpo.models import devices, memory
 from catpo.models.chat_template import ChatTemplate
+from catpo.models.decoding import changed_by_config, plain_decoding
 from catpo.models.tensors import text_hash
+from catpo.text.thoughts import THOUGHT_MARKERS, begun_thought
 
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
@@ -84,15 +87,17 @@ class Generation(ChatTemplate):
         batch_size: int = 32,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """Answers in the order of `samples`; temperature 0 is greedy.
+        """Answers in the order of `samples`, thoughts and all; temperature 0 is greedy.
 
+        Nothing else decides: penalties, beams and the like of the checkpoint's generation_config are off (`changed_by_config`).
         `progress` is called with the number of samples just finished.
         """
         answers = [""] * len(samples)
         options = {"max_new_tokens": max_new_tokens, "eos_token_id": self._stops, **_sampling(temperature, top_p)}
-        for batch, new in self._generated(samples, self._prompts(samples), batch_size, seed, **options):
-            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[index] = text.strip()
+        prompts = self._prompts(samples)
+        for batch, new in self._generated(samples, prompts, batch_size, seed, **options):
+            for index, ids in zip(batch, new.tolist(), strict=True):
+                answers[index] = (begun_thought(prompts[index]) + self._answer_text(ids)).strip()
             if progress:
                 progress(len(batch))
         return answers
@@ -130,6 +135,22 @@ class Generation(ChatTemplate):
                 sentences[index] = self._sentence(starts[index], ids, logps)
         return [sentences[index] for index in range(len(samples))]
 
+    def changed_by_config(self, *, is_sampled: bool) -> dict[str, dict[str, Any]]:
+        """What the checkpoint's generation_config asks for beside the options: see `catpo.models.decoding`."""
+        return changed_by_config(self.unwrapped, is_sampled=is_sampled)
+
+    def _answer_text(self, ids: list[int]) -> str:
+        """The text of tokens without special ones, except those that begin or end a thought."""
+        parts = []
+        for marker, run in groupby(ids, self._thought_tokens.get):
+            parts.append(marker or self.tokenizer.decode([*run], skip_special_tokens=True))
+        return "".join(parts)
+
+    @cached_property
+    def _thought_tokens(self) -> dict[int, str]:
+        special = self.tokenizer.all_special_tokens
+        return {self.tokenizer.convert_tokens_to_ids(marker): marker for marker in THOUGHT_MARKERS if marker in special}
+
     def _prompts(self, samples: Sequence[Sample]) -> list[str]:
         return [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
 
@@ -153,7 +174,8 @@ class Generation(ChatTemplate):
             doing = f"answering {len(batch)} questions at once"
             with memory.explained(doing, self.model, advice=memory.ANSWERING), own_randomness:
                 torch.manual_seed(int(text_hash(f"{seed}/{first}")[:15], 16))
-                tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
+                with plain_decoding(self.unwrapped):
+                    tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
             yield batch, tokens[:, length:]
         self.model.train(was_training)
 

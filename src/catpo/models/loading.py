@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from catpo.files.json_files import read_json
 from catpo.models import devices, memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.family import Family
+from catpo.models.load_checks import check_base, check_loaded, problem_with_adapter
 
 BUILTIN = Path(__file__).parent / "builtin"
 """The packaged model, called `builtin` on the command line."""
@@ -90,6 +92,7 @@ def load(
         loaded.to(place).eval()
     _keep_one_4bit_precision(loaded)
     family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+    check_loaded(family, adapter)
     if attn_implementation is not None:
         family.use_packed_attention(attn_implementation)
     return family
@@ -235,6 +238,12 @@ def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_
     return registry.load("families", name if name in known else "generic")(model, processor, model_id=model_id)
 
 
+def is_builtin(family: Family) -> bool:
+    """Whether it is the packaged model or was trained from it: their tokenizer and picture processor are the same."""
+    processor = AutoProcessor.from_pretrained(BUILTIN)
+    return family.processor_hash == Family(None, processor).processor_hash
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own progress bars, which would break ours."""
@@ -251,6 +260,7 @@ def _adapter_base(adapter: Path) -> str:
     base = read_json(adapter / "adapter_config.json", made_by="save_pretrained").get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {adapter}.")
+    check_base(base, adapter)
     return resolve(base)
 
 
@@ -260,11 +270,13 @@ def _with_adapter(model: Any, adapter: str | Path) -> Any:
     _refuse_pickles(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
     try:
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
-        return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")  # the weights go where the model is
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # `check_loaded` refuses them
+            return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")  # the weights go where the model is
     except FAILURES as error:
         if memory.is_out_of_memory(error):
             raise
         raise UserError(
-            f"adapter '{adapter}' cannot be put on the model: {first_line(error)} Give a folder made by save_pretrained of an "
-            "adapter of this model, with adapter_model.safetensors."
+            f"adapter '{adapter}' cannot be put on the model: {problem_with_adapter(error)} Give a folder made by "
+            "save_pretrained of an adapter of this model, with adapter_model.safetensors."
         ) from error

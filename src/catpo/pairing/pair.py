@@ -33,25 +33,30 @@ from catpo.files.atomic import cut_back
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
 from catpo.files.provenance import check_same, versions
 from catpo.files.strict_json import fits
-from catpo.judges import Judge, open_judge
+from catpo.judges import CountingJudge, Judge, open_judge
 from catpo.models import loading
 from catpo.models.family import Family
-from catpo.pairing.methods import Decoding, Dropped
+from catpo.pairing.methods import Candidate, Decoding, Dropped
 from catpo.runtime.blocks import Blocks, Rows
 from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
+from catpo.text.thoughts import without_thoughts
 
 BLOCKS = "blocks.jsonl"
 """A row per finished block, until all are finished."""
 PART = ".pairs-{}.jsonl"
 """The blocks that one of several processes has made."""
 COUNTS = {"asked": int, "kept": int, "dropped": dict[str, int]}
-BLOCK = {"block": int, **COUNTS, "bytes": int}
+NOTED = {"noted": dict[str, int] | None, "unreadable": str | None}
+"""What is counted besides, and the first reply of a judge that could not be read."""
+BLOCK = {"block": int, **COUNTS, **NOTED, "bytes": int}
 """A row of `BLOCKS`."""
 DROPPED = {"dropped": str}
 """A row for an answer that gave no pair."""
+UNREADABLE = "replies of the judge could not be read"
+THOUGHTS = {"removed": "answers had thoughts in them, which were taken out", "unfinished": "answers were cut off in a thought"}
 LOWEST_TEMPERATURE = 1e-30
 """Logits are divided by it in float32, whose largest value is 3e38."""
 Answers = list[tuple[str, Sequence[Any]]]
@@ -69,10 +74,16 @@ class PairingResult:
     """Pairs."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Reason -> answers that gave no pair."""
+    noted: Mapping[str, int] = field(default_factory=dict)
+    """Answers with thoughts, and replies of the judge that could not be read."""
+    unreadable: str = ""
+    """The first of these replies, with the form expected."""
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.dropped).most_common())
-        return f"{self.kept} pairs of {self.asked} answers in {self.folder}" + (f" (not used: {reasons})" if reasons else "")
+        lines = [f"{self.kept} pairs of {self.asked} answers in {self.folder}" + (f" (not used: {reasons})" if reasons else "")]
+        lines += [f"{count} {what}" for what, count in self.noted.items()]
+        return "\n".join([*lines, *([self.unreadable] if self.unreadable else [])])
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,9 @@ def pair(options: PairOptions) -> PairingResult:
             manifest = pairing.manifest | of_model
             _check_manifest(folder, manifest)
             if not (folder / ABOUT).exists():
-                write_json(folder / ABOUT, {**manifest, "versions": versions(), "complete": False})
+                changed = family.changed_by_config(is_sampled=options.temperature > 0)
+                more = {"generation_config": changed} if changed else {}
+                write_json(folder / ABOUT, {**manifest, "versions": versions(), **more, "complete": False})
         group.barrier("begun")
         work = _Work(folder, pairing.samples, options.block_size, pairing.method)
         if not group.broadcast("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
@@ -192,12 +205,17 @@ class _Method:
         own = list(islice(answers, len(block)))
         return [(answer, list(islice(answers, len(asked)))) for answer, asked in zip(own, further, strict=True)]
 
-    def make_pair(self, sample: Sample, answer: str, others: Sequence[Any]) -> PreferencePair | Dropped:
-        offered = {"others": others, "judge": self.judge}
+    def make_pair(self, sample: Sample, answer: str, others: Sequence[Any]) -> _Outcome:
+        """The pair of answers without thoughts; an answer that was cut off in a thought is empty."""
+        said = _Said()
+        judge = None if self.judge is None else CountingJudge(self.judge)
+        offered = {"others": [said.without_thoughts(other) for other in others], "judge": judge}
         wanted = {name: offered[name] for name in self._wants}
-        return self.make(sample, answer, self._random(sample), self.vocabulary, **wanted, **self.options)
+        answer = said.without_thoughts(answer)
+        made = self.make(sample, answer, self._random(sample), self.vocabulary, **wanted, **self.options)
+        return _Outcome(made, said.noted, judge.unreadable if judge else [])
 
-    def make_pairs(self, block: Sequence[Sample], answers: Answers) -> list[PreferencePair | Dropped]:
+    def make_pairs(self, block: Sequence[Sample], answers: Answers) -> list[_Outcome]:
         """In as many threads as the judge serves; where one fails, no further ones start."""
         own, others = zip(*answers, strict=True)
         with ThreadPoolExecutor(1 if self.judge is None else self.judge.workers) as pool:
@@ -209,6 +227,38 @@ class _Method:
 
     def _random(self, sample: Sample) -> random.Random:
         return random.Random(f"{self.decoding.seed}/{sample.id}")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one sample's answers."""
+
+    made: PreferencePair | Dropped
+    noted: Mapping[str, int]
+    unreadable: Sequence[str]
+
+    def row(self, folder: Path) -> dict[str, Any]:
+        """The pair's row, after its pictures were stored; or why there is no pair. `_Work._write` takes out what is noted."""
+        row = {"dropped": self.made.reason} if isinstance(self.made, Dropped) else row_of(folder, self.made)
+        noted = dict(self.noted) | ({UNREADABLE: len(self.unreadable)} if self.unreadable else {})
+        more = {"noted": noted} if noted else {}
+        return {**row, **more, **({"unreadable": self.unreadable[0]} if self.unreadable else {})}
+
+
+class _Said:
+    """Takes thoughts out of answers, and counts them."""
+
+    def __init__(self) -> None:
+        self.noted: Counter[str] = Counter()
+
+    def without_thoughts(self, answer: Any) -> Any:
+        """An answer, or a candidate with its text."""
+        if isinstance(answer, Candidate):
+            return replace(answer, text=self.without_thoughts(answer.text))
+        text, thought = without_thoughts(answer) if isinstance(answer, str) else (answer, "")
+        if thought:
+            self.noted[THOUGHTS[thought]] += 1
+        return text
 
 
 class _Work:
@@ -229,8 +279,7 @@ class _Work:
             def make(number: int) -> Rows:
                 stop.leave_if_asked(f"{bar.count} of {total} answers are in {self.folder}.")
                 block = [_in_memory(sample) for sample in self.blocks[number]]
-                outcomes = self.method.make_pairs(block, answer(block))
-                rows = [_row(self.folder, outcome) for outcome in outcomes]
+                rows = [outcome.row(self.folder) for outcome in self.method.make_pairs(block, answer(block))]
                 answered = total - left + group.add("asked", len(block))  # by all processes
                 bar.advance(answered - bar.count, note=f"{len(seen)} pairs")
                 return rows
@@ -242,6 +291,10 @@ class _Work:
 
     def _write(self, number: int, rows: Rows, seen: set[str]) -> None:
         """Append a block's pairs, each id once, and then the row that marks the block as finished."""
+        noted: Counter[str] = Counter()
+        for row in rows:
+            noted.update(row.pop("noted", {}))
+        unreadable = [row.pop("unreadable") for row in rows if "unreadable" in row]
         dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
         kept = []
         for row in rows:
@@ -252,7 +305,8 @@ class _Work:
                 kept.append(row)
         size = append_rows(self.folder / ROWS, kept)
         finished = {"block": number, "asked": len(rows), "kept": len(kept), "dropped": dict(dropped), "bytes": size}
-        append_rows(self.folder / BLOCKS, [finished])
+        more = {"noted": dict(noted)} if noted else {}
+        append_rows(self.folder / BLOCKS, [finished | more | ({"unreadable": unreadable[0]} if unreadable else {})])
 
     def _resume(self) -> int:
         """The number of finished blocks; cuts off what an unfinished one left behind."""
@@ -282,37 +336,41 @@ class _Work:
             if skipped.goes_on:
                 manifest["skipped"] = skipped.summary()
             write_json(self.folder / ABOUT, {**manifest, "complete": True})
-        counts = read_json(self.folder / ABOUT, fields={"counts": COUNTS})["counts"]
+        counts = read_json(self.folder / ABOUT, fields={"counts": {**COUNTS, **NOTED}})["counts"]
         (self.folder / BLOCKS).unlink(missing_ok=True)
-        return {name: counts[name] for name in COUNTS}
+        return {name: counts[name] for name in (*COUNTS, *NOTED) if counts.get(name)}
 
     def _counts(self) -> dict[str, Any]:
         dropped: Counter[str] = Counter()
-        kept = 0
+        noted: Counter[str] = Counter()
+        kept, unreadable = 0, ""
         for row in read_rows(self.folder / BLOCKS, BLOCK):
             dropped.update(row["dropped"])
-            kept += row["kept"]
+            noted.update(row.get("noted") or {})
+            kept, unreadable = kept + row["kept"], unreadable or row.get("unreadable") or ""
         written = len(read_rows(self.folder / ROWS))
         if kept != written:
             raise UserError(f"{self.folder / ROWS} holds {written} pairs, {BLOCKS} says {kept}. {self._again}")
         if not kept:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            remedy = "Give more --data or a higher --temperature"
+            if unreadable:
+                remedy = f"{noted[UNREADABLE]} {UNREADABLE}; the first: {unreadable}. Give another --judge"
+            elif noted[THOUGHTS["unfinished"]]:
+                remedy = f"{noted[THOUGHTS['unfinished']]} {THOUGHTS['unfinished']}. Give more --max-new-tokens"
             raise UserError(
-                f"none of {len(self.samples)} answers gave a pair ({reasons}). "
-                f"Give more --data or a higher --temperature, and another --output than {self.folder}."
+                f"none of {len(self.samples)} answers gave a pair ({reasons}). {remedy}, and another --output than "
+                f"{self.folder}."
             )
-        return {"asked": len(self.samples), "kept": kept, "dropped": dict(sorted(dropped.items()))}
+        counts = {"asked": len(self.samples), "kept": kept, "dropped": dict(sorted(dropped.items()))}
+        more = {"noted": dict(sorted(noted.items()))} if noted else {}
+        return counts | more | ({"unreadable": unreadable} if unreadable else {})
 
 
 def _in_memory(sample: Sample) -> Sample:
     """The sample with its pictures read once: the answer, the pair's id and its file need them."""
     images = tuple(Picture(data=image.read(), name=image.name or str(image.path)) for image in sample.images)
     return replace(sample, images=images)
-
-
-def _row(folder: Path, outcome: PreferencePair | Dropped) -> dict[str, Any]:
-    """The pair's row, after its pictures were stored; or why there is no pair."""
-    return {"dropped": outcome.reason} if isinstance(outcome, Dropped) else row_of(folder, outcome)
 
 
 def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -66,15 +66,15 @@ def evaluation_verdicts(tables: Sequence[BenchmarkTable]) -> list[str]:
 
 
 def _ranking(table: BenchmarkTable, best: Coverage, lead: Estimate) -> str:
-    """The lowest CHAIRi at equal coverage, and whether its lead is clear."""
+    """The lowest CHAIRi at equal coverage; a tie where its lead is not clear."""
     others = [row for row in table.coverage if row.model != best.model and not math.isnan(row.chair_i.value)]
     second = min(others, key=lambda row: row.chair_i.value)
-    clear = "" if lead.high < 0 else "; which of the two is better is not clear"
-    return (
-        f"At equal coverage (every model cut to name {number(best.cover)} % of what is there) {best.model} has the lowest "
-        f"{CHAIR} of {len(table.coverage)} models, {number(best.chair_i.value)}; {second.model} comes next with "
-        f"{number(second.chair_i.value)} ({between(lead)}){clear}."
-    )
+    cut = f"At equal coverage (every model cut to name {number(best.cover)} % of what is there)"
+    lowest = f"the lowest {CHAIR} of {len(table.coverage)} models"
+    first, next_best = number(best.chair_i.value), number(second.chair_i.value)
+    if lead.high >= 0:
+        return f"{cut} {best.model} and {second.model} tie for {lowest}, {first} and {next_best} ({between(lead)})."
+    return f"{cut} {best.model} has {lowest}, {first}; {second.model} comes next with {next_best} ({between(lead)})."
 
 
 def _main(cells: dict[str, Cell | None]) -> list[tuple[str, Difference]]:

@@ -82,6 +82,8 @@ class Benchmark(ABC):
     """Whether `grade` takes a `catpo.judges.Judge` as third argument."""
     judge_decoding: ClassVar[Mapping[str, Any]] = {}
     """How the benchmark's authors decode from their judge, e.g. {"temperature": 0.2}."""
+    judge_form: ClassVar[str] = ""
+    """The judge's reply that can be read, in words."""
     is_gradable_in_part: ClassVar[bool] = False
     """Whether answers made elsewhere are graded although some are missing; scores then say so."""
     is_answered_here: bool = False
@@ -155,7 +157,7 @@ class FolderBenchmark(Benchmark):
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
         """By id, unless the benchmark overrides it."""
-        return by_id(records, [item.id for item in items])
+        return by_id(records, [item.id for item in items], items=items)
 
 
 # ---- captions -----------------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def only_yes_no(answer: str) -> str:
 
 
 def grade_question(answer: str, expected: str) -> Grade:
-    """Count a yes/no answer; one that is neither is wrong, and counted as unparsed."""
+    """Count a yes/no answer; what is neither is wrong, as the opposite of the right one would be, and counted as unparsed."""
     said = read_yes_no(answer)
     counts = {
         "questions": 1,
@@ -260,13 +262,16 @@ def grade_question(answer: str, expected: str) -> Grade:
 def question_metrics(sums: Mapping[str, Floats]) -> dict[str, Floats]:
     """Metrics of yes/no answers; "yes" is the positive class, as in POPE.
 
-    accuracy, precision, recall, f1 as usual; yes_ratio: answers yes / questions; unparsed: neither yes nor no / questions.
+    accuracy, precision, recall, f1 as usual, where an answer that is neither counts as the opposite of the right one;
+    yes_ratio: answers yes / questions; unparsed: neither yes nor no / questions.
     """
+    wrong_yes = sums["questions"] - sums["expected_yes"] - (sums["right"] - sums["right_yes"])
+    positive = sums["right_yes"] + wrong_yes
     return {
         "accuracy": percent(sums["right"], sums["questions"]),
-        "precision": percent(sums["right_yes"], sums["said_yes"]),
+        "precision": percent(sums["right_yes"], positive),
         "recall": percent(sums["right_yes"], sums["expected_yes"]),
-        "f1": percent(2 * sums["right_yes"], sums["said_yes"] + sums["expected_yes"]),
+        "f1": percent(2 * sums["right_yes"], positive + sums["expected_yes"]),
         "yes_ratio": percent(sums["said_yes"], sums["questions"]),
         "unparsed": percent(sums["unparsed"], sums["questions"]),
     }

@@ -80,7 +80,8 @@ class Benchmark(FolderBenchmark):
             `spacy` (similarity in en_core_web_lg over 0.8, as the official program asks).
         parser: how a yes/no answer is read. `official`: it must be exactly Yes or No. `tolerant`: first clause in any case,
             else the only yes or no in it. `auto`: official for answers made elsewhere, which their maker has converted, and
-            tolerant for a model's own.
+            tolerant for a model's own. What is neither is wrong: as in inference.py, accuracy and recall count it, and
+            precision, which is that of the answers No, does not; yes_accuracy and unparsed show it.
     """
 
     max_new_tokens = 512
@@ -125,7 +126,7 @@ class Benchmark(FolderBenchmark):
         return [item for item in items if item.group in PARTS[self.part]]
 
     def _noun_forms(self, folder: Folder) -> Mapping[str, str] | None:
-        """Lemmas from the derived table, where there is no WordNet."""
+        """Lemmas from the derived table, where there is no WordNet; what it lacks, such as "earrings", has none in AMBER."""
         name = "derived_noun_forms.json"
         if self.english.has_wordnet() or folder.find(name) is None:
             return None
@@ -154,7 +155,7 @@ class Benchmark(FolderBenchmark):
         nouns = []
         for word, tag in self.english.tagged(self.english.words(text)):
             if tag.startswith("NN"):
-                noun = self.english.lemma(word) if self.noun_forms is None else self.noun_forms.get(word, word)
+                noun = self.english.lemma(word) if self.noun_forms is None else self.noun_forms.get(word, "")
                 if noun in self.vocabulary:
                     nouns.append(noun)
         return nouns

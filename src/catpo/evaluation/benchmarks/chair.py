@@ -30,6 +30,8 @@ from catpo.evaluation.benchmarks import (
     Sums,
     _coco,
     by_id,
+    check_repeated,
+    id_of,
     percent,
     ratio,
 )
@@ -90,8 +92,13 @@ class Benchmark(FolderBenchmark):
         return {"variant": self.variant, **self.coco.provenance()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """By the photograph, given as number or file name."""
-        return by_id(records, self.coco.images(), id_fields=("image_id", "image", "id"), as_id=_coco.image_id)
+        """By the photograph, given as number or file name; the model may have been asked in any words."""
+        fields = ("image_id", "image", "id")
+        for record in records:
+            image = _coco.image_id(id_of(record, fields))
+            if image.isdecimal():
+                check_repeated(record, self.item(image), asks_freely=True)
+        return by_id(records, self.coco.images(), id_fields=fields, as_id=_coco.image_id)
 
     def grade(self, item: Item, answer: str) -> Grade:
         """Objects of a caption against those of the photograph."""

@@ -49,6 +49,7 @@ class Benchmark(FolderBenchmark):
 
     needs_judge = True
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.2, "max_tokens": 1024}
+    judge_form = "two numbers and nothing else in the first line"
     max_new_tokens = 1024
     sources = (
         _source(QUESTIONS, "a80b369a4b629f79f8c0f9a2aa9b565f0cfe34734d3bcdd30cb4e38712c07e21", f"{_HUB}/{QUESTIONS}"),

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
 from catpo.evaluation.benchmarks import (
+    ANSWER_FIELDS,
     Floats,
     Folder,
     FolderBenchmark,
@@ -45,6 +47,7 @@ class Benchmark(FolderBenchmark):
 
     needs_judge = True
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.0}
+    judge_form = "`Rating: ` and one whole number from 0 to 6"
     max_new_tokens = 1024
     sources = (
         Source(QUESTIONS, (f"mmhal/{QUESTIONS}", QUESTIONS, f"eval/data/{QUESTIONS}",
@@ -87,11 +90,21 @@ class Benchmark(FolderBenchmark):
         return {"judge_prompt_md5": hashlib.md5(PROMPT.encode("utf-8"), usedforsecurity=False).hexdigest()}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """The official response file has its answers in `model_answer`, in the order of the questions; else by id."""
+        """By the picture, as the official response file names it; else by id, or by order for `model_answer` alone."""
+        fields = ("model_answer", *ANSWER_FIELDS)
+        numbered = {item.picture: item.id for item in items}
+        if all(isinstance(record.row.get("image_id"), str) for record in records):
+            return by_id(
+                records,
+                numbered.values(),
+                id_fields=("image_id",),
+                answer_fields=fields,
+                as_id=lambda name: numbered.get(name, name),
+                items=items,
+            )
         if all("model_answer" in record.row for record in records):
-            questions = [(item.id, item.sample.prompt) for item in items]
-            return in_order(records, questions, answer_fields=("model_answer",))
-        return by_id(records, [item.id for item in items], id_fields=("id", "question_id"))
+            return in_order(records, items, answer_fields=("model_answer",))
+        return by_id(records, numbered.values(), id_fields=("id", "question_id"), answer_fields=fields, items=items)
 
     @staticmethod
     def summarise(sums: Sums) -> dict[str, Floats]:
@@ -162,7 +175,7 @@ def _item(number: int, row: Mapping[str, Any], folder: Folder) -> Item:
     picture = folder.picture(row["image_src"].rpartition("/")[2])
     named_by_id = folder.picture(f"{row['image_id']}.jpg")
     if named_by_id.path and named_by_id.path.is_file():
-        picture = named_by_id
+        picture = replace(named_by_id, name=picture.name)
     truth = {"contents": row["image_content"], "answer": row["gt_answer"]}
     sample = Sample(f"mmhal/{number}", (picture,), row["question"], (row["gt_answer"],), truth)
     return Item(str(number), sample, row["question_type"], row["image_id"])

@@ -50,6 +50,7 @@ class Benchmark(FolderBenchmark):
     """
 
     judge_decoding: ClassVar[Mapping[str, Any]] = {"temperature": 0.2, "max_tokens": 512}
+    judge_form = "a JSON list of texts, alone, in a ```json fence or in the last line"
     max_new_tokens = 1024
     sources = (
         Source(QUESTIONS, (f"object_halbench/{QUESTIONS}", "eval/data/obj_halbench_300_with_image.jsonl", QUESTIONS),
@@ -108,6 +109,7 @@ class Benchmark(FolderBenchmark):
             id_fields=("image_id", "image"),
             answer_fields=("text", *ANSWER_FIELDS),
             as_id=as_id,
+            items=items,
         )
 
     def grade(self, item: Item, answer: str, judge: Judge | None = None) -> Grade:

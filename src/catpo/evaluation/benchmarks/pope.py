@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import permutations
 from typing import Any
 
@@ -22,6 +23,7 @@ from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
 from catpo.evaluation.benchmarks import (
+    QUESTION_FIELDS,
     QUESTION_TOKENS,
     Floats,
     Folder,
@@ -32,6 +34,8 @@ from catpo.evaluation.benchmarks import (
     Record,
     Source,
     Sums,
+    by_id,
+    id_of,
     in_order,
     only_yes_no,
     percent,
@@ -58,6 +62,7 @@ VERSIONS = {
     "mixed": {"random": "head", "popular": "old", "adversarial": "old"},
 }
 """Labels -> subset -> whose file."""
+NUMBER_FIELDS = ("question_id", "id")
 SENTENCE_TOKENS = 64
 SUFFIX = "\nAnswer the question using a single word or phrase."
 """What LLaVA adds to a question."""
@@ -83,7 +88,7 @@ class Benchmark(FolderBenchmark):
         subset: `random`, `popular` or `adversarial`; all three and their average if empty.
         labels: `old`, `head` or `mixed`.
         parser: `official` (what does not say no, not or No in its first sentence is a yes) or `tolerant` (the first word, or
-            the only yes or no; else it is wrong and counted as unparsed).
+            the only yes or no; else it is wrong, as the opposite of the right answer would be, and counted as unparsed).
         prompt: `short` asks for a single word, as LLaVA does; `plain` is the question alone.
     """
 
@@ -130,23 +135,32 @@ class Benchmark(FolderBenchmark):
         return {"labels": self.labels, "parser": self.parser}
 
     def match(self, records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
-        """By order. A row or its file's name says which subset it is of; else the first order that fits the questions."""
-        questions: dict[str, list[tuple[str, str]]] = {subset: [] for subset in self.subsets}
-        for item in items:
-            questions[item.group].append((item.id, item.sample.truth["question"]))
+        """By POPE's own question_id, else by order. A row or its file's name says which subset it is of.
+
+        Rows that do not say so are those of all subsets in the first order that fits the questions they repeat.
+        """
+        asked = {subset: [item for item in items if item.group == subset] for subset in self.subsets}
         rows: dict[str, list[Record]] = {subset: [] for subset in self.subsets}
         for record in records:
             rows.setdefault(_subset(record), []).append(record)
-        answers: dict[str, str] = {}
+        if len(asked) == 1 and rows.get(""):
+            rows[self.subsets[0]] += rows.pop("")
         if set(rows) == set(self.subsets):
+            answers: dict[str, str] = {}
             for subset in self.subsets:
                 if rows[subset]:
-                    answers |= in_order(rows[subset], questions[subset])
+                    answers |= _matched(rows[subset], asked[subset])
             return answers
+        unknown = next((record for record in records if not any(field in record.row for field in QUESTION_FIELDS)), None)
+        if unknown is not None:
+            raise UserError(
+                f"{unknown.place} does not say which subset it is of. Give one file per subset, with random, popular or "
+                "adversarial in its name, or a field 'category', or the 'question' in every row."
+            )
         problems = []
-        for order in permutations(questions.values()):
+        for order in permutations(asked.values()):
             try:
-                return in_order(records, [question for subset in order for question in subset])
+                return in_order(records, [item for subset in order for item in subset])
             except UserError as error:
                 problems.append(error)
         raise problems[0]
@@ -187,6 +201,35 @@ def _check_version(folder: Folder, version: str, subset: str) -> None:
             )
 
 
+def _matched(records: Sequence[Record], items: Sequence[Item]) -> dict[str, str]:
+    """Id -> answer in one subset.
+
+    Other tools number the questions in their own way. Such numbers say nothing, but where they do not ascend the rows are not
+    in POPE's order either, unless all repeat their questions in that order.
+    """
+    own = {item.id.partition("/")[2]: item.id for item in items} | {item.id: item.id for item in items}
+    numbers = [id_of(record, NUMBER_FIELDS) for record in records if any(field in record.row for field in NUMBER_FIELDS)]
+    if len(numbers) == len(records) and own.keys() >= set(numbers):
+        try:
+            return by_id(records, own.values(), id_fields=NUMBER_FIELDS, as_id=own.__getitem__, items=items)
+        except UserError:
+            with suppress(UserError):
+                return in_order(records, items)
+            raise
+    repeats = all(any(field in record.row for field in QUESTION_FIELDS) for record in records)
+    for record, number, before in zip(records[1:], numbers[1:], numbers, strict=False):
+        if not repeats and not _ascends(before, number):
+            raise UserError(
+                f"{record.place}: the id {number} comes after {before}, and not all ids are POPE's own, so neither ids nor "
+                "order say which question is answered. Sort the rows as the questions, or give each its question_id."
+            )
+    return in_order(records, items)
+
+
+def _ascends(before: str, number: str) -> bool:
+    return not (before.isdecimal() and number.isdecimal()) or int(before) < int(number)
+
+
 def _subset(record: Record) -> str:
     """The subset that a row belongs to, by its field `category` or the name of its file; empty if neither says."""
     if record.row.get("category") in SUBSETS:
@@ -217,8 +260,9 @@ def read_tolerant(answer: str) -> str:
 
 
 def _metrics(counts: Mapping[str, Floats]) -> dict[str, Floats]:
-    said_yes = counts["tp"] + counts["fp"]
-    precision, recall = ratio(counts["tp"], said_yes), ratio(counts["tp"], counts["expected_yes"])
+    """What is neither yes nor no is wrong everywhere: a wrong yes where no is right, a missed yes where yes is."""
+    said_yes, wrong_yes = counts["tp"] + counts["fp"], counts["questions"] - counts["expected_yes"] - counts["tn"]
+    precision, recall = ratio(counts["tp"], counts["tp"] + wrong_yes), ratio(counts["tp"], counts["expected_yes"])
     return {
         "accuracy": percent(counts["tp"] + counts["tn"], counts["questions"]),
         "precision": 100 * precision,
@@ -231,15 +275,16 @@ def _metrics(counts: Mapping[str, Floats]) -> dict[str, Floats]:
 
 def _printed(counts: Mapping[str, int]) -> dict[str, Any]:
     """One block of the program's output; None where it would end by dividing by zero."""
-    tp, fp, tn = counts["tp"], counts["fp"], counts["tn"]
+    tp, tn, yes, questions = counts["tp"], counts["tn"], counts["expected_yes"], counts["questions"]
+    fp = questions - yes - tn
     precision = tp / (tp + fp) if tp + fp else None
-    recall = tp / counts["expected_yes"] if counts["expected_yes"] else None
+    recall = tp / yes if yes else None
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
     return {
-        **{name.upper(): counts[name] for name in ("tp", "fp", "tn", "fn")},
-        "Accuracy": (tp + tn) / counts["questions"],
+        "TP": tp, "FP": fp, "TN": tn, "FN": yes - tp,
+        "Accuracy": (tp + tn) / questions,
         "Precision": precision,
         "Recall": recall,
         "F1 score": f1,
-        "Yes ratio": (tp + fp) / counts["questions"],
-    }
+        "Yes ratio": (tp + counts["fp"]) / questions,
+    }  # fmt: skip

@@ -95,7 +95,8 @@ class Benchmark(FolderBenchmark):
         is_ranked = self.protocol == "likelihood"
         listed = [f"{letter}. {option}" for letter, option in options.items()]
         prompt = row["question"] if is_ranked else "\n".join([row["question"], *listed, SUFFIX])
-        sample = Sample(name, (folder.picture(picture),), prompt, truth={"options": tuple(options.values())})
+        truth = {"question": row["question"], "options": tuple(options.values())}
+        sample = Sample(name, (folder.picture(picture),), prompt, truth=truth)
         group = types.get(row["question_type_id"], str(row["question_type_id"]))
         return Item(name, sample, group, picture, row["answer"], QUESTION_TOKENS, options if is_ranked else None)
 
@@ -108,7 +109,7 @@ class Benchmark(FolderBenchmark):
         rows = [_with_letter(record) for record in records if not _is_video(id_of(record, ID_FIELDS))]
         questions = {item.id: item.id.split("#")[0] for item in items}
         answer_fields = ("prediction", "text", "answer", "response")
-        given = by_id(rows, questions.values(), id_fields=ID_FIELDS, answer_fields=answer_fields, repeats=True)
+        given = by_id(rows, questions.values(), id_fields=ID_FIELDS, answer_fields=answer_fields, repeats=True, items=items)
         return {item: given[question] for item, question in questions.items() if question in given}
 
     def grade(self, item: Item, answer: str) -> Grade:

@@ -40,7 +40,7 @@ def make(
         return Dropped("empty answer")
     corrected = ask(judge, "correct", sample, as_text, answer=answer)
     if corrected is None:
-        return Dropped("nothing left")
+        return Dropped("unreadable reply")
     if corrected == answer:
         return Dropped("nothing to correct")
     sides = [corrected, answer]
