@@ -46,18 +46,16 @@ def problem_with_adapter(error: Exception) -> str:
 
 
 def refuse_stacked(family: Family, lora: object) -> None:
-    """Refuse to train a model that holds an adapter which would stay as it is, or get another on top.
+    """Refuse to put a new adapter on a model that holds one.
 
     Raises:
-        UserError: says how to merge it.
+        UserError: says how to train the one it holds, or to merge it.
     """
-    if hasattr(family.model, "peft_config"):
-        trains = any(parameter.requires_grad for parameter in family.model.parameters())
-        if lora is not None or not trains:
-            raise UserError(
-                f"{family.model_id} holds a LoRA adapter, and training would need another on top of it. Merge it first: `catpo "
-                f"merge {family.model_id} --output MERGED`, then train MERGED."
-            )
+    if lora is not None and hasattr(family.model, "peft_config"):
+        raise UserError(
+            f"{family.model_id} holds an adapter, and training would put another on top of it. Train that one further with "
+            f"--lora none (lora=None), or merge it first: `catpo merge {family.model_id} --output MERGED`."
+        )
 
 
 def _check_adapter(model: Any, adapter: str | Path) -> None:
