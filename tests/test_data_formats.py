@@ -388,6 +388,13 @@ def test_a_check_lists_all_problems_at_once(photos, capsys):
     assert report["lengths"]["chosen"] == {"unit": "words", "least": 2, "median": 2.0, "most": 2, "mean": 2.0}
 
 
+def test_the_same_question_after_another_turn_is_no_duplicate(photos):
+    last = {"image": "red.png", "prompt": "And now?", "chosen": "A cat.", "rejected": "A dog."}
+    rows = [{**last, "history": [{"role": "system", "content": text}]} for text in ("Be brief.", "Be exact.", "Be brief.")]
+    (photos / "pairs.jsonl").write_text("\n".join(json.dumps({**row, "id": n}) for n, row in enumerate(rows)))
+    assert [problem.where.rsplit(":", 1)[1] for problem in check_data(photos).problems] == ["3"]
+
+
 def test_a_check_counts_the_models_tokens(photos, builtin, capsys):
     rows = [
         {"image": "red.png", "prompt": "What is this?", "chosen": "A cat.", "rejected": "A dog and a bird on a table."},

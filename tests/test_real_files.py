@@ -572,3 +572,14 @@ def test_a_folders_rows_are_still_read_at_once(place: Path) -> None:
     write(place, {"image": "p/a.png", "prompt": QUESTION, **SIDES, "history": [*SYSTEM, *HISTORY]}, name="data.jsonl")
     [pair] = folder.Dataset(place).pairs()
     assert pair.history == (PIRATE, *EARLIER)
+
+
+def test_a_system_message_alone_survives_a_folder_and_a_history_ends_with_an_answer(place: Path) -> None:
+    write(place, {"image": "p/a.png", "prompt": QUESTION, **SIDES, "history": SYSTEM}, name="data.jsonl")
+    [pair] = folder.Dataset(place).pairs()
+    assert pair.history == (PIRATE,)
+    write_pairs(place / "again", [pair], {})
+    assert [each.history for each in folder.Dataset(place / "again").pairs()] == [(PIRATE,)]
+    write(place, {"image": "p/a.png", "prompt": QUESTION, **SIDES, "history": HISTORY[:1]}, name="data.jsonl")
+    with pytest.raises(UserError, match="'history' must be questions and answers in turn, the last an answer"):
+        list(folder.Dataset(place).pairs())

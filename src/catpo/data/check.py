@@ -106,7 +106,7 @@ class _Checker:
         self.family, self.max_length = family, max_length
         self.problems: list[Problem] = []
         self.lengths: dict[str, list[int]] = defaultdict(list)
-        self.first_places: dict[tuple[str, ...], str] = {}
+        self.first_places: dict[tuple[Any, ...], str] = {}
         """Texts and pictures -> the row that had them first."""
         self.pictures: set[str] = set()
         self.rows: set[str] = set()
@@ -136,9 +136,10 @@ class _Checker:
         self.problems.append(Problem(kind, where, what))
 
     def _find_duplicate(self, where: str, pair: PreferencePair, digests: Sequence[str]) -> None:
-        keys = {"pair": (*digests, pair.prompt, pair.chosen, pair.rejected)}
+        asked = (*digests, pair.history, pair.prompt)
+        keys: dict[str, tuple[Any, ...]] = {"pair": (*asked, pair.chosen, pair.rejected)}
         for side in SIDES:
-            keys[f"{side} response"] = (side, *digests, pair.prompt, pair.response(side))
+            keys[f"{side} response"] = (side, *asked, pair.response(side))
         for what, key in keys.items():
             first = self.first_places.setdefault(key, where)
             if first != where:

@@ -228,7 +228,7 @@ def _earlier(row: Row, asked: Sequence[Message]) -> list[Message]:
     if not isinstance(history, list):
         raise row.error("history", "must be a list of questions with their answers")
     if history and all(isinstance(turn, Mapping) for turn in history):
-        earlier += dialogue(row, "history", history)
+        earlier += dialogue(row, "history", history, is_history=True)
     elif history:
         for turn in history:
             if not isinstance(turn, list) or len(turn) != 2:

@@ -23,8 +23,10 @@ class Message:
     pictures: tuple[Any, ...] = ()
 
 
-def dialogue(row: Row, field: str, value: Any) -> list[Message]:
+def dialogue(row: Row, field: str, value: Any, *, is_history: bool = False) -> list[Message]:
     """The messages of a conversation; a system message only as the first, then questions and answers in turn.
+
+    A history ends with an answer, or is a system message alone: a question follows.
 
     Raises:
         UserError: it is no such conversation; names row and field.
@@ -34,8 +36,10 @@ def dialogue(row: Row, field: str, value: Any) -> list[Message]:
     messages = [message_of(row, field, message) for message in value]
     roles = [message.turn.role for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or spoken != [("user", "assistant")[number % 2] for number in range(len(spoken))]:
-        raise row.error(field, f"must be questions and answers in turn, not the turns {roles}")
+    is_whole = len(spoken) % 2 == 0 if is_history else bool(spoken)
+    if not is_whole or spoken != [("user", "assistant")[number % 2] for number in range(len(spoken))]:
+        end = ", the last an answer" if is_history else ""
+        raise row.error(field, f"must be questions and answers in turn{end}, not the turns {roles}")
     return messages
 
 

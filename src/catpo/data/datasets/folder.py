@@ -156,7 +156,7 @@ class _Row(Row):
         images, prompt = self.images(), self.text("prompt", prompt)
         chosen, rejected = self.text("chosen"), self.text("rejected")
         earlier = self.values.get("history") or []
-        turns = [message.turn for message in dialogue(self, "history", earlier)] if earlier else []
+        turns = [message.turn for message in dialogue(self, "history", earlier, is_history=True)] if earlier else []
         *history, question = self.placed("prompt", [*turns, Turn("user", prompt)], len(images))
         prompt = question.text if IMAGE in prompt else prompt
         labels = self.labels({"chosen": chosen, "rejected": rejected})
