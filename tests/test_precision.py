@@ -186,6 +186,9 @@ def test_what_a_gpu_computes_in(monkeypatch, has_bfloat16):
     assert on_gpu(torch.float16) == (torch.bfloat16 if has_bfloat16 else torch.float16)
     with pytest.raises(UserError, match="whose range float16 lacks"):
         on_gpu(torch.bfloat16, fp16=True)
+    with monkeypatch.context() as launched, pytest.raises(UserError, match="no-bf16.*accelerate was set up"):
+        launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        on_gpu(torch.float32, False)
     if has_bfloat16:
         assert on_gpu(torch.bfloat16) == on_gpu(torch.float16, True) == on_gpu(torch.float32, True) == torch.bfloat16
         return

@@ -51,6 +51,8 @@ def compute_dtype(stored: torch.dtype, bf16: bool | None, fp16: bool = False, *,
         )
     if asked is None:
         asked = torch.bfloat16 if has_bfloat16 or stored == torch.bfloat16 else torch.float16
+    if bf16 is False and asked == torch.bfloat16:
+        raise UserError("bf16=False (--no-bf16), but accelerate was set up with mixed_precision bf16 or fp8. Give one of them.")
     if asked == torch.float16 and on_cpu:
         raise UserError("fp16=True needs a GPU. On a CPU give bf16=True, or neither.")
     if asked == torch.float16 and stored == torch.bfloat16:
