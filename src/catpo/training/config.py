@@ -66,7 +66,9 @@ class CatPOConfig(TrainingArguments):
     rescore_every: int = field(
         default=0, metadata={"help": "score the pairs again with the policy every so many steps; 0: rewards stay"}
     )
-    train_vision: bool = field(default=False, metadata={"help": "full training only: train vision tower and projector too"})
+    train_vision: bool = field(
+        default=False, metadata={"help": "train vision tower and projector too, or let an adapter name them"}
+    )
     self_check: bool = field(default=True, metadata={"help": "check loss, KL and gradient of the first step"})
     bf16: bool | None = field(
         default=None, metadata={"help": "compute in bfloat16; None: if the weights are in half precision"}

@@ -175,9 +175,9 @@ class CatPOTrainer(Trainer):
             return None
         if args.rewards is None:
             reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
-            output = Path(args.output_dir or ".") / "rewards"
-            cache = "hidden" if reads_hidden else "logps"
-            return score_pairs(pairs, self.family, output, cache=cache, dataloader_num_workers=args.dataloader_num_workers)
+            output, cache = Path(args.output_dir or ".") / "rewards", "hidden" if reads_hidden else "logps"
+            limits = {"max_length": args.max_length, "dataloader_num_workers": args.dataloader_num_workers}
+            return score_pairs(pairs, self.family, output, cache=cache, **limits)
         store = RewardStore.open(args.rewards)
         facts = ("precision", "model_hash", "processor_hash", "template_hash")
         store.verify({name: getattr(self.family, name) for name in facts})

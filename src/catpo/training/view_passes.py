@@ -188,7 +188,7 @@ class ViewPasses:
                 takes_gradient = "policy_logps" in names or "policy_logits" in names
                 with torch.set_grad_enabled(torch.is_grad_enabled() and takes_gradient):
                     under_view = _hidden(model, rows)
-                values |= {name: _at_tokens(name, model, under_view, rows, hidden, batch) for name in names}
+                values |= {name: _at_tokens(name, model, under_view, rows, hidden) for name in names}
             for need in needs:
                 if need.name in values:
                     computed[need] = values[need.name][:, SIDES.index(need.side)]
@@ -196,7 +196,7 @@ class ViewPasses:
 
 
 def _at_tokens(
-    name: str, model: Any, under_view: Tensor, rows: Batch, hidden: Tensor | None, batch: Batch
+    name: str, model: Any, under_view: Tensor, rows: Batch, hidden: Tensor | None
 ) -> Float[Tensor, "pairs 2 tokens"]:
     """The quantity `name` of a view, from the hidden states under it and with the clean picture."""
     ids, mask = rows["flat_ids"], rows["mask"]
