@@ -284,6 +284,13 @@ def test_training_is_the_same_with_workers(folder, store, tmp_path):
     assert len(curves[0]) == 8 and curves[0] == curves[1]
 
 
+def test_the_workers_of_a_training_get_no_weights(tmp_path):
+    made = trainer(llava(), tmp_path, pairs(4), None, per_device_train_batch_size=4, max_steps=1)
+    arrived = ForkingPickler.loads(ForkingPickler.dumps(made.data_collator)).make
+    for reader in (arrived.reader, arrived.extra.reader):
+        assert not [parameter for parameter in reader.model.parameters() if parameter.numel()]
+
+
 def test_a_pair_that_a_worker_refuses_is_named_without_a_traceback(folder, store, tmp_path):
     data = [*pairs(7), pair(8, chosen="an <image> here")]
     run = trainer(folder, tmp_path, data, objective="dpo", reference="online", dataloader_num_workers=2)

@@ -159,7 +159,7 @@ class CatPOTrainer(Trainer):
 
     def _collator(self, args: CatPOConfig) -> PairCollator:
         return PairCollator(
-            self.family,
+            self.family.reader(),
             self.rewards,
             self.objective.fusion,
             self.needs,
