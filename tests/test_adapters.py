@@ -212,7 +212,7 @@ def test_a_new_adapter_on_the_model_fits_a_store_of_the_model(folder, store, tmp
 def test_a_folder_with_an_adapter_is_trained_on_or_refused_at_once(folder, tmp_path):
     path = adapted(folder, tmp_path / "adapter")
     options = dict(pairs=pairs(2), model=str(path), max_steps=1, eval_fraction=0.0, progress=False)
-    with pytest.raises(UserError, match=r"already carries an adapter.*--lora none"):
+    with pytest.raises(UserError, match=r"holds an adapter.*--lora none.*catpo merge"):
         train(**options, output=tmp_path / "refused")
     assert not (tmp_path / "refused" / "checkpoints" / "rewards").exists()
     run = train(**options, output=tmp_path / "run", lora=None, learning_rate=1e-2)
