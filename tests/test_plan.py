@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from catpo.cli import main
 from catpo.config import options as config
@@ -23,6 +24,7 @@ from catpo.planning.dry_run import plan
 from catpo.planning.sizes import weight_bytes
 from catpo.scoring.score import score
 from catpo.training.collator import PairCollator
+from catpo.training.config import lora_config
 from catpo.training.train import train
 from tiny import pairs
 from tiny_families import BUILDERS, build
@@ -167,6 +169,15 @@ def test_a_plan_refuses_what_the_command_would(folder):
         plan(options("train", pairs=str(folder / "pairs"), model=str(folder / "model"), objective="dpoo"))
     with pytest.raises(UserError, match="model 'nowhere/at-all' cannot be read"):
         plan(options("score", pairs=str(folder / "pairs"), model="nowhere/at-all"))
+
+
+def test_a_plan_reads_the_base_of_an_adapter_and_plans_new_adapters_only(folder, tmp_path):
+    family, adapter = loading.load(folder / "model"), str(tmp_path / "adapter")
+    get_peft_model(family.model, lora_config("lora(r=4)", family)).save_pretrained(adapter)
+    scoring = [plan(options("score", pairs=str(folder / "pairs"), model=each)) for each in (adapter, str(folder / "model"))]
+    assert scoring[0].memory == scoring[1].memory and scoring[0].store == scoring[1].store
+    with pytest.raises(UserError, match="holds an adapter; --dry-run plans new ones only. Give its base and"):
+        plan(options("train", pairs=str(folder / "pairs"), model=adapter, lora=None))
 
 
 def test_a_plan_leaves_out_what_the_command_would_skip(folder, tmp_path):

@@ -39,6 +39,11 @@ def resolve(model: str | Path) -> str:
     return str(BUILTIN) if str(model) == "builtin" else str(model)
 
 
+def holds_adapter(model: str | Path) -> bool:
+    """Whether a model is the folder of an adapter, which names its base."""
+    return (Path(model) / "adapter_config.json").is_file()
+
+
 def load(
     model: str | Path,
     *,
@@ -59,7 +64,7 @@ def load(
         UserError: there is no such model, or it is not a vision-language model that catpo can run.
     """
     path = resolve(model)
-    if adapter is None and (Path(path) / "adapter_config.json").is_file():
+    if adapter is None and holds_adapter(path):
         path, adapter = _adapter_base(Path(path)), path
     _check_dtype(dtype)
     check_implementation(attn_implementation or "sdpa")
@@ -194,10 +199,12 @@ def blueprint(
 ) -> Family:
     """The family of a model whose weights are not loaded: shapes, names and the real processor, for plans and checks.
 
+    An adapter is left out: in its place comes the base that it names.
+
     Raises:
         UserError: as `load`.
     """
-    path = resolve(model)
+    path = _adapter_base(Path(model)) if holds_adapter(model) else resolve(model)
     _check_dtype(dtype)
     _check_quantization(quantization)
     with _refused(model, "read"):

@@ -98,7 +98,16 @@ def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes
 
 
 def _blueprint(options: ScoreOptions | TrainOptions) -> Family:
-    """The model's shapes and its real processor; no weights."""
+    """The model's shapes and its real processor; no weights.
+
+    Raises:
+        UserError: `train` would go on with an adapter, whose size is not known here.
+    """
+    if isinstance(options, TrainOptions) and loading.holds_adapter(options.model):
+        raise UserError(
+            f"{options.model} holds an adapter; --dry-run plans new ones only. Give its base and --lora of the same size; "
+            "with --reference online, training it further takes the model's weights once more."
+        )
     family = loading.blueprint(
         options.model,
         dtype=options.dtype,
