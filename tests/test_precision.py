@@ -186,15 +186,19 @@ def test_what_a_gpu_computes_in(monkeypatch, has_bfloat16):
     assert on_gpu(torch.float16) == (torch.bfloat16 if has_bfloat16 else torch.float16)
     with pytest.raises(UserError, match="whose range float16 lacks"):
         on_gpu(torch.bfloat16, fp16=True)
-    with monkeypatch.context() as launched, pytest.raises(UserError, match="no-bf16.*accelerate was set up"):
-        launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-        on_gpu(torch.float32, False)
     if has_bfloat16:
         assert on_gpu(torch.bfloat16) == on_gpu(torch.float16, True) == on_gpu(torch.float32, True) == torch.bfloat16
         return
     for given in ((torch.bfloat16,), (torch.float32, True)):
         with pytest.raises(UserError, match="does not compute in bfloat16.*--dtype float16"):
             on_gpu(*given)
+
+
+def test_no_bf16_is_refused_where_accelerate_was_set_up_for_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision.compute_dtype(torch.float32, None, on_cpu=True) == torch.bfloat16
+    with pytest.raises(UserError, match="no-bf16.*accelerate was set up"):
+        precision.compute_dtype(torch.float32, False, on_cpu=True)
 
 
 def test_the_users_arguments_stay_as_they_were_and_serve_another_model(tmp_path):

@@ -74,15 +74,15 @@ class CatPOTrainer(Trainer):
         train_dataset: preference pairs, or rows with `images`/`image`, `prompt`, `chosen`, `rejected` as in TRL.
         eval_dataset: the same, for logging.
         processing_class: the model's processor; loaded with a model given by name.
-        peft_config: trains a LoRA adapter; without one the decoder is trained in full.
-        ref_model: the reference for `reference='online'` in full training (default: a frozen copy of the model).
+        peft_config: puts a new adapter on the model and trains it; without one, the adapter that it carries, else the decoder.
+        ref_model: the reference for `reference='online'` (default: the model as it was given).
 
     Raises:
         UserError: two of these do not fit together; the message says which.
     """
 
     reference_model: nn.Module | None = None
-    """Runs as the reference in full training; None if an adapter is switched off instead, or the reference is only read."""
+    """Runs as the reference; None if a new adapter is switched off instead, or the reference is only read."""
     reference_head: OutputHead | None = None
     """Output head of the reference; None if it is the policy's own."""
 
@@ -176,8 +176,8 @@ class CatPOTrainer(Trainer):
         if args.rewards is None:
             reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
             output, cache = Path(args.output_dir or ".") / "rewards", "hidden" if reads_hidden else "logps"
-            limits = {"max_length": args.max_length, "dataloader_num_workers": args.dataloader_num_workers}
-            return score_pairs(pairs, self.family, output, cache=cache, **limits)
+            most, count = args.max_length, args.dataloader_num_workers
+            return score_pairs(pairs, self.family, output, cache=cache, max_length=most, dataloader_num_workers=count)
         store = RewardStore.open(args.rewards)
         facts = ("precision", "model_hash", "processor_hash", "template_hash")
         store.verify({name: getattr(self.family, name) for name in facts})
