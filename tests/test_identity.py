@@ -78,7 +78,7 @@ def test_two_layers_that_change_places_are_another_model():
 
 def test_another_dtype_is_told_as_that(folder, tmp_path, store):
     options = CatPOConfig(output_dir=str(tmp_path), rewards=str(store), use_cpu=True)
-    with pytest.raises(UserError, match=r"was scored with weights in float32, now loaded in bfloat16: give the dtype of then"):
+    with pytest.raises(UserError, match=r"was scored with weights in float32, now loaded in bfloat16: load them as before"):
         CatPOTrainer(loading.load(folder, dtype="bfloat16"), options, pairs(8))
     with pytest.raises(UserError, match=r"begun with weights in float32, now loaded in bfloat16.*another --output"):
         score_pairs(pairs(8), loading.load(folder, dtype="bfloat16"), store, progress=False)

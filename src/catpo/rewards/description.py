@@ -86,7 +86,8 @@ def check_same_store(stored: Mapping[str, Any], now: Mapping[str, Any], begun_wi
         if field.split(".")[0] not in ignored and before.get(field) != after.get(field):
             old, new = before.get(field), after.get(field)
             if field == "precision":
-                raise UserError(f"{begun_with} weights in {old}, now loaded in {new}: give the dtype of then. {next_step}")
+                load = "load them as before (--dtype, --quantization)"
+                raise UserError(f"{begun_with} weights in {old}, now loaded in {new}: {load}. {next_step}")
             raise UserError(f"{begun_with} another {HASHES.get(field, field)} ({field} is {old!r}, now {new!r}). {next_step}")
 
 
