@@ -160,12 +160,10 @@ def test_patches_stand_where_the_placeholders_are(family):
     assert {encoded.prompt_ids[position] for position in encoded.patches} == {family.image_token_id}
 
 
-@pytest.mark.parametrize("field, words", [
-    ("chosen", "chosen response"), ("rejected", "rejected response"), ("prompt", "the prompt")
-])  # fmt: skip
-def test_a_text_with_the_image_placeholder_is_refused(family, field, words):
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_a_response_with_the_image_placeholder_is_refused(family, field):
     bad = replace(pair(0), **{field: "a <image> cat"})
-    with pytest.raises(UserError, match=f"pair {bad.id}.*{words} holds the special token '<image>'"):
+    with pytest.raises(UserError, match=f"pair {bad.id}.*{field} response holds the special token '<image>'"):
         family.encode(bad)
 
 

@@ -21,7 +21,6 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec, parse, parse_list
 from catpo.core.types import PreferencePair
 from catpo.data.datasets import Row, RowDataset, llava, rlhf_v, trl
-from catpo.data.datasets._table import NUMBER, Table
 from catpo.data.read import scan
 from catpo.evaluation.benchmarks import CaptionTruth, grade_caption, llava_bench, mmhal, read_yes_no
 from catpo.evaluation.benchmarks._answers import id_of, text_of
@@ -153,28 +152,24 @@ MESSAGES = {"images": ["a.png"], "messages": [{"role": "user", "content": "Q"}, 
             "rejected_response": "B"}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", [POVID, SEVA, COMPLETIONS, MESSAGES], ids=["povid", "seva", "completions", "messages"])
-@given(data=st.data())
-def test_any_values_in_llava_style_rows_are_pairs_or_user_errors(
-    folder: Path, row: dict[str, Any], data: st.DataObject
-) -> None:
-    dataset = llava.Dataset(folder / "rows.json")
-    _check_pairs(dataset, data.draw(st.builds(_changed, st.just(row), st.randoms(use_true_random=False), JSON)))
-
-
 TRL = {"image": "a.png", "prompt": [{"role": "user", "content": "Q"}], "chosen": [{"role": "assistant", "content": "A"}],
        "rejected": [{"role": "assistant", "content": "B"}]}  # fmt: skip
 RLHF_V = {"image": {"bytes": encoded(), "path": None}, "text": '{"question": "Q", "chosen": "A", "rejected": "B"}'}
 
 
-@pytest.mark.parametrize(("make", "row"), [(trl.Dataset, TRL), (rlhf_v.Dataset, RLHF_V)], ids=["trl", "rlhf_v"])
+ROWS = {
+    "povid": (llava, POVID), "seva": (llava, SEVA), "completions": (llava, COMPLETIONS), "messages": (llava, MESSAGES),
+    "trl": (trl, TRL), "rlhf_v": (rlhf_v, RLHF_V),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("plugin", "row"), ROWS.values(), ids=ROWS)
 @given(data=st.data())
-def test_any_values_in_tables_are_pairs_or_user_errors(
-    folder: Path, make: type[RowDataset], row: dict[str, Any], data: st.DataObject
+def test_any_values_in_rows_are_pairs_or_user_errors(
+    folder: Path, plugin: Any, row: dict[str, Any], data: st.DataObject
 ) -> None:
-    dataset = make.__new__(make)
-    dataset.table = Table("rows", [], folder.resolve())  # type: ignore[attr-defined]
-    _check_pairs(dataset, data.draw(st.builds(_changed, st.just(row), st.randoms(use_true_random=False), JSON)))
+    dataset = plugin.Dataset.__new__(plugin.Dataset)  # without a file
+    _check_pairs(dataset, folder, data.draw(st.builds(_changed, st.just(row), st.randoms(use_true_random=False), JSON)))
 
 
 def _changed(row: Any, rng: Any, value: Any) -> Any:
@@ -190,14 +185,9 @@ def _changed(row: Any, rng: Any, value: Any) -> Any:
     return value
 
 
-def _check_pairs(dataset: RowDataset, values: Any) -> None:
-    row = Row("rows, row 0", {**(values if isinstance(values, dict) else {}), NUMBER: 0})
-
-    def named_pairs() -> list[PreferencePair]:
-        with row.named():
-            return list(dataset.pairs_of(row))
-
-    pairs, message = tried(named_pairs)
+def _check_pairs(dataset: RowDataset, folder: Path, values: Any) -> None:
+    row = Row("rows, row 0", values if isinstance(values, dict) else {}, folder.resolve())
+    pairs, message = tried(lambda: row.made(dataset.pairs_of))
     assert not message or message.startswith("rows, row 0")
     for pair in pairs or []:
         assert pair.chosen != pair.rejected and pair.images and pair.id

@@ -15,7 +15,6 @@ from catpo.core.errors import UserError
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
 from catpo.models import loading
-from catpo.models.load_checks import refuse_stacked
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -83,15 +82,6 @@ def test_an_adapter_whose_base_is_gone_says_which(adapter):
         UserError, match=f"of the model in /gone/llava, which is not there. Give --model BASE --adapter {adapter}"
     ):
         loading.load(adapter)
-
-
-def test_a_model_with_an_adapter_is_trained_further_or_merged_first(adapter):
-    edited(adapter / "adapter_config.json", {"base_model_name_or_path": str(loading.BUILTIN)})
-    family = loading.load(adapter)
-    with pytest.raises(UserError, match=f"--lora none .*`catpo merge {adapter} --output MERGED`"):
-        refuse_stacked(family, "lora")
-    refuse_stacked(family, None)
-    refuse_stacked(loading.load("builtin"), "lora")
 
 
 # ---- tokenizer and template -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -89,8 +90,8 @@ def assert_equal(found, expected):
             assert_equal(found[name], value)
     elif isinstance(expected, torch.Tensor):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    else:
-        assert found == expected
+    else:  # sizes that stay on the host are NumPy arrays
+        np.testing.assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

@@ -52,7 +52,7 @@ class HashedWeights:
         self._known.clear()
 
     def _digest(self, name: str, tensors: Sequence[Tensor], files: Sequence[str] = ()) -> str:
-        state = [*files, *((tensor.data_ptr(), tensor._version, _sample(tensor)) for tensor in tensors)]
+        state = [*files, *((tensor.data_ptr(), tensor._version) for tensor in tensors), *_samples(tensors)]
         known, digest = self._known.get(name, (None, ""))
         if known != state:
             digest = _combined([*tensor_digests(tensors), *([hash_files(files)] if files else [])])
@@ -85,10 +85,13 @@ def tensor_digests(tensors: Iterable[Tensor]) -> Iterator[str]:
             yield _combined([str(tensor.dtype), str(tuple(tensor.shape)), *digests])
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """The bytes of some values, spread evenly."""
-    values = tensor.detach().reshape(-1)
-    return _bytes(values[:: max(1, len(values) // SAMPLE)].contiguous()).cpu().numpy().tobytes()
+def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of some values of each tensor, spread evenly; from each device in one copy."""
+    taken: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)
+        taken.setdefault(tensor.device, []).append(_bytes(values[:: max(1, len(values) // SAMPLE)].contiguous()))
+    return [torch.cat(values).cpu().numpy().tobytes() for values in taken.values()]
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -45,19 +45,6 @@ def problem_with_adapter(error: Exception) -> str:
     return f"it is of another model ({lines[0]})." if lines else first_line(error)
 
 
-def refuse_stacked(family: Family, lora: object) -> None:
-    """Refuse to put a new adapter on a model that holds one.
-
-    Raises:
-        UserError: says how to train the one it holds, or to merge it.
-    """
-    if lora is not None and hasattr(family.model, "peft_config"):
-        raise UserError(
-            f"{family.model_id} holds an adapter, and training would put another on top of it. Train that one further with "
-            f"--lora none (lora=None), or merge it first: `catpo merge {family.model_id} --output MERGED`."
-        )
-
-
 def _check_adapter(model: Any, adapter: str | Path) -> None:
     from peft import get_peft_model_state_dict  # only where an adapter is used: peft starts slowly
 

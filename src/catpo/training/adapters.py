@@ -33,8 +33,8 @@ def put_adapter(family: Family, config: PeftConfig | None, *, train_vision: bool
         return
     if is_carried and config is not None:
         raise UserError(
-            "The model already carries an adapter; peft_config would stack another. Leave out peft_config (--lora none) to "
-            "train the one it has, or merge it (merge_and_unload) first."
+            f"{family.model_id} holds an adapter, and training would put another on top of it. Train that one further with "
+            f"--lora none (no peft_config), or merge it first: `catpo merge {family.model_id} --output MERGED`."
         )
     for each in [config] if config is not None else family.model.peft_config.values():
         _check_kind(each, is_carried)

@@ -20,7 +20,6 @@ from catpo.files.json_files import write_json
 from catpo.files.provenance import check_same
 from catpo.models import devices, loading, memory
 from catpo.models.family import Family
-from catpo.models.load_checks import refuse_stacked
 from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors, workers
 from catpo.runtime.launcher import process_count
@@ -92,7 +91,6 @@ def prepare(
     skip_log = SkipLog(options.on_error)
     pairs = read_training_pairs(options, skip_log)
     family = (open_model or _opened)(options)
-    refuse_stacked(family, options.lora)
     computes_in = compute_dtype(family.head.weight.dtype, options.bf16, on_cpu=_is_on_cpu(options.device))
     return Training(options, objective, pairs, family, skip_log, computes_in)
 

@@ -53,12 +53,22 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def is_lines(path: Path) -> bool:
     """Whether a file has a JSON object on each line, rather than one JSON list or object; says nothing of later lines."""
     _, line = next(numbered_lines(path), (0, b""))
+    if path.suffix == ".jsonl":
+        return not line.lstrip().startswith(b"[") or not _is_json(path)
     try:
         first = loads(line)
     except (ValueError, RecursionError):
-        return path.suffix == ".jsonl" and not line.lstrip().startswith(b"[")
+        return False
     is_alone = len(line) + len(MARK) + 2 >= path.stat().st_size
-    return isinstance(first, dict) and (path.suffix == ".jsonl" or not is_alone)
+    return isinstance(first, dict) and not is_alone
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        loads(decode(read_bytes(path), path))
+    except (UserError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_values(path: Path) -> Iterator[Any]:
