@@ -67,10 +67,13 @@ def _held(stream: Any, folder: Path) -> Iterator[None]:
         if fcntl is None:
             raise OSError("no advisory locks on Windows")
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_locks = True
     except BlockingIOError as error:
         stream.seek(0)
         raise _taken(folder, f"pid {stream.read().strip() or 'unknown'}") from error
     except OSError:  # a file system without locks, as some network file systems are
+        has_locks = False
+    if not has_locks:
         with _owner_file(folder):
             yield
         return

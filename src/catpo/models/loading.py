@@ -71,7 +71,10 @@ def load(
     place = devices.device_of(device)
     options: dict[str, Any] = {}
     if quantization is not None:  # bitsandbytes quantises on the device; left to itself, on the first GPU in every process
-        options = {"quantization_config": quantized(quantization, path, dtype), "device_map": {"": str(place)}}
+        options = {
+            "quantization_config": quantized(quantization, path, dtype, trust_remote_code),
+            "device_map": {"": str(place)},
+        }
     _refuse_pickles(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
     has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
     with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING):
@@ -218,7 +221,7 @@ def blueprint(
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
-def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
+def quantized(quantization: str, path: str, dtype: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
     """4-bit NF4 for the decoder's linear layers; vision tower, projector and head keep their precision.
 
     Raises:
@@ -227,7 +230,7 @@ def quantized(quantization: str, path: str, dtype: str) -> BitsAndBytesConfig:
     _check_quantization(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
-    plan = blueprint(path, dtype=dtype)
+    plan = blueprint(path, dtype=dtype, trust_remote_code=trust_remote_code)
     kept = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from catpo.core.errors import UserError
-from catpo.files.atomic import make_folder
 from catpo.files.json_files import read_json, write_json
+from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
 from catpo.models import loading, memory
 from catpo.runtime import disk_errors
@@ -32,7 +31,9 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
     folder = Path(output)
     settings = {"model": str(model), "adapter": None if adapter is None else str(adapter), "dtype": dtype}
     if (folder / MANIFEST).is_file():
-        check_same(read_json(folder / MANIFEST, made_by="catpo merge")["settings"], settings, where=folder)
+        check_same(
+            read_json(folder / MANIFEST, made_by="catpo merge", fields={"settings": dict})["settings"], settings, where=folder
+        )
         return folder
     if folder.exists():
         raise UserError(f"{folder} exists already and was not written by `catpo merge`. Choose another --output.")
@@ -40,9 +41,10 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
     if not hasattr(family.model, "merge_and_unload"):
         raise UserError(f"model '{model}' has no adapter to merge. Give --adapter, or the folder of a trained adapter.")
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process
-    with loading.quiet(), disk_errors.explained(lambda: f"{folder} is not there yet. Make space, then run it again."):
-        make_folder(part)
+    left = disk_errors.explained(lambda: f"{folder} is not there yet. Make space, then run it again.")
+    with lock(part), loading.quiet(), left:
+        for file in part.glob("[!.]*"):  # of a killed process
+            file.unlink()
         with memory.explained("merging the adapter", family.model, advice=memory.LOADING):
             family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
