@@ -212,6 +212,8 @@ def test_a_plan_wants_the_scores_that_training_would_read(folder, tmp_path):
     with pytest.raises(UserError, match="holds no hidden states"):
         plan(replace(training, objective="catpo"))
     assert plan(replace(training, objective="catpo", reference="online")).store == {}
+    with pytest.raises(UserError, match="scored with weights in float32, now loaded in bfloat16"):
+        plan(replace(training, dtype="bfloat16"))
 
 
 def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys):

@@ -219,7 +219,11 @@ class _TrainingPlan:
 
     def _check_rewards(self, store: RewardStore) -> None:
         """What training asks of a store, but for the model's weights, which are not at hand."""
-        store.verify({"processor_hash": self.family.processor_hash, "template_hash": self.family.template_hash})
+        facts = ["processor_hash", "template_hash"]
+        # 'auto' of a configuration that names no dtype is that of the weights, which are not at hand
+        if not self.options.quantization and (self.options.dtype != "auto" or self.family.model.config.dtype is not None):
+            facts.insert(0, "precision")
+        store.verify({name: getattr(self.family, name) for name in facts})
         check_store(store, self.objective, self.options.reference)
         scored = set(store.pair_ids)
         missing = [pair_id for pair_id in ids_of(self.pairs) if pair_id not in scored]
