@@ -45,7 +45,8 @@ def test_an_optimiser_whose_library_is_missing_is_refused_before_the_scoring(tmp
     "options",
     [
         {"torch_empty_cache_steps": 1}, {"debug": "underflow_overflow"}, {"data_seed": 7},
-        {"eval_on_start": True}, {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"eval_on_start": True},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),  # a minute
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
