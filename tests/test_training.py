@@ -379,9 +379,8 @@ def test_a_store_of_another_processor_or_template_is_refused(folder, store, tmp_
 
 def test_pairs_that_were_not_scored_are_named(folder, store, tmp_path):
     unknown = pairs(9)[8]
-    trainer = CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), [unknown])
     with pytest.raises(UserError, match=f"pair {unknown.id} is not in the reward store"):
-        trainer.train()
+        CatPOTrainer(str(folder), config(tmp_path, rewards=str(store)), [unknown])
 
 
 def test_stored_token_ids_that_differ_are_named(folder, store, tmp_path):

@@ -82,9 +82,44 @@ class SpooledPairs(Sequence[PreferencePair]):
         return map(self._file.pair, self._numbers)
 
 
-def ids_of(pairs: Sequence[PreferencePair]) -> list[str]:
-    """The pairs' ids; of spooled ones without reading the rest of them."""
-    return pairs.ids() if isinstance(pairs, SpooledPairs) else [pair.id for pair in pairs]
+class PairsAt(Sequence[PreferencePair]):
+    """Pairs of several sources, read there whenever they are asked for.
+
+    Args:
+        sources: anything with `len()` and `[i]`.
+        numbers: which pairs, counted through all sources; all of them by default.
+    """
+
+    def __init__(self, sources: Sequence[Any], numbers: Sequence[int] | None = None) -> None:
+        self._sources = sources
+        self._starts = [0, *accumulate(len(source) for source in sources)]
+        self._numbers = range(self._starts[-1]) if numbers is None else numbers
+
+    def ids(self) -> list[str]:
+        """Of every pair; of spooled ones without reading the rest of them."""
+        every = [pair_id for source in self._sources for pair_id in ids_of(source)]
+        return [every[number] for number in self._numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> PreferencePair: ...
+    @overload
+    def __getitem__(self, place: slice) -> PairsAt: ...
+    def __getitem__(self, place: int | slice) -> PreferencePair | PairsAt:
+        if isinstance(place, slice):
+            return PairsAt(self._sources, self._numbers[place])
+        number = self._numbers[place]
+        source = bisect_right(self._starts, number) - 1
+        return cast(PreferencePair, self._sources[source][number - self._starts[source]])
+
+
+def ids_of(pairs: Any) -> list[str]:
+    """The ids of pairs with `len()` and `[i]`; of spooled ones without reading the rest of them."""
+    if isinstance(pairs, SpooledPairs | PairsAt):
+        return pairs.ids()
+    return [pairs[place].id for place in range(len(pairs))]
 
 
 def select(pairs: Sequence[PreferencePair], places: Sequence[int]) -> Sequence[PreferencePair]:
@@ -104,10 +139,10 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
-    """The pairs of both, one after the other; parts of one file stay in it."""
+    """The pairs of both, one after the other; each stays where it is."""
     if isinstance(first, SpooledPairs) and isinstance(second, SpooledPairs) and first._file is second._file:
         return SpooledPairs(first._file, array("q", [*first._numbers, *second._numbers]))
-    return [*first, *second]
+    return PairsAt([first, second])
 
 
 class _File:

@@ -18,7 +18,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair
 from catpo.data.datasets import Row
 from catpo.data.datasets._formats import Choices, pairs_of
-from catpo.data.spool import SpooledPairs
+from catpo.data.spool import PairsAt, SpooledPairs
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 TIFF_MODES = ("I", "F", "CMYK")
@@ -28,7 +28,7 @@ REMEDY = "dataset.remove_columns('{}')"
 def as_pairs(dataset: Any) -> Any:
     """Pairs as they are, or pairs made of rows with `images` or `image`, `prompt`, `chosen`, `rejected`; None stays None.
 
-    A data set is as long as its `__len__` says.
+    A data set is as long as its `__len__` says; a `datasets.IterableDataset` is read to its end, once, into a temporary file.
 
     Raises:
         UserError: a row lacks a field, its picture cannot be used, or it holds texts or pictures that TRL's format has not;
@@ -36,10 +36,15 @@ def as_pairs(dataset: Any) -> Any:
     """
     if dataset is None:
         return None
+    if _is_of(dataset, "IterableDataset"):
+        return SpooledPairs.of(_pairs(dataset))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UserError(f"A {type(dataset).__name__} has no length. Give the trainer a list or a data set with len() and [i].")
+        raise UserError(
+            f"A {type(dataset).__name__} has no length. Give the trainer a list, a data set with len() and [i], or a "
+            "datasets.IterableDataset (IterableDataset.from_generator)."
+        )
     if not _is_stored(dataset) and len(dataset) and isinstance(dataset[0], PreferencePair):
-        return dataset
+        return dataset if isinstance(dataset, list | tuple | SpooledPairs | PairsAt) else PairsAt([dataset])
     return SpooledPairs.of(_pairs(dataset))
 
 
@@ -60,7 +65,7 @@ def _pairs_of(row: Row) -> list[PreferencePair]:
 
 def _rows(dataset: Any) -> Iterator[Row]:
     """The rows by their numbers; those of a `datasets.Dataset` as they are stored, unless it has a transform of its own."""
-    if _is_stored(dataset):
+    if _is_stored(dataset) or _is_of(dataset, "IterableDataset"):
         from catpo.data.datasets._table import Table, undecoded
 
         yield from Table("the data set", undecoded(dataset), Path.cwd()).rows()
@@ -75,9 +80,14 @@ def _rows(dataset: Any) -> Iterator[Row]:
 
 
 def _is_stored(dataset: Any) -> bool:
-    """Whether it is a `datasets.Dataset` without a transform; the library is not imported: then it is none."""
+    """Whether it is a `datasets.Dataset` without a transform."""
+    return _is_of(dataset, "Dataset") and dataset.format["type"] is None
+
+
+def _is_of(dataset: Any, kind: str) -> bool:
+    """Whether it is of a class of `datasets`; if the library is not imported, it is none."""
     library = sys.modules.get("datasets")
-    return library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] is None
+    return library is not None and isinstance(dataset, getattr(library, kind))
 
 
 def _picture(row: Row, field: str, index: int, cell: Any) -> Picture:

@@ -5,9 +5,10 @@ An adapter is trained exactly if the model with it switched off is the reference
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 
 from catpo.core.errors import UserError, first_line
 from catpo.models.adapters import adapter_prefixes
@@ -39,13 +40,31 @@ def put_adapter(family: Family, config: PeftConfig | None, *, train_vision: bool
     for each in [config] if config is not None else family.model.peft_config.values():
         _check_kind(each, is_carried)
     if config is not None:
-        family.model = _wrapped(family.model, config)
+        family.model = _wrapped(family.model, _with_targets(config, targets))
     elif list(family.model.peft_config) != ["default"]:
         names = ", ".join(family.model.peft_config)
         raise UserError(f"The model carries the adapters {names}. Load the one to train alone, with adapter_name='default'.")
     elif not any(parameter.requires_grad for parameter in family.model.parameters()):
         family.model.set_adapter("default")  # as loaded for answers, it is frozen
     _check_trained(family, targets, train_vision)
+
+
+def _with_targets(config: PeftConfig, targets: str) -> PeftConfig:
+    """A LoRA that names no modules gets the decoder's linear layers; PEFT's own choice differs by architecture.
+
+    Raises:
+        UserError: it chooses layers by number, which PEFT does among modules named in a list only.
+    """
+    if not isinstance(config, LoraConfig) or config.target_modules is not None or config.target_parameters:
+        return config
+    if config.layers_to_transform is not None or config.layers_pattern is not None:
+        raise UserError(
+            "peft_config has layers_to_transform or layers_pattern, but no target_modules. Name them in a list, e.g. "
+            "target_modules=['q_proj', 'v_proj']."
+        )
+    config = copy.copy(config)
+    config.target_modules = targets
+    return config
 
 
 def _wrapped(model: Any, config: PeftConfig) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +157,14 @@ def _size_and_checksum(file: Path) -> dict[str, Any]:
 def _sync(file: Path) -> None:
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
+
+
+def check_loaded(load_result: Any, tied: Collection[str]) -> None:
+    """Raises UserError for a checkpoint that does not hold the model's weights, those aside that are tied to others."""
+    missing = [name for name in load_result.missing_keys if name not in tied]
+    if missing or load_result.unexpected_keys:
+        raise UserError(
+            f"The checkpoint does not hold this model's weights ({len(missing)} missing, "
+            f"{len(load_result.unexpected_keys)} unknown, "
+            f"e.g. '{(missing or load_result.unexpected_keys)[0]}'). Resume with the model and options the run began with."
+        )

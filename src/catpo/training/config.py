@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from catpo.models import devices
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.workers import default_count
+from catpo.training import other_trainers
 from catpo.training.objectives import Objective, build
 from catpo.training.pair_stats import Quantity, kl_direction, requirements
 
@@ -83,6 +85,11 @@ class CatPOConfig(TrainingArguments):
         default=None, metadata={"help": "processes that prepare batches (default: up to 4 on a GPU, as there are CPUs)"}
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> CatPOConfig:
+        """Options of other trainers are refused by name; the dataclass would raise TypeError."""
+        other_trainers.check_options(options, inspect.signature(cls.__init__).parameters)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.bf16 and self.fp16:
             raise UserError("bf16=True and fp16=True exclude each other. Give bf16=True where the device has bfloat16.")
@@ -146,8 +153,19 @@ def check_reference(ref_model: Any, *, is_run: bool) -> None:
         raise UserError("ref_model would not be used: the reference is read from the store. Give reference='online' too.")
 
 
-def check_optimiser(args: TrainingArguments, model: Any, given: Any) -> None:
-    """Raises UserError if the optimiser, unless one is given, cannot be made; the Trainer looks only after the scoring."""
+def check_optimiser(args: TrainingArguments, model: Any, given: Any, kind: Any = None) -> None:
+    """Raises UserError if the optimiser cannot be made, unless one is given; the Trainer looks only after the scoring.
+
+    Args:
+        given: an optimiser.
+        kind: its class, with the arguments of that.
+    """
+    if given is not None and kind is not None:
+        raise UserError("optimizers and optimizer_cls_and_kwargs both give an optimiser. Leave out one of them.")
+    if kind is not None:
+        if not (isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[0], type) and isinstance(kind[1], dict)):
+            raise UserError("optimizer_cls_and_kwargs must be a class and a dict, e.g. (torch.optim.SGD, {'lr': 1e-4}).")
+        return
     try:
         if given is None:
             Trainer.get_optimizer_cls_and_kwargs(args, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -52,3 +53,12 @@ def _family_of(model: nn.Module, processor: Any) -> Family:
         )
     name = getattr(model.config, "_name_or_path", "") or "in memory"
     return loading.family_of(model, processor, model_id=str(name))
+
+
+def thaw(family: Family, *, train_vision: bool) -> None:
+    """All of a model trains, or all but vision tower and projector."""
+    model = family.model.requires_grad_(True)
+    if not train_vision:
+        family.freeze_vision()
+    # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)

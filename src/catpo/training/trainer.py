@@ -6,7 +6,6 @@ The reference is read from a reward store, or run beside the policy. Knows nothi
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,8 +21,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair
-from catpo.data.spool import joined
-from catpo.data.trl_rows import as_pairs
 from catpo.files.json_files import read_json
 from catpo.models import memory
 from catpo.models.adapters import active_tensors, unwrapped
@@ -34,28 +31,27 @@ from catpo.models.output_head import OutputHead, TokenStats
 from catpo.models.packing import Batch, Prefix, hidden_and_logps, size_of, unflatten
 from catpo.models.tensors import masked_sum
 from catpo.models.top_k import TopTokens
-from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
-from catpo.scoring.score import score_pairs
 from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
+from catpo.training.checkpoints import check_loaded
 from catpo.training.collator import PairCollator
 from catpo.training.config import (
+    NO_PREDICTIONS,
     CatPOConfig,
     check_optimiser,
     check_reference,
     check_rescoring,
-    check_store,
-    needs_store,
     objective_of,
 )  # fmt: skip
 from catpo.training.figures import Figures
+from catpo.training.inputs import Inputs, asked_evaluation, open_rewards, own_args
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput
-from catpo.training.opening import open_for_training
+from catpo.training.opening import open_for_training, thaw
 from catpo.training.pair_forward import add_pair_forward
 from catpo.training.pair_stats import PairStats, Quantity, kl_direction, requirements
 from catpo.training.rescoring import Rescoring
@@ -71,14 +67,19 @@ class CatPOTrainer(Trainer):
     Args:
         model: a vision-language model, or the name or folder of one.
         args: a `CatPOConfig`.
-        train_dataset: preference pairs, or rows with `images`/`image`, `prompt`, `chosen`, `rejected` as in TRL.
-        eval_dataset: the same, for logging.
+        train_dataset: preference pairs, or rows with `images`/`image`, `prompt`, `chosen`, `rejected` as in TRL; anything
+            that has `len()` and `[i]`, or a `datasets.IterableDataset`. A row that comes twice is trained on twice. Without
+            one, the trainer can only `evaluate`.
+        eval_dataset: the same, for logging; or several by name, whose figures are `eval_NAME_loss` and so on.
         processing_class: the model's processor; loaded with a model given by name.
         peft_config: puts a new adapter on the model and trains it; without one, the adapter that it carries, else the decoder.
+            A `LoraConfig` without `target_modules` goes on the decoder's linear layers.
         ref_model: the reference for `reference='online'` (default: the model as it was given).
+        optimizer_cls_and_kwargs: (an optimiser's class, its arguments as a dict), in place of `optim`.
+        of_other_trainers: arguments of `Trainer` and `DPOTrainer` that are not here, to be refused unless None.
 
     Raises:
-        UserError: two of these do not fit together; the message says which.
+        UserError: two of these do not fit together, or one is another trainer's; the message says which, and what to use.
     """
 
     reference_model: nn.Module | None = None
@@ -89,7 +90,7 @@ class CatPOTrainer(Trainer):
     def __init__(
         self,
         model: str | nn.Module | Family,
-        args: CatPOConfig | None = None,
+        args: CatPOConfig | Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -97,9 +98,12 @@ class CatPOTrainer(Trainer):
         ref_model: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        **of_other_trainers: Any,
     ) -> None:
-        args = args or CatPOConfig(output_dir="catpo-run")
+        args = own_args(CatPOTrainer, args, train_dataset, of_other_trainers)
         set_seed(args.seed)  # before an adapter draws its initial values
+        inputs = Inputs.read(train_dataset, eval_dataset, args)
         self._doing = "preparing the training"
         """What runs, for the message of an out-of-memory error."""
         self.family = open_for_training(model, processing_class, args, ref_model)
@@ -108,43 +112,40 @@ class CatPOTrainer(Trainer):
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.direction = kl_direction(self.needs)
         check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
-        train_pairs, eval_pairs = as_pairs(train_dataset), as_pairs(eval_dataset)
-        if train_pairs:
-            check_family(self.family, train_pairs[0])
-        all_pairs = joined(train_pairs or [], eval_pairs) if eval_pairs else train_pairs or []
-        self.view_passes = self._open_views(args, all_pairs)
+        if inputs.every:
+            check_family(self.family, inputs.every[0])
+        self.view_passes = self._open_views(args, inputs.every)
         self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
         self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
         check_reference(ref_model, is_run=self._runs_reference)
         with self._memory_explained():
             put_adapter(self.family, peft_config, train_vision=args.train_vision)
-            check_optimiser(args, self.family.model, optimizers[0])
+            check_optimiser(args, self.family.model, optimizers[0], optimizer_cls_and_kwargs)
             with self.family.model.disable_adapter() if self.has_new_adapter else nullcontext():
-                self.rewards = self._open_rewards(args, all_pairs)
+                reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
+                self.rewards = open_rewards(args, self.objective, inputs.every, self.family, reads_hidden=reads_hidden)
             self._prepare_model(args, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
         self.learned_fusion = LearnedFusion(self.objective.fusion) if is_learned else None
-        self._recorded = {"train": Figures(), "eval": Figures()}
+        self._recorded, self._log_prefix = {"train": Figures(), "eval": Figures()}, ""
         collator = self._collator(args)
         with self._memory_explained():
             super().__init__(
                 model=self.family.model,
                 args=args,
                 data_collator=Guarded(collator),
-                train_dataset=train_pairs,
-                eval_dataset=eval_pairs,
+                train_dataset=inputs.train,
+                eval_dataset=inputs.evaluation,
                 processing_class=self.family.processor,
                 callbacks=[*(callbacks or []), ResampleViews(self.view_passes), KeepSpecialTokens(self.family.unwrapped)],
                 optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
             self._place_beside_model()
         # a cache would hold the casts of all layers, though checkpointing keeps those of one
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=not args.gradient_checkpointing)
         if args.rescore_every:
-            folder = Path(args.output_dir or ".")
-            self.add_callback(
-                Rescoring(args.rescore_every, all_pairs, self.family, collator, folder, self.accelerator.autocast)
-            )
+            self.add_callback(self._rescoring(inputs.every, collator))
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of the whole window
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -169,20 +170,9 @@ class CatPOTrainer(Trainer):
             keeps_hidden=self.view_passes.reads_clean_reference,
         )
 
-    def _open_rewards(self, args: CatPOConfig, pairs: Sequence[PreferencePair]) -> RewardStore | None:
-        """The store of weights and reference, scored now if none is given; None if the objective reads none."""
-        if not needs_store(self.objective, args.reference):
-            return None
-        if args.rewards is None:
-            reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
-            output, cache = Path(args.output_dir or ".") / "rewards", "hidden" if reads_hidden else "logps"
-            most, count = args.max_length, args.dataloader_num_workers
-            return score_pairs(pairs, self.family, output, cache=cache, max_length=most, dataloader_num_workers=count)
-        store = RewardStore.open(args.rewards)
-        facts = ("precision", "model_hash", "processor_hash", "template_hash")
-        store.verify({name: getattr(self.family, name) for name in facts})
-        check_store(store, self.objective, args.reference)
-        return store
+    def _rescoring(self, pairs: Sequence[PreferencePair], collator: PairCollator) -> Rescoring:
+        folder, every = Path(self.args.output_dir or "."), self.args.rescore_every
+        return Rescoring(every, pairs, self.family, collator, folder, self.accelerator.autocast)
 
     def _prepare_model(self, args: CatPOConfig, ref_model: nn.Module | None) -> None:
         """Adapter or full training, and with it what serves as the reference."""
@@ -198,18 +188,11 @@ class CatPOTrainer(Trainer):
             self.reference_model = (ref_model or copy.deepcopy(family.model)).eval().requires_grad_(False)
             add_pair_forward(unwrapped(self.reference_model))
         if not has_adapter:
-            self._prepare_full(args)
+            thaw(family, train_vision=args.train_vision)
         if ref_model is not None or family.head.weight.requires_grad:
             self.reference_head = OutputHead.of(unwrapped(self.reference_model or family.model)).frozen_copy()
         self.loaded_dtypes = precision.keep_masters(family, args, is_saved=not has_adapter)
         last_layer.install(family.decoder)
-
-    def _prepare_full(self, args: CatPOConfig) -> None:
-        model = self.family.model.requires_grad_(True)
-        if not args.train_vision:
-            self.family.freeze_vision()
-        # transformers' own key names cannot be loaded back by its Trainer: a resumed run would restart from the base weights
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
     def _place_beside_model(self) -> None:
         """What the Trainer does not know of goes to its device; FSDP learns which layers to wrap."""
@@ -344,10 +327,9 @@ class CatPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was recorded since the last log. A collective call: every process logs."""
-        is_eval = any(name.startswith("eval_") for name in logs)
-        means = self._recorded["eval" if is_eval else "train"].means(self.accelerator.gather)
-        prefix = "eval_" if is_eval else ""
-        super().log({**logs, **{prefix + name: mean for name, mean in means.items()}}, start_time)
+        means = self._recorded["eval" if self._log_prefix else "train"].means(self.accelerator.gather)
+        logs |= {self._log_prefix + name: mean for name, mean in means.items()}  # in place: `evaluate` gives them, too
+        super().log(logs, start_time)
 
     # ---- seams of transformers.Trainer --------------------------------------------------------------------------------
     # What follows replaces methods of the Trainer, some of them private; tests/test_seams.py holds their signatures.
@@ -366,13 +348,30 @@ class CatPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The whole training; the message of an out-of-memory error says what ran and what takes the memory."""
+        if self.train_dataset is None:
+            raise UserError("There is no train_dataset. Give one when the trainer is made; without, it can only evaluate().")
         with self._memory_explained():
             return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The validation pairs' figures, with the same message."""
-        with self._memory_explained():
-            return super().evaluate(*args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The figures of the validation pairs, or of another data set or several by name, given as `eval_dataset` is.
+
+        Raises:
+            UserError: there is none, it cannot be read, or the reward store lacks a pair.
+        """
+        eval_dataset = asked_evaluation(eval_dataset, self.eval_dataset, self.rewards)
+        before, self._log_prefix = self._log_prefix, f"{metric_key_prefix}_"
+        try:
+            with self._memory_explained():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._log_prefix = before
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a pair has no prediction."""
+        raise UserError(f"predict() has nothing to give: {NO_PREDICTIONS}. Use evaluate(dataset, metric_key_prefix='test').")
 
     def _memory_explained(self) -> AbstractContextManager[None]:
         optimizer = getattr(self, "optimizer", None)  # there is none before the Trainer is built
@@ -440,10 +439,4 @@ class CatPOTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The Trainer only warns of a checkpoint that does not fit, and would train on from the base weights."""
         tied = set(getattr(self.family.unwrapped, "all_tied_weights_keys", None) or ())
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if missing or load_result.unexpected_keys:
-            raise UserError(
-                f"The checkpoint does not hold this model's weights ({len(missing)} missing, "
-                f"{len(load_result.unexpected_keys)} unknown, "
-                f"e.g. '{(missing or load_result.unexpected_keys)[0]}'). Resume with the model and options the run began with."
-            )
+        check_loaded(load_result, tied)
