@@ -174,7 +174,7 @@ def model_inputs(model: Any, batch: Batch) -> Batch:
     """A batch's inputs with the mask that the decoder's attention takes."""
     inputs: Batch = batch["model_inputs"]
     mask, dtype = inputs["attention_mask"], model.dtype
-    device = mask.device.type
+    device = inputs["input_ids"].device.type
     if device != "cpu" and torch.is_autocast_enabled(device):  # else every layer would cast the mask again
         dtype = torch.get_autocast_dtype(device)
     if not packed.is_layout(mask):
