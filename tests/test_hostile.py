@@ -38,7 +38,10 @@ def _loading(tiny: Path) -> Any:
             return _load(model, **options)
         if tiny not in _loaded:
             _loaded[tiny] = _load(tiny)
-        return _loaded[tiny]
+        family = _loaded[tiny]
+        if hasattr(family.model, "peft_config"):  # of the training of another case
+            family.model = family.model.unload()
+        return family
 
     return load
 

@@ -307,7 +307,7 @@ def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     ("changes", "says"),
     [
         ({"model_hash": "m2"}, "another model .model_hash is 'm1', now 'm2'"),
-        ({"precision": "float32", "model_hash": "m2"}, "weights in bfloat16, now loaded in float32: give the dtype "),
+        ({"precision": "float32", "model_hash": "m2"}, "weights in bfloat16, now loaded in float32: load them as before"),
         ({"processor_hash": "p2"}, "another processor "),
         ({"template_hash": "t2"}, "another chat template "),
         ({"signals": SIGNALS[:2]}, "another signals "),
