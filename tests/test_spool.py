@@ -67,7 +67,7 @@ def test_blocks_end_anywhere(monkeypatch):
     assert list(SpooledPairs.of(pairs(10))) == pairs(10)
     monkeypatch.setattr(spool, "BLOCK_BYTES", 1)  # a block after every picture that is in memory
     kept = SpooledPairs.of(pairs(10))
-    assert kept._file.reader.num_record_batches == 10 and list(kept) == pairs(10)
+    assert kept._sources[0].reader.num_record_batches == 10 and list(kept) == pairs(10)
     assert len(SpooledPairs.of([])) == 0
 
 

@@ -21,7 +21,7 @@ from catpo.core.spec import Spec, check_options, keyword_options, parse
 from catpo.core.types import SIDES, PreferencePair, Sample, check_pair
 from catpo.data.datasets import Dataset, FieldOptions, RowDataset, Scanned
 from catpo.data.path_kind import data_set_of
-from catpo.data.spool import SpooledPairs, ids_of, select
+from catpo.data.spool import PairsAt, SpooledPairs, ids_of, select
 from catpo.runtime.skip_log import SkipLog
 
 
@@ -56,7 +56,7 @@ def scan(text: str | Path) -> Iterator[Scanned]:
     )
 
 
-def read_pairs(data: str | Path, skip_log: SkipLog, limit: int | None = None) -> SpooledPairs:
+def read_pairs(data: str | Path, skip_log: SkipLog, limit: int | None = None) -> PairsAt:
     """The first `limit` pairs, checked, on disk; bad rows are left out if `skip_log` goes on.
 
     Raises:

@@ -38,52 +38,9 @@ SCHEMA = pa.schema(
 )
 
 
-class SpooledPairs(Sequence[PreferencePair]):
-    """Pairs that are read from a temporary file whenever they are asked for; a slice or a selection shares the file.
-
-    The file takes room in the system's folder for such (`TMPDIR`) and has no name there: nothing is left of a killed process.
-    """
-
-    def __init__(self, file: _File, numbers: Sequence[int]) -> None:
-        self._file, self._numbers = file, numbers
-
-    @classmethod
-    def of(cls, pairs: Iterable[PreferencePair]) -> SpooledPairs:
-        """All of the pairs, read once.
-
-        Raises:
-            UserError: there is no room for the file; or one of the pairs raises it.
-        """
-        file = _File.written(pairs)
-        return cls(file, range(file.count))
-
-    def select(self, places: Sequence[int]) -> SpooledPairs:
-        """The pairs at these places, in their order."""
-        return SpooledPairs(self._file, array("q", (self._numbers[place] for place in places)))
-
-    def ids(self) -> list[str]:
-        """Of every pair, without reading the rest of it."""
-        every = self._file.ids()
-        return [every[number] for number in self._numbers]
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, place: int) -> PreferencePair: ...
-    @overload
-    def __getitem__(self, place: slice) -> SpooledPairs: ...
-    def __getitem__(self, place: int | slice) -> PreferencePair | SpooledPairs:
-        if isinstance(place, slice):
-            return SpooledPairs(self._file, self._numbers[place])
-        return self._file.pair(self._numbers[place])
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        return map(self._file.pair, self._numbers)
-
-
 class PairsAt(Sequence[PreferencePair]):
-    """Pairs of several sources, read there whenever they are asked for.
+    """Pairs of several sources, read there whenever they are asked for; a slice or a selection shares the sources
+    and is of the same class.
 
     Args:
         sources: anything with `len()` and `[i]`.
@@ -94,6 +51,10 @@ class PairsAt(Sequence[PreferencePair]):
         self._sources = sources
         self._starts = [0, *accumulate(len(source) for source in sources)]
         self._numbers = range(self._starts[-1]) if numbers is None else numbers
+
+    def select(self, places: Sequence[int]) -> PairsAt:
+        """The pairs at these places, in their order."""
+        return type(self)(self._sources, array("q", (self._numbers[place] for place in places)))
 
     def ids(self) -> list[str]:
         """Of every pair; of spooled ones without reading the rest of them."""
@@ -109,22 +70,38 @@ class PairsAt(Sequence[PreferencePair]):
     def __getitem__(self, place: slice) -> PairsAt: ...
     def __getitem__(self, place: int | slice) -> PreferencePair | PairsAt:
         if isinstance(place, slice):
-            return PairsAt(self._sources, self._numbers[place])
+            return type(self)(self._sources, self._numbers[place])
         number = self._numbers[place]
         source = bisect_right(self._starts, number) - 1
         return cast(PreferencePair, self._sources[source][number - self._starts[source]])
 
 
+class SpooledPairs(PairsAt):
+    """Pairs in a temporary file.
+
+    The file takes room in the system's folder for such (`TMPDIR`) and has no name there: nothing is left of a killed process.
+    """
+
+    @classmethod
+    def of(cls, pairs: Iterable[PreferencePair]) -> SpooledPairs:
+        """All of the pairs, read once.
+
+        Raises:
+            UserError: there is no room for the file; or one of the pairs raises it.
+        """
+        return cls([_File.written(pairs)])
+
+
 def ids_of(pairs: Any) -> list[str]:
     """The ids of pairs with `len()` and `[i]`; of spooled ones without reading the rest of them."""
-    if isinstance(pairs, SpooledPairs | PairsAt):
+    if isinstance(pairs, PairsAt | _File):
         return pairs.ids()
     return [pairs[place].id for place in range(len(pairs))]
 
 
 def select(pairs: Sequence[PreferencePair], places: Sequence[int]) -> Sequence[PreferencePair]:
     """The pairs at these places; of spooled ones without reading them."""
-    return pairs.select(places) if isinstance(pairs, SpooledPairs) else [pairs[place] for place in places]
+    return pairs.select(places) if isinstance(pairs, PairsAt) else [pairs[place] for place in places]
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -140,8 +117,8 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 def joined(first: Sequence[PreferencePair], second: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
     """The pairs of both, one after the other; each stays where it is."""
-    if isinstance(first, SpooledPairs) and isinstance(second, SpooledPairs) and first._file is second._file:
-        return SpooledPairs(first._file, array("q", [*first._numbers, *second._numbers]))
+    if isinstance(first, SpooledPairs) and isinstance(second, SpooledPairs) and first._sources == second._sources:
+        return SpooledPairs(first._sources, array("q", [*first._numbers, *second._numbers]))
     return PairsAt([first, second])
 
 
@@ -154,7 +131,6 @@ class _File:
         self.reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages)))
         blocks = range(self.reader.num_record_batches)
         self.starts = [0, *accumulate(self.reader.get_batch(block).num_rows for block in blocks)]
-        self.count = self.starts[-1]
 
     @classmethod
     def written(cls, pairs: Iterable[PreferencePair]) -> _File:
@@ -174,7 +150,10 @@ class _File:
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (DupFd(self.file.fileno()), self.loads)
 
-    def pair(self, number: int) -> PreferencePair:
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, number: int) -> PreferencePair:
         block = bisect_right(self.starts, number) - 1
         row = self.reader.get_batch(block).slice(number - self.starts[block], 1).to_pylist()[0]
         return PreferencePair(

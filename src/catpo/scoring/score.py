@@ -18,7 +18,7 @@ from catpo.config.options import ScoreOptions
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.data.read import read_pairs
-from catpo.data.spool import SpooledPairs, ids_of, spread
+from catpo.data.spool import PairsAt, ids_of, spread
 from catpo.files.atomic import check_path
 from catpo.models import loading, memory
 from catpo.models.attention.recorder import choose_layers
@@ -49,11 +49,11 @@ class Scoring:
     options: ScoreOptions
     settings: ScoreSettings
     cache: Cache
-    pairs: SpooledPairs
+    pairs: PairsAt
     family: Family
     skip_log: SkipLog
 
-    def encodable_pairs(self) -> SpooledPairs:
+    def encodable_pairs(self) -> PairsAt:
         """The pairs that the model can read; the others go to the skip log."""
         count = worker_count(self.options.dataloader_num_workers, self.family)
         problems = encoding_problems(self.pairs, self.family, self.options.max_length, count)
