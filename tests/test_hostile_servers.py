@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
+import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
+from catpo.models.openai_client import ChatServer
 from commands import run
 from fake_chat import Answer, completion, serve
 from report_fixtures import make_pairs
@@ -82,24 +88,41 @@ def never(connection: socket.socket, over: threading.Event) -> None:
     over.wait()
 
 
-def drop_by_drop(connection: socket.socket, over: threading.Event) -> None:
-    connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
-    while not over.wait(0.02):
-        connection.sendall(b" ")
+GZIP = HEAD + b"Content-Encoding: gzip\r\nContent-Length: 100000000\r\n\r\n\x1f\x8b\x08\x08\0\0\0\0\0\x03"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+WITHOUT_END = {
+    "status line": (b"HTTP/1.1 200 ", b"O"),
+    "header": (HEAD + b"X-More: ", b"x"),
+    "headers": (HEAD, b"X: y\r\n"),
+    "interim answers": (b"", b"HTTP/1.1 102 Processing\r\nX: " + b"y" * 300 + b"\r\n\r\n"),
+    "interim headers": (b"HTTP/1.1 103 Early Hints\r\n", b"Link: </>\r\n"),
+    "body": (HEAD + b"Content-Length: 100000000\r\n\r\n", b" "),
+    "body of no length": (HEAD + b"\r\n", b" "),
+    "file name of gzip": (GZIP, b"x"),
+    "chunks": (CHUNKED, b"c8\r\n" + b" " * 200 + b"\r\n"),
+    "chunk extension": (CHUNKED + b"1;", b"x"),
+    "trailers": (CHUNKED + b"0\r\n", b"X: y\r\n"),
+    "body of a refusal": (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 100000000\r\n\r\n", b" "),
+}
+"""What a server sends first, and then over and over."""
 
 
-def headers_without_end(connection: socket.socket, over: threading.Event) -> None:
-    connection.sendall(HEAD)
-    while not over.is_set():
-        connection.sendall(b"X-More: " + b"x" * 4000 + b"\r\n")
+def drip(begin: bytes, again: bytes) -> Callable[[socket.socket, threading.Event], None]:
+    def talk(connection: socket.socket, over: threading.Event) -> None:
+        connection.sendall(begin)
+        while not over.wait(0.02):
+            connection.sendall(again)
+
+    return talk
 
 
-def hundred_megabytes(connection: socket.socket, over: threading.Event) -> None:
-    connection.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
-    for _ in range(1600):
-        if over.is_set():
-            break
-        connection.sendall(b" " * 62_500)
+def flood(begin: bytes, again: bytes) -> Callable[[socket.socket, threading.Event], None]:
+    def talk(connection: socket.socket, over: threading.Event) -> None:
+        connection.sendall(begin)
+        while not over.is_set():
+            connection.sendall(again * (60_000 // len(again)))
+
+    return talk
 
 
 def half_a_body(connection: socket.socket, over: threading.Event) -> None:
@@ -112,14 +135,7 @@ def no_http(connection: socket.socket, over: threading.Event) -> None:
 
 @pytest.mark.parametrize(
     ("talk", "reason"),
-    [
-        (never, "no answer within 0.3 s"),
-        (drop_by_drop, "was not complete within 0.3 s"),
-        (headers_without_end, "the connection broke"),
-        (hundred_megabytes, "more than 1,000,000 bytes"),
-        (half_a_body, "the connection broke"),
-        (no_http, "the connection broke"),
-    ],
+    [(never, "no complete answer within 0.3 s"), (half_a_body, "the connection broke"), (no_http, "the connection broke")],
 )
 def test_a_judge_that_does_not_answer_is_given_up_with_item_reason_and_next_step(
     talk: Callable[..., None], reason: str, capsys: pytest.CaptureFixture[str]
@@ -130,6 +146,68 @@ def test_a_judge_that_does_not_answer_is_given_up_with_item_reason_and_next_step
     assert "mmhal/0" in message and reason in message and "Traceback" not in message
     assert "give the same command again" in message or "Is it a chat server?" in message
     assert not Path("out/scores.json").exists() and not list(Path("out").glob("*.part"))
+
+
+@pytest.mark.parametrize("part", WITHOUT_END)
+def test_a_server_that_sends_any_part_of_an_answer_without_end_is_given_up_in_time(part: str) -> None:
+    with raw(drip(*WITHOUT_END[part])) as url:
+        server, begin = ChatServer("m", base_url=url, timeout=0.3, retries=0), time.monotonic()
+        with pytest.raises(UserError, match="no complete answer within 0.3 s"):
+            server.ask([])
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize("part", WITHOUT_END)
+def test_no_more_than_a_megabyte_is_taken_of_any_part_of_an_answer(part: str) -> None:
+    tracemalloc.start()
+    with raw(flood(*WITHOUT_END[part])) as url, pytest.raises(UserError, match="more than 1,000,000 bytes|connection broke"):
+        ChatServer("m", base_url=url, timeout=60.0, retries=0).ask([])
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_a_small_answer_that_decompresses_to_a_large_one_is_given_up() -> None:
+    packed = {"gzip": gzip.compress(bytes(50_000_000)), "deflate": zlib.compress(bytes(50_000_000)), "br": bytes(50_000)}
+    for encoding, body in packed.items():
+        with serve(Answer(200, body, {"Content-Encoding": encoding})) as chat:
+            with pytest.raises(UserError, match="more than 1,000,000 bytes|no chat completion"):
+                ChatServer("m", base_url=chat.url, retries=0).ask([])
+            assert chat.headers[0]["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity"])
+def test_an_answer_is_read_though_the_server_compresses_it_unasked(encoding: str) -> None:
+    body = completion("Rating: 4").body
+    packed = {"gzip": gzip.compress(body), "deflate": zlib.compress(body), "identity": body}[encoding]
+    with serve(Answer(200, packed, {"Content-Encoding": encoding}), Answer(200, packed[:-3], {"Content-Encoding": encoding}),
+               Answer(200, b"not packed", {"Content-Encoding": encoding})) as chat:  # fmt: skip
+        server = ChatServer("m", base_url=chat.url, retries=0)
+        assert server.ask([]).text == "Rating: 4"
+        for _ in range(2):
+            with pytest.raises(UserError, match="cannot be decompressed|no chat completion"):
+                server.ask([])
+
+
+def test_a_server_that_reads_nothing_or_does_not_answer_the_handshake_is_given_up_in_time() -> None:
+    def reads_nothing(connection: socket.socket, over: threading.Event) -> None:
+        over.wait()
+
+    with raw(reads_nothing) as url:
+        for address, text in ((url, "x" * 30_000_000), (url.replace("http:", "https:"), "x")):
+            begin = time.monotonic()
+            with pytest.raises(UserError, match="no complete answer within 0.5 s"):
+                ChatServer("m", base_url=address, timeout=0.5, retries=0).ask([{"role": "user", "content": text}])
+            assert time.monotonic() - begin < 3
+
+
+def test_the_addresses_of_a_host_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that do not answer (the network reserved for tests, RFC 5737), and one that does."""
+    with serve(completion("here")) as chat:
+        port = int(chat.url.rsplit(":")[-1].removesuffix("/v1"))
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("192.0.2.1", "192.0.2.2", "127.0.0.1")]
+        monkeypatch.setattr("catpo.models.exchange.socket.getaddrinfo", lambda *_, **__: found)
+        assert ChatServer("m", base_url=f"http://many.example:{port}/v1", timeout=1.5, retries=0).ask([]).text == "here"
+        assert chat.headers[0]["Host"] == f"many.example:{port}"
 
 
 @pytest.mark.parametrize(

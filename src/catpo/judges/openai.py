@@ -9,7 +9,6 @@ user's cache folder, or in the file that `cache` names, by a hash of model, serv
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from catpo import judges
 from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.judges._replies import Replies, hash_of
+from catpo.models.exchange import LONGEST
 from catpo.models.openai_client import ChatServer
 from catpo.text.thoughts import without_thoughts
 
@@ -58,8 +58,9 @@ class Judge(judges.Judge):
         if not model:
             raise UserError("the openai judge needs the name of a model: openai(model='gpt-4-0314').")
         check_positive(repeat=repeat, workers=workers)
-        if not 0 < timeout < math.inf or retries < 0:
-            raise UserError(f"openai(timeout={timeout}, retries={retries}): give seconds above 0, and 0 retries or more.")
+        if not 0 < timeout <= LONGEST or retries < 0:
+            limits = f"above 0 and up to {LONGEST:,.0f} seconds, and 0 retries or more"
+            raise UserError(f"openai(timeout={timeout}, retries={retries}): give {limits}.")
         self.server = ChatServer(model, base_url=base_url, timeout=timeout, retries=retries)
         options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         self.given = {name: value for name, value in options.items() if value is not None}

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-import httpx2
+import httpcore2
 
 from catpo.core.errors import UserError
+from catpo.models.exchange import Answer, Line, TooLong
+from catpo.models.redaction import without_key
 
 DEFAULT_URL = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
@@ -24,8 +27,6 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same request may succeed later."""
 LONGEST_WAIT = 60.0
 """Seconds between two tries, whatever the server asks for."""
-SECRET_LENGTH = 12
-"""A shorter key, such as the EMPTY that local servers accept, is no secret and may be a word of an answer."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class ChatServer:
     Args:
         model: name of the model at the server.
         base_url: the server's address up to `/v1`; OPENAI_BASE_URL or OpenAI's own if empty.
-        timeout: seconds that a whole answer may take.
+        timeout: seconds that an answer may take, from looking up the server's address to the last byte.
         retries: how often a request is sent again, after 1, 2, 4, … seconds or as `Retry-After` says.
-        reply_limit: size in bytes of the longest accepted reply.
+        reply_limit: bytes of the longest accepted reply, with headers and all that comes before it; and decompressed.
         sleep: waits; for tests.
     """
 
@@ -70,7 +71,12 @@ class ChatServer:
         self.model = model
         self.url = _checked_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
         self.timeout, self.retries, self.reply_limit, self.sleep = timeout, retries, reply_limit, sleep
-        self._client = httpx2.Client(timeout=timeout, follow_redirects=False)  # shared by threads
+        self._line = Line(self.url)  # shared by threads
+
+    @property
+    def called(self) -> str:
+        """The server, and the proxy that leads to it, for messages."""
+        return f"{self.url} (through {self._line.proxy.variable})" if self._line.proxy else self.url
 
     def ask(self, messages: Sequence[Mapping[str, Any]], **decoding: Any) -> Reply:
         """The answer to a conversation; `decoding` is sent unchanged, e.g. temperature=0.0.
@@ -85,9 +91,9 @@ class ChatServer:
             except _Busy as busy:
                 last = busy
                 if attempt < self.retries:
-                    self.sleep(min(LONGEST_WAIT, 2.0**attempt if busy.wait is None else busy.wait))
+                    self.sleep(min(LONGEST_WAIT, 2.0 ** min(attempt, 6) if busy.wait is None else busy.wait))
         raise UserError(
-            f"{self.url} did not answer in {self.retries + 1} tries; the last time: {last}. Earlier answers are kept: "
+            f"{self.called} did not answer in {self.retries + 1} tries; the last time: {last}. Earlier answers are kept: "
             "give the same command again."
         )
 
@@ -95,27 +101,33 @@ class ChatServer:
         """The body of a successful response."""
         content, headers = json.dumps(body).encode("ascii"), {"Content-Type": "application/json", **_authorization()}
         try:
-            with self._client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
-                answer = self._receive(response)
-                if response.is_success:
-                    return answer
-        except httpx2.TimeoutException as error:
-            raise _Busy(f"no answer within {self.timeout:g} s") from error
-        except httpx2.ConnectError as error:
-            raise UserError(f"{self.url} cannot be reached ({_shown(error)}). Start the server, or correct the URL.") from error
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Busy(f"the connection broke ({_shown(error)})") from error
-        raise self._refusal(response, answer)
+            answer = self._line.post(
+                f"{self.url}/chat/completions", content, headers, seconds=self.timeout, limit=self.reply_limit
+            )
+        except Exception as error:  # whatever a hostile server makes of HTTP
+            text = str(error)  # may quote a header
+            raise self._failure(error) from (error if _without_secret(text) == text else None)
+        if 200 <= answer.status < 300:
+            return answer.body
+        raise self._refusal(answer)
 
-    def _receive(self, response: httpx2.Response) -> bytes:
-        deadline, received = time.monotonic() + self.timeout, bytearray()
-        for part in response.iter_bytes():
-            received += part
-            if len(received) > self.reply_limit:
-                raise UserError(f"{self.url} sent more than {self.reply_limit:,} bytes as one answer. Is it a chat server?")
-            if time.monotonic() > deadline:
-                raise _Busy(f"the answer was not complete within {self.timeout:g} s")
-        return bytes(received)
+    def _failure(self, error: Exception) -> Exception:
+        """The error for an exchange that did not come to an end."""
+        said = _shown(error) or type(error).__name__
+        if isinstance(error, TooLong):
+            return UserError(f"{self.called} sent more than {self.reply_limit:,} bytes as one answer. Is it a chat server?")
+        if isinstance(error, httpcore2.TimeoutException):
+            return _Busy(f"no complete answer within {self.timeout:g} s")
+        if isinstance(error, httpcore2.ConnectError):
+            advice = self._line.advice or "Start the server, or correct the URL."
+            if "CERTIFICATE" in said:
+                advice = "If you trust the server, name a file with its certificate in SSL_CERT_FILE."
+            return UserError(f"{self.called} cannot be reached ({said}). {advice}")
+        if isinstance(error, httpcore2.ProxyError) and said[:1] != "5":  # 502 and its like may pass
+            return UserError(f"{self.called}: the proxy refuses ({said}). {self._line.advice}")
+        if isinstance(error, zlib.error):
+            return _Busy(f"its answer cannot be decompressed ({said})")
+        return _Busy(f"the connection broke ({said})")
 
     def _read(self, content: bytes) -> Reply:
         try:
@@ -131,20 +143,24 @@ class ChatServer:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair could not be written to a file
         return Reply(_without_secret(text), _shown(answer.get("model") or self.model))
 
-    def _refusal(self, response: httpx2.Response, content: bytes) -> Exception:
+    def _refusal(self, answer: Answer) -> Exception:
         """The error for a status: worth another try, or with what the user can do."""
-        status, reason = response.status_code, _reason(content)
+        status, reason = answer.status, _reason(answer.body)
         if status in RETRIED and "insufficient_quota" not in reason:
-            return _Busy(f"status {status} {reason}".strip(), _seconds(response.headers.get("Retry-After")))
+            return _Busy(f"status {status} {reason}".strip(), _seconds(answer.headers.get("retry-after")))
         said = f"(status {status}: {reason})"
         if status in (401, 403):
             key = "another key" if os.environ.get(KEY) else "the key"
-            return UserError(f"{self.url}: authentication failed {said}. Set {key} in the environment variable {KEY}.")
+            return UserError(f"{self.called}: authentication failed {said}. Set {key} in the environment variable {KEY}.")
         if status == 404:
-            return UserError(f"{self.url} has no model '{self.model}' {said}. `curl {self.url}/models` lists those it has.")
-        if response.is_redirect:
-            return UserError(f"{self.url} has moved {said}. Give the new URL; redirects are not followed, to protect the key.")
-        return UserError(f"{self.url} refuses the request {said}. Correct the options of '{self.model}'.")
+            return UserError(f"{self.called} has no model '{self.model}' {said}. `curl {self.url}/models` lists those it has.")
+        if status == 407:
+            return UserError(f"{self.called}: the proxy asks for a user name and password {said}. {self._line.advice}")
+        if status in (301, 302, 303, 307, 308) and "location" in answer.headers:
+            return UserError(
+                f"{self.called} has moved {said}. Give the new URL; redirects are not followed, to protect the key."
+            )
+        return UserError(f"{self.called} refuses the request {said}. Correct the options of '{self.model}'.")
 
 
 def _checked_url(text: str) -> str:
@@ -153,18 +169,20 @@ def _checked_url(text: str) -> str:
     Raises:
         UserError: it is not a URL, or it holds a secret, which is not repeated.
     """
+    text = text.strip()
     try:
-        parts = urlsplit(text.strip())
+        parts = urlsplit(text)
         has_secret = bool(parts.username or parts.password or parts.query)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+        server = parts.netloc.encode("idna").decode("ascii")
+    except ValueError:  # UnicodeError for a host such as a..b
         has_secret, is_address = "@" in text, False
     if has_secret:
         raise UserError(f"the server's URL holds a password or a query, which would be stored. Set the key in {KEY} instead.")
     if not is_address:
-        raise UserError(f"'{text}' is not the URL of a server. Give one such as http://localhost:8000/v1.")
+        raise UserError(f"'{_shown(text)}' is not the URL of a server. Give one such as http://localhost:8000/v1.")
     path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    return urlunsplit((parts.scheme, server, quote(path, safe="/%:@!$&'()*+,;=~"), "", ""))
 
 
 def _authorization() -> dict[str, str]:
@@ -177,8 +195,7 @@ def _authorization() -> dict[str, str]:
 
 
 def _without_secret(text: str) -> str:
-    key = os.environ.get(KEY, "").strip()
-    return text.replace(key, "[key]") if len(key) >= SECRET_LENGTH else text
+    return without_key(text, os.environ.get(KEY, "").strip())
 
 
 def _shown(text: object) -> str:
