@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import threading
+import time
 import traceback
+from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catpo.core.errors import UserError
 from catpo.models.openai_client import ChatServer
+from catpo.models.redaction import without_key
 from fake_chat import Answer, completion, serve
+from test_hostile_servers import raw
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CANARY = "sk-canary-0123456789abcdef"
@@ -143,13 +150,26 @@ def test_a_refusal_or_half_a_surrogate_pair_becomes_text(message, text):
         ("http://localhost:8000/v1/", "http://localhost:8000/v1"),
         ("https://host/api/v3/chat/completions", "https://host/api/v3"),
         ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+        ("http://bücher.example:8000/ä/v1", "http://xn--bcher-kva.example:8000/%C3%A4/v1"),
     ],
 )
 def test_a_url_may_lack_v1_or_name_the_endpoint(given, used):
     assert ChatServer("m", base_url=given).url == used
 
 
-@pytest.mark.parametrize("bad", ["localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://host:port/v1",
+        "http://a..b/v1",
+        f"http://{'a' * 64}.b/v1",
+        "http://a\x1bb",
+        "http://\udcff/v1",
+    ],
+)
 def test_other_addresses_are_refused(bad):
     with pytest.raises(UserError, match="is not the URL of a server"):
         ChatServer("m", base_url=bad)
@@ -185,6 +205,72 @@ def test_the_key_is_in_the_header_and_nowhere_else(monkeypatch, caplog):
     assert said[0] == "your key is [key]"
     everything = [*said, repr(vars(server)), caplog.text, json.dumps(chat.asked)]
     assert not [text for text in everything if CANARY in text]
+
+
+SPELT: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "JSON": lambda text: "".join(f"\\u{ord(sign):04x}" for sign in text),
+    "JSON in JSON": lambda text: json.dumps("".join(f"\\u{ord(sign):04X}" for sign in text)),
+    "percent": lambda text: "".join(f"%{ord(sign):02x}" for sign in text),
+    "percent twice": lambda text: "".join(f"%25{ord(sign):02X}" for sign in text),
+    "HTML": lambda text: "".join(f"&#{ord(sign)};" for sign in text),
+    "HTML, hexadecimal": lambda text: "".join(f"&#x{ord(sign):x};" for sign in text),
+    "in part": lambda text: text.replace("-", "\\u002d").replace("a", "%61"),
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "base64 of a header": lambda text: base64.b64encode(f"Bearer {text}".encode()).decode(),
+    "base64 in an address": lambda text: base64.urlsafe_b64encode(f"x:{text}??>>".encode()).decode(),
+    "hexadecimal": lambda text: text.encode().hex(),
+    "two lines": lambda text: f"{text[:9]}\n  {text[9:]}",
+    "joined by what is not shown": lambda text: "\u200b".join(text),
+    "UTF-16": lambda text: "\0".join(text),
+}
+
+
+@pytest.mark.parametrize("way", SPELT)
+@given(key=st.sampled_from([CANARY, "hf_Aa+/.~-99zZ", "ghp_" + "x" * 36]), around=st.text(max_size=20))
+def test_a_key_is_redacted_however_it_is_spelt(way: str, key: str, around: str) -> None:
+    spelt = SPELT[way](key)
+    shown = without_key(f"{around} {spelt} {around}", key)
+    assert "[key]" in shown and len(shown) < len(around) * 2 + 30
+    assert without_key(around, key) == around or "[key]" in without_key(around, key)
+
+
+def test_redaction_is_quick_for_any_text() -> None:
+    begin = time.monotonic()
+    for text in (
+        "\\" * 300_000,
+        "s" * 300_000,
+        " \n" * 150_000,
+        "%25" * 100_000,
+        "&amp;" * 60_000,
+        "sk-canary-0123456789abcde" * 12_000,
+    ):
+        assert without_key(text, CANARY) == text
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("way", SPELT)
+def test_a_server_that_spells_the_key_in_its_own_way_gives_it_to_no_message_and_no_answer(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    spelt = SPELT[way](CANARY)
+    error = json.dumps({"error": {"message": f"key: {spelt}"}}).encode()
+    answers = [Answer(body=f"key: {spelt}".encode()), Answer(400, f"key: {spelt}".encode()), Answer(400, error)]
+    with serve(completion(f"key: {spelt}", model=f"key: {spelt}"), *answers) as chat:
+        server, _ = client(chat, retries=0)
+        reply = server.ask(HELLO)
+        said = [reply.text, reply.model, *(refused(server) for _ in answers)]
+    assert all("[key]" in text and spelt not in text for text in said), said
+
+
+def test_an_error_whose_cause_quotes_the_key_hides_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    with raw(lambda connection, _: connection.sendall(f"HTTP/1.1 200 OK\r\n {CANARY}\r\n\r\n".encode())) as url:
+        server = ChatServer("m", base_url=url, retries=0)
+        with pytest.raises(UserError) as caught:
+            server.ask(HELLO)
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
 def test_no_key_sends_no_header_and_a_short_key_is_not_redacted(monkeypatch):

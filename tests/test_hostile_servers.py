@@ -10,11 +10,13 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
@@ -51,8 +53,8 @@ def judged(url: str, *, timeout: float = 0.3, retries: int = 0, output: str = "o
 
 
 @contextmanager
-def raw(talk: Callable[[socket.socket, threading.Event], None]) -> Iterator[str]:
-    """A server that reads a request and then does what `talk` does, until the end of the test."""
+def raw(talk: Callable[[socket.socket, threading.Event], None], *, reads: bool = True) -> Iterator[str]:
+    """A server that reads a request, unless `reads` is False, and does what `talk` does, until the end of the test."""
     over = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.05)
@@ -60,7 +62,8 @@ def raw(talk: Callable[[socket.socket, threading.Event], None]) -> Iterator[str]
     def answer(connection: socket.socket) -> None:
         with connection:
             try:
-                connection.recv(65536)
+                if reads:
+                    connection.recv(65536)
                 talk(connection, over)
             except OSError:  # the client has gone
                 pass
@@ -68,18 +71,24 @@ def raw(talk: Callable[[socket.socket, threading.Event], None]) -> Iterator[str]
     def listen() -> None:
         while not over.is_set():
             try:
-                threads.append(threading.Thread(target=answer, args=(listener.accept()[0],)))
+                connections.append(listener.accept()[0])
             except TimeoutError:
                 continue
+            threads.append(threading.Thread(target=answer, args=connections[-1:]))
             threads[-1].start()
 
+    connections: list[socket.socket] = []
     threads = [threading.Thread(target=listen)]
     threads[0].start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     finally:
         over.set()
-        for thread in threads:
+        threads[0].join()
+        for connection in connections:
+            with suppress(OSError):  # it is closed
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in threads[1:]:
             thread.join()
         listener.close()
 
@@ -210,6 +219,44 @@ def test_the_addresses_of_a_host_share_the_time(monkeypatch: pytest.MonkeyPatch)
         assert chat.headers[0]["Host"] == f"many.example:{port}"
 
 
+FRAGMENTS = st.sampled_from(
+    [
+        b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.0 500\r\n", b"HTTP/1.1 101 Go\r\n",
+        b"HTTP/1.1 204 No\r\n", b"HTTP/2 200\r\n", b"HTTP/1.1 307 X\r\nLocation: //x\r\n",
+        b"HTTP/1.1 429 Wait\r\nRetry-After: nan\r\n", b"\r\n", b"\n", b"\r\n\r\n", b"Content-Length: 5\r\n",
+        b"Content-Length: 99999999999999999999\r\n", b"Content-Length: -1\r\n", b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip\r\n", b"Content-Encoding: gzip\r\n", b"Content-Encoding: x\r\n", b"Connection: close\r\n",
+        b"0\r\n", b"5\r\nhello\r\n", b"ffffffffffffffffffff\r\n", gzip.compress(b"{}"), b"\x1f\x8b\x08\x08",
+        completion("yes").body, b'{"choices": [{"message": null}]}', b"[" * 3000, b"\x16\x03\x01\x02\0", CANARY.encode(),
+    ]
+) | st.binary(max_size=20)  # fmt: skip
+PLAIN = st.tuples(st.just(b"HTTP/1.1 200 OK\r\n"), st.lists(FRAGMENTS, max_size=3).map(b"".join), st.just(b"\r\n"))
+
+
+@pytest.fixture(scope="module")
+def says() -> Iterator[tuple[str, list[bytes]]]:
+    """A server's address, and what it says to whoever asks next before it hangs up; to be changed."""
+    words = [b""]
+    with raw(lambda connection, _: connection.sendall(words[0])) as url:
+        yield url, words
+
+
+@pytest.mark.nightly
+@given(head=st.just(()) | PLAIN, parts=st.lists(FRAGMENTS, max_size=8))
+def test_whatever_a_server_says_is_a_reply_or_a_message_without_the_key(
+    says: tuple[str, list[bytes]], head: tuple[bytes, ...], parts: list[bytes]
+) -> None:
+    url, says[1][0] = says[0], b"".join([*head, *parts])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", CANARY)
+        try:
+            said = ChatServer("m", base_url=url, timeout=5.0, retries=0).ask([]).text
+        except UserError as error:
+            said = str(error)
+            assert said.startswith(url) and said.isprintable() and len(said) < 600
+    assert CANARY not in said
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -238,7 +285,7 @@ def test_a_judge_that_was_given_up_is_asked_again_by_the_same_command(capsys: py
     assert json.loads(Path("out/scores.json").read_text())["benchmarks"]["mmhal"]["metrics"]["score"]["value"] == 5
 
 
-@pytest.mark.parametrize("option", ["timeout=0", "retries=-1", "timeout='soon'", "api_key='sk-canary-1'"])
+@pytest.mark.parametrize("option", ["timeout=0", "timeout=1e30", "retries=-1", "timeout='soon'", "api_key='sk-canary-1'"])
 def test_impossible_options_of_a_judge_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = judged("http://127.0.0.1:9/v1")
     command[command.index("--judge") + 1] = f"openai(model='judge', {option})"

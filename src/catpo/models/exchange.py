@@ -6,7 +6,6 @@ deadline and count hold in the stream beneath it, through which every byte comes
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import time
@@ -20,7 +19,7 @@ import httpcore2
 import httpx2
 
 from catpo.core.errors import UserError
-from catpo.models.proxies import Proxy
+from catpo.core.proxies import Proxy, trouble_with_certificates
 
 LONGEST = 86_400.0
 """Seconds that an exchange may be given: a day."""
@@ -124,7 +123,7 @@ class Line:
         context = _ssl_context() if is_secure else None
         self._pool = httpcore2.ConnectionPool(
             ssl_context=context,
-            proxy=self.proxy.used(context) if self.proxy else None,
+            proxy=_as_library(self.proxy, context) if self.proxy else None,
             max_connections=None,
             keepalive_expiry=5.0,
             network_backend=_Backend(),
@@ -167,13 +166,17 @@ def _decoded(body: bytes, encoding: str, limit: int) -> bytes:
     return text
 
 
+def _as_library(proxy: Proxy, context: ssl.SSLContext | None) -> httpcore2.Proxy:
+    login = (proxy.login[0].encode(), proxy.login[1].encode()) if proxy.login else None
+    return httpcore2.Proxy(proxy.url, auth=login, ssl_context=context if proxy.url.startswith("https:") else None)
+
+
 def _ssl_context() -> ssl.SSLContext:
     """The certificates that are trusted: the system's, or those of SSL_CERT_FILE or SSL_CERT_DIR."""
+    if trouble := trouble_with_certificates():
+        raise UserError(trouble)
     try:
         return httpx2.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
-        name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
-        cause = f"{name}={os.environ[name]}" if name else "the system's certificates"
-        raise UserError(
-            f"{cause} cannot be read ({error.strerror or error}). Correct or unset SSL_CERT_FILE and SSL_CERT_DIR."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"the trusted certificates cannot be read ({reason}). Correct or unset SSL_CERT_FILE.") from error

@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from catpo.core.errors import UserError
+from catpo.core.proxies import trouble_with_hub
 from catpo.core.types import Picture, PreferencePair
 from catpo.data.datasets._base import Row, RowDataset
 from catpo.data.datasets._files import CSV, JSON, rows_of
@@ -39,6 +40,7 @@ SPLITS = {
 """Word in a file's or folder's name -> split, as the `datasets` library reads them."""
 FAILURES = (
     DatasetNotFoundError, DatasetGenerationError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError, ValueError,
+    ImportError,
 )  # fmt: skip
 """What the library raises for data that is missing or cannot be read."""
 
@@ -68,6 +70,7 @@ class Table:
                 data = _load(path, str(source), split, streaming)
         except (*FAILURES, StopIteration) as error:  # the latter for an empty file
             first_line = str(error).strip().split("\n", 1)[0] or "it is empty"
+            first_line = (trouble_with_hub() if not path.exists() else "") or first_line
             raise UserError(
                 f"{plugin}: '{source}' cannot be read ({first_line}). Give a .parquet, .json, .jsonl or .csv file, a folder of "
                 "them, a folder made by save_to_disk, or the id of a data set on the hub (needs a connection the first time)."

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import ssl
+import os
 import urllib.request
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from urllib.parse import unquote, urlsplit
 
-import httpcore2
-
 from catpo.core.errors import UserError
 
 SCHEMES = ("http", "https", "socks5", "socks5h")
+HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,28 @@ class Proxy:
         if not host or parts.scheme not in SCHEMES:
             raise UserError(f"{variable} names no proxy that catpo can use: {', '.join(SCHEMES)}://HOST:PORT. {advice}")
         if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-            raise UserError(f"{variable} names a SOCKS proxy, for which a package is missing: `pip install socksio`. {advice}")
+            raise UserError(f"{variable} names a SOCKS proxy, which needs a package: `pip install 'catpo[socks]'`. {advice}")
         host = f"[{host}]" if ":" in host else host
         login = (unquote(parts.username or ""), unquote(parts.password or ""))
         address = f"{parts.scheme}://{host}:{port}" if port else f"{parts.scheme}://{host}"
         return Proxy(variable, address, login if any(login) else None, advice)
 
-    def used(self, context: ssl.SSLContext | None) -> httpcore2.Proxy:
-        login = (self.login[0].encode(), self.login[1].encode()) if self.login else None
-        return httpcore2.Proxy(self.url, auth=login, ssl_context=context if self.url.startswith("https:") else None)
+
+def trouble_with_hub() -> str:
+    """Why the environment may keep Hugging Face's hub out of reach, with what to do; empty if it does not."""
+    try:
+        Proxy.of(os.environ.get("HF_ENDPOINT") or HUB)
+    except (UserError, ValueError) as error:  # the latter for an HF_ENDPOINT that is no address
+        return str(error)
+    return trouble_with_certificates()
+
+
+def trouble_with_certificates() -> str:
+    """Which of SSL_CERT_FILE and SSL_CERT_DIR names nothing, with what to do; empty if neither does."""
+    for name, is_there in (("SSL_CERT_FILE", os.path.isfile), ("SSL_CERT_DIR", os.path.isdir)):
+        if path := os.environ.get(name):  # the library reads the second only where the first is not set
+            return "" if is_there(path) else f"{name} is '{path}', which is not there. Correct or unset it."
+    return ""
 
 
 def _is_excepted(host: str, port: int | None, entries: str) -> bool:
