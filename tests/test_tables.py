@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from catpo.cli.tables import quality_table, scores_table
+from catpo.cli import doctor
+from catpo.cli.tables import data_tables, official_lines, quality_table, scores_table
+from catpo.data.check import Problem
+from catpo.evaluation.bootstrap import Estimate
+from catpo.evaluation.compare import SideBySide, show
+from catpo.evaluation.paired import Difference
 from catpo.rewards.quality import Separation, SignalQuality
-from catpo.text.tables import for_csv, latex_table, markdown_table
+from catpo.text.tables import for_csv, for_latex, for_markdown, for_terminal, latex_table, markdown_table
+from catpo.text.words import plain
 
 
 def test_scores_are_shown_with_their_intervals_and_unknown_ones_as_a_dash() -> None:
@@ -52,3 +67,80 @@ def test_a_cell_of_a_csv_file_is_no_formula() -> None:
         "a=b",
         "",
     ]
+
+
+ACTIVE = "\n\r\t\x1b\x9b\x00\x7f\u202e\u2066\u200f\u2028\u2029\ue000\udcff"
+NAMES = st.text(st.sampled_from([*"ab=[]*\\:ä|&%$#_{}~^<>`'@+-", *ACTIVE]) | st.characters(), max_size=12)
+
+
+def printed(*what: object) -> str:
+    console = Console(width=200, color_system=None)
+    with console.capture() as captured:
+        console.print(*what, sep="\n")
+    return captured.get()
+
+
+@pytest.mark.nightly
+@given(name=NAMES)
+def test_no_name_breaks_a_line_or_acts_on_what_shows_it(name: str) -> None:
+    figures = {"metrics": {name: {"value": 1.0, "low": 0.0, "high": 2.0}}, "official": {name: name}}
+    scores = {"benchmarks": {name: figures}}
+    sides = SideBySide([name, name], [(name, name, [Difference(name, name, 1.0, 2.0, Estimate(1.0, 0.5, 1.5), 9)])], [name])
+    problem = Problem("kind", name, name)
+    checked = SimpleNamespace(
+        name=name, rows=1, pairs=0, samples=0, pictures=0, lengths={}, problems=[problem], grouped=lambda: [(problem, 1)]
+    )
+    cells = [for_csv(name), for_markdown(name), for_latex(name), str(for_terminal(name)), *official_lines(scores)]
+    for cell in cells:
+        assert plain(cell) == cell and "\n" not in cell and not cell.lstrip().startswith("=")
+    tables = [printed(scores_table(scores)), printed(*data_tables(checked)), printed(doctor.table([finding(name)]))]
+    for form in ("terminal", "markdown", "latex"):
+        tables.append(show(sides, form))
+        harmless = show(replace(sides, names=["a", "a"], rows=[("a", "a", sides.rows[0][2])], notes=["a"]), form)
+        assert form == "terminal" or tables[-1].count("\n") == harmless.count("\n")
+    for table in tables:
+        assert plain(table) == table
+
+
+def finding(text: str) -> doctor.Finding:
+    return doctor.Finding("part", "note", text)
+
+
+@pytest.mark.parametrize("sign", ["[1ex] model", "*", "=1+1"])
+def test_a_latex_cell_is_no_option_of_the_row_before(sign: str) -> None:
+    rows = latex_table(["model"], [["a"], [sign]]).splitlines()
+    assert rows[-3].startswith("{" + sign[0] + "}")
+
+
+def catpo(*arguments: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a shell, with redirections."""
+    line = f'"$0" -c "from catpo.cli.main import main; main()" "$@" {shell}'
+    given = ["bash", "-c", line, sys.executable, *arguments]
+    return subprocess.run(given, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+
+
+def test_a_closed_stdout_or_stderr_is_no_fault() -> None:
+    for arguments, shell, code in ((("list", "judges"), ">&-", 0), (("list", "nonsense"), ">&- 2>&-", 2)):
+        done = catpo(*arguments, shell=shell)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_terminal_that_knows_ascii_only_is_told_the_same(tmp_path: Path) -> None:
+    name = os.fsdecode(b"b\xffd") + "ä"
+    done = catpo("init", str(tmp_path / name), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "b\\udcffd\\xe4" in done.stdout, done.stderr
+    assert (tmp_path / name / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_glob_characters_in_a_name_are_that_name(streaming: bool, tmp_path: Path) -> None:
+    from catpo.data.datasets.trl import Dataset
+
+    for name in ("a*", "ab", "a[b]", "a?"):
+        rows = datasets.Dataset.from_dict({"prompt": [name], "chosen": ["x"], "rejected": ["y"]})
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        rows.to_json(tmp_path / f"{name}.jsonl")
+    for name in ("a*", "a[b]", "a?"):
+        for kind in ("parquet", "jsonl"):
+            found = Dataset(str(tmp_path / f"{name}.{kind}"), streaming=streaming).rows()
+            assert [row.values["prompt"] for row in found] == [name]

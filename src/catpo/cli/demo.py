@@ -24,7 +24,8 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.progress import clock
 from catpo.scoring.score import score
 from catpo.scoring.settings import PAPER_SIGNALS
-from catpo.text.tables import markdown_table
+from catpo.text.tables import for_terminal, markdown_table
+from catpo.text.words import plain
 from catpo.training.train import train
 
 OBJECTIVES = {
@@ -75,7 +76,7 @@ def demo(
     rows: dict[str, dict[str, list[float]]] = {}
     for number in range(seed, seed + seeds):
         folder = output / f"seed-{number}"
-        console.print(f"[bold]Seed {number}[/] in {folder}", highlight=False)
+        console.print(f"[bold]Seed {number}[/] in", for_terminal(str(folder)), highlight=False)
         for model, values in run_once(folder, number, settings, console).items():
             of_model = rows.setdefault(model, {column: [] for column in COLUMNS})
             for column, value in values.items():
@@ -85,7 +86,7 @@ def demo(
     first = output / f"seed-{seed}"
     lines = [f"\nReport: {(first / 'report.html').resolve()}", f"Took {clock(time.monotonic() - start)}. Next:"]
     lines += [f"  {command}" for command in next_commands(first)]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print(plain("\n".join(lines)), highlight=False, markup=False, soft_wrap=True)
     return rows
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from catpo.core import registry
 from catpo.core.errors import first_line
 from catpo.files.json_files import read_json
+from catpo.text.tables import for_terminal
 
 Verdict = Literal["ok", "note", "missing"]
 COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
@@ -56,7 +57,9 @@ def table(findings: list[Finding]) -> Table:
     """The findings for the terminal."""
     shown = Table("part", "verdict", "finding")
     for finding in findings:
-        shown.add_row(finding.part, f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]", finding.text.replace("[", r"\["))
+        shown.add_row(
+            for_terminal(finding.part), f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]", for_terminal(finding.text)
+        )
     return shown
 
 

@@ -15,6 +15,7 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import SIDES, Side
 from catpo.rewards.fusion import Fusion, PairWeights, find_signal
 from catpo.rewards.store import ResponseRow, RewardStore
+from catpo.text.tables import one_line
 from catpo.text.words import merge, plain, words
 
 WEIGHT, RELEVANCE, LOGPS = "weight", "relevance", "logps"
@@ -44,7 +45,7 @@ def inspect_pair(
     pair_id = _find_pair(opened, pair)
     name = _find_column(opened, signal)
     weights = opened.weights(pair_id, fusion) if name in (WEIGHT, RELEVANCE) else None
-    heading = Text(f"Pair {plain(pair_id)}, words coloured by {plain(name)}")
+    heading = Text(one_line(f"Pair {pair_id}, words coloured by {name}"))
     if weights is not None and weights.shared_count:
         net = f"{weights.net_shared_coefficient:+.3f}"
         heading.append(f"; net coefficient of the {weights.shared_count} shared prefix tokens: {net}")

@@ -14,6 +14,8 @@ from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Grou
 from rich.console import Console
 
 from catpo import __version__
+from catpo.cli import streams
+from catpo.cli.streams import say, warn
 from catpo.config import options as config
 from catpo.config.validation import problem
 from catpo.core import registry
@@ -38,6 +40,7 @@ START = Group("Start", sort_key=2)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
+    streams.prepare()
     try:
         try:
             with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # only the main process prints
@@ -46,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # now: when Python exits, a closed pipe can no longer be caught
     except UserError as error:
-        print(f"catpo: {_shown(str(error))}", file=sys.stderr)
+        warn(_shown(str(error)))
         sys.exit(2)
     except Stopped as stopped:
-        print(f"catpo: {stopped}", file=sys.stderr)
+        warn(stopped)
         sys.exit(143)
     except BrokenPipeError:  # `catpo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if refusal(error) is None:
             raise
         advice = "What was finished is complete: free some space or choose another --output, then run the same command again."
-        print(f"catpo: {error.filename or 'a file'}: {refusal(error)}. {advice}", file=sys.stderr)
+        warn(f"{error.filename or 'a file'}: {refusal(error)}. {advice}")
         sys.exit(2)
     except KeyboardInterrupt:
         print("catpo: interrupted. Run the same command again to resume.", file=sys.stderr)
@@ -78,10 +81,7 @@ def _check_shared(arguments: Sequence[str]) -> None:
 
 
 def _shown(message: str) -> str:
-    """A message safe for the terminal, whatever text it quotes; a long one loses its middle, since it ends with what to do."""
-    from catpo.text.words import plain
-
-    message = plain(message)
+    """A message; a long one loses its middle, since it ends with what to do."""
     return message if len(message) <= LONGEST else f"{message[: LONGEST * 2 // 3]} … {message[-LONGEST // 3 :]}"
 
 
@@ -132,10 +132,10 @@ def pair(options: Annotated[config.PairOptions, Options], *, recipe: Recipe = No
     from catpo.files.json_files import read_json
     from catpo.pairing.pair import pair
 
-    print(pair(**vars(options)))
+    say(pair(**vars(options)))
     about = options.output / ABOUT
     for warning in config_warnings(read_json(about).get("generation_config", {}) if about.is_file() else {}):
-        print(f"catpo: {warning}", file=sys.stderr)
+        warn(warning)
 
 
 def _show_plan(options: config.ScoreOptions | config.TrainOptions, **launched: Any) -> None:
@@ -162,7 +162,7 @@ def score(
     from catpo.scoring.score import score
 
     store = score(**vars(options))
-    print(f"Reward store: {options.output} ({len(store)} pairs)")
+    say(f"Reward store: {options.output} ({len(store)} pairs)")
     quality = signal_quality(store)
     if any(row.overall.grounded_count and row.overall.hallucinated_count for row in quality):  # pairs with labelled words
         Console().print(quality_table(quality, len(store)))
@@ -184,7 +184,7 @@ def train(
     from catpo.training.train import train
 
     result = train(**vars(options))
-    print(f"Trained model: {result.model}")
+    say(f"Trained model: {result.model}")
 
 
 @app.command(group=STEPS, sort_key=4)
@@ -201,10 +201,10 @@ def evaluate(options: Annotated[config.EvaluateOptions, Options], *, recipe: Rec
 
         scores = evaluate(**vars(options))
     Console().print(scores_table(scores))
-    print(*official_lines(scores), sep="\n", end="\n" if official_lines(scores) else "")
+    say(*official_lines(scores))
     for warning in scores_warnings(scores):
-        print(f"catpo: {warning}", file=sys.stderr)
-    print(f"Answers and scores: {options.output}")
+        warn(warning)
+    say(f"Answers and scores: {options.output}")
 
 
 @app.command(group=STEPS, sort_key=5)
@@ -212,7 +212,7 @@ def report(options: Annotated[config.ReportOptions, Options], *, recipe: Recipe 
     """Write an HTML report about pairs, rewards, runs and evaluations."""
     from catpo.reporting.build import report
 
-    print(f"Report: {report(**vars(options))}")
+    say(f"Report: {report(**vars(options))}")
 
 
 @app.command(group=STEPS, sort_key=6)
@@ -236,7 +236,7 @@ def merge(
     """Merge a LoRA adapter into its base model."""
     from catpo.models.merging import merge
 
-    print(f"Merged model: {merge(model, output, adapter=adapter, dtype=dtype)}")
+    say(f"Merged model: {merge(model, output, adapter=adapter, dtype=dtype)}")
 
 
 @app.command(group=LOOK, sort_key=1)
@@ -293,7 +293,7 @@ def check(
         family = load(model)
     report = check_data(source, family=family, max_length=max_length, limit=limit)
     if json:
-        print(dumps(report.as_json(), indent=1, ensure_ascii=False))
+        print(dumps(report.as_json(), indent=1))
     else:
         Console().print(*data_tables(report), sep="\n")
     if report.problems:
@@ -310,7 +310,7 @@ def convert(
     """Write a data set's pairs as a folder: pictures and one .jsonl file."""
     from catpo.data.check import convert_data
 
-    print(f"Wrote {convert_data(source, output)} pairs to {output}")
+    say(f"Wrote {convert_data(source, output)} pairs to {output}")
 
 
 @data.command(name="lmms-eval")
@@ -330,7 +330,7 @@ def lmms_eval(
     from catpo.evaluation.lmms_eval.tasks import export_tasks
 
     tasks = export_tasks(parse_list(benchmarks), output, data=data, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
-    print(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
+    say(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
 
 
 @data.command
@@ -345,7 +345,7 @@ def get(
     from catpo.evaluation.official_files import describe, look
 
     report = look(benchmark, data)
-    print(*describe(report, data, is_complete=all), sep="\n")
+    say(*describe(report, data, is_complete=all))
     if report.problem:
         sys.exit(1)
 
@@ -378,9 +378,9 @@ def study(
 
     outcome = study(file, output=output, jobs=jobs)
     print((outcome.folder / "table.md").read_text(encoding="utf-8"))
-    print(f"Tables and figures: {outcome.folder}")
+    say(f"Tables and figures: {outcome.folder}")
     for called, reason in outcome.failed.items():
-        print(f"catpo: {called} failed: {reason}", file=sys.stderr)
+        warn(f"{called} failed: {reason}")
     if outcome.failed:
         sys.exit(1)
 
@@ -400,7 +400,7 @@ def init(
         raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
     make_folder(folder)
     write_atomic(path, starter())
-    print(f"{'There already' if is_there else 'Wrote'}: {path}. Next: catpo pair --config {path}")
+    say(f"{'There already' if is_there else 'Wrote'}: {path}. Next: catpo pair --config {path}")
 
 
 @app.command(group=START, sort_key=4)
@@ -428,8 +428,8 @@ def list_plugins(
     if kind is not None and kind not in registry.PLACES:
         raise UserError(f"'{kind}' is not a kind of plugin. {did_you_mean(kind, registry.PLACES)}")
     for each in [kind] if kind else registry.PLACES:
-        print(each)
+        say(each)
         plugins = registry.plugins(each)
         width = max((len(plugin.name) for plugin in plugins), default=0)
         for plugin in plugins:
-            print(f"  {plugin.name:{width}}  {plugin.summary}")
+            say(f"  {plugin.name:{width}}  {plugin.summary}")

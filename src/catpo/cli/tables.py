@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from catpo.rewards.quality import Separation, SignalQuality, measured
+from catpo.text.tables import for_terminal, one_line
 from catpo.text.words import plain
 
 
@@ -30,7 +31,7 @@ def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
     title = f"Do the signals tell grounded from hallucinated object words? AUROC, 0.5 is chance ({counts})"
     table = table_of("signal", "all", "chosen", "rejected", title=title)
     for row in rows:
-        table.add_row(row.signal, *map(_separation, (row.overall, row.chosen, row.rejected)))
+        table.add_row(for_terminal(row.signal), *map(_separation, (row.overall, row.chosen, row.rejected)))
     return table
 
 
@@ -47,7 +48,7 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
             cells = ("-", "-")
             if figure["value"] is not None and not math.isnan(figure["value"]):
                 cells = (f"{figure['value']:.1f}", f"{figure['low']:.1f} to {figure['high']:.1f}")
-            table.add_row(shown, metric, *cells)
+            table.add_row(for_terminal(shown), for_terminal(metric), *cells)
     return table
 
 
@@ -57,7 +58,7 @@ def official_lines(scores: Mapping[str, Any]) -> list[str]:
     for name, benchmark in scores["benchmarks"].items():
         for block, figures in _blocks(benchmark.get("official", {})):
             shown = ", ".join(f"{label} {figure}" for label, figure in figures.items())
-            lines.append(f"{name} as the official program prints it{block}: {shown}")
+            lines.append(one_line(f"{name} as the official program prints it{block}: {shown}"))
     return lines
 
 
@@ -138,21 +139,16 @@ def _some(listed: Mapping[str, Any]) -> str:
     return plain(", ".join(listed["first"][:10])) + more
 
 
-def data_tables(report: Any) -> list[Table | str]:
+def data_tables(report: Any) -> list[Table | Text | str]:
     """What `catpo data check` found: counts, lengths, and problems; equal ones of several rows with the first of them."""
     counts = f"{report.rows} rows: {report.pairs} pairs, {report.samples} samples, {report.pictures} different pictures"
-    shown: list[Table | str] = [_cell(f"{report.name}: {counts}")]
+    shown: list[Table | Text | str] = [for_terminal(f"{report.name}: {counts}")]
     if report.lengths:
         lengths = Table("", "least", "median", "most", "")
         for name, length in report.lengths.items():
-            lengths.add_row(name, str(length.least), f"{length.median:g}", str(length.most), length.unit)
+            lengths.add_row(for_terminal(name), str(length.least), f"{length.median:g}", str(length.most), length.unit)
         shown.append(lengths)
     problems = Table("problem", "rows", "first", "what", title=f"{len(report.problems)} problems")
     for problem, count in report.grouped():
-        problems.add_row(problem.kind, f"{count:,}", _cell(problem.where), _cell(problem.what))
+        problems.add_row(problem.kind, f"{count:,}", for_terminal(problem.where), for_terminal(problem.what))
     return [*shown, problems if report.problems else "No problems found."]
-
-
-def _cell(text: str) -> str:
-    """A user's text, which the terminal shows but does not act on."""
-    return escape(plain(text))

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.evaluation.paired import Difference, incomparable, paired_differences
-from catpo.text.tables import for_markdown, latex_table, markdown_table
-from catpo.text.words import plain
+from catpo.text.tables import for_markdown, for_terminal, latex_table, markdown_table, one_line
 
 Format = Literal["terminal", "markdown", "latex"]
 CLEAR = "* the interval excludes 0"
@@ -96,13 +94,13 @@ def show(sides: SideBySide, format: Format) -> str:
         return "\n".join([markdown_table(headings, rows, left=2), "", f"\\{CLEAR}", *notes])
     table = Table(*headings[:2])
     for heading in headings[2:]:
-        table.add_column(escape(plain(heading)), justify="right")
+        table.add_column(for_terminal(heading), justify="right")
     for row in rows:
-        table.add_row(*(escape(plain(cell)) for cell in row))
+        table.add_row(*map(for_terminal, row))
     console = Console()
     with console.capture() as captured:
         console.print(table)
-    return captured.get() + "\n".join([CLEAR, *map(plain, sides.notes)])
+    return captured.get() + "\n".join([CLEAR, *map(one_line, sides.notes)])
 
 
 def _cells(sides: SideBySide) -> tuple[list[str], list[list[str]]]:

@@ -23,7 +23,8 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    content = content if isinstance(content, bytes) else content.encode("utf-8")
+    # bytes of a path that are no UTF-8 become \udcff and the like, which JSON reads back as they were
+    content = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     check_path(path)
     try:
         with open(part, "wb") as stream:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.errors import UserError, did_you_mean, shown
 from catpo.files.atomic import write_atomic
 
 Item = TypeVar("Item")
@@ -74,4 +74,5 @@ class SkipLog:
         """Write all of them to `skipped.jsonl` and a line about it to stderr; nothing if nothing was skipped."""
         if self.rows:
             write_atomic(folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-            print(f"catpo: {len(self.rows)} of {len(self.rows) + self.kept} skipped, see {folder / FILE}", file=sys.stderr)
+            where = shown(str(folder / FILE), length=1000)
+            print(f"catpo: {len(self.rows)} of {len(self.rows) + self.kept} skipped, see {where}", file=sys.stderr)

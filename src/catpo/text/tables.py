@@ -1,9 +1,11 @@
-"""Text and tables for Markdown, LaTeX and CSV, the only writers of these: a name or an answer is never more than text."""
+"""Text and tables for Markdown, LaTeX, CSV and terminals, the only writers of these: a name or an answer is only text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from rich.text import Text
 
 from catpo.text.words import plain
 
@@ -48,18 +50,22 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def for_markdown(text: str) -> str:
-    """One line of text in which nothing is markup."""
-    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", one_line(text))
+    r"""One line of text in which nothing is markup, and no formula for a spreadsheet that it is copied to.
+
+    >>> for_markdown("dpo_kl"), for_markdown("=1+1")
+    ('dpo\\_kl', "'=1+1")
+    """
+    return _no_formula(re.sub(r"([\\|*_<>\[\]`])", r"\\\1", one_line(text)), "=")
 
 
 LATEX_NAMES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def for_latex(text: str) -> str:
-    """The same for LaTeX; signed numbers and ± become formulas."""
+    r"""The same for LaTeX; signed numbers and ± become formulas. In braces, `[` and `*` are no options of the `\\\\` before."""
     escaped = re.sub(r"[\\~^&%$#_{}]", lambda match: LATEX_NAMES.get(match[0], f"\\{match[0]}"), one_line(text))
     signed = re.sub(r"(?<![\w])[+-]\d+(?:\.\d+)?", lambda match: f"${match[0]}$", escaped)
-    return signed.replace("±", r"$\pm$")
+    return re.sub(r"^([=*\[])", r"{\1}", signed.replace("±", r"$\pm$"))
 
 
 def for_csv(text: str) -> str:
@@ -68,14 +74,24 @@ def for_csv(text: str) -> str:
     >>> for_csv("=1+1"), for_csv("dpo")
     ("'=1+1", 'dpo')
     """
-    line = one_line(text)
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    return _no_formula(one_line(text), "=+-@")
+
+
+def for_terminal(text: str) -> Text:
+    """The same for a cell or line that rich prints: not its markup either."""
+    return Text(_no_formula(one_line(text), "="))
+
+
+def _no_formula(line: str, signs: str) -> str:
+    return f"'{line}" if line.lstrip().startswith(tuple(signs)) else line
 
 
 def one_line(text: str) -> str:
     r"""The text without line breaks, control characters and marks that change the writing direction.
 
+    Bytes of a path that are no UTF-8 are shown as `\udcff` and the like.
+
     >>> one_line("a\x1b[31m\nb")
     'a[31m b'
     """
-    return plain(text).replace("\n", " ")
+    return plain(text.encode("utf-8", "backslashreplace").decode("utf-8")).replace("\n", " ")

@@ -7,6 +7,7 @@ Pictures stay encoded, and on disk, until they are opened. Knows no column by na
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -175,7 +176,8 @@ def _load(path: Path, name: str, split: str, streaming: bool) -> Any:
     kind = kinds.pop()
     if kind in ("json", "csv"):
         return files
-    return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split, streaming=streaming)
+    literal = [glob.escape(str(file)) for file in files]  # the library takes names for patterns
+    return datasets.load_dataset(kind, data_files={split: literal}, split=split, streaming=streaming)
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
