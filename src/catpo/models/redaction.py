@@ -10,6 +10,9 @@ SHORTEST = 12
 IGNORED = r"[\x00-\x20\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u2069\ufeff]{0,8}"
 """Between two signs of a key: line breaks, and what a terminal does not show."""
 
+URL_SAFE = {"+": "[+-]", "/": "[/_]"}
+"""Signs of base64 that addresses replace."""
+
 
 def without_key(text: str, key: str) -> str:
     r"""The text with `[key]` in place of the key: as it is, escaped (JSON, percent, HTML), broken into lines, in base64 or hex.
@@ -26,7 +29,7 @@ def _patterns(key: str) -> list[str]:
     for before in range(3):
         signs = b64encode(bytes(before) + key.encode()).decode("ascii")
         own = signs[(before * 8 + 5) // 6 : (before + len(key)) * 8 // 6]
-        spelt.append(IGNORED.join("[+-]" if sign == "+" else "[/_]" if sign == "/" else sign for sign in own))
+        spelt.append(IGNORED.join(URL_SAFE.get(sign, sign) for sign in own))
     return spelt
 
 
