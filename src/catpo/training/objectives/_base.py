@@ -18,6 +18,7 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, keyword_options, parse
 from catpo.models.views import View
 from catpo.rewards.fusion import Fusion
+from catpo.rewards.word_rewards import WordReward
 from catpo.training.pair_stats import PairStats, Quantity, dummy, requirements, view_needs
 
 FORMS = ("code", "paper")
@@ -92,6 +93,9 @@ def build(text: str | Spec) -> Objective:
         loss, others = _weighted(loss), _weight_options(spec.name, others["weights"])
     for need in view_needs(needs):
         View.of(str(need.view))
+    for need in needs:
+        if need.reward:
+            WordReward.of(need.reward)
     _check_learns(spec, loss, options)
     return Objective(spec, loss, options, Fusion(**others))
 
