@@ -67,6 +67,8 @@ class PairOptions(Options):
     """Folder for the pairs."""
     method: Text = "corrected"
     """How pairs are made; see `catpo list pairings`."""
+    answers: Count = 1
+    """Answers drawn for each picture; each is a sample of its own to the method."""
     limit: Limit = None
     seed: Seed = 0
     """Sampling seed."""

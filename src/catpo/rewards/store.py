@@ -22,7 +22,7 @@ from catpo.core.types import SIDES, PatchGrid, Side
 from catpo.rewards.description import check_same_store, flat_fields, hash_pairs, json_fields, read_description, shard_count
 from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.rewards.shards import ResponseRow, Shard, ShardColumns
-from catpo.rewards.words import NO_WORDS, WordTable, by_pictures
+from catpo.rewards.words import NO_WORDS, WordRow, WordTable, by_pictures
 
 KEPT_BYTES = 1 << 30
 """Token columns that an open store keeps in memory: all of them for some hundred thousand pairs, then the last used."""
@@ -112,11 +112,18 @@ class RewardStore:
         return self._word_tables.get(pair_id, NO_WORDS)
 
     @cached_property
+    def words_by_pictures(self) -> dict[str, WordTable]:
+        """Digest of pictures -> the words of all pairs about them."""
+        return by_pictures(self._word_rows, self.word_features)
+
+    @cached_property
     def _word_tables(self) -> dict[str, WordTable]:
         """By pair; a pair without any word has none."""
-        rows = [row for shard in self._shards for row in shard.read_words(self.word_features)] if self.word_features else []
-        tables = by_pictures(rows, self.word_features)
-        return {row.pair_id: tables[row.pictures] for row in rows}
+        return {row.pair_id: self.words_by_pictures[row.pictures] for row in self._word_rows}
+
+    @cached_property
+    def _word_rows(self) -> list[WordRow]:
+        return [row for shard in self._shards for row in shard.read_words(self.word_features)] if self.word_features else []
 
     @property
     def has_hidden(self) -> bool:

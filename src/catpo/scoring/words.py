@@ -7,7 +7,7 @@ a response names it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
-from catpo.core.types import UNRANKED, PreferencePair
+from catpo.core.types import UNRANKED, Picture, PreferencePair
 from catpo.files.json_files import read_json
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
@@ -132,8 +132,10 @@ class WordReader:
     def rows(self, reads: Sequence[Read], head: OutputHead) -> list[list[WordRow]]:
         """The candidates of each pair with their features."""
         found = [self._found(read, head) for read in reads]
-        self._ask([(read.pair, _digest(read.pair), word) for read, words in zip(reads, found, strict=True) for word in words])
-        return [self._rows_of(read.pair, words) for read, words in zip(reads, found, strict=True)]
+        pairs = [read.pair for read in reads]
+        if "self_question" in self.settings.features:
+            self._ask(pairs, found)
+        return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
 
     def _found(self, read: Read, head: OutputHead) -> dict[str, dict[str, float]]:
         """Candidate -> the features that need no question."""
@@ -152,16 +154,15 @@ class WordReader:
                     found[word]["patch_lens"] = max(lens[self._column[token]] for token in tokens)
         return found
 
-    def _ask(self, wanted: Sequence[tuple[PreferencePair, str, str]]) -> None:
-        """Ask about words that were not asked about these pictures before."""
-        if "self_question" not in self.settings.features:
-            return
-        new = {(digest, word): pair for pair, digest, word in wanted if (digest, word) not in self._asked}
-        questions: dict[str, tuple[PreferencePair, list[str]]] = {}
-        for (digest, word), pair in new.items():
-            questions.setdefault(digest, (pair, []))[1].append(word)
-        asked = [(pair.images, [self._question(word) for word in words]) for pair, words in questions.values()]
-        for (digest, (_, words)), answers in zip(questions.items(), yes_less_no(self.family, asked), strict=True):
+    def _ask(self, pairs: Sequence[PreferencePair], candidates: Sequence[Iterable[str]]) -> None:
+        """Ask about the words that were not asked about the same pictures before."""
+        new: dict[str, tuple[Sequence[Picture], dict[str, None]]] = {}
+        for pair, words in zip(pairs, candidates, strict=True):
+            digest = digest_of(pair.images)
+            of_pictures = new.setdefault(digest, (pair.images, {}))[1]
+            of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
+        asked = [(images, [self._question(word) for word in words]) for images, words in new.values()]
+        for (digest, (_, words)), answers in zip(new.items(), yes_less_no(self.family, asked), strict=True):
             self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
 
     def _question(self, word: str) -> str:
@@ -169,7 +170,7 @@ class WordReader:
 
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
         chosen, rejected = self._named(pair.chosen), self._named(pair.rejected)
-        digest, rows = _digest(pair), []
+        digest, rows = digest_of(pair.images), []
         for word, features in words.items():
             if (digest, word) in self._asked:
                 features["self_question"] = self._asked[digest, word]
@@ -182,8 +183,9 @@ class WordReader:
         return [mention.object for mention in mentions(text, self.settings.forms)]
 
 
-def _digest(pair: PreferencePair) -> str:
-    return hashlib.blake2b("\n".join(picture.digest() for picture in pair.images).encode(), digest_size=16).hexdigest()
+def digest_of(images: Sequence[Picture]) -> str:
+    """Identity of some pictures together."""
+    return hashlib.blake2b("\n".join(picture.digest() for picture in images).encode(), digest_size=16).hexdigest()
 
 
 def _log(probability: float) -> float:

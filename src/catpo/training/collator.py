@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PreferencePair, Side
+from catpo.core.types import SIDES, UNRANKED, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, Prefix, pack
 from catpo.models.tensors import pad_indices
@@ -48,7 +48,12 @@ class PairCollator:
     weights_from: RewardStore | None = None
     """Store of the weights, if another than that of the reference."""
 
+    ranks: bool = True
+    """Whether the objective depends on which response is the chosen one, so that unranked pairs cannot be trained on."""
+
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
+        if self.ranks:
+            check_ranked(pairs)
         encoded = [self.reader.encode(pair, max_length=self.max_length) for pair in pairs]
         prefix: Prefix = self.prefix if self.reader.shares_prefix else "separate"
         batch = pack(self.reader, encoded, prefix=prefix)
@@ -110,6 +115,16 @@ class PairCollator:
             "reference_top_ids": torch.from_numpy(np.concatenate(ids)),
             "reference_top_logps": torch.from_numpy(np.concatenate(logps)),
         }
+
+
+def check_ranked(pairs: Sequence[PreferencePair]) -> None:
+    """Raise UserError for a pair of which neither response is known to be the better one."""
+    for pair in pairs:
+        if pair.meta.get(UNRANKED):
+            raise UserError(
+                f"pair {pair.id} is unranked: neither response is known to be the better one. Train on it with "
+                "tilt(answers='both'), or make ranked pairs (`catpo list pairings`)."
+            )
 
 
 def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:

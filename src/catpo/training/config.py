@@ -21,6 +21,7 @@ from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.workers import default_count
+from catpo.scoring.words import WordSettings
 from catpo.training import other_trainers
 from catpo.training.objectives import Objective, build
 from catpo.training.pair_stats import Quantity, kl_need, requirements
@@ -203,6 +204,14 @@ def check_store(store: RewardStore, objective: Objective, reference: str) -> Non
         )
     if divergence and divergence.reward:
         _check_words(store, objective, reference, divergence.reward)
+
+
+def words_read(objective: Objective) -> WordSettings | None:
+    """What must be scored of words for the objective, with the default question and vocabulary; None if it rewards none."""
+    divergence = kl_need(requirements(objective.loss, objective.options))
+    if divergence is None or not divergence.reward:
+        return None
+    return WordSettings.of(Spec("words", {"features": list(WordReward.of(divergence.reward).reads)}))
 
 
 def _check_words(store: RewardStore, objective: Objective, reference: str, reward: str) -> None:

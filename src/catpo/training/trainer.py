@@ -38,7 +38,7 @@ from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.checkpoints import check_loaded
-from catpo.training.collator import PairCollator
+from catpo.training.collator import PairCollator, check_ranked
 from catpo.training.config import (
     NO_PREDICTIONS,
     CatPOConfig,
@@ -115,6 +115,8 @@ class CatPOTrainer(Trainer):
         check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
         if inputs.every:
             check_family(self.family, inputs.every[0])
+        if self.objective.ranks:
+            check_ranked(inputs.every[:1])
         self.view_passes = self._open_views(args, inputs.every)
         self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
         self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
@@ -169,6 +171,7 @@ class CatPOTrainer(Trainer):
             cast(Prefix, args.prefix),
             extra=self.view_passes,
             keeps_hidden=self.view_passes.reads_clean_reference,
+            ranks=self.objective.ranks,
         )
 
     def _rescoring(self, pairs: Sequence[PreferencePair], collator: PairCollator) -> Rescoring:
