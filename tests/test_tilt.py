@@ -147,9 +147,8 @@ def test_a_probe_is_read_back_and_rewards_by_its_log_odds(tmp_path):
         ("self_qestion", "Did you mean 'self_question'"),
         ("self_question(flour=-3.0)", "no option 'flour'"),
         ("self_question(scale=0.0)", "larger than 0"),
-        ("probe", "catpo probe"),
         ("probe(file='nowhere.json')", "nowhere.json cannot be read"),
-        ("self_question(file='p.json')", "others? rewards take none"),
+        ("self_question(file='p.json')", "only probe"),
     ],
 )
 def test_a_reward_that_cannot_be_made_is_refused_by_name(reward, message):

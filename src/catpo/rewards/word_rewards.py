@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,33 @@ class Probe:
             )
         return probe
 
+    @classmethod
+    def fitted(cls, features: Sequence[str], columns: NDArray[np.floating], labels: NDArray[np.integer]) -> Probe:
+        """The probe that separates words of label 1 from those of label 0 best (L2-penalised, scikit-learn's defaults).
+
+        Args:
+            features: names of the columns.
+            columns: [words, features].
+            labels: [words], 0 or 1.
+
+        Raises:
+            UserError: scikit-learn is not installed, or there are words of one label only.
+        """
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.preprocessing import StandardScaler
+        except ImportError as error:
+            raise UserError("A probe needs scikit-learn: pip install 'catpo[probe]'.") from error
+        if set(labels.tolist()) != {REMOVED, KEPT}:
+            raise UserError(
+                "A probe needs words that the pairs keep and words that they remove; here are only one kind, or none. Make "
+                "pairs with `--method corrected`, or of more pictures."
+            )
+        scaler = StandardScaler().fit(columns)
+        model = LogisticRegression().fit(scaler.transform(columns), labels)
+        means, scales, weights = (tuple(map(float, values)) for values in (scaler.mean_, scaler.scale_, model.coef_[0]))
+        return cls(tuple(features), means, scales, weights, intercept=float(model.intercept_[0]))
+
     def write(self, path: str | Path, **report: Any) -> None:
         """As JSON, with what is to be known of it beside."""
         write_json(path, {**vars(self), **report})
@@ -70,7 +97,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class WordReward:
-    """How words are rewarded: `self_question(…)`, another of `FEATURES`, or `probe(file='probe.json', …)`."""
+    """How words are rewarded: `self_question(…)`, another of `FEATURES`, or `probe(…)`, learned from the store or in a file."""
 
     source: str
     probe: Probe | None
@@ -93,14 +120,30 @@ class WordReward:
             raise UserError(f"reward='{spec.name}' is not known. {did_you_mean(spec.name, (*FEATURES, 'probe'))}")
         options = _options(**check_options(_options, spec))
         file = options.pop("file")
-        if (spec.name == "probe") != bool(file):
-            raise UserError(f"reward='{spec}': give probe(file='…'), a file that `catpo probe` wrote; other rewards take none.")
+        if file and spec.name != "probe":
+            raise UserError(f"reward='{spec}': only probe(file='…') takes a file.")
         return cls(spec.name, Probe.read(file) if file else None, **options)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The features that must have been scored."""
-        return (self.source,) if self.probe is None else self.probe.features
+        """The features that must have been scored; a probe that is not learned yet reads what there is."""
+        if self.probe is not None:
+            return self.probe.features
+        return () if self.source == "probe" else (self.source,)
+
+    def ready(self, tables: Sequence[WordTable]) -> WordReward:
+        """With a probe learned from the labelled words of these tables, unless it is there or none is needed.
+
+        Raises:
+            UserError: nothing can be learned from them, see `Probe.fitted`.
+        """
+        if self.source != "probe" or self.probe is not None:
+            return self
+        features = list(next((table.features for table in tables), {}))
+        labels = np.concatenate([np.array([], dtype=np.int64), *(table.labels for table in tables)])
+        columns = np.concatenate([np.empty((0, len(features))), *(table.columns(features) for table in tables)])
+        is_labelled = labels != UNKNOWN
+        return replace(self, probe=Probe.fitted(features, columns[is_labelled], labels[is_labelled]))
 
     def of_words(self, table: WordTable) -> NDArray[np.floating]:
         """The reward of each word, [words], 0 or less.

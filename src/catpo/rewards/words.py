@@ -54,6 +54,10 @@ class WordTable:
     features: Mapping[str, NDArray[np.floating]]
     """[words] each."""
 
+    def columns(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Features of every word, [words, names]."""
+        return np.stack([self.features[name] for name in names], axis=1).astype(np.float64)
+
 
 NO_WORDS = WordTable([], [], np.array([], dtype=np.int8), {})
 """Of pictures of which the reference would name none."""

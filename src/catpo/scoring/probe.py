@@ -104,7 +104,7 @@ class _Words:
         counts = [len(table.words) for table in tables.values()]
         return cls(
             features=features,
-            columns=np.concatenate([np.stack([table.features[name] for name in features], 1) for table in tables.values()]),
+            columns=np.concatenate([table.columns(features) for table in tables.values()]),
             labels=np.concatenate([table.labels for table in tables.values()]).astype(np.int64),
             pictures=np.repeat(np.arange(len(tables)), counts),
             digests=list(tables),
@@ -117,20 +117,7 @@ class _Words:
 
     def fitted(self, chosen: NDArray[np.bool_]) -> Probe:
         """The probe of the labelled words that are chosen."""
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise UserError("`catpo probe` needs scikit-learn: pip install 'catpo[probe]'.") from error
-        if set(self.labels[chosen].tolist()) != {0, 1}:
-            raise UserError(
-                "A probe needs words that the pairs keep and words that they remove; here are only one kind, or none. Make "
-                "pairs with `--method corrected`, or of more pictures."
-            )
-        scaler = StandardScaler().fit(self.columns[chosen])
-        model = LogisticRegression().fit(scaler.transform(self.columns[chosen]), self.labels[chosen])
-        means, scales, weights = (tuple(map(float, values)) for values in (scaler.mean_, scaler.scale_, model.coef_[0]))
-        return Probe(self.features, means, scales, weights, intercept=float(model.intercept_[0]))
+        return Probe.fitted(self.features, self.columns[chosen], self.labels[chosen])
 
     def out_of_fold(self) -> Features:
         """The log-odds of every word by a probe that has not seen its pictures."""

@@ -89,7 +89,9 @@ class PairCollator:
     @cached_property
     def _word_reward(self) -> WordReward | None:
         divergence = kl_need(self.needs)
-        return WordReward.of(divergence.reward) if divergence is not None and divergence.reward else None
+        if divergence is None or not divergence.reward or self.rewards is None:
+            return None
+        return WordReward.of(divergence.reward).ready([*self.rewards.words_by_pictures.values()])
 
     def _tilt(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
         """What tilts the reference: a table of token rewards per pair, and which of them each response token reads."""

@@ -211,7 +211,8 @@ def words_read(objective: Objective) -> WordSettings | None:
     divergence = kl_need(requirements(objective.loss, objective.options))
     if divergence is None or not divergence.reward:
         return None
-    return WordSettings.of(Spec("words", {"features": list(WordReward.of(divergence.reward).reads)}))
+    reads = WordReward.of(divergence.reward).reads
+    return WordSettings.of(Spec("words", {"features": list(reads)} if reads else {}))
 
 
 def _check_words(store: RewardStore, objective: Objective, reference: str, reward: str) -> None:
@@ -220,6 +221,10 @@ def _check_words(store: RewardStore, objective: Objective, reference: str, rewar
         raise UserError(
             f"{store.path} holds no hidden states of the reference, which {objective.spec} tilts over the whole vocabulary. "
             "Score again with them (`--cache hidden`)."
+        )
+    if not store.word_features:
+        raise UserError(
+            f"{store.path} holds no words, which {objective.spec} rewards. Score the pairs again with --words words."
         )
     for feature in WordReward.of(reward).reads:
         if feature not in store.word_features:
