@@ -116,14 +116,12 @@ def by_pictures(rows: Sequence[WordRow], features: Sequence[str]) -> dict[str, W
 
 
 def _table(words: Mapping[str, Sequence[WordRow]], features: Sequence[str]) -> WordTable:
+    largest = {name: [max(row.features[name] for row in rows) for rows in words.values()] for name in features}
     return WordTable(
         words=list(words),
         token_ids=[rows[0].token_ids for rows in words.values()],
         labels=np.array([_label(rows) for rows in words.values()], dtype=np.int8),
-        features={
-            name: np.array([max(row.features[name] for row in rows) for rows in words.values()], dtype=np.float64)
-            for name in features
-        },
+        features={name: np.array(values, dtype=np.float64) for name, values in largest.items()},
     )
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from catpo.core.checks import check_word
 from catpo.core.types import SIDES
+from catpo.models.tensors import masked_sum
 from catpo.training.objectives import LossOutput, PairStats, output
 
 ANSWERS = (*SIDES, "both")
@@ -38,7 +39,7 @@ def loss(
     ratios = stats.sum(stats.policy_logps - stats.reference_logps)  # (pair, side)
     chosen, rejected = ratios.unbind(1)
     preference = -F.logsigmoid(beta * (chosen - rejected))
-    divergence = (stats.tilted_kl(reward, kl_direction) * stats.mask).sum(-1)  # (pair, side)
+    divergence = masked_sum(stats.tilted_kl(reward, kl_direction), stats.mask)  # (pair, side)
     own = divergence.sum(1) if answers == "both" else divergence[:, SIDES.index(answers)]
     losses = tilt_weight * own + (dpo_weight * preference if dpo_weight else 0.0)
     figures = {"tilt/divergence": own}
