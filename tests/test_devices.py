@@ -214,7 +214,7 @@ def test_every_way_to_train_gives_the_cpu_s_losses(folder, store, tmp_path, way)
 
 
 @pytest.mark.parametrize("objective", [
-    *registry.names("objectives"), "vdpo(unconditional='reference')", "vdpo(view='none')", "mdpo(view='another')",
+    *(name for name in registry.names("objectives") if name != "tilt"), "vdpo(unconditional='reference')", "vdpo(view='none')", "mdpo(view='another')",
     "chip(weights='catpo')",
 ])  # fmt: skip
 def test_every_objective_trains_on_a_gpu(folder, store, judge, cuda, tmp_path, objective):

@@ -24,7 +24,7 @@ from tiny import llava, pairs
 from training_runs import curve, interrupted_and_resumed, logged, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
-METHODS = registry.names("objectives")
+METHODS = [name for name in registry.names("objectives") if name != "tilt"]  # which reads words of a store: test_tilt.py
 
 
 @pytest.fixture(scope="module")

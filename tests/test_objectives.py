@@ -15,7 +15,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.training import objectives
 from catpo.training.objectives import FORMS, PairStats, catpo, dpo
-from catpo.training.pair_stats import Quantity, kl_direction, requirements
+from catpo.training.pair_stats import Quantity, kl_need, requirements
 
 MASK, WEIGHTS = Quantity("mask"), Quantity("weights")
 POLICY, REFERENCE = Quantity("policy_logps"), Quantity("reference_logps")
@@ -195,8 +195,8 @@ def test_unknown_words_are_refused(option):
 def test_an_objective_asks_only_for_what_it_reads():
     assert requirements(dpo.loss, {}) == {POLICY, REFERENCE, MASK}
     assert requirements(catpo.loss, {"kl_weight": 0.0}) == {POLICY, REFERENCE, MASK, WEIGHTS}
-    assert kl_direction(requirements(catpo.loss, {})) == "policy||reference"
-    assert kl_direction(requirements(dpo.loss, {})) is None
+    assert kl_need(requirements(catpo.loss, {})) == Quantity("kl", argument="policy||reference")
+    assert kl_need(requirements(dpo.loss, {})) is None
 
 
 def test_options_go_to_the_loss_or_to_its_token_weights():

@@ -25,6 +25,7 @@ def loss_from_logits(
     reference: Mapping[str, Any],
     tokens: Mapping[str, Sequence[int]],
     weights: Mapping[str, Sequence[float]] | None = None,
+    token_rewards: Mapping[int, float] | None = None,
 ) -> float:
     """The loss of the objective `spec` on one pair.
 
@@ -37,6 +38,7 @@ def loss_from_logits(
         tokens: the token ids of each side.
         weights: token weights of each side (default: 1), for objectives that weight tokens: `catpo`, or any other with
             `weights='catpo'`.
+        token_rewards: token id -> reward, for `tilt`; others have 0.
 
     Raises:
         UserError: the objective does not exist, or reads logits that are not given.
@@ -47,7 +49,7 @@ def loss_from_logits(
     0.6931
     """
     objective = build(spec)
-    pair = _Pair(policy, reference, tokens, weights)
+    pair = _Pair(policy, reference, tokens, weights, token_rewards or {})
     return objective.loss(PairStats(pair.read), **objective.options).losses.item()
 
 
@@ -60,7 +62,9 @@ class _Pair:
         reference: Mapping[str, Any],
         tokens: Mapping[str, Sequence[int]],
         weights: Mapping[str, Sequence[float]] | None,
+        token_rewards: Mapping[int, float],
     ) -> None:
+        self.token_rewards = token_rewards
         self.tokens = {side: torch.as_tensor(list(tokens[side]), dtype=torch.long) for side in SIDES}
         self.weights = weights or {side: [1.0] * len(self.tokens[side]) for side in SIDES}
         self.logits: dict[str, dict[str, Tensor]] = {"policy": {}, "reference": {}}
@@ -93,7 +97,10 @@ class _Pair:
         if name == "weights":
             return torch.as_tensor(self.weights[side], dtype=torch.float64)
         if name == "kl":
-            p, q = (self._logits(model, side).log_softmax(-1) for model in quantity.argument.split("||"))
+            of_models = {model: self._logits(model, side) for model in ("policy", "reference")}
+            if quantity.reward:
+                of_models["reference"] = self._tilted(of_models["reference"])
+            p, q = (of_models[model].log_softmax(-1) for model in quantity.argument.split("||"))
             return (p.exp() * (p - q)).sum(-1)
         if name == "judge_logps":
             model = "policy" if f"{side}@judge" in self.logits["policy"] else "reference"
@@ -103,6 +110,13 @@ class _Pair:
         if name.endswith("top_logps"):
             return _at(logits.argmax(-1), self._logits(model, side).log_softmax(-1))
         return _at(tokens, logits if name.endswith("logits") else logits.log_softmax(-1))
+
+    def _tilted(self, logits: Tensor) -> Tensor:
+        """The reference's logits with the token rewards added."""
+        tilted = logits.clone()
+        for token, reward in self.token_rewards.items():
+            tilted[:, token] += reward
+        return tilted
 
     def _logits(self, model: str, side: Side, view: str | None = None) -> Tensor:
         given = self.logits[model]

@@ -224,6 +224,25 @@ def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe 
     rounds(**{**vars(options), "steps": None if recipe is None else recipes.read(recipe)})
 
 
+@app.command(group=STEPS, sort_key=8)
+def probe(
+    rewards: Annotated[Path, Parameter(help="Reward store with words (`catpo score --words words`).")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="JSON file of the probe.")],
+    features: Annotated[
+        tuple[str, ...], Parameter(help="What it reads of each word (default: all that the store holds).")
+    ] = (),
+    truth: Annotated[str | None, Parameter(help="Data set with the objects in the same pictures, to judge by.")] = None,
+) -> None:
+    """Learn which words of a model are in the picture, for the reward of `tilt`."""
+    from catpo.cli.tables import probe_table
+    from catpo.scoring.probe import learn
+
+    Console().print(probe_table(learn(rewards, output, features=features, truth=truth)))
+    print(f"Probe: {output}")
+
+
 @app.command(group=STEPS, sort_key=7)
 def merge(
     model: Annotated[str, Parameter(help="Folder of a trained adapter, or a base model with --adapter.")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +12,9 @@ from rich.text import Text
 from catpo.rewards.quality import Separation, SignalQuality, measured
 from catpo.text.tables import for_terminal, one_line
 from catpo.text.words import plain
+
+if TYPE_CHECKING:
+    from catpo.scoring.probe import Learned
 
 
 def table_of(*headings: str, texts: int = 1, title: str | None = None) -> Table:
@@ -37,6 +40,18 @@ def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
 
 def _separation(auroc: Separation) -> str:
     return "-" if math.isnan(auroc.value) else f"{auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
+
+
+def probe_table(learned: Learned) -> Table:
+    """AUROC of each feature and of the probe, on pictures that the probe did not see, by kinds of words."""
+    kinds = list(dict.fromkeys(row.words for row in learned.rows))
+    counts = {row.words: f"{row.present + row.absent} {row.words}" for row in learned.rows}
+    title = f"Do they tell words that are in the picture from others? AUROC over {learned.pictures} pictures not learned from"
+    table = table_of("score", *(counts[kind] for kind in kinds), title=title)
+    for score in dict.fromkeys(row.score for row in learned.rows):
+        cells = [f"{row.auroc:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in learned.rows if row.score == score]
+        table.add_row(score, *(cell.replace("nan [nan, nan]", "-") for cell in cells))
+    return table
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:

@@ -67,6 +67,8 @@ class PairOptions(Options):
     """Folder for the pairs."""
     method: Text = "corrected"
     """How pairs are made; see `catpo list pairings`."""
+    answers: Count = 1
+    """Answers drawn for each picture; each is a sample of its own to the method."""
     limit: Limit = None
     seed: Seed = 0
     """Sampling seed."""
@@ -111,6 +113,8 @@ class ScoreOptions(Options):
     """Patches of all pictures of a pair, or of one picture (its number, from 0)."""
     cache: str = "hidden"
     """What the store keeps of the reference for the KL: hidden (exact), topk(k=64) (approximate, smaller) or logps (no KL)."""
+    words: Text | None = None
+    """Keep what the model says of words that it might name, e.g. words(features=['self_question']), for `tilt` and `probe`."""
     attention_maps: bool = True
     """Store each token's attention map for the report."""
     batch_size: Count = 32

@@ -154,6 +154,10 @@ class Span:
     label: Literal["grounded", "hallucinated"]
 
 
+UNRANKED = "unranked"
+"""In a pair's `meta`, true if neither response is known to be the better one: both are answers of the model."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Picture(s) with a prompt, for a model to answer, and what is known of them."""
@@ -180,7 +184,7 @@ class PreferencePair:
     labels: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     """Per side, object words known to be grounded or hallucinated."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Other fields of the row; kept, never used in training."""
+    """Other fields of the row; kept, never used in training, but for `UNRANKED` and what an objective reads by name."""
     history: tuple[Turn, ...] = ()
     """System message and earlier turns, which come before the prompt; the loss is on the response to the prompt alone."""
 

@@ -116,6 +116,7 @@ def prepare(options: PairOptions) -> Pairing:
         raise UserError(f"{data} holds no samples to answer. Give it pictures.")
     if skip_log.goes_on:
         samples = skip_log.usable(samples, lambda sample: [image.open() for image in sample.images], lambda sample: sample.id)
+    samples = _repeated(samples, options.answers)
     decoding = Decoding(options.seed, options.temperature, options.top_p, options.max_new_tokens, options.batch_size)
     method = _Method(spec, vocabulary, decoding, None if options.judge is None else open_judge(options.judge))
     method.check(samples[0])  # a wrong option or missing truth shows before any answer is paid for
@@ -128,6 +129,8 @@ def prepare(options: PairOptions) -> Pairing:
         "seed": options.seed,
         "decoding": drawn | {"block_size": options.block_size},
     }
+    if options.answers > 1:
+        manifest["answers"] = options.answers
     if options.judge is not None:
         manifest["judge"] = options.judge
     return Pairing(options, samples, method, manifest, skip_log)
@@ -365,6 +368,15 @@ class _Work:
         counts = {"asked": len(self.samples), "kept": kept, "dropped": dict(sorted(dropped.items()))}
         more = {"noted": dict(sorted(noted.items()))} if noted else {}
         return counts | more | ({"unreadable": unreadable} if unreadable else {})
+
+
+def _repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Each sample `count` times, side by side; the further ones have ids of their own, by which their answers are drawn."""
+    repeated = []
+    for sample in samples:
+        repeated.append(sample)
+        repeated += [replace(sample, id=f"{sample.id}/{number}") for number in range(1, count)]
+    return repeated
 
 
 def _in_memory(sample: Sample) -> Sample:

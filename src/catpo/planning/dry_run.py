@@ -32,7 +32,7 @@ from catpo.scoring import score
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.training import train
 from catpo.training.config import check_store, needs_store
-from catpo.training.pair_stats import kl_direction, requirements, view_needs
+from catpo.training.pair_stats import kl_need, requirements, view_needs
 from catpo.training.run_folder import free_output
 
 SAMPLE = 64
@@ -181,7 +181,7 @@ class _TrainingPlan:
         self.trained_bytes = sizes.MASTER * self.trained
         self.weights = sizes.weight_bytes_in_training(self.family, self.options.quantization, self.options.lora)
         needs = requirements(self.objective.loss, self.objective.options)
-        self.has_kl = kl_direction(needs) is not None
+        self.has_kl = kl_need(needs) is not None
         views = view_needs(needs)
         reference_views = {need.view for need in views if need.model == "reference"}
         is_online = int(self.options.reference == "online")

@@ -15,7 +15,7 @@ from catpo.rewards.shards import COLUMNS, checksum
 FORMAT = 3
 FIELDS = {"signals": list[str], "pair_count": int, "shard_size": int, "pairs_hash": str}
 """Fields that every `store.json` has."""
-SECTIONS = ("attention", "versions")
+SECTIONS = ("attention", "versions", "words")
 """Optional fields that are objects."""
 HASHES = {
     "model_hash": "model",

@@ -20,6 +20,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid, Side
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_json, write_json
+from catpo.rewards import words
 from catpo.rewards.fusion import ResponseSignals
 
 COLUMNS = {
@@ -108,14 +109,14 @@ class Shard:
         self.store, self.number = store, number
         stem = store / "shards" / f"{number:05d}"
         self.tensors_path, self.parquet_path = stem.with_suffix(".safetensors"), stem.with_suffix(".parquet")
-        self.checksums_path = stem.with_suffix(".json")
+        self.words_path, self.checksums_path = stem.with_suffix(".words.parquet"), stem.with_suffix(".json")
 
-    def write(self, parquet: bytes, tensors: bytes | None) -> None:
-        checksums = {self.parquet_path.name: checksum(parquet)}
-        if tensors is not None:
-            checksums[self.tensors_path.name] = checksum(tensors)
-            write_atomic(self.tensors_path, tensors, is_durable=False)
-        write_atomic(self.parquet_path, parquet, is_durable=False)  # the checksums reveal what a power cut loses
+    def write(self, parquet: bytes, tensors: bytes | None, words: bytes | None = None) -> None:
+        checksums = {}
+        for path, content in ((self.tensors_path, tensors), (self.words_path, words), (self.parquet_path, parquet)):
+            if content is not None:
+                checksums[path.name] = checksum(content)
+                write_atomic(path, content, is_durable=False)  # the checksums reveal what a power cut loses
         write_json(self.checksums_path, checksums)
         self.checksums = checksums
 
@@ -147,6 +148,15 @@ class Shard:
                 "into a new folder."
             )
         return ShardColumns.of(table, signals)
+
+    def read_words(self, features: Sequence[str]) -> list[words.WordRow]:
+        """What the reference says of words, of all the shard's pairs."""
+        try:
+            return list(words.from_bytes(self._read(self.words_path.name), features))
+        except UserError as error:
+            raise UserError(
+                f"{self.store}: shard {self.number:05d}: {error}. Score the pairs again into a new folder."
+            ) from error
 
     def read_array(self, name: str, rows: slice, width: int | None = None) -> NDArray[Any]:
         """Rows of one of the arrays, through a memory map; the first `width` values of each, or all."""

@@ -22,6 +22,7 @@ from catpo.core.types import SIDES, PatchGrid, Side
 from catpo.rewards.description import check_same_store, flat_fields, hash_pairs, json_fields, read_description, shard_count
 from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.rewards.shards import ResponseRow, Shard, ShardColumns
+from catpo.rewards.words import NO_WORDS, WordRow, WordTable, by_pictures
 
 KEPT_BYTES = 1 << 30
 """Token columns that an open store keeps in memory: all of them for some hundred thousand pairs, then the last used."""
@@ -99,6 +100,30 @@ class RewardStore:
     def signals(self) -> list[str]:
         """Names of the stored signals, with their options."""
         return list(self.provenance["signals"])
+
+    @property
+    def word_features(self) -> list[str]:
+        """What is kept of words that the reference might name; empty if nothing."""
+        return list(self.provenance.get("words", {}).get("features", []))
+
+    def words(self, pair_id: str) -> WordTable:
+        """What the reference says of words that it might name of the pair's pictures, from all pairs about these."""
+        self._find(pair_id, "chosen")
+        return self._word_tables.get(pair_id, NO_WORDS)
+
+    @cached_property
+    def words_by_pictures(self) -> dict[str, WordTable]:
+        """Digest of pictures -> the words of all pairs about them."""
+        return by_pictures(self._word_rows, self.word_features)
+
+    @cached_property
+    def _word_tables(self) -> dict[str, WordTable]:
+        """By pair; a pair without any word has none."""
+        return {row.pair_id: self.words_by_pictures[row.pictures] for row in self._word_rows}
+
+    @cached_property
+    def _word_rows(self) -> list[WordRow]:
+        return [row for shard in self._shards for row in shard.read_words(self.word_features)] if self.word_features else []
 
     @property
     def has_hidden(self) -> bool:

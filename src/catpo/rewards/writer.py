@@ -14,6 +14,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.files.atomic import make_folder
 from catpo.files.json_files import read_json, write_json
+from catpo.rewards import words
 from catpo.rewards.description import check_same_store, describe, shard_count
 from catpo.rewards.shards import ResponseRow, Shard, check_row, to_parquet
 
@@ -91,6 +92,7 @@ class RewardWriter:
         hidden: NDArray[np.generic] | None = None,
         maps: NDArray[np.floating] | None = None,
         top: tuple[NDArray[np.integer], NDArray[np.floating]] | None = None,
+        word_rows: Sequence[words.WordRow] | None = None,
     ) -> None:
         """Write a whole shard; until this returns, a reader sees none of it.
 
@@ -100,6 +102,7 @@ class RewardWriter:
             hidden: [tokens, width], final hidden states of all rows' tokens; bfloat16 as int16 of the same bits.
             maps: [tokens, patches], attention over the patches of all rows' tokens, padded with zeros at the end.
             top: [tokens, k] the reference's most likely tokens, and [tokens, k + 1] their log-probs and that of the rest.
+            word_rows: words that the reference might name in answers about the pictures, of each pair.
 
         Raises:
             UserError: a row does not belong here, a length is wrong, a number is not finite, or an array is missing.
@@ -127,7 +130,12 @@ class RewardWriter:
                 raise UserError(f"shard {shard:05d}: {name} has shape {array.shape} for {token_count} tokens.")
             if array is not None:
                 arrays[name] = np.ascontiguousarray(array)
-        self.shards[shard].write(to_parquet(rows, self.description["signals"]), to_safetensors(arrays) if arrays else None)
+        features = self.description.get("words", {}).get("features")
+        if (word_rows is not None) != bool(features):
+            raise UserError(f"shard {shard:05d}: the store was begun with words={features}.")
+        tensors = to_safetensors(arrays) if arrays else None
+        word_file = None if word_rows is None else words.to_bytes(word_rows, features)
+        self.shards[shard].write(to_parquet(rows, self.description["signals"]), tensors, word_file)
         self._written.add(shard)
 
     def finish(self, *, elsewhere: Iterable[int] = (), skipped: Mapping[str, Any] | None = None) -> None:

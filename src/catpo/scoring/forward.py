@@ -27,9 +27,11 @@ from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.transfer import to_device, to_host
 from catpo.models.views import OtherPictures
 from catpo.rewards.store import ResponseRow
+from catpo.rewards.words import WordRow
 from catpo.scoring.batches import Prepared, with_another
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
 from catpo.scoring.signals import Evidence
+from catpo.scoring.words import Read, WordReader
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class ScoredResponse:
     """[tokens, patches] attention, float16."""
     top: TopTokens | None = None
     """The reference's most likely tokens, if they are kept."""
+    words: Sequence[WordRow] = ()
+    """Of the pair, with its chosen response: words that the reference might name, if they are kept."""
 
 
 class PairScorer:
@@ -54,6 +58,7 @@ class PairScorer:
         self.top = top
         self.reads_another = False
         """Whether the last batch's signals read its pairs with another picture."""
+        self.words = None if settings.words is None else WordReader(family, settings.words)
         self.signals = [(str(spec), registry.load("signals", spec.name), dict(spec.options)) for spec in settings.signals]
 
     def score_batch(self, prepared: Prepared, pairs: Sequence[PreferencePair], others: OtherPictures) -> list[ScoredResponse]:
@@ -64,8 +69,20 @@ class PairScorer:
         with memory.explained(doing, self.family.unwrapped), torch.inference_mode(), self.family.recordable_attention():
             run = TeacherForced(self.family, prepared, self.settings, pairs, others)
             read = to_host({response: self._read(run, *response) for response in responses})
+            words = self._words(run)
         self.reads_another = run.reads_another
-        return [self._scored(run, *response, read[response]) for response in responses]
+        return [self._scored(run, *response, read[response], words) for response in responses]
+
+    def _words(self, run: TeacherForced) -> Sequence[Sequence[WordRow]]:
+        """The words of each pair; none if they are not asked for."""
+        if self.words is None:
+            return [()] * len(run.pairs)
+        reads = []
+        for index, pair in enumerate(run.pairs):
+            predicting = torch.cat([run.predicting(index, side) for side in SIDES])
+            patches = run.evidence(index, "chosen").patch_hidden() if self.words.reads_patches else None
+            reads.append(Read(pair, predicting, patches))
+        return self.words.rows(reads, run.head)
 
     def _read(self, run: TeacherForced, index: int, side: Side) -> dict[str, Any]:
         """What is kept of one response, where it was computed."""
@@ -75,7 +92,9 @@ class PairScorer:
         attention = evidence.attention.half()
         return {"signals": signals, "logps": evidence.logps, "attention": attention, "hidden": predicting, "top": top}
 
-    def _scored(self, run: TeacherForced, index: int, side: Side, read: dict[str, Any]) -> ScoredResponse:
+    def _scored(
+        self, run: TeacherForced, index: int, side: Side, read: dict[str, Any], words: Sequence[Sequence[WordRow]]
+    ) -> ScoredResponse:
         """One response on the host."""
         encoded, pair, pieces = run.encoded[index], run.pairs[index], run.prepared.pieces[index][side]
         ids, hidden = encoded.response_ids[side], read["hidden"]
@@ -98,7 +117,8 @@ class PairScorer:
         )
         states = hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden  # NumPy has no bfloat16
         top = TopTokens(**read["top"]) if self.top else None
-        return ScoredResponse(row, states.numpy(), read["attention"].numpy(), top)
+        of_pair = words[index] if side == "chosen" else ()
+        return ScoredResponse(row, states.numpy(), read["attention"].numpy(), top, of_pair)
 
 
 class TeacherForced:
@@ -120,7 +140,8 @@ class TeacherForced:
         self.batch = to_device(self.rows, family.device)
         recorder = self._recorder()
         # the last layer may skip all other positions, unless a signal of the user's reads the patches' last states
-        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS)
+        reads_patches = settings.words is not None and "patch_lens" in settings.words.features
+        is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS) and not reads_patches
         narrow = read_at_responses(family.decoder) if is_paper else nullcontext()
         with recorder, narrow, family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state

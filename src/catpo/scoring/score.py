@@ -241,7 +241,10 @@ class _StoreRun:
             hidden=np.concatenate([response.hidden for response in responses]) if self.cache.hidden else None,
             top=join_top(responses) if self.cache.k else None,
             maps=join_maps([response.map for response in responses]) if self.keeps_maps else None,
+            word_rows=[row for response in responses for row in response.words] if self.scorer.words else None,
         )
+        if self.scorer.words:
+            self.scorer.words.forget()
 
     def _tell_size(self) -> None:
         """What the store is going to take, by the lengths of some pairs: `676 kB (signals 40 kB, …)`."""

@@ -16,6 +16,7 @@ from catpo.files.provenance import versions
 from catpo.models.attention.recorder import choose_heads, choose_layers
 from catpo.models.family import Encoded, Family
 from catpo.scoring.reference_cache import Cache
+from catpo.scoring.words import WordSettings
 
 PAPER_SIGNALS = ("global_attention", "patch_entropy", "semantic")
 
@@ -30,12 +31,15 @@ class ScoreSettings:
     query: str
     patches: str | int
     """`all`, or the number of one picture (0-based) where a pair has several."""
+    words: WordSettings | None = None
+    """Which words are asked about, if any."""
 
     @classmethod
     def of(cls, options: ScoreOptions) -> ScoreSettings:
         """The settings among the options of `catpo score`."""
         signals = tuple(parse(signal) for signal in options.signals)
-        return cls(signals, options.layers, options.heads, options.query, options.patches)
+        words = None if options.words is None else WordSettings.of(options.words)
+        return cls(signals, options.layers, options.heads, options.query, options.patches, words)
 
     def check(self, depth: int) -> None:
         """Raises UserError for layers, heads or signals that a decoder of this depth does not have."""
@@ -74,6 +78,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
         },
         "hidden": cache.hidden,
         **({"topk": cache.k} if cache.k else {}),
+        **({"words": settings.words.provenance()} if settings.words else {}),
         "maps": maps,
         "versions": versions(),
     }

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PreferencePair, Side
+from catpo.core.types import SIDES, UNRANKED, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, Prefix, pack
+from catpo.models.tensors import pad_indices
 from catpo.models.transfer import HostBatch
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
-from catpo.training.pair_stats import Needs, Quantity, kl_direction
+from catpo.rewards.word_rewards import WordReward
+from catpo.training.pair_stats import Needs, Quantity, kl_need
 
 
 @dataclass
@@ -44,7 +48,12 @@ class PairCollator:
     weights_from: RewardStore | None = None
     """Store of the weights, if another than that of the reference."""
 
+    ranks: bool = True
+    """Whether the objective depends on which response is the chosen one, so that unranked pairs cannot be trained on."""
+
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
+        if self.ranks:
+            check_ranked(pairs)
         encoded = [self.reader.encode(pair, max_length=self.max_length) for pair in pairs]
         prefix: Prefix = self.prefix if self.reader.shares_prefix else "separate"
         batch = pack(self.reader, encoded, prefix=prefix)
@@ -52,6 +61,8 @@ class PairCollator:
         if self.rewards is not None:
             batch["reference_logps"] = stored_logps(self.rewards, encoded)
             batch |= self._reference_distribution(self.rewards, encoded)
+            if self._word_reward is not None:
+                batch["tilt"] = self._tilt(self.rewards, encoded)
             if Quantity("weights") in self.needs:
                 batch |= self._weights(self.weights_from or self.rewards, encoded)
         return HostBatch(batch if self.extra is None else batch | self.extra(pairs, encoded))
@@ -75,10 +86,28 @@ class PairCollator:
             batch["is_scored"] = _padded(is_scored).bool()
         return batch
 
+    @cached_property
+    def _word_reward(self) -> WordReward | None:
+        divergence = kl_need(self.needs)
+        if divergence is None or not divergence.reward or self.rewards is None:
+            return None
+        return WordReward.of(divergence.reward).ready([*self.rewards.words_by_pictures.values()])
+
+    def _tilt(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
+        """What tilts the reference: a table of token rewards per pair, and which of them each response token reads."""
+        assert self._word_reward is not None
+        tables = [self._word_reward.of_tokens(rewards.words(item.pair_id)) for item in encoded]
+        counts = [sum(map(len, item.response_ids.values())) for item in encoded]
+        return {
+            "ids": pad_indices([ids.tolist() for ids, _ in tables]),
+            "rewards": pad_sequence([torch.from_numpy(values) for _, values in tables], batch_first=True),
+            "table": torch.arange(len(encoded)).repeat_interleave(torch.tensor(counts)),
+        }
+
     def _reference_distribution(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
         """What the store holds of the reference's next-token distributions, if the objective reads it: exact or top-k."""
         responses = [(item.pair_id, side) for item in encoded for side in SIDES]
-        reads_kl = kl_direction(self.needs) is not None
+        reads_kl = kl_need(self.needs) is not None
         if (reads_kl or self.keeps_hidden) and rewards.has_hidden:
             return {"reference_hidden": torch.cat([_hidden(rewards, *response) for response in responses])}
         if not (reads_kl and rewards.has_top):
@@ -88,6 +117,16 @@ class PairCollator:
             "reference_top_ids": torch.from_numpy(np.concatenate(ids)),
             "reference_top_logps": torch.from_numpy(np.concatenate(logps)),
         }
+
+
+def check_ranked(pairs: Sequence[PreferencePair]) -> None:
+    """Raise UserError for a pair of which neither response is known to be the better one."""
+    for pair in pairs:
+        if pair.meta.get(UNRANKED):
+            raise UserError(
+                f"pair {pair.id} is unranked: neither response is known to be the better one. Train on it with "
+                "tilt(answers='both'), or make ranked pairs (`catpo list pairings`)."
+            )
 
 
 def stored_logps(rewards: RewardStore, encoded: Sequence[Encoded]) -> Float[Tensor, "pairs 2 tokens"]:

@@ -19,10 +19,12 @@ from catpo.core.spec import Spec, check_options, parse
 from catpo.models import devices
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
+from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.workers import default_count
+from catpo.scoring.words import WordSettings
 from catpo.training import other_trainers
 from catpo.training.objectives import Objective, build
-from catpo.training.pair_stats import Quantity, kl_direction, requirements
+from catpo.training.pair_stats import Quantity, kl_need, requirements
 
 REFERENCES = ("cached", "online")
 NO_PREDICTIONS = "preference training has neither labels nor predictions to compute metrics from"
@@ -185,18 +187,52 @@ def objective_of(args: CatPOConfig) -> Objective:
 def needs_store(objective: Objective, reference: str) -> bool:
     """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
     needs = requirements(objective.loss, objective.options)
-    reads_reference = Quantity("reference_logps") in needs or kl_direction(needs) is not None
-    return Quantity("weights") in needs or (reference == "cached" and reads_reference)
+    divergence = kl_need(needs)
+    reads_reference = Quantity("reference_logps") in needs or divergence is not None
+    reads_rewards = Quantity("weights") in needs or (divergence is not None and divergence.reward != "")
+    return reads_rewards or (reference == "cached" and reads_reference)
 
 
 def check_store(store: RewardStore, objective: Objective, reference: str) -> None:
     """Raises UserError if the objective's KL needs more of the reference than the store has."""
-    direction = kl_direction(requirements(objective.loss, objective.options))
-    if direction and reference == "cached" and not (store.has_hidden or store.has_top):
+    needs = requirements(objective.loss, objective.options)
+    divergence = kl_need(needs)
+    if divergence and reference == "cached" and not (store.has_hidden or store.has_top):
         raise UserError(
             f"{store.path} holds no hidden states, which the KL of {objective.spec} needs. Score again with them, "
             "give reference='online', or set kl_weight=0."
         )
+    if divergence and divergence.reward:
+        _check_words(store, objective, reference, divergence.reward)
+
+
+def words_read(objective: Objective) -> WordSettings | None:
+    """What must be scored of words for the objective, with the default question and vocabulary; None if it rewards none."""
+    divergence = kl_need(requirements(objective.loss, objective.options))
+    if divergence is None or not divergence.reward:
+        return None
+    reads = WordReward.of(divergence.reward).reads
+    return WordSettings.of(Spec("words", {"features": list(reads)} if reads else {}))
+
+
+def _check_words(store: RewardStore, objective: Objective, reference: str, reward: str) -> None:
+    """Raises UserError if the objective rewards words and the store lacks what it reads for that."""
+    if reference == "cached" and not store.has_hidden:
+        raise UserError(
+            f"{store.path} holds no hidden states of the reference, which {objective.spec} tilts over the whole vocabulary. "
+            "Score again with them (`--cache hidden`)."
+        )
+    if not store.word_features:
+        raise UserError(
+            f"{store.path} holds no words, which {objective.spec} rewards. Score the pairs again with --words words."
+        )
+    for feature in WordReward.of(reward).reads:
+        if feature not in store.word_features:
+            held = ", ".join(store.word_features) or "nothing"
+            raise UserError(
+                f"{store.path} holds no '{feature}' of words (it holds {held}), which {objective.spec} reads. Score the pairs "
+                "again with --words."
+            )
 
 
 def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int | None, processes: int) -> None:

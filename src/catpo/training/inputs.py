@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import is_main_process
 from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.training import other_trainers
-from catpo.training.config import CatPOConfig, check_store, needs_store
+from catpo.training.config import CatPOConfig, check_store, needs_store, words_read
 from catpo.training.objectives import Objective
 
 Pairs = Sequence[PreferencePair]
@@ -188,7 +189,8 @@ def open_rewards(
         output = Path(args.output_dir or ".") / "rewards"
         cache = "hidden" if reads_hidden else "logps"
         most, count = args.max_length, args.dataloader_num_workers
-        return score_pairs(pairs, family, output, cache=cache, max_length=most, dataloader_num_workers=count)
+        settings = replace(PAPER_SETTINGS, words=words_read(objective))
+        return score_pairs(pairs, family, output, settings, cache=cache, max_length=most, dataloader_num_workers=count)
     store = RewardStore.open(args.rewards)
     store.verify({name: getattr(family, name) for name in ("precision", "model_hash", "processor_hash", "template_hash")})
     check_store(store, objective, args.reference)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from catpo.models.output_head import Direction, OutputHead, TokenStats, add_head_reading, at_head, token_stats
 from catpo.models.packing import Batch, response_hidden, run_backbone
+from catpo.models.tilt import Tilt, TiltedHead
 from catpo.models.top_k import TopTokens, top_kl
 
 
@@ -39,6 +40,7 @@ def _pair_forward(
     reference_hidden: Tensor | None = None,
     reference_head: OutputHead | None = None,
     reference_top: TopTokens | None = None,
+    tilt: Tilt | None = None,
     read: Callable[[Any, Tensor, Batch], Any] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> Any:
@@ -46,6 +48,7 @@ def _pair_forward(
 
     Args:
         reference_hidden: or else `reference_top`: what is known of the reference's next-token distributions.
+        tilt: what tilts the reference's distributions.
         read: if given, the result is a tuple of the above and of `read(model, hidden states, batch)`.
         inside: if given, the result is `inside(model)` only, run where sharded weights are whole.
     """
@@ -59,8 +62,18 @@ def _pair_forward(
         stats = at_head(model, hidden, _top_stats, tokens, reference_top, direction)
     else:
         options = {"reference_hidden": reference_hidden, "reference_head": reference_head, "direction": direction}
-        stats = at_head(model, hidden, token_stats, tokens, **options)
+        stats = at_head(model, hidden, _exact_stats, tokens, tilt, **options)
     return stats if read is None else (stats, read(model, hidden, batch))
+
+
+def _exact_stats(
+    hidden: Tensor, head: OutputHead, tokens: Tensor, tilt: Tilt | None, *, reference_head: OutputHead | None, **options: Any
+) -> TokenStats:
+    """Log-probs, and the KL to the reference, or to the reference tilted."""
+    reference_head = reference_head or head.map(Tensor.detach)
+    if tilt is not None:
+        reference_head = TiltedHead.over(reference_head, tilt)
+    return token_stats(hidden, head, tokens, reference_head=reference_head, **options)
 
 
 def _top_stats(hidden: Tensor, head: OutputHead, tokens: Tensor, reference: TopTokens, direction: Direction) -> TokenStats:

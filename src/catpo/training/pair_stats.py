@@ -34,6 +34,8 @@ class Quantity:
     """Direction of a `kl`, store of `judge_logps`, or which number of `meta`."""
     default: float = 0.0
     """Of a `meta` number that a pair lacks."""
+    reward: str = ""
+    """Of a `kl` to the tilted reference: what the reference is tilted by."""
 
     @property
     def model(self) -> str | None:
@@ -122,9 +124,21 @@ class PairStats(ModelStats):
         Raises:
             UserError: `direction` is neither policy||reference nor reference||policy.
         """
-        if direction not in get_args(Direction):
-            raise UserError(f"kl_direction='{direction}' is not known. {did_you_mean(direction, get_args(Direction))}")
+        _check_direction(direction)
         return self.read(Quantity("kl", argument=direction))
+
+    def tilted_kl(self, reward: str, direction: str = "reference||policy") -> Float[Tensor, "pairs 2 tokens"]:
+        """KL between the policy and the reference tilted by the rewards of words, in nats, with gradient to the policy.
+
+        Args:
+            reward: how words are rewarded, see `catpo.rewards.words.WordReward`.
+            direction: as in `kl`, with the tilted reference in the place of the reference.
+
+        Raises:
+            UserError: the direction is not known.
+        """
+        _check_direction(direction)
+        return self.read(Quantity("kl", argument=direction, reward=reward))
 
     def judge_logps(self, judge: str) -> Float[Tensor, "pairs 2 tokens"]:
         """Log-probs of y_t under another checkpoint, which scored the pairs into the store `judge`."""
@@ -171,6 +185,11 @@ class ViewStats(ModelStats):
         return self._of("reference_top_logps")
 
 
+def _check_direction(direction: str) -> None:
+    if direction not in get_args(Direction):
+        raise UserError(f"kl_direction='{direction}' is not known. {did_you_mean(direction, get_args(Direction))}")
+
+
 def shared_prefix_mask(
     token_ids: Int[Tensor, "pairs 2 tokens"], mask: Bool[Tensor, "pairs 2 tokens"]
 ) -> Bool[Tensor, "pairs tokens"]:
@@ -204,16 +223,16 @@ def dummy(quantity: Quantity, *, tokens: int) -> Tensor:
     return torch.ones(shape) if quantity.name in ("mask", "weights") else torch.zeros(shape)
 
 
-def kl_direction(needs: Needs) -> Direction | None:
-    """The direction of the KL that an objective reads, if it reads one.
+def kl_need(needs: Needs) -> Quantity | None:
+    """The KL that an objective reads, if it reads one.
 
     Raises:
-        UserError: it reads both.
+        UserError: it reads several.
     """
-    directions = [quantity.argument for quantity in needs if quantity.name == "kl"]
-    if len(directions) > 1:
-        raise UserError("An objective may read the KL in one direction only.")
-    return directions[0] if directions else None  # type: ignore[return-value]
+    divergences = [quantity for quantity in needs if quantity.name == "kl"]
+    if len(divergences) > 1:
+        raise UserError("An objective may read the KL in one direction and to one reference only.")
+    return divergences[0] if divergences else None
 
 
 def view_needs(needs: Needs) -> list[Quantity]:

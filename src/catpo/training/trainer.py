@@ -30,6 +30,7 @@ from catpo.models.family_check import check_family
 from catpo.models.output_head import OutputHead, TokenStats
 from catpo.models.packing import Batch, Prefix, hidden_and_logps, size_of, unflatten
 from catpo.models.tensors import masked_sum
+from catpo.models.tilt import Tilt
 from catpo.models.top_k import TopTokens
 from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
@@ -37,7 +38,7 @@ from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.checkpoints import check_loaded
-from catpo.training.collator import PairCollator
+from catpo.training.collator import PairCollator, check_ranked
 from catpo.training.config import (
     NO_PREDICTIONS,
     CatPOConfig,
@@ -53,7 +54,7 @@ from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput
 from catpo.training.opening import open_for_training, thaw
 from catpo.training.pair_forward import add_pair_forward
-from catpo.training.pair_stats import PairStats, Quantity, kl_direction, requirements
+from catpo.training.pair_stats import PairStats, Quantity, kl_need, requirements
 from catpo.training.rescoring import Rescoring
 from catpo.training.view_passes import Quantities, ViewPasses
 
@@ -110,10 +111,12 @@ class CatPOTrainer(Trainer):
         args, self.computes_in = precision.settled(args, self.family.head.weight.dtype)
         self.objective = objective_of(args)
         self.needs = requirements(self.objective.loss, self.objective.options)
-        self.direction = kl_direction(self.needs)
+        self.divergence = kl_need(self.needs)
         check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
         if inputs.every:
             check_family(self.family, inputs.every[0])
+        if self.objective.ranks:
+            check_ranked(inputs.every[:1])
         self.view_passes = self._open_views(args, inputs.every)
         self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
         self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
@@ -122,7 +125,7 @@ class CatPOTrainer(Trainer):
             put_adapter(self.family, peft_config, train_vision=args.train_vision)
             check_optimiser(args, self.family.model, optimizers[0], optimizer_cls_and_kwargs)
             with self.family.model.disable_adapter() if self.has_new_adapter else nullcontext():
-                reads_hidden = self.direction is not None or self.view_passes.reads_clean_reference
+                reads_hidden = self.divergence is not None or self.view_passes.reads_clean_reference
                 self.rewards = open_rewards(args, self.objective, inputs.every, self.family, reads_hidden=reads_hidden)
             self._prepare_model(args, ref_model)
         is_learned = self.objective.fusion.learned and Quantity("weights") in self.needs
@@ -168,6 +171,7 @@ class CatPOTrainer(Trainer):
             cast(Prefix, args.prefix),
             extra=self.view_passes,
             keeps_hidden=self.view_passes.reads_clean_reference,
+            ranks=self.objective.ranks,
         )
 
     def _rescoring(self, pairs: Sequence[PreferencePair], collator: PairCollator) -> Rescoring:
@@ -251,16 +255,17 @@ class CatPOTrainer(Trainer):
         policy: TokenStats
         policy, of_policy = model(
             pair_batch=batch,
-            direction=self.direction,
+            direction=self.divergence and self.divergence.argument,
             reference_hidden=reference_hidden,
             reference_head=self.reference_head,
             reference_top=reference_top,
+            tilt=Tilt(**batch["tilt"]) if "tilt" in batch else None,
             read=self.view_passes.of_policy,
         )
         values |= of_reference | of_policy
         values[Quantity("policy_logps")] = unflatten(policy.logps, batch["mask"])
-        if policy.kl is not None:
-            values[Quantity("kl", argument=str(self.direction))] = unflatten(policy.kl, batch["mask"])
+        if self.divergence is not None and policy.kl is not None:
+            values[self.divergence] = unflatten(policy.kl, batch["mask"])
         return PairStats(values.__getitem__)
 
     @torch.no_grad()

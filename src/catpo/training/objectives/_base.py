@@ -18,6 +18,7 @@ from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, keyword_options, parse
 from catpo.models.views import View
 from catpo.rewards.fusion import Fusion
+from catpo.rewards.word_rewards import WordReward
 from catpo.training.pair_stats import PairStats, Quantity, dummy, requirements, view_needs
 
 FORMS = ("code", "paper")
@@ -65,6 +66,8 @@ class Objective:
     loss: Callable[..., LossOutput]
     options: dict[str, Any]
     fusion: Fusion
+    ranks: bool = True
+    """Whether the loss depends on which response is the chosen one."""
 
 
 def build(text: str | Spec) -> Objective:
@@ -92,8 +95,11 @@ def build(text: str | Spec) -> Objective:
         loss, others = _weighted(loss), _weight_options(spec.name, others["weights"])
     for need in view_needs(needs):
         View.of(str(need.view))
+    for need in needs:
+        if need.reward:
+            WordReward.of(need.reward)
     _check_learns(spec, loss, options)
-    return Objective(spec, loss, options, Fusion(**others))
+    return Objective(spec, loss, options, Fusion(**others), ranks=_ranks(loss, options))
 
 
 def _with_preset(spec: Spec, loss: Callable[..., Any]) -> dict[str, Any]:
@@ -145,6 +151,27 @@ def _weight_options(objective: str, text: object) -> dict[str, Any]:
             raise UserError(f"{objective}(weights={text!r}): the weights have no option '{name}'. {did_you_mean(name, FUSION)}")
     options = _with_preset(spec, registry.load("objectives", "catpo"))
     return {name: value for name, value in options.items() if name in FUSION}  # a preset sets options of the loss too
+
+
+# ---- does it rank? --------------------------------------------------------------------------------------------------------
+
+
+def _ranks(loss: Callable[..., LossOutput], options: dict[str, Any]) -> bool:
+    """Whether the loss changes when chosen and rejected change places."""
+    needs = requirements(loss, options)
+    if view_needs(needs):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    values: dict[Quantity, Tensor] = {}
+    for need in sorted(needs, key=str):
+        value = dummy(need, tokens=5)
+        is_drawn = value.is_floating_point() and need.name not in ("mask", "meta")
+        values[need] = torch.rand(value.shape, generator=generator, dtype=torch.float64) - 3 if is_drawn else value
+
+    def swapped(need: Quantity) -> Tensor:
+        return values[need] if need.name == "meta" else values[need].flip(1)
+
+    return not torch.allclose(loss(PairStats(values.__getitem__), **options).losses, loss(PairStats(swapped), **options).losses)
 
 
 # ---- the gradient check ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,209 @@
+"""Words that the reference might name in answers about a pair's pictures, and what it says of each when it is asked.
+
+A word is a candidate if the reference gives one of its first tokens enough probability anywhere in the pair's responses, or if
+a response names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import Spec, check_options, parse
+from catpo.core.types import UNRANKED, Picture, PreferencePair
+from catpo.files.json_files import read_json
+from catpo.models.family import Family
+from catpo.models.output_head import OutputHead, token_probabilities
+from catpo.models.questions import yes_less_no
+from catpo.rewards.word_rewards import FEATURES, label_of
+from catpo.rewards.words import UNKNOWN, WordRow
+from catpo.text.caption_edits import name_object
+from catpo.text.object_words import default_vocabulary, mentions
+
+SHORTEST = 3
+"""Letters of the shortest token that stands for a word by itself: shorter beginnings are those of many words."""
+LEAD = "There is the"
+"""Words are tokenised behind this, as inside an answer."""
+
+
+@dataclass(frozen=True)
+class WordSettings:
+    """Which words are looked for, and what is kept of them."""
+
+    features: tuple[str, ...]
+    floor: float
+    question: str
+    vocabulary: str | None
+    """A JSON file of surface forms and their objects; None for the built-in one."""
+
+    @classmethod
+    def of(cls, text: str | Spec) -> WordSettings:
+        """The settings that `words(option=value, …)` stands for; the options are those of `_options`.
+
+        Raises:
+            UserError: an option is unknown or out of its range.
+        """
+        spec = parse(text)
+        if spec.name != "words":
+            raise UserError(f"words='{spec}' is not of the form words(features=['self_question'], floor=0.02).")
+        return cls(**_options(**check_options(_options, spec)))
+
+    def provenance(self) -> dict[str, Any]:
+        """As it stands in a store's `store.json`."""
+        forms = sorted(self.forms.items())
+        digest = hashlib.blake2b(repr(forms).encode(), digest_size=16).hexdigest()
+        return {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
+
+    @cached_property
+    def forms(self) -> Mapping[str, str]:
+        """Surface form -> object."""
+        if self.vocabulary is None:
+            return default_vocabulary()
+        forms = read_json(self.vocabulary, made_by="you")
+        if not forms or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
+            raise UserError(f'{self.vocabulary} must map words to objects, e.g. {{"dog": "dog", "puppies": "dog"}}.')
+        return forms
+
+
+def _options(
+    *,
+    features: Sequence[str] = ("self_question", "log_prob"),
+    floor: float = 0.02,
+    question: str = "Is there {} in the image?",
+    vocabulary: str | None = None,
+) -> dict[str, Any]:
+    """Options of `words(…)`.
+
+    Args:
+        features: what is kept of each word, see `catpo.rewards.word_rewards.FEATURES`.
+        floor: least probability of a word's first token, anywhere in a response, that makes it a candidate.
+        question: asked about each candidate; {} stands for the word with its article.
+        vocabulary: JSON file of surface forms and their objects.
+    """
+    if isinstance(features, str) or not features:
+        raise UserError(f"words(features={features!r}): give a list of {', '.join(FEATURES)}.")
+    for name in features:
+        if name not in FEATURES:
+            raise UserError(f"words has no feature '{name}'. {did_you_mean(str(name), FEATURES)}")
+    if not 0 < floor < 1:
+        raise UserError(f"words(floor={floor}) must be a probability between 0 and 1.")
+    if question.count("{}") != 1:
+        raise UserError(f"words(question={question!r}): write {{}} where the word goes, once.")
+    return {"features": tuple(features), "floor": floor, "question": question, "vocabulary": vocabulary}
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the scoring pass knows of one pair."""
+
+    pair: PreferencePair
+    predicting: Float[Tensor, "tokens width"]
+    """Final hidden states that predict the tokens of both responses."""
+    patches: Float[Tensor, "patches width"] | None
+    """Final hidden states of the patches; None where no feature reads them."""
+
+
+class WordReader:
+    """Finds the candidates of pairs and asks the reference about them; a word is asked once about the same pictures."""
+
+    def __init__(self, family: Family, settings: WordSettings) -> None:
+        self.family, self.settings = family, settings
+        self.first_tokens = _first_tokens(family, settings.forms)
+        self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
+        self._column = {token: column for column, token in enumerate(self._every.tolist())}
+        self._asked: dict[tuple[str, str], float] = {}
+
+    def forget(self) -> None:
+        """Ask anew from here on: what a shard holds must not depend on the shards before."""
+        self._asked = {}
+
+    @property
+    def reads_patches(self) -> bool:
+        return "patch_lens" in self.settings.features
+
+    def rows(self, reads: Sequence[Read], head: OutputHead) -> list[list[WordRow]]:
+        """The candidates of each pair with their features."""
+        found = [self._found(read, head) for read in reads]
+        pairs = [read.pair for read in reads]
+        if "self_question" in self.settings.features:
+            self._ask(pairs, found)
+        return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
+
+    def _found(self, read: Read, head: OutputHead) -> dict[str, dict[str, float]]:
+        """Candidate -> the features that need no question."""
+        every = self._every.to(read.predicting.device)
+        largest = token_probabilities(read.predicting, head, every).amax(0).log().tolist()
+        lens = None
+        if read.patches is not None:
+            lens = token_probabilities(read.patches, head, every).amax(0).log().tolist()
+        named = {name for text in (read.pair.chosen, read.pair.rejected) for name in self._named(text)}
+        found = {}
+        for word, tokens in self.first_tokens.items():
+            log_prob = max(largest[self._column[token]] for token in tokens)
+            if word in named or log_prob >= _log(self.settings.floor):
+                found[word] = {"log_prob": log_prob}
+                if lens is not None:
+                    found[word]["patch_lens"] = max(lens[self._column[token]] for token in tokens)
+        return found
+
+    def _ask(self, pairs: Sequence[PreferencePair], candidates: Sequence[Iterable[str]]) -> None:
+        """Ask about the words that were not asked about the same pictures before."""
+        new: dict[str, tuple[Sequence[Picture], dict[str, None]]] = {}
+        for pair, words in zip(pairs, candidates, strict=True):
+            digest = digest_of(pair.images)
+            of_pictures = new.setdefault(digest, (pair.images, {}))[1]
+            of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
+        asked = [(images, [self._question(word) for word in words]) for images, words in new.values()]
+        for (digest, (_, words)), answers in zip(new.items(), yes_less_no(self.family, asked), strict=True):
+            self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
+
+    def _question(self, word: str) -> str:
+        return self.settings.question.replace("{}", name_object(word, 1, self.settings.forms))
+
+    def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
+        chosen, rejected = self._named(pair.chosen), self._named(pair.rejected)
+        digest, rows = digest_of(pair.images), []
+        for word, features in words.items():
+            if (digest, word) in self._asked:
+                features["self_question"] = self._asked[digest, word]
+            kept = {name: features[name] for name in self.settings.features}
+            label = UNKNOWN if pair.meta.get(UNRANKED) else label_of(word, chosen, rejected)
+            rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], label, kept))
+        return rows
+
+    def _named(self, text: str) -> list[str]:
+        return [mention.object for mention in mentions(text, self.settings.forms)]
+
+
+def digest_of(images: Sequence[Picture]) -> str:
+    """Identity of some pictures together."""
+    return hashlib.blake2b("\n".join(picture.digest() for picture in images).encode(), digest_size=16).hexdigest()
+
+
+def _log(probability: float) -> float:
+    return float(torch.tensor(probability).log())
+
+
+def _first_tokens(family: Family, forms: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Object -> the tokens with which one of its forms begins inside an answer; objects without such a token are left out."""
+    before = family.token_ids(LEAD)
+    tokens: dict[str, set[int]] = {}
+    for form, name in forms.items():
+        inside = family.token_ids(f"{LEAD} {form}")
+        first = next((token for token, other in zip(inside, [*before, None], strict=False) if token != other), None)
+        text = "" if first is None else family.tokenizer.decode([first]).strip()
+        if first is not None and (len(text) >= SHORTEST or text == form):
+            tokens.setdefault(name, set()).add(first)
+    if not tokens:
+        raise UserError(
+            f"{family.model_id}: no word of the vocabulary begins with a token of its own. Give another vocabulary."
+        )
+    return {name: tuple(sorted(ids)) for name, ids in tokens.items()}

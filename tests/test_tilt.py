@@ -1,0 +1,306 @@
+"""The tilted reference and the rewards of words, against the plain way in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import training_runs
+from catpo.core.errors import UserError
+from catpo.models.output_head import token_stats
+from catpo.models.tilt import Tilt, TiltedHead
+from catpo.rewards.store import RewardStore
+from catpo.rewards.word_rewards import Probe, WordReward
+from catpo.rewards.words import WordRow, by_pictures, from_bytes, to_bytes
+from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import PAPER_SETTINGS
+from catpo.scoring.words import WordSettings
+from catpo.testing import loss_from_logits
+from test_head import DIRECTIONS, LargestTensor, plain, problem
+from tiny import llava, pairs
+
+TILT = Tilt(
+    ids=torch.tensor([[0, 10, 4], [3, -1, -1]]),
+    rewards=torch.tensor([[-6.0, 2.5, -0.5], [-8.0, 0.0, 0.0]]),
+    table=torch.tensor([0, 0, 1, 1, 0, 1, 0]),
+)
+
+
+def tilted_plainly(head, hidden):
+    """The reference with its rewards added token by token: a head of its own for each position."""
+    logits = head.logits(hidden)
+    for position, table in enumerate(TILT.table.tolist()):
+        for token, reward in zip(TILT.ids[table].tolist(), TILT.rewards[table].tolist(), strict=True):
+            if token >= 0:
+                logits[position, token] += reward
+    return logits
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("softcap, is_frozen", [(None, True), (None, False), (3.0, True), (3.0, False)])
+def test_the_kl_to_the_tilted_reference_and_its_gradients_equal_the_plain_way(direction, softcap, is_frozen):
+    hidden, head, tokens, reference_hidden, reference_head = problem(softcap=softcap)
+    trained = [hidden] if is_frozen else [hidden, head.weight, head.bias]
+    for tensor in trained:
+        tensor.requires_grad_(True)
+    q = tilted_plainly(reference_head, reference_hidden).log_softmax(-1)
+    p = head.logits(hidden).log_softmax(-1)
+    first, second = (p, q) if direction == DIRECTIONS[0] else (q, p)
+    expected = (first.exp() * (first - second)).sum(-1)
+    options = {"reference_head": TiltedHead.over(reference_head, TILT), "direction": direction, "tile_width": 3}
+    stats = token_stats(hidden, head, tokens, reference_hidden=reference_hidden, **options)
+    torch.testing.assert_close(stats.kl, expected, rtol=1e-10, atol=1e-10)
+    logps, _ = plain(hidden, head, tokens, reference_hidden, reference_head, direction)
+    torch.testing.assert_close(stats.logps, logps, rtol=1e-10, atol=1e-10)
+    ours, theirs = (torch.autograd.grad(kl.square().sum(), trained) for kl in (stats.kl, expected))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-10)
+
+
+def test_rewards_of_zero_tilt_nothing_and_no_tokens_by_vocabulary_tensor_exists():
+    hidden, head, tokens, reference_hidden, reference_head = problem(tokens=128, width=8, vocabulary=1000, dtype=torch.float32)
+    tilt = Tilt(torch.tensor([[1, 999]]), torch.zeros(1, 2), torch.zeros(128, dtype=torch.long))
+    known = {"reference_hidden": reference_hidden, "tile_width": 125}
+    plainly = token_stats(hidden, head, tokens, reference_head=reference_head, **known)
+    with LargestTensor() as largest:
+        tilted = token_stats(hidden, head, tokens, reference_head=TiltedHead.over(reference_head, tilt), **known)
+    assert torch.equal(plainly.kl, tilted.kl) and largest.size == 128 * 125
+
+
+# ---- the objective --------------------------------------------------------------------------------------------------------
+
+
+def slow_tilt(policy, reference, tokens, rewards, *, sides, reverse=False):
+    """KL(q || pi) or KL(pi || q) summed over tokens, in loops over plain numbers; q ~ pi_ref exp(r)."""
+    total = 0.0
+    for side in sides:
+        for row in range(len(tokens[side])):
+            tilted = [math.exp(value + rewards.get(token, 0.0)) for token, value in enumerate(reference[side][row])]
+            own = [math.exp(value) for value in policy[side][row]]
+            q, p = [value / sum(tilted) for value in tilted], [value / sum(own) for value in own]
+            first, second = (p, q) if reverse else (q, p)
+            total += sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
+    return total
+
+
+@pytest.mark.parametrize(
+    "answers, sides", [("rejected", ["rejected"]), ("chosen", ["chosen"]), ("both", ["chosen", "rejected"])]
+)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_objective_is_the_divergence_summed_over_the_models_own_answers(answers, sides, direction):
+    random = np.random.default_rng(3)
+    tokens = {"chosen": [1, 2, 3], "rejected": [4, 5]}
+    policy, reference = ({side: random.normal(size=(len(ids), 7)) for side, ids in tokens.items()} for _ in range(2))
+    rewards = {2: -6.0, 5: -0.5}
+    given = {"policy": policy, "reference": reference, "tokens": tokens, "token_rewards": rewards}
+    expected = slow_tilt(policy, reference, tokens, rewards, sides=sides, reverse=direction == DIRECTIONS[0])
+    assert loss_from_logits(f"tilt(answers='{answers}', kl_direction='{direction}')", **given) == pytest.approx(
+        expected, rel=1e-10
+    )
+    mixed = loss_from_logits(f"tilt(answers='{answers}', kl_direction='{direction}', tilt_weight=0.5, dpo_weight=2.0)", **given)
+    assert mixed == pytest.approx(0.5 * expected + 2 * loss_from_logits("dpo", **{**given, "token_rewards": None}), rel=1e-10)
+
+
+# ---- rewards of words -----------------------------------------------------------------------------------------------------
+
+
+def rows():
+    row = lambda pair, pictures, word, ids, label, x: WordRow(pair, pictures, word, ids, label, {"self_question": x})
+    return [
+        row("a", "P", "dog", (7, 9), 1, 3.0),
+        row("a", "P", "dolphin", (7,), 0, -2.0),
+        row("b", "P", "cat", (5,), -1, -1.5),
+        row("b", "P", "dog", (7, 9), -1, 2.0),
+        row("c", "Q", "cat", (5,), 1, 0.5),
+        row("d", "Q", "cat", (5,), 0, 0.25),
+    ]
+
+
+def test_words_of_all_pairs_about_a_picture_are_one_table():
+    tables = by_pictures(list(from_bytes(to_bytes(rows(), ["self_question"]), ["self_question"])), ["self_question"])
+    assert tables["P"].words == ["dog", "dolphin", "cat"] and tables["P"].labels.tolist() == [1, 0, -1]
+    assert tables["P"].features["self_question"].tolist() == [3.0, -2.0, -1.5]
+    assert tables["Q"].labels.tolist() == [-1] and tables["Q"].features["self_question"].tolist() == [0.5]  # the pairs disagree
+
+
+def test_a_word_is_rewarded_by_its_label_else_by_the_log_sigmoid_and_a_shared_token_by_the_best():
+    table = by_pictures(rows(), ["self_question"])["P"]
+    log_sigmoid = -math.log1p(math.exp(1.5))
+    assert WordReward.of("self_question").of_words(table).tolist() == pytest.approx([0.0, -6.0, 2 * log_sigmoid])
+    ids, rewards = WordReward.of("self_question").of_tokens(table)
+    assert dict(zip(ids.tolist(), rewards.tolist(), strict=True)) == pytest.approx({7: 0.0, 9: 0.0, 5: 2 * log_sigmoid})
+    unlabelled = WordReward.of("self_question(labels=False, scale=3.0, slope=2.0, offset=1.0, floor=-4.0)").of_words(table)
+    assert unlabelled.tolist() == pytest.approx([-3 * math.log1p(math.exp(-4)), -4.0, -4.0])
+
+
+def test_a_probe_is_read_back_and_rewards_by_its_log_odds(tmp_path):
+    probe = Probe(("self_question",), (1.0,), (2.0,), (4.0,), 0.5)
+    probe.write(tmp_path / "probe.json", auroc=0.9)
+    assert Probe.read(tmp_path / "probe.json") == probe
+    table = by_pictures(rows(), ["self_question"])["P"]
+    logits = [4 * (x - 1) / 2 + 0.5 for x in (3.0, -2.0, -1.5)]
+    expected = [max(-8.0, -2 * math.log1p(math.exp(-x))) for x in logits]
+    reward = WordReward.of(f"probe(file='{tmp_path}/probe.json', labels=False)")
+    assert reward.of_words(table).tolist() == pytest.approx(expected) and reward.reads == ("self_question",)
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        ("self_qestion", "Did you mean 'self_question'"),
+        ("self_question(flour=-3.0)", "no option 'flour'"),
+        ("self_question(scale=0.0)", "larger than 0"),
+        ("probe(file='nowhere.json')", "nowhere.json cannot be read"),
+        ("self_question(file='p.json')", "only probe"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_refused_by_name(reward, message):
+    with pytest.raises(UserError, match=message):
+        loss_from_logits(f'tilt(reward="{reward}")', policy={}, reference={}, tokens={"chosen": [], "rejected": []})
+
+
+def test_a_feature_that_was_not_scored_is_named():
+    with pytest.raises(UserError, match="holds no 'patch_lens' of words .it holds: self_question"):
+        WordReward.of("patch_lens").of_words(by_pictures(rows(), ["self_question"])["P"])
+
+
+# ---- a store with words, and training from it -----------------------------------------------------------------------------
+
+WORDS = {"cat": "cat", "mat": "mat", "circle": "circle", "square": "square", "table": "table", "laptop": "laptop", "dog": "dog"}
+FEATURES = ("self_question", "log_prob", "patch_lens")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """The tiny model, and a store of its pairs with words."""
+    folder, family = tmp_path_factory.mktemp("words"), llava()
+    (folder / "words.json").write_text(json.dumps(WORDS))
+    settings = WordSettings(FEATURES, 0.002, "Is there {} in the image?", str(folder / "words.json"))
+    return family, score_pairs(pairs(6), family, folder / "store", replace(PAPER_SETTINGS, words=settings), progress=False)
+
+
+@torch.no_grad()
+def logits_of(family, pair, side):
+    """Whole logits of one response, and the patches' last hidden states, from a row of its own; float32."""
+    encoded = family.encode(pair)
+    ids = torch.tensor([[*encoded.prompt_ids, *encoded.response_ids[side]]])
+    out = family.unwrapped(input_ids=ids, attention_mask=torch.ones_like(ids), **encoded.pixels, output_hidden_states=True)
+    return out.logits[0, len(encoded.prompt_ids) - 1 : -1], out.hidden_states[-1][0, encoded.patches]
+
+
+def test_the_features_of_words_are_those_of_whole_logits(scored):
+    family, store = scored
+    pair = pairs(6)[0]
+    rows = {word: number for number, word in enumerate(store.words(pair.id).words)}
+    assert "laptop" in rows or "cat" in rows
+    both = [logits_of(family, pair, side) for side in ("chosen", "rejected")]
+    probabilities = torch.cat([logits for logits, _ in both]).softmax(-1)
+    lens = (both[0][1] @ family.head.weight.detach().T).log_softmax(-1)
+    table = store.words(pair.id)
+    for word, row in rows.items():
+        ids = list(table.token_ids[row])
+        assert table.features["log_prob"][row] == pytest.approx(float(probabilities[:, ids].max().log()), abs=1e-4)
+        assert table.features["patch_lens"][row] == pytest.approx(float(lens[:, ids].max()), abs=1e-4)
+        question = replace(pair, prompt=f"Is there a {word} in the image?", chosen="Yes", rejected="No")
+        first = {side: logits_of(family, question, side)[0][0] for side in ("chosen", "rejected")}
+        yes, no = (family.encode(question).response_ids[side][0] for side in ("chosen", "rejected"))
+        lower = replace(question, chosen="yes", rejected="no")
+        more = [family.encode(lower).response_ids[side][0] for side in ("chosen", "rejected")]
+        expected = first["chosen"][[yes, more[0]]].max() - first["chosen"][[no, more[1]]].max()
+        assert table.features["self_question"][row] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_training_step_is_the_divergence_on_plain_logits(scored, tmp_path):
+    family, store = scored
+    options = {"objective": "tilt(answers='both')", "rewards": str(store.path), "max_steps": 1}
+    run = training_runs.trainer(llava(), tmp_path, pairs(6), **options)
+    with torch.no_grad():
+        for parameter in run.family.unwrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    batch = run.data_collator(pairs(6)[:3])
+    losses = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
+    for pair, loss in zip(pairs(6)[:3], losses.tolist(), strict=True):
+        ids, rewards = WordReward.of("self_question").of_tokens(store.words(pair.id))
+        given = {"policy": {}, "reference": {}, "tokens": family.encode(pair).response_ids}
+        for side in ("chosen", "rejected"):
+            given["policy"][side] = logits_of(run.family, pair, side)[0].double().numpy()
+            given["reference"][side] = logits_of(family, pair, side)[0].double().numpy()
+        token_rewards = dict(zip(ids.tolist(), rewards.tolist(), strict=True))
+        assert token_rewards and min(token_rewards.values()) < 0
+        expected = loss_from_logits("tilt(answers='both')", **given, token_rewards=token_rewards)
+        assert loss == pytest.approx(expected, rel=2e-4)
+
+
+def test_training_scores_what_it_reads_itself_and_comes_nearer_to_the_tilted_reference(tmp_path):
+    options = {"per_device_train_batch_size": 6, "learning_rate": 3e-4, "max_steps": 25}
+    objective = "tilt(answers='both', reward='log_prob')"
+    done = training_runs.trainer(llava(), tmp_path, pairs(6), objective=objective, **options)
+    done.train()
+    losses = training_runs.curve(done, "tilt/divergence")
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_a_store_without_words_is_refused_before_training(scored, tmp_path):
+    bare = score_pairs(pairs(6), llava(), tmp_path / "bare", progress=False)
+    with pytest.raises(UserError, match="holds no words, which tilt rewards"):
+        training_runs.trainer(llava(), tmp_path / "run", pairs(6), objective="tilt", rewards=str(bare.path))
+    _, store = scored
+    damaged = shutil.copytree(store.path, tmp_path / "damaged")
+    file = next(damaged.glob("shards/*.words.parquet"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=f"{file.name} is missing or not what was written"):
+        RewardStore.open(damaged).words(pairs(6)[0].id)
+
+
+def test_unranked_pairs_teach_only_objectives_that_do_not_rank(scored, tmp_path):
+    unranked = [replace(pair, meta={"unranked": True}) for pair in pairs(6)]
+    for objective in ("dpo", "tilt", "tilt(answers='both', dpo_weight=1.0)"):
+        with pytest.raises(UserError, match="is unranked"):
+            training_runs.trainer(llava(), tmp_path / "no", unranked, objective=objective, rewards=str(scored[1].path))
+    words = "words(vocabulary='{}')".format(tmp_path / "words.json")
+    (tmp_path / "words.json").write_text(json.dumps(WORDS))
+    settings = replace(PAPER_SETTINGS, words=WordSettings.of(words))
+    store = score_pairs(unranked, llava(), tmp_path / "store", settings, progress=False)
+    assert {label for pair in unranked for label in store.words(pair.id).labels.tolist()} == {-1}  # they say nothing
+    training_runs.trainer(
+        llava(), tmp_path / "run", unranked, objective="tilt(answers='both')", rewards=str(store.path), max_steps=1
+    ).train()
+
+
+# ---- the probe ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_is_the_minimum_of_the_penalised_logistic_loss():
+    random = np.random.default_rng(0)
+    columns = random.normal(size=(200, 2)) * [3.0, 0.2] + [5.0, -1.0]
+    labels = (columns[:, 0] + random.normal(size=200) > 5).astype(int)
+    probe = Probe.fitted(("a", "b"), columns, labels)
+
+    def loss(weights, intercept):
+        z = (columns - columns.mean(0)) / columns.std(0)
+        logits = z @ np.array(weights) + intercept
+        return np.logaddexp(0, np.where(labels == 1, -logits, logits)).sum() + 0.5 * np.square(weights).sum()
+
+    least = loss(probe.weights, probe.intercept)
+    for change in np.eye(3) * 1e-2:
+        for sign in (1, -1):
+            moved = sign * change
+            assert loss(np.array(probe.weights) + moved[:2], probe.intercept + moved[2]) > least
+    logits = probe.logits({"a": columns[:, 0], "b": columns[:, 1]})
+    assert loss(probe.weights, probe.intercept) == pytest.approx(
+        np.logaddexp(0, np.where(labels == 1, -logits, logits)).sum() + 0.5 * np.square(probe.weights).sum()
+    )
+
+
+def test_a_probe_needs_words_of_both_kinds():
+    with pytest.raises(UserError, match="only one kind, or none"):
+        Probe.fitted(("a",), np.zeros((3, 1)), np.ones(3, dtype=int))
+    with pytest.raises(UserError, match="only one kind, or none"):
+        WordReward.of("probe").ready([])
