@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catpo.core import registry
+from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json, write_json
-from catpo.rewards.shards import checksum
 from hostile_place import MISSING, Place, bad, encoded, grade, parquet, show_store
 
 # ---- stores ------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from bench.launching import environment_of, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from catpo.files.json_files import read_rows
 from catpo.models import loading
 from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.score import score_pairs
@@ -63,7 +64,7 @@ def trained(folder, store, output, **options):
         "progress": False,
     }
     train(pairs=pairs(8), model=folder, output=output, **{**settings, **options})
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(output / "metrics.jsonl")
     figures = [row[name] for row in rows for name in ("loss", "grad_norm", "eval_loss") if name in row]
     return figures, json.loads((output / "catpo.json").read_text())["processes"]
 

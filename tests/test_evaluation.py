@@ -20,7 +20,7 @@ from catpo.evaluation.benchmarks import CAPTIONS, CaptionTruth, grade_caption, g
 from catpo.evaluation.evaluate import evaluate
 from catpo.evaluation.folder import EvaluationFolder
 from catpo.evaluation.grade import grade, grade_answers
-from catpo.files.json_files import read_rows
+from catpo.files.json_files import read_json, read_rows, write_json
 from catpo.text.object_words import mentions
 from fake_family import FakeFamily
 
@@ -276,8 +276,8 @@ def test_an_answer_without_a_field_is_refused_by_line(tmp_path, again, change, f
 def test_a_changed_evaluation_json_is_refused_by_field(tmp_path, field, value):
     run(tmp_path / "out")
     path = tmp_path / "out" / "evaluation.json"
-    changed = {**json.loads(path.read_text()), field: value}
-    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+    changed = {**read_json(path), field: value}
+    write_json(path, {key: value for key, value in changed.items() if value is not ...})
     with pytest.raises(UserError, match=rf"evaluation\.json .*'{field}'.* Remove \S*out and start again"):
         grade(tmp_path / "out")
 

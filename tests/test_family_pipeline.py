@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
+from catpo.files.json_files import read_rows
 from catpo.models.loading import load
 from catpo.reporting.build import report
 from catpo.rewards.store import RewardStore
@@ -71,7 +72,7 @@ def test_every_token_has_signals_and_the_map_fits_the_grids(made, data):
 
 
 def first_line(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    return read_rows(run / "metrics.jsonl")[0]
 
 
 @pytest.mark.parametrize("run", ["lora", "full"])

@@ -82,7 +82,7 @@ def training(folder, store, output, **options):
 
 def rows(output):
     """Of metrics.jsonl, without what differs between two undisturbed runs."""
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = json_files.read_rows(output / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in kills.TIMING} for row in found]
 
 
@@ -137,8 +137,8 @@ def test_a_run_that_was_killed_while_it_removed_a_checkpoint_removes_it(folder, 
 def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(folder, store, tmp_path):
     whole = training(folder, store, tmp_path / "run", max_steps=2)
     before, told = files(whole.model), rows(tmp_path / "run")
-    about = json.loads((tmp_path / "run" / "catpo.json").read_text())
-    (tmp_path / "run" / "catpo.json").write_text(json.dumps({**about, "complete": False}))
+    about = json_files.read_json(tmp_path / "run" / "catpo.json")
+    json_files.write_json(tmp_path / "run" / "catpo.json", {**about, "complete": False})
     training(folder, store, tmp_path / "run", max_steps=2)
     assert files(whole.model) == before and rows(tmp_path / "run") == told
 
@@ -389,7 +389,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named_with_what_to_do(name, spoil, fo
 
 def test_a_damaged_mark_of_a_checkpoint_is_named(folder, store, killed):
     mark = last_whole(killed / "checkpoints") / MARK
-    whole = json.loads(mark.read_text())
+    whole = json_files.read_json(mark)
     for text in ("", "[]", "{}", json.dumps({**whole, "step": 3}), json.dumps({**whole, "files": [1]})):
         mark.write_text(text)
         with pytest.raises(UserError, match=f"{mark} .*remove {mark.parent}"):
@@ -429,8 +429,8 @@ def test_the_files_of_every_process_belong_to_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name, value", [("settings", None), ("settings", []), ("complete", "yes")], ids=str)
 def test_a_run_whose_catpo_json_lacks_something_is_refused(name, value, folder, store, killed):
-    about = json.loads((killed / "catpo.json").read_text()) | {name: value}
-    (killed / "catpo.json").write_text(json.dumps({key: each for key, each in about.items() if each is not None}))
+    about = json_files.read_json(killed / "catpo.json") | {name: value}
+    json_files.write_json(killed / "catpo.json", {key: each for key, each in about.items() if each is not None})
     with pytest.raises(UserError, match=f"catpo.json lacks a usable '{name}'. Remove {killed} and start again"):
         training(folder, store, killed, max_steps=2)
 

@@ -12,7 +12,7 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, Sample
 from catpo.data.read import open_data
-from catpo.files.json_files import read_rows
+from catpo.files.json_files import read_json, read_rows, write_json
 from catpo.pairing.methods import Dropped, corrected, label, reference, seva
 from catpo.pairing.pair import pair
 from catpo.text.object_words import mentions
@@ -332,7 +332,7 @@ def killed(output):
     """A run of which two of five blocks are done; gives their rows, and those of the pairs."""
     with pytest.raises(KeyboardInterrupt):
         run(output, family=FakeFamily(fail_after=2))
-    return ([json.loads(line) for line in (output / name).read_text().splitlines()] for name in ("blocks.jsonl", "pairs.jsonl"))
+    return (read_rows(output / name) for name in ("blocks.jsonl", "pairs.jsonl"))
 
 
 def write_lines(path, rows):
@@ -419,8 +419,8 @@ def test_what_a_process_made_is_refused_where_it_is_not_as_written(tmp_path, row
 def test_a_finished_run_whose_account_is_not_as_written_is_refused(tmp_path, change, field):
     run(tmp_path / "out")
     path = tmp_path / "out" / "pairs.json"
-    changed = {key: value for key, value in {**json.loads(path.read_text()), **change}.items() if value is not None}
-    path.write_text(json.dumps(changed))
+    changed = {key: value for key, value in {**read_json(path), **change}.items() if value is not None}
+    write_json(path, changed)
     with pytest.raises(UserError, match=rf"pairs\.json .*'{field}'.* Remove \S*out and start again"):
         run(tmp_path / "out")
 

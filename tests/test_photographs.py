@@ -9,6 +9,7 @@ from collections import defaultdict
 import pytest
 
 from catpo.cli.main import main
+from catpo.files.json_files import read_rows
 
 PHOTOS = 200
 
@@ -46,7 +47,7 @@ def test_two_hundred_photographs_go_the_whole_way(photos, tmp_path, capsys):
           "--evaluations", out("evaluation")])  # fmt: skip
 
     assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["counts"]["asked"] == PHOTOS
-    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = read_rows(tmp_path / "run" / "metrics.jsonl")
     first, last = ([row for row in losses if "loss/preference" in row][at] for at in (0, -1))
     assert last["loss/preference"] < first["loss/preference"]  # human and model sentences are easily told apart
     scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import types
 from dataclasses import replace
@@ -17,6 +16,7 @@ from catpo.config import options as config
 from catpo.config import recipes
 from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
+from catpo.files.json_files import read_rows
 from catpo.models import loading
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.models.packing import run_backbone
@@ -86,7 +86,7 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
     )
     made = plan(options("train", **given))
     result = train(**given, output=tmp_path / "run", logging_steps=1, progress=False)
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    log = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert made.steps == max(row["step"] for row in log)
     assert (made.pairs, made.eval_pairs) == (15, 5)
     tuned = loading.load(result.model)

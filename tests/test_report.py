@@ -22,7 +22,7 @@ from catpo.evaluation.compare import Format, compare, show
 from catpo.evaluation.coverage import Coverage, at_equal_coverage
 from catpo.evaluation.folder import load_evaluation
 from catpo.evaluation.paired import Difference
-from catpo.files.json_files import append_rows, read_rows, write_json
+from catpo.files.json_files import append_rows, read_json, read_rows, write_json
 from catpo.reporting.build import report
 from catpo.reporting.evaluations import BenchmarkTable, Cell, benchmark_tables
 from catpo.reporting.heatmap import canvas, compose, heatmap
@@ -120,7 +120,7 @@ def test_any_metric_may_be_without_a_value(folder, tmp_path, seed):
 
 def _with_nulls(evaluation, rng):
     """Some counts of some groups are 0, and some captions name nothing; some stored metrics are null."""
-    rows, scores = read_rows(evaluation / "grades.jsonl"), json.loads((evaluation / "scores.json").read_text())
+    rows, scores = read_rows(evaluation / "grades.jsonl"), read_json(evaluation / "scores.json")
     names = sorted({(row["group"], count) for row in rows for count in row["counts"]})
     zeroed = set(rng.sample(names, rng.choice([0, 3, len(names) // 2, len(names)])))
     says_nothing = rng.random() < 0.5

@@ -1,6 +1,5 @@
 """The reward store: it reads back what was written, resumes after a kill, and names damage and mix-ups."""
 
-import json
 import os
 import pickle
 import re
@@ -15,6 +14,7 @@ import pytest
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PatchGrid
+from catpo.files.json_files import read_json
 from catpo.files.lock import lock
 from catpo.rewards.fusion import Fusion, fuse
 from catpo.rewards.store import ResponseRow, RewardStore
@@ -511,7 +511,7 @@ def test_the_fingerprint_changes_with_the_numbers_but_not_with_the_path_of_the_m
 
 def test_provenance_is_readable_in_store_json(tmp_path):
     whole_store(tmp_path)
-    provenance = json.loads((tmp_path / "store.json").read_text())
+    provenance = read_json(tmp_path / "store.json")
     assert provenance["model"] == "models/tiny"
     assert provenance["attention"]["layers"] == [2, 3]
     assert provenance["complete"] is True

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from catpo.core.errors import UserError
 from catpo.data.read import dev_split
+from catpo.files.json_files import read_rows
 from catpo.models import loading
 from catpo.rewards.store import RewardStore
 from catpo.scoring.score import score_pairs
@@ -308,7 +309,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert lora or any(not torch.equal(expected[name], base[name]) for name in base)
-    rows = lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = lambda path: read_rows(path / "metrics.jsonl")
     steps_of, losses_of = (
         [[row[name] for row in rows(tmp_path / run) if "loss" in row] for run in ("whole", "killed")]
         for name in ("step", "loss")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
+from catpo.files.json_files import read_rows
 from catpo.models.family import Family
 from catpo.training.config import CatPOConfig
 from catpo.training.train import train
@@ -57,5 +56,5 @@ def interrupted_and_resumed(folder, store, output, step, **options):
 
 def logged(run, *names):
     """The values under `names` of every row of a run's `metrics.jsonl` that has a loss."""
-    rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run.output / "metrics.jsonl")
     return [[row[name] for name in names] for row in rows if "loss" in row]

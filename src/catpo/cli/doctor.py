@@ -154,7 +154,7 @@ def _model(model: str) -> Iterator[Finding]:
 
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
+        base = read_json(adapter, may_link=True).get("base_model_name_or_path")
         yield Finding("model", "ok", f"a LoRA adapter for {base}; about the base model: catpo doctor {base}")
         return
     try:

@@ -43,6 +43,8 @@ class Picture:
     name: str = ""
     load: Callable[..., bytes] | None = None
     at: tuple[str | int, ...] = ()
+    expected: str = ""
+    """What `digest` must be, where that is known; the bytes are compared when they are read."""
 
     def open(self) -> Image.Image:
         """The picture as RGB on white, rotated as viewers show it (EXIF), first frame of an animation.
@@ -67,7 +69,7 @@ class Picture:
         """The encoded bytes.
 
         Raises:
-            UserError: the file is missing or empty.
+            UserError: the file is missing or empty, or is not the one expected.
         """
         if self.data is not None:
             return self.data
@@ -77,6 +79,11 @@ class Picture:
             raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
         if not content:
             raise UserError(f"{self} is an empty file. Replace or remove it.")
+        if self.expected and _hash(content) != self.expected:
+            raise UserError(
+                f"{self} is not what catpo saved under this name, which is a hash of its bytes. Put it back, or make the pairs "
+                "again. A picture of your own needs another name."
+            )
         return content
 
     def _read_file(self, path: Path) -> bytes:
@@ -87,7 +94,7 @@ class Picture:
 
     def digest(self) -> str:
         """Hash of the encoded bytes, which identifies the picture."""
-        return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
+        return _hash(self.read())
 
     @property
     def label(self) -> str:
@@ -96,6 +103,10 @@ class Picture:
 
     def __str__(self) -> str:
         return f"picture '{self.label}'"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def opened(content: bytes) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import Any
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, opened
 from catpo.files.atomic import make_folder, write_atomic
+from catpo.files.inside import stay_inside
 from catpo.files.json_files import append_rows, write_json
 
 ROWS, ABOUT, PICTURES = "pairs.jsonl", "pairs.json", "images"
@@ -17,6 +18,8 @@ PAIR = {
     "labels": dict[str, list[list]], "meta": dict,
 }  # fmt: skip
 """A row of pairs.jsonl."""
+HASHED = r"images/([0-9a-f]{32})\.\w+"
+"""How rows name their pictures: by `Picture.digest`."""
 EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}
 
 
@@ -63,6 +66,6 @@ def _save(folder: Path, picture: Picture) -> str:
         kind = image.format or "img"
     path = Path(PICTURES) / f"{in_memory.digest()}.{EXTENSIONS.get(kind, kind.lower())}"
     if not (folder / path).exists():
-        make_folder(folder / PICTURES)
+        make_folder(stay_inside(folder / PICTURES, folder))
         write_atomic(folder / path, content, is_durable=False)
     return path.as_posix()

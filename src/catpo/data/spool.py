@@ -30,7 +30,10 @@ BLOCK = 256
 BLOCK_BYTES = 64 << 20
 """Bytes of pictures after which a block is written though it has fewer pairs."""
 PICTURE = pa.struct(
-    {"name": pa.binary(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string()}
+    {
+        "name": pa.binary(), "path": pa.binary(), "data": pa.binary(), "load": pa.int32(), "at": pa.string(),
+        "expected": pa.string(),
+    }
 )  # fmt: skip
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta", "history")}
@@ -232,6 +235,7 @@ def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> dict[str,
         "data": picture.data,
         "load": number,
         "at": json.dumps(picture.at),
+        "expected": picture.expected,
     }
 
 
@@ -242,6 +246,7 @@ def _picture(row: dict[str, Any], loads: Sequence[Callable[..., bytes]]) -> Pict
         data=row["data"],
         load=None if row["load"] is None else loads[row["load"]],
         at=tuple(json.loads(row["at"])),
+        expected=row["expected"],
     )
 
 

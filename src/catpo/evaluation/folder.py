@@ -6,7 +6,6 @@ scores.json of the grades, last: it marks a finished evaluation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +16,7 @@ from catpo.core.errors import UserError
 from catpo.evaluation.benchmarks import GROUNDED as GROUNDED
 from catpo.evaluation.benchmarks import HALLUCINATED as HALLUCINATED
 from catpo.evaluation.bootstrap import Estimate
-from catpo.files.atomic import write_atomic
-from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
+from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json, write_rows
 from catpo.files.provenance import check_same, versions
 from catpo.files.strict_json import check_fields, fits
 
@@ -77,7 +75,7 @@ class EvaluationFolder:
         append_rows(self.answers, rows)
 
     def write_answers(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        write_atomic(self.answers, _as_lines(rows))
+        write_rows(self.answers, rows)
 
     def resume_answers(self, batches: Sequence[Sequence[tuple[str, str]]]) -> int:
         """How many batches of (benchmark, item id) are answered; a part of one, of a killed process, is dropped.
@@ -104,7 +102,7 @@ class EvaluationFolder:
     # ---- grades.jsonl, scores.json ------------------------------------------------------------------------------------
 
     def write_grades(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        write_atomic(self.grades, _as_lines(rows))
+        write_rows(self.grades, rows)
 
     def write_scores(self, scores: Mapping[str, Any]) -> None:
         write_json(self.scores, scores)
@@ -113,10 +111,6 @@ class EvaluationFolder:
 def answers_items(rows: Sequence[Mapping[str, Any]], items: Sequence[tuple[str, str]]) -> bool:
     """Whether the rows are answers to exactly these items, in this order."""
     return all(fits(row, ANSWER) for row in rows) and [(row["benchmark"], row["id"]) for row in rows] == list(items)
-
-
-def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # ---- a finished evaluation ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from catpo.core.spec import parse
 from catpo.core.types import Sample
 from catpo.data.datasets import Dataset
 from catpo.data.read import Subset, open_data
+from catpo.files.inside import stay_inside
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
@@ -218,5 +219,5 @@ def _as_row(folder: Path, outcome: Round) -> dict[str, Any]:
 
 
 def _from_row(folder: Path, row: Mapping[str, Any]) -> Round:
-    number = row["round"]
-    return Round(number, folder / f"round-{number}", folder / row["model"], row["asked"], row["pairs"], row["accuracy"])
+    number, model = row["round"], stay_inside(folder / row["model"], folder)
+    return Round(number, folder / f"round-{number}", model, row["asked"], row["pairs"], row["accuracy"])

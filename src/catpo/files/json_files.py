@@ -1,4 +1,7 @@
-"""JSON files that outlive a killed process: objects written whole, rows appended, a torn last line cut off. Knows no model."""
+"""JSON files that outlive a killed process: objects written whole, rows appended, a torn last line cut off. Knows no model.
+
+Every object and row carries a checksum, which is compared when it is read, and which readers do not see.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,40 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files.atomic import cut_back, reason_of, write_atomic
+from catpo.files.checksums import sealed, unsealed
+from catpo.files.inside import stay_inside
 from catpo.files.strict_json import Fields, check_fields, parse_object
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+def write_json(path: str | Path, fields: Mapping[str, Any]) -> None:
+    """`write_atomic` of an object as indented JSON."""
+    write_atomic(path, json.dumps(sealed(fields), ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: str | Path, *, made_by: str = "catpo", fields: Fields | None = None) -> dict[str, Any]:
-    """The object in a JSON file; `made_by` is the command that a message about a missing file names.
+def read_json(
+    path: str | Path, *, made_by: str = "catpo", fields: Fields | None = None, may_link: bool = False
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        made_by: the command that a message about a missing or damaged file names.
+        fields: what the object must have.
+        may_link: for files of models, which in the hub's cache are links into another folder.
 
     Raises:
-        UserError: it is missing, not JSON, not an object, or without one of the `fields` that it must have.
+        UserError: it is missing, a link out of its folder, not JSON, not an object, not what was written, or without one of the
+            fields.
     """
     path = Path(path)
+    if not may_link:
+        stay_inside(path, path.parent)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
-    value = parse_object(content, place=str(path), remedy=f"Write it again with `{made_by}`.")
+    remedy = f"Write it again with `{made_by}`."
+    value = unsealed(parse_object(content, place=str(path), remedy=remedy), place=str(path), remedy=remedy)
     check_fields(value, fields or {}, place=str(path), remedy=_start_again(path.parent))
     return value
 
@@ -41,7 +58,7 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         UserError: it cannot be written.
     """
     try:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+        content = _lines(rows).encode("utf-8")
         with open(path, "ab") as stream:
             stream.write(content)
             stream.flush()
@@ -53,6 +70,15 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         ) from error
 
 
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`write_atomic` of a JSON Lines file."""
+    write_atomic(path, _lines(rows))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | None = None) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that this library wrote; none if it does not exist; a torn last line is left out.
 
@@ -62,7 +88,7 @@ def read_rows(path: str | Path, fields: Fields | None = None, *, remove: Path | 
         remove: what to delete when a row is damaged, named in the message; the file's folder if None.
 
     Raises:
-        UserError: a line before the last is not a JSON object, or lacks a field; names the line.
+        UserError: a line is not a JSON object, lacks a field, or is not what was written; names the line.
     """
     return _complete_rows(Path(path), fields, remove)[0]
 
@@ -77,6 +103,7 @@ def repair_rows(path: str | Path, fields: Fields | None = None, *, remove: Path 
 
 def _complete_rows(path: Path, fields: Fields | None, remove: Path | None) -> tuple[list[dict[str, Any]], int]:
     """Complete rows, and their size in bytes."""
+    stay_inside(path, path.parent)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -84,11 +111,22 @@ def _complete_rows(path: Path, fields: Fields | None, remove: Path | None) -> tu
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check permissions.") from error
     *lines, torn = content.split(b"\n")  # not splitlines(): U+2028 may stand inside a JSON text
-    rows = []
+    rows, remedy = [], _start_again(remove or path.parent)
+    if _is_whole(torn[:-1]):  # no kill leaves a byte behind a row: it was a line break
+        raise UserError(f"{path}:{len(lines) + 1} does not end with a line break. {remedy}")
     for number, line in enumerate(lines, start=1):
-        place, remedy = f"{path}:{number}", _start_again(remove or path.parent)
-        rows.append(parse_object(line, place=place, remedy=remedy, fields=fields, loads=json.loads))
+        place = f"{path}:{number}"
+        row = parse_object(line, place=place, remedy=remedy, loads=json.loads)
+        rows.append(unsealed(row, place=place, remedy=remedy, line=line))
+        check_fields(rows[-1], fields or {}, place=place, remedy=remedy)
     return rows, len(content) - len(torn)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _start_again(path: Path) -> str:

@@ -14,6 +14,7 @@ import psutil
 
 from catpo.core.errors import UserError
 from catpo.files.atomic import PART, check_path, make_folder
+from catpo.files.inside import stay_inside
 
 try:
     import fcntl
@@ -45,6 +46,7 @@ def lock(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     check_path(folder)
     make_folder(folder)
+    stay_inside(folder / ".lock", folder)  # it is truncated
     try:
         stream = open(folder / ".lock", "a+", encoding="ascii")  # noqa: SIM115 (held until the end)
     except OSError as error:

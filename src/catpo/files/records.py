@@ -11,6 +11,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files import strict_json
+from catpo.files.checksums import unsealed
 
 MAX_BYTES = 2_000_000_000
 """Larger files are refused; the largest official one, COCO's instances of train2014, has 448 million bytes."""
@@ -68,7 +69,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def parse_records(text: str, place: str) -> list[Record]:
-    """The objects of a JSON list, or of JSON Lines without blank lines.
+    """The objects of a JSON list, or of JSON Lines without blank lines; those that catpo wrote are compared with what it wrote.
 
     Raises:
         UserError: a row is not JSON or not an object, or holds half a character; names it.
@@ -91,7 +92,7 @@ def _record(place: str, row: Any) -> Record:
     for name, value in row.items():
         if isinstance(value, str) and not value.isascii() and _HALVES.search(value):
             raise UserError(f"{place}: '{name}' holds half a character (a lone surrogate). Remove it.")
-    return Record(place, row)
+    return Record(place, unsealed(row, place=place, remedy="Put it back as it was, or remove it."))
 
 
 def as_id(value: Any) -> str | None:

@@ -1,6 +1,7 @@
 """Replies that were paid for, kept in an append-only JSON Lines file under a hash of the question. Knows no judge.
 
-Several processes may append to one file: a row is one write. A row torn by a killed process is ignored, and asked again.
+Several processes may append to one file: a row is one write. A row torn by a killed process, or damaged, is ignored, and
+asked again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError
+from catpo.files.checksums import sealed, unsealed
+from catpo.files.strict_json import parse_object
+
+REPLY = {"asked": str, "reply": str, "model": str}
 
 
 class Replies:
@@ -42,7 +47,7 @@ class Replies:
             UserError: it cannot be written.
         """
         row = {"asked": asked, **reply}
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+        line = json.dumps(sealed(row), ensure_ascii=False).encode("utf-8") + b"\n"
         with self._lock:
             self._rows[asked] = row
             try:
@@ -66,11 +71,10 @@ def hash_of(question: Any) -> str:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_object(line, place="", remedy="", fields=REPLY, loads=json.loads)
+        return unsealed(row, place="", remedy="", line=line)
+    except UserError:
         return None
-    is_reply = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("asked", "reply", "model"))
-    return row if is_reply else None
 
 
 def _is_whole(stream: Any) -> bool:

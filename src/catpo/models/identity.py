@@ -138,6 +138,6 @@ def _checkpoint_files(model: Any) -> list[str]:
     with suppress(OSError):
         return [found(WEIGHTS)]
     with suppress(OSError):
-        shards = read_json(found(INDEX))["weight_map"].values()
+        shards = read_json(found(INDEX), may_link=True)["weight_map"].values()
         return [found(shard) for shard in sorted(set(shards))]
     return []

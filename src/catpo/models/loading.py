@@ -23,6 +23,7 @@ from catpo.models import devices, memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.family import Family
 from catpo.models.load_checks import check_base, check_loaded, problem_with_adapter
+from catpo.models.saved import check_files
 
 BUILTIN = Path(__file__).parent / "builtin"
 """The packaged model, called `builtin` on the command line."""
@@ -75,7 +76,7 @@ def load(
             "quantization_config": quantized(quantization, path, dtype, trust_remote_code),
             "device_map": {"": str(place)},
         }
-    _refuse_pickles(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
+    _check_folder(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
     has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
     with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING):
         with _refused(model, "loaded"):
@@ -174,8 +175,9 @@ def _refused(model: str | Path, done: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_pickles(folder: Path, name: str, *safetensors: str) -> None:
-    """Refuse a folder whose weights are in another format than safetensors: opening them could run code."""
+def _check_folder(folder: Path, name: str, *safetensors: str) -> None:
+    """Refuse a folder whose files are not those that were saved, or whose weights could run code when they are opened."""
+    check_files(folder)
     if not folder.is_dir() or any((folder / file).is_file() for file in safetensors):
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
@@ -210,6 +212,7 @@ def blueprint(
     path = _adapter_base(Path(model)) if holds_adapter(model) else resolve(model)
     _check_dtype(dtype)
     _check_quantization(quantization)
+    check_files(Path(path), with_weights=False)
     with _refused(model, "read"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -267,7 +270,9 @@ def quiet() -> Iterator[None]:
 
 
 def _adapter_base(adapter: Path) -> str:
-    base = read_json(adapter / "adapter_config.json", made_by="save_pretrained").get("base_model_name_or_path")
+    check_files(adapter, with_weights=False)
+    about = read_json(adapter / "adapter_config.json", made_by="save_pretrained", may_link=True)
+    base = about.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {adapter}.")
     check_base(base, adapter)
@@ -277,7 +282,7 @@ def _adapter_base(adapter: Path) -> str:
 def _with_adapter(model: Any, adapter: str | Path) -> Any:
     from peft import PeftModel  # only where an adapter is used: peft starts slowly
 
-    _refuse_pickles(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
+    _check_folder(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
     try:
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
         with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from catpo.files.json_files import read_json, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
 from catpo.models import loading, memory
+from catpo.models.saved import list_files
 from catpo.runtime import disk_errors
 
 MANIFEST = "catpo-merge.json"
@@ -49,5 +50,6 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
             family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
         write_json(part / MANIFEST, {"format": 1, "settings": settings, "versions": versions()})
+        list_files(part)
         part.rename(folder)
     return folder

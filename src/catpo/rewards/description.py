@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError
+from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json
 from catpo.files.strict_json import check_fields, fits
-from catpo.rewards.shards import COLUMNS, checksum
+from catpo.rewards.shards import COLUMNS
 
 FORMAT = 3
 FIELDS = {"signals": list[str], "pair_count": int, "shard_size": int, "pairs_hash": str}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid, Side
 from catpo.files.atomic import write_atomic
+from catpo.files.checksums import checksum
+from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json, write_json
 from catpo.rewards import words
 from catpo.rewards.fusion import ResponseSignals
@@ -194,7 +195,7 @@ class Shard:
 
     def _read(self, name: str) -> bytes:
         try:
-            content = (self.store / "shards" / name).read_bytes()
+            content = stay_inside(self.store / "shards" / name, self.store).read_bytes()
         except OSError as error:
             raise self._damage(name) from error
         if checksum(content) != self.checksums.get(name):
@@ -281,7 +282,3 @@ def _problem_of_grids(column: pa.ListArray) -> str:
 
 def _numbers(column: pa.Array) -> NDArray[Any]:
     return column.to_numpy(zero_copy_only=False)
-
-
-def checksum(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from safetensors.numpy import save as to_safetensors
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
 from catpo.files.atomic import make_folder
+from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json, write_json
 from catpo.rewards import words
 from catpo.rewards.description import check_same_store, describe, shard_count
@@ -64,7 +65,7 @@ class RewardWriter:
             path.mkdir(parents=True, exist_ok=True)
             check_place(path)
             write_json(path / "store.json", description)
-        make_folder(path / "shards")
+        make_folder(stay_inside(path / "shards", path))
         for leftover in [*path.glob(".*.part"), *path.glob("shards/.*.part")]:
             leftover.unlink()  # of a killed run
         return cls(path, description, pair_ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError
-from catpo.files.atomic import write_atomic
-from catpo.files.json_files import append_rows, read_rows, repair_rows, write_json
+from catpo.files.json_files import append_rows, read_rows, repair_rows, write_json, write_rows
 from catpo.runtime.progress import track
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.view_passes import ViewPasses
@@ -80,7 +78,7 @@ class MetricsFile(TrainerCallback):
         rows = repair_rows(self.path) if state.global_step else []
         _check(rows, self.path)
         kept = [row for row in rows if row["step"] <= state.global_step and CLOSING not in row]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or not state.is_world_process_zero:

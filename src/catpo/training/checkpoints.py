@@ -7,10 +7,10 @@ only then are older ones removed. The mark lists size and checksum of every file
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError, shown
 from catpo.files.atomic import PART
+from catpo.files.checksums import describe_file, problem_with
 from catpo.files.json_files import read_json, write_json
 from catpo.runtime.sigterm import Stop
 
 MARK = "whole.json"
 """In a checkpoint's folder: says that it is complete, and lists its files."""
-CHUNK = 1 << 20  # bytes
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -40,7 +40,7 @@ def _step(checkpoint: Path) -> str:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a marked checkpoint and what to do, as a message; None if every file is as it was written.
 
-    Reads all of it once. A mark of an early version, which lists no files, counts as undamaged.
+    Reads all of it once. Of files that an older version listed, only the size is compared; if it listed none, nothing is.
     """
     try:
         mark = read_json(checkpoint / MARK, made_by="catpo train")
@@ -51,16 +51,9 @@ def damage(checkpoint: Path) -> str | None:
     listed = mark.get("files", {})
     if not isinstance(listed, Mapping):
         return _message(checkpoint, MARK, "does not list the checkpoint's files")
-    present = {file.relative_to(checkpoint).as_posix() for file in _files(checkpoint)}
     for name, written in listed.items():
-        if name not in present:
-            return _message(checkpoint, shown(name), "is missing")
-        try:
-            is_as_written = _size_and_checksum(checkpoint / name) == written
-        except OSError as error:
-            return _message(checkpoint, name, f"cannot be read ({error.strerror})")
-        if not is_as_written:
-            return _message(checkpoint, name, "is damaged")
+        if problem := problem_with(checkpoint, name, written):
+            return _message(checkpoint, shown(name), problem)
     return None
 
 
@@ -116,11 +109,12 @@ class AtomicCheckpoints(TrainerCallback):
         self.wait()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            written = {}
-            for file in _files(folder):
-                _sync(file)  # on disk before the mark is
-                written[file.relative_to(folder).as_posix()] = _size_and_checksum(file)
-            write_json(folder / MARK, {"step": state.global_step, "files": written})
+            written = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+            with ThreadPoolExecutor(1) as disk:  # hashing takes no time of its own while the disk writes
+                on_disk = disk.map(_sync, written.values())
+                files = {name: describe_file(file) for name, file in written.items()}
+                list(on_disk)  # before the mark is
+            write_json(folder / MARK, {"step": state.global_step, "files": files})
             _remove_others(folder)
 
 
@@ -143,15 +137,6 @@ def _files(folder: Path) -> list[Path]:
     """The files of a checkpoint, those of all processes, without the mark."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [file for file in files if file != folder / MARK and not PART.fullmatch(file.name)]
-
-
-def _size_and_checksum(file: Path) -> dict[str, Any]:
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "blake2b": digest.hexdigest()}
 
 
 def _sync(file: Path) -> None:

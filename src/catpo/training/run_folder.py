@@ -12,6 +12,7 @@ from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json, read_rows
 from catpo.files.provenance import versions
+from catpo.models.saved import list_files
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
 from catpo.training.checkpoints import last_whole
@@ -101,6 +102,7 @@ def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] |
     weights = as_loaded(model, trainer.loaded_dtypes, weights)
     type(model).save_pretrained(model, part, state_dict=weights)  # with the usual key names, unlike the checkpoints
     trainer.family.processor.save_pretrained(part)
+    list_files(part)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)

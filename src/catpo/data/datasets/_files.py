@@ -11,6 +11,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.data.datasets._base import Row
+from catpo.files.checksums import unsealed
 from catpo.files.records import decode, parse_json, read_bytes
 from catpo.files.strict_json import loads, parse, parse_object
 
@@ -20,6 +21,7 @@ MARK = b"\xef\xbb\xbf"
 MAX_LINE = 16_000_000
 """Bytes of the longest row of a file that has one per line."""
 ONE_PER_LINE = "Each line must be one JSON object, in UTF-8; rows(source='FILE') reads a JSON list, too."
+MAKE_AGAIN = "Put the line back as it was, remove it, or make the data again."
 LISTS = {"images", "conversations", "messages", "rejected_conversations", "rejected_messages", "completions"}
 """Columns of a CSV file whose cells are JSON."""
 
@@ -88,11 +90,11 @@ def line_object(where: str, line: bytes) -> dict[str, Any]:
     """The object on a line.
 
     Raises:
-        UserError: the line is too long, or is no JSON object.
+        UserError: the line is too long, is no JSON object, or is one of catpo's that was changed.
     """
     if len(line) > MAX_LINE:
         raise UserError(f"{where} is longer than {MAX_LINE:,} bytes. {ONE_PER_LINE}")
-    return parse_object(line, place=where, remedy=ONE_PER_LINE)
+    return unsealed(parse_object(line, place=where, remedy=ONE_PER_LINE), place=where, remedy=MAKE_AGAIN, line=line)
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -9,7 +9,9 @@ Every row is checked when the folder is opened, so that no later step fails half
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,11 +24,13 @@ from catpo.data import datasets
 from catpo.data.datasets import FieldOptions, Row
 from catpo.data.datasets._files import line_object, numbered_lines
 from catpo.data.datasets._messages import dialogue
+from catpo.data.pair_folder import ABOUT, HASHED, ROWS
+from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json
 
 DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "history", "labels", "meta", "references", "truth")
-USUAL_FILES = ("pairs.jsonl", "data.jsonl")
+USUAL_FILES = (ROWS, "data.jsonl")
 LABELS = ("grounded", "hallucinated")
 
 
@@ -62,7 +66,8 @@ class Dataset(datasets.RowDataset):
             raise UserError(f"folder: limit={limit!r} must be a whole number, 1 or more.")
         self.name, self.limit, self.prompt = str(source), limit, prompt
         self.file = row_file(Path(source))
-        _check_finished(self.file)
+        self.is_ours = _is_made_by_catpo(self.file)
+        """Whether `catpo` made the folder, whose pictures are named by their hash."""
         self.root = Path(images or self.file.parent).resolve()
         self.vocabulary = self.words(source, vocabulary=vocabulary)
         self._items: list[PreferencePair | Sample] | None = None
@@ -110,7 +115,7 @@ class Dataset(datasets.RowDataset):
         for number, line in numbered_lines(self.file):
             where = f"{self.file}:{number}"
             try:
-                row = _Row(where, line_object(where, line), self.root)
+                row = _Row(where, line_object(where, line), self.root, is_ours=self.is_ours)
                 [item] = row.made(partial(_Row.items, prompt=self.prompt, number=number), self.fields)
                 if item.id in seen:
                     raise UserError(
@@ -125,7 +130,8 @@ class Dataset(datasets.RowDataset):
     @classmethod
     def words(cls, source: str | Path, *, vocabulary: str | None = None, **options: Any) -> Mapping[str, str] | None:
         """DIR/vocabulary.json, or the file named."""
-        path = row_file(Path(source)).parent / (vocabulary or "vocabulary.json")
+        folder = row_file(Path(source)).parent
+        path = stay_inside(folder / (vocabulary or "vocabulary.json"), folder)
         if vocabulary is None and not path.exists():
             return None
         if path.exists() and not path.is_file():
@@ -136,8 +142,12 @@ class Dataset(datasets.RowDataset):
         return words
 
 
+@dataclass(frozen=True)
 class _Row(Row):
     """One JSON object with its place in the file."""
+
+    is_ours: bool = False
+    """Whether it is of a folder whose pictures are named by their hash."""
 
     @property
     def is_pair(self) -> bool:
@@ -185,6 +195,12 @@ class _Row(Row):
         if field == "images" and not isinstance(self.values.get("images"), list):
             raise self.error(field, "must be a list of pictures")
         return self.pictures(field)
+
+    def picture(self, field: str, value: Any, root: Path) -> Picture:
+        """As of any row; of one that is named by its hash, the bytes are compared."""
+        picture = super().picture(field, value, root)
+        named = re.fullmatch(HASHED, value) if self.is_ours and isinstance(value, str) else None
+        return picture if named is None else replace(picture, expected=named[1])
 
     def identity(self) -> str:
         """The row's own id, or an empty text."""
@@ -238,7 +254,7 @@ def row_file(source: Path) -> Path:
     """The file of rows in a folder, or the file itself.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: there is none, there is more than one, or it is a link out of the folder.
     """
     if source.is_file():
         return source
@@ -246,18 +262,20 @@ def row_file(source: Path) -> Path:
         raise UserError(f"{source} is neither a folder nor a file. Check the path.")
     for name in USUAL_FILES:
         if (source / name).is_file():
-            return source / name
+            return stay_inside(source / name, source)
     files = sorted(file for file in source.glob("*.jsonl") if file.is_file())  # not a pipe, which would block
     if len(files) != 1:
         problem = "no .jsonl file" if not files else f"{len(files)} .jsonl files ({files[0].name}, {files[1].name}, ...)"
         raise UserError(f"{source} holds {problem}. Call one of them data.jsonl or pairs.jsonl, or give the file itself.")
-    return files[0]
+    return stay_inside(files[0], source)
 
 
-def _check_finished(file: Path) -> None:
-    """Raise if `catpo pair` was killed before the folder was complete; a folder made by hand needs no pairs.json."""
-    metadata = file.parent / "pairs.json"
-    if file.name == "pairs.jsonl" and metadata.is_file() and not read_json(metadata, made_by="catpo pair").get("complete"):
+def _is_made_by_catpo(file: Path) -> bool:
+    """Whether a file lies in a pair folder; raises if `catpo pair` was killed before that was complete."""
+    metadata = file.parent / ABOUT
+    is_ours = file.name == ROWS and metadata.is_file()
+    if is_ours and not read_json(metadata, made_by="catpo pair").get("complete"):
         raise UserError(
             f"{file.parent} is not finished. Give the same `catpo pair` command again; it goes on where it stopped."
         )
+    return is_ours
