@@ -41,7 +41,7 @@ from catpo.training.train import train
 
 TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
           "eval_samples_per_second", "eval_steps_per_second", "train_seconds",
-          "catpo_checksum", "blake2b_4mib", "bytes")  # fmt: skip
+          "catpo_checksum", "sha256_4mib", "bytes")  # fmt: skip
 """Fields that differ between two uninterrupted runs, and checksums and sizes of files that hold such fields."""
 STUDY = """
 title: Small

@@ -181,8 +181,9 @@ class Shard:
 
     @cached_property
     def checksums(self) -> dict[str, str]:
+        path = stay_inside(self.checksums_path, self.store)
         try:
-            return {name: str(value) for name, value in read_json(self.checksums_path).items()}
+            return {name: str(value) for name, value in read_json(path, may_link=True).items()}
         except UserError as error:
             raise self._damage(self.checksums_path.name) from error
 
