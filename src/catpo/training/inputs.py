@@ -15,11 +15,13 @@ from catpo.core.types import PreferencePair
 from catpo.data.spool import PairsAt, ids_of, joined
 from catpo.data.trl_rows import as_pairs
 from catpo.models.family import Family
+from catpo.models.family_check import check_family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import is_main_process
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.training import other_trainers
+from catpo.training.collator import check_ranked
 from catpo.training.config import CatPOConfig, check_store, needs_store, words_read
 from catpo.training.objectives import Objective
 
@@ -59,6 +61,17 @@ class Inputs:
         if repeated and is_main_process():
             _tell_of_repeated(repeated, 0 if train is None else len(train))
         return cls(train, evaluation, every)
+
+    def check(self, family: Family, objective: Objective) -> None:
+        """Try the model on the first pair.
+
+        Raises:
+            UserError: the model cannot be run exactly, or the objective asks which response is better and no one knows.
+        """
+        if self.every:
+            check_family(family, self.every[0])
+        if objective.ranks:
+            check_ranked(self.every[:1])
 
 
 def _check_best(args: CatPOConfig, evaluation: Pairs | dict[str, Pairs] | None) -> None:

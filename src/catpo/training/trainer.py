@@ -26,7 +26,6 @@ from catpo.models import memory
 from catpo.models.adapters import active_tensors, unwrapped
 from catpo.models.attention import last_layer
 from catpo.models.family import Family
-from catpo.models.family_check import check_family
 from catpo.models.output_head import OutputHead, TokenStats
 from catpo.models.packing import Batch, Prefix, hidden_and_logps, size_of, unflatten
 from catpo.models.tensors import masked_sum
@@ -38,7 +37,7 @@ from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
 from catpo.training.checkpoints import check_loaded
-from catpo.training.collator import PairCollator, check_ranked
+from catpo.training.collator import PairCollator
 from catpo.training.config import (
     NO_PREDICTIONS,
     CatPOConfig,
@@ -113,10 +112,7 @@ class CatPOTrainer(Trainer):
         self.needs = requirements(self.objective.loss, self.objective.options)
         self.divergence = kl_need(self.needs)
         check_rescoring(args.rescore_every, self.objective, args.dataloader_num_workers, process_count())
-        if inputs.every:
-            check_family(self.family, inputs.every[0])
-        if self.objective.ranks:
-            check_ranked(inputs.every[:1])
+        inputs.check(self.family, self.objective)
         self.view_passes = self._open_views(args, inputs.every)
         self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
         self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
