@@ -214,8 +214,8 @@ def test_every_way_to_train_gives_the_cpu_s_losses(folder, store, tmp_path, way)
 
 
 @pytest.mark.parametrize("objective", [
-    *(name for name in registry.names("objectives") if name != "tilt"), "vdpo(unconditional='reference')", "vdpo(view='none')", "mdpo(view='another')",
-    "chip(weights='catpo')",
+    *(name for name in registry.names("objectives") if name != "tilt"), "vdpo(unconditional='reference')", "vdpo(view='none')",
+    "mdpo(view='another')", "chip(weights='catpo')",
 ])  # fmt: skip
 def test_every_objective_trains_on_a_gpu(folder, store, judge, cuda, tmp_path, objective):
     given = f"tgdpo(judge={str(judge)!r})" if objective == "tgdpo" else objective
