@@ -37,7 +37,8 @@ from catpo.models import loading
 from catpo.planning.costs import SHARDED
 from catpo.planning.dry_run import Plan, plan
 from catpo.scoring.score import score_pairs
-from catpo.training.config import CatPOConfig, lora_config
+from catpo.training.config import CatPOConfig
+from catpo.training.lora import lora_config
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 

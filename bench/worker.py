@@ -37,7 +37,8 @@ from catpo.rewards.store import ResponseRow, RewardStore
 from catpo.rewards.writer import RewardWriter
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SIGNALS
-from catpo.training.config import CatPOConfig, lora_config
+from catpo.training.config import CatPOConfig
+from catpo.training.lora import lora_config
 from catpo.training.pair_stats import PairStats, Quantity
 from catpo.training.trainer import CatPOTrainer
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from catpo.config.arguments import NOT_HERE
 from catpo.core.errors import UserError
-from catpo.training.config import NOT_HERE, CatPOConfig
+from catpo.training.config import CatPOConfig
 from catpo.training.trainer import CatPOTrainer
 from tiny import llava, pairs
 

@@ -108,6 +108,37 @@ def test_a_recipe_sets_what_the_command_line_does_not(command: str, called: dict
     assert (called["limit"], called[name], called["dtype"]) == (5, 3, "float32")
 
 
+def test_arguments_of_transformers_are_flags_and_lines_of_a_recipe(called: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {adam_beta2: 0.9, optim: sgd, lr_scheduler_kwargs: {min_lr_rate: 0.1}, tf32: true}\n")
+    flags = ["--adam-beta2", "0.95", "--no-tf32", "--optim-args", "momentum=0.5", "--full_determinism"]
+    more = ["--gradient-checkpointing-kwargs", "use_reentrant=False", "--save-total-limit=3"]
+    assert run("train", *REQUIRED["train"], "--config", str(recipe), *flags, *more) == 0
+    wanted = {
+        "adam_beta2": 0.95, "optim": "sgd", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "tf32": False,
+        "optim_args": "momentum=0.5", "full_determinism": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "save_total_limit": 3, "data_seed": None,
+    }  # fmt: skip
+    assert {name: called[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr", "1"], "'train' has no option 'lr': write learning_rate."),
+        (["--loss-type=ipo"], "'train' has no option 'loss_type': the loss is the objective"),
+        (["--neftune-noise-alpha", "5"], "noise in the embeddings would make the policy another one"),
+        (["--gradient-checkpointing-kwargs", "no"], "gradient_checkpointing_kwargs must be of the form option=value"),
+        (["--seed", "1.5"], "seed must be a whole number, not 1.5."),
+        (["--save-total-limit=.5"], "save_total_limit must be a whole number, not .5."),
+        (["--adam-beta1", "nan"], "adam_beta1 must be a finite number, not nan."),
+    ],
+)
+def test_flags_of_other_trainers_are_told_what_to_write(flags: list[str], told: str, capsys: Any) -> None:
+    assert run("train", *REQUIRED["train"], *flags) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_recipe_can_set_everything_that_is_required(called: dict[str, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

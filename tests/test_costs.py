@@ -10,7 +10,7 @@ from peft import get_peft_model
 from catpo.models.packing import hidden_and_logps, pack
 from catpo.planning.costs import SHARDED, Operations, per_process, sent_bytes
 from catpo.planning.sizes import operations
-from catpo.training.config import lora_config
+from catpo.training.lora import lora_config
 from catpo.training.pair_forward import add_pair_forward
 from tiny import llava, pairs
 from tiny_families import BUILDERS, build

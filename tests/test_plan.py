@@ -24,7 +24,7 @@ from catpo.planning.dry_run import plan
 from catpo.planning.sizes import weight_bytes
 from catpo.scoring.score import score
 from catpo.training.collator import PairCollator
-from catpo.training.config import lora_config
+from catpo.training.lora import lora_config
 from catpo.training.train import train
 from tiny import pairs
 from tiny_families import BUILDERS, build

@@ -23,7 +23,8 @@ from catpo.planning.dry_run import plan
 from catpo.scoring.score import score_pairs
 from catpo.training import precision
 from catpo.training.collator import PairCollator
-from catpo.training.config import CatPOConfig, lora_config
+from catpo.training.config import CatPOConfig
+from catpo.training.lora import lora_config
 from catpo.training.loss_checks import rounding
 from catpo.training.trainer import CatPOTrainer
 from tiny import CORPUS, llava, pair, pairs

@@ -10,14 +10,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Group, Parameter, Token
+from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from catpo import __version__
 from catpo.cli import streams
+from catpo.cli.flags import explained, from_recipe
 from catpo.cli.streams import say, warn
 from catpo.config import options as config
-from catpo.config.validation import problem
 from catpo.core import registry
 from catpo.core.errors import Stopped, UserError, did_you_mean
 from catpo.runtime.launcher import is_main_process, process_count
@@ -85,38 +85,15 @@ def _shown(message: str) -> str:
     return message if len(message) <= LONGEST else f"{message[: LONGEST * 2 // 3]} … {message[-LONGEST // 3 :]}"
 
 
-def _from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in what `--config` sets and the command line does not."""
-    given = next((argument.tokens for argument in arguments if argument.name == "--config" and argument.tokens), None)
-    if given is None:
-        return
-    from catpo.config import recipes
-
-    recipe = recipes.read(given[0].value).get(commands[-1], {})
-    for argument in arguments:
-        name = argument.field_info.name
-        if name in recipe and not argument.tokens:
-            argument.append(Token(keyword=argument.name, implicit_value=recipe[name], source=given[0].value))
-
-
-def _explained(error: CycloptsError) -> Any:
-    """A value outside its type in our words (cyclopts would quote pydantic); any other mistake as cyclopts shows it."""
-    from pydantic import ValidationError
-
-    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
-        raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
-    return CycloptsPanel(error)
-
-
 app = App(
     name="catpo",
     help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
     help_epilogue="New here? `catpo demo` runs everything on built-in pictures in minutes.",
     version=__version__,
-    config=_from_recipe,
+    config=from_recipe,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
     error_console=Console(stderr=True),
-    error_formatter=_explained,
+    error_formatter=explained,
     suppress_keyboard_interrupt=False,
     help_format="plaintext",
     result_action="return_value",
@@ -177,7 +154,10 @@ def train(
     engine: Engine = "ddp",
     processes: Processes = None,
 ) -> None:
-    """Train a model on preference pairs with token weights."""
+    """Train a model on preference pairs with token weights.
+
+    Fields of transformers' TrainingArguments are options too: --optim adamw_8bit, --adam-beta2 0.95, ... (docs/quickstart.md).
+    """
     if dry_run:
         _show_plan(options, engine=engine, processes=processes)
         return

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from cyclopts import Parameter
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 
 class Options:
     """Base of every command's options: each field is validated when the object is made."""
+
+    ELSEWHERE = MappingProxyType[str, str]({})
+    """Name that the command has not, and that users of other tools know -> what to do instead."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -82,11 +86,18 @@ def made(options: Any, given: Mapping[str, Any], name: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(options)}
     for option in given:
         if option not in fields:
-            raise UserError(f"'{name}' has no option '{option}'. {did_you_mean(option, fields)}")
+            raise UserError(f"'{name}' has no option '{option}'{instead(options, option, fields)}")
     for option, field in fields.items():
         if option not in given and field.default is MISSING:
             raise UserError(f"'{name}' needs '{option}': {field_docs(options)[option]}")
     return options(**given)
+
+
+def instead(options: Any, unknown: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """The end of a message about an option that a command has not: what to do instead, or the closest that it has."""
+    if unknown in options.ELSEWHERE:
+        return f": {options.ELSEWHERE[unknown]}."
+    return f". {did_you_mean(unknown, known, prefix=prefix)}"
 
 
 def _signature(options: Any, run: Callable[..., Any]) -> inspect.Signature:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from catpo.config.arguments import ELSEWHERE, with_arguments
 from catpo.config.command import Options
 from catpo.config.validation import (
     Count,
@@ -44,6 +46,9 @@ OnError = Annotated[
 ]
 Dtype = Annotated[str, _help("Precision of the weights; auto: the checkpoint's own.")]
 Quantization = Annotated[str | None, _help("4bit: NF4 for the decoder's linear layers, as in QLoRA (needs bitsandbytes).")]
+Revision = Annotated[Text | None, _help("Branch, tag or commit of a model on the hub (default: main).")]
+MinPixels = Annotated[Count | None, _help("Least pixels of a resized picture, for models with such a budget (Qwen-VL).")]
+MaxPixels = Annotated[Count | None, _help("Most pixels of a resized picture, for models with such a budget (Qwen-VL).")]
 AttnImplementation = Annotated[
     str | None, _help("Attention implementation: sdpa, flex_attention or eager (default: the model's own).")
 ]
@@ -85,7 +90,10 @@ class PairOptions(Options):
     judge: Judge = None
     adapter: Adapter = None
     on_error: OnError = "stop"
+    revision: Revision = None
     dtype: Dtype = "auto"
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
     trust_remote_code: TrustRemoteCode = False
     device: Device = None
     progress: Progress = True
@@ -128,7 +136,10 @@ class ScoreOptions(Options):
     dataloader_num_workers: Workers = None
     adapter: Adapter = None
     on_error: OnError = "stop"
+    revision: Revision = None
     dtype: Dtype = "auto"
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
     quantization: Quantization = None
     attn_implementation: AttnImplementation = None
     trust_remote_code: TrustRemoteCode = False
@@ -137,8 +148,14 @@ class ScoreOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+@with_arguments
 class TrainOptions(Options):
-    """`catpo train`: pairs, a reward store and a model in, a run out."""
+    """`catpo train`: pairs, a reward store and a model in, a run out.
+
+    Fields of transformers' `TrainingArguments` that are not here are options too.
+    """
+
+    ELSEWHERE = MappingProxyType(ELSEWHERE)
 
     pairs: Source
     """Preference pairs: a folder, or a data set that has them."""
@@ -160,8 +177,8 @@ class TrainOptions(Options):
     """Pairs per device and forward pass."""
     gradient_accumulation_steps: Count = 32
     """Gradient accumulation steps."""
-    warmup_steps: Whole = 0
-    """Optimiser steps of learning-rate warm-up."""
+    warmup_steps: Measure = 0
+    """Optimiser steps of learning-rate warm-up; below 1, a share of all steps."""
     lr_scheduler_type: str = "cosine"
     """Learning-rate scheduler (transformers name)."""
     weight_decay: Measure = 0.0
@@ -169,7 +186,8 @@ class TrainOptions(Options):
     max_grad_norm: Measure = 1.0
     """Gradient clipping norm."""
     lora: Text | None = "lora"
-    """Adapter with its options, e.g. lora(r=128, alpha=256, dropout=0.0); none: train the whole decoder."""
+    """Adapter with its options, e.g. lora(r=128, alpha=256, use_dora=True); none: train the whole decoder."""
+    adapter: Annotated[File | None, _help("LoRA adapter to train further, with lora none.")] = None
     max_length: MaxLength = None
     max_steps: int = -1
     """Stop after this many optimiser steps; -1: by epochs."""
@@ -190,13 +208,22 @@ class TrainOptions(Options):
     dataloader_num_workers: Workers = None
     limit: Limit = None
     on_error: OnError = "stop"
+    revision: Revision = None
     dtype: Dtype = "auto"
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
     quantization: Quantization = None
     attn_implementation: AttnImplementation = None
     bf16: bool | None = None
     """Compute in bfloat16 where it is safe; trained weights stay in float32 (default: if the weights are in half precision)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    train_vision: bool = False
+    """Train vision tower and projector too, or let lora name their layers."""
+    prefix: Literal["shared", "separate"] = "shared"
+    """Both responses in one row after their prompt, or a row for each (slower; to compare)."""
+    self_check: bool = True
+    """Check loss, KL and gradient of the first step."""
     report_to: str = "none"
     """Experiment tracker: tensorboard, wandb, … or none."""
     trust_remote_code: TrustRemoteCode = False
@@ -230,7 +257,10 @@ class EvaluateOptions(Options):
     shuffled: bool = False
     """Control: answer each item with another item's picture; a model that looks must fail."""
     on_error: OnError = "stop"
+    revision: Revision = None
     dtype: Dtype = "auto"
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
     trust_remote_code: TrustRemoteCode = False
     device: Device = None
     progress: Progress = True

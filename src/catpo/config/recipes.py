@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from catpo.config import strict_yaml
-from catpo.config.command import field_docs, fit, hints
+from catpo.config.command import field_docs, fit, hints, instead
 from catpo.config.options import COMMANDS, is_python_only
 from catpo.core.errors import UserError, did_you_mean
 
@@ -76,7 +76,7 @@ def starter(folder: str | Path = "runs/first") -> str:
                 is_tuned = command == "train" and field.name in FOR_BUILTIN
                 note = f" For the built-in model; the default is {_as_yaml(field.default)}." if is_tuned else ""
                 lines += [f"  # {documented[field.name]}{note}", f"  {field.name}: {given[command][field.name]}"]
-            elif field.default is not MISSING and field.name in known:
+            elif field.default is not MISSING and field.name in known and field.name in documented:
                 lines += [f"  # {documented[field.name]}", f"  # {field.name}: {_as_yaml(field.default)}"]
     return "\n".join(lines) + "\n"
 
@@ -86,9 +86,8 @@ def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) ->
     section = strict_yaml.mapping(given, f"{path}: '{command}'")
     for key in section:
         if key not in known:
-            raise UserError(
-                f"{path}: '{command}.{key}' is not an option. {did_you_mean(str(key), known, prefix=f'{command}.')}"
-            )
+            told = instead(COMMANDS[command], str(key), known, prefix=f"{command}.")
+            raise UserError(f"{path}: '{command}.{key}' is not an option{told}")
     merged = {**{key: (key, value) for key, value in shared.items() if key in known}}
     merged |= {key: (f"{command}.{key}", value) for key, value in section.items()}
     return {key: fit(COMMANDS[command], key, value, f"{path}: '{name}'") for key, (name, value) in merged.items()}

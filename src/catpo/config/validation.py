@@ -6,6 +6,7 @@ Pydantic is imported when the first value is checked, since `--help` checks none
 from __future__ import annotations
 
 import ast
+import json
 import math
 import reprlib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from catpo.core.checks import LARGEST, MOST
 from catpo.core.errors import UserError, did_you_mean
-from catpo.core.spec import Spec, parse_list
+from catpo.core.spec import Spec, parse, parse_list
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -151,6 +152,28 @@ def _specs(value: Any) -> tuple[str, ...]:
     return tuple(str(spec) for spec in parse_list(", ".join(str(item) for item in items)))
 
 
+def _keywords(value: Any) -> dict[str, Any]:
+    """Keyword arguments: a mapping, or text as in `use_reentrant=False, …`, or JSON."""
+    given = value
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.lstrip().startswith("{") else dict(parse(f"keywords({given})").options)
+        except (ValueError, RecursionError, UserError):
+            given = None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(f"must be of the form option=value, option=value, not {shown(value)}.")
+    return dict(given)
+
+
+def _names(value: Any) -> str | list[str]:
+    """A text, or a list of texts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"must be text or a list, each text, not {shown(value)}.")
+    return list(value)
+
+
 def _layers(value: Any) -> str | int | list[int]:
     """A word, a number or numbers; the command line gives `19,20` as text."""
     if isinstance(value, str):
@@ -189,4 +212,6 @@ Source = Annotated[str, Before(_text_or_object, is_all=True)]
 """What Python may also give as an object that is loaded already."""
 Layers = Annotated[str | int, Before(_layers, is_all=True)]
 PictureNumber = Annotated[str | int, Before(_picture, is_all=True)]
+Keywords = Annotated[str, Before(_keywords, is_all=True)]
+Names = Annotated[str, Before(_names, is_all=True)]
 Specs = Annotated[tuple[str, ...], Before(_specs)]

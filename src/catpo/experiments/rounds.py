@@ -13,9 +13,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from catpo.config.command import command, fit, hints
+from catpo.config.command import command, fit, hints, instead
 from catpo.config.options import COMMANDS, RoundsOptions
-from catpo.core.errors import UserError, did_you_mean
+from catpo.core.errors import UserError
 from catpo.core.spec import parse
 from catpo.core.types import Sample
 from catpo.data.datasets import Dataset
@@ -36,7 +36,7 @@ ACCURACY = "rewards/accuracies"
 SET_BY_LOOP = {
     "pair": frozenset({"model", "data", "output", "adapter", "seed", "limit", "progress"}),
     "score": frozenset({"pairs", "model", "output", "adapter", "limit", "progress"}),
-    "train": frozenset({"pairs", "model", "output", "rewards", "resume", "seed", "limit", "progress"}),
+    "train": frozenset({"pairs", "model", "output", "adapter", "rewards", "resume", "seed", "limit", "progress"}),
 }
 """Command -> its options that the loop sets itself."""
 ByCommand = Mapping[str, Mapping[str, Any]]
@@ -127,7 +127,7 @@ def run_rounds(
         if number <= len(finished):
             outcome = finished[number - 1]
         else:
-            outcome = _run_round(number, plan, model, options, progress)
+            outcome = _run_round(number, plan, model, options if number == 1 else _later(options), progress)
             append_rows(folder / DONE, [_as_row(folder, outcome)])
         yield outcome
         model = outcome.model
@@ -144,6 +144,11 @@ def _run_round(number: int, plan: RoundPlan, model: str | Path, options: ByComma
     )  # fmt: skip
     whole = _merged(run.model, plan.folder / "model")
     return Round(number, plan.folder, whole, paired.asked, paired.kept, _accuracy(plan.run))
+
+
+def _later(options: ByCommand) -> ByCommand:
+    """Options of the rounds after the first, whose models are folders without revisions."""
+    return {name: {key: value for key, value in given.items() if key != "revision"} for name, given in options.items()}
 
 
 def _merged(trained: Path, target: Path) -> Path:
@@ -195,7 +200,7 @@ def _options(recipe: ByCommand, given: RoundsOptions) -> dict[str, dict[str, Any
             if key in of_loop:
                 raise UserError(f"{name}: '{key}' is set by the rounds themselves. Leave it out of --{name}.")
             if key not in known:
-                raise UserError(f"'{name}' has no option '{key}'. {did_you_mean(key, known)}")
+                raise UserError(f"'{name}' has no option '{key}'{instead(COMMANDS[name], key, known)}")
             options[key] = fit(COMMANDS[name], key, value)
         by_command[name] = options
     more = {"pair": {"method": given.method, "judge": given.judge}, "train": {"objective": given.objective}}

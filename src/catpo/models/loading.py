@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,21 @@ from catpo.models import devices, memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.family import Family
 from catpo.models.load_checks import check_base, check_loaded, problem_with_adapter
+from catpo.models.pixel_budget import set_pixel_budget
 from catpo.models.saved import check_files
 
 BUILTIN = Path(__file__).parent / "builtin"
 """The packaged model, called `builtin` on the command line."""
+MAIN = "main"
+"""The revision of a model if none is given."""
 FAILURES = (
     OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises over a checkpoint that is missing, damaged, or not one."""
-OF_LOADING = ("adapter", "device", "dtype", "quantization", "attn_implementation", "trust_remote_code")
+OF_LOADING = (
+    "adapter", "revision", "device", "dtype", "quantization", "attn_implementation", "min_pixels", "max_pixels",
+    "trust_remote_code",
+)  # fmt: skip
 """Options of commands that say how a model is loaded; not every command has them all."""
 
 
@@ -49,53 +55,53 @@ def load(
     model: str | Path,
     *,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
     attn_implementation: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     trust_remote_code: bool = False,
 ) -> Family:
     """A model by hub id, folder or `builtin`, with its processor, as its family.
 
     A folder that holds a LoRA adapter is loaded onto the base model it names. `dtype='auto'` is the checkpoint's own.
     `quantization='4bit'` keeps the decoder's linear layers in NF4 (QLoRA); `attn_implementation` is one of transformers' names,
-    e.g. `sdpa`, `flex_attention` or `eager`, and concerns the decoder only.
+    e.g. `sdpa`, `flex_attention` or `eager`, and concerns the decoder only. `revision` is a branch, tag or commit on the hub;
+    `min_pixels` and `max_pixels` are those of a resized picture, for processors that have such a budget.
 
     Raises:
         UserError: there is no such model, or it is not a vision-language model that catpo can run.
     """
     path = resolve(model)
     if adapter is None and holds_adapter(path):
-        path, adapter = _adapter_base(Path(path)), path
+        (path, revision), adapter = _adapter_base(Path(path), revision), path
+    _check_revision(path, revision)
     _check_dtype(dtype)
     check_implementation(attn_implementation or "sdpa")
     place = devices.device_of(device)
     options: dict[str, Any] = {}
     if quantization is not None:  # bitsandbytes quantises on the device; left to itself, on the first GPU in every process
         options = {
-            "quantization_config": quantized(quantization, path, dtype, trust_remote_code),
+            "quantization_config": quantized(quantization, path, dtype, trust_remote_code, revision),
             "device_map": {"": str(place)},
         }
     _check_folder(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
     has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
     with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING):
         with _refused(model, "loaded"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            where: dict[str, Any] = {"revision": revision or MAIN, "trust_remote_code": trust_remote_code}
+            config = AutoConfig.from_pretrained(path, **where)
             with quiet():
                 loaded, info = AutoModelForImageTextToText.from_pretrained(
-                    path,
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **options,
+                    path, dtype=dtype, use_safetensors=True, output_loading_info=True, **where, **options
                 )
-            processor = AutoProcessor.from_pretrained(adapter if has_processor else path, trust_remote_code=trust_remote_code)
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(
-                f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
-                "Get the checkpoint again."
+            processor = AutoProcessor.from_pretrained(
+                adapter if has_processor else path, **{**where, "revision": MAIN if has_processor else where["revision"]}
             )
+        set_pixel_budget(processor, model, min_pixels, max_pixels)
+        _check_complete(model, sorted(info["missing_keys"]))
         if adapter is not None:
             loaded = _with_adapter(loaded, adapter)
         loaded.to(place).eval()
@@ -105,6 +111,14 @@ def load(
     if attn_implementation is not None:
         family.use_packed_attention(attn_implementation)
     return family
+
+
+def _check_complete(model: str | Path, missing: Sequence[str]) -> None:
+    if missing:
+        raise UserError(
+            f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
+            "Get the checkpoint again."
+        )
 
 
 def check_options(options: Any) -> None:
@@ -133,7 +147,7 @@ def opened(options: Any, **changes: Any) -> Family:
     if isinstance(options.model, str | Path):
         return load(options.model, **given)
     family: Family = options.model
-    for name in ("adapter", "dtype", "quantization"):
+    for name in ("adapter", "revision", "dtype", "quantization", "min_pixels", "max_pixels"):
         if given.get(name) not in (None, "auto"):
             raise UserError(
                 f"{name}={given[name]} cannot be set on a model that is loaded already. Load it so, or name its folder."
@@ -200,7 +214,14 @@ def _check_quantization(quantization: str | None) -> None:
 
 
 def blueprint(
-    model: str | Path, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Family:
     """The family of a model whose weights are not loaded: shapes, names and the real processor, for plans and checks.
 
@@ -209,22 +230,27 @@ def blueprint(
     Raises:
         UserError: as `load`.
     """
-    path = _adapter_base(Path(model)) if holds_adapter(model) else resolve(model)
+    path, revision = _adapter_base(Path(model), revision) if holds_adapter(model) else (resolve(model), revision)
+    _check_revision(path, revision)
     _check_dtype(dtype)
     _check_quantization(quantization)
     check_files(Path(path), with_weights=False)
     with _refused(model, "read"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        revision = revision or MAIN
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
         if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
-            empty.generation_config = GenerationConfig.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+            empty.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    set_pixel_budget(processor, model, min_pixels, max_pixels)
     return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
 
 
-def quantized(quantization: str, path: str, dtype: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
+def quantized(
+    quantization: str, path: str, dtype: str, trust_remote_code: bool = False, revision: str | None = None
+) -> BitsAndBytesConfig:
     """4-bit NF4 for the decoder's linear layers; vision tower, projector and head keep their precision.
 
     Raises:
@@ -233,7 +259,7 @@ def quantized(quantization: str, path: str, dtype: str, trust_remote_code: bool 
     _check_quantization(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("quantization='4bit' needs bitsandbytes: pip install 'catpo[quant]'.")
-    plan = blueprint(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    plan = blueprint(path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     kept = {id(part) for part in plan.frozen_parts()} | {id(plan.unwrapped.get_output_embeddings())}
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -269,14 +295,20 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _adapter_base(adapter: Path) -> str:
+def _adapter_base(adapter: Path, revision: str | None) -> tuple[str, str | None]:
+    """The base model that an adapter names, and its revision unless another is given."""
     check_files(adapter, with_weights=False)
     about = read_json(adapter / "adapter_config.json", made_by="save_pretrained", may_link=True)
-    base = about.get("base_model_name_or_path")
+    base, own = about.get("base_model_name_or_path"), about.get("revision")
     if not base or not isinstance(base, str):
         raise UserError(f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {adapter}.")
     check_base(base, adapter)
-    return resolve(base)
+    return resolve(base), revision or (own if isinstance(own, str) and not Path(resolve(base)).exists() else None)
+
+
+def _check_revision(path: str, revision: str | None) -> None:
+    if revision is not None and Path(path).exists():
+        raise UserError(f"revision='{revision}' is one of a model on the hub, but '{path}' is a folder. Leave it out.")
 
 
 def _with_adapter(model: Any, adapter: str | Path) -> Any:

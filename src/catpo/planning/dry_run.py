@@ -31,13 +31,13 @@ from catpo.runtime.skip_log import SkipLog
 from catpo.scoring import score
 from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.training import train
+from catpo.training.arguments import passed_on
 from catpo.training.config import check_store, needs_store
 from catpo.training.pair_stats import kl_need, requirements, view_needs
 from catpo.training.run_folder import free_output
 
 SAMPLE = 64
 """Pairs that are encoded to learn how long they are, spread evenly."""
-ADAMW_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,17 @@ def _blueprint(options: ScoreOptions | TrainOptions) -> Family:
     Raises:
         UserError: `train` would go on with an adapter, whose size is not known here.
     """
-    if isinstance(options, TrainOptions) and loading.holds_adapter(options.model):
+    carried = options.adapter or (options.model if loading.holds_adapter(options.model) else None)
+    if isinstance(options, TrainOptions) and carried is not None:
         raise UserError(
-            f"{options.model} holds an adapter; --dry-run plans new ones only. Give its base and --lora of the same size; "
+            f"{carried} holds an adapter; --dry-run plans new ones only. Give its base and --lora of the same size; "
             "with --reference online, training it further takes the model's weights once more."
         )
     family = loading.blueprint(
         options.model,
+        revision=options.revision,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
         dtype=options.dtype,
         quantization=options.quantization,
         trust_remote_code=options.trust_remote_code,
@@ -168,7 +172,7 @@ class _TrainingPlan:
         self.options, self.family, self.objective = training.options, training.family, training.objective
         self.pairs, self.sample, self.engine, self.processes = training.pairs, sample, engine, processes
         self.train_pairs, self.eval_pairs = dev_split(training.pairs, self.options.eval_fraction, self.options.seed)
-        self.row = sizes.row_lengths(self.family, sample)
+        self.row = sizes.row_lengths(self.family, sample, self.options.prefix)
         self.mean_row = sum(self.row) / len(self.row)
         self.computes_in = training.computes_in
         is_mixed = self.computes_in != torch.float32
@@ -177,8 +181,9 @@ class _TrainingPlan:
         """DeepSpeed: weights and gradients in half precision, the float32 masters beside the moments."""
         self.stored = sizes.weight_bytes(self.family, self.options.quantization)
         self.head = self.family.head.weight.numel() * self.family.head.weight.element_size()
-        self.trained = sizes.trained_count(self.family, self.options.lora)
+        self.trained = sizes.trained_count(self.family, self.options.lora, train_vision=self.options.train_vision)
         self.trained_bytes = sizes.MASTER * self.trained
+        self.moment_bytes = int(sizes.moments(passed_on(self.options).get("optim")) * self.trained_bytes)
         self.weights = sizes.weight_bytes_in_training(self.family, self.options.quantization, self.options.lora)
         needs = requirements(self.objective.loss, self.objective.options)
         self.has_kl = kl_need(needs) is not None
@@ -214,7 +219,7 @@ class _TrainingPlan:
             engine=self.engine,
             work=self._work(seen),
             awaited=str(rewards) if is_awaited else "",
-            checkpoint=saved_weights + ADAMW_MOMENTS * self.trained_bytes,
+            checkpoint=saved_weights + self.moment_bytes,
         )
 
     def _check_rewards(self, store: RewardStore) -> None:
@@ -233,7 +238,8 @@ class _TrainingPlan:
     def _steps(self) -> tuple[int, float]:
         """Optimiser steps, and pairs seen in them."""
         options = self.options
-        batches = math.ceil(len(self.train_pairs) / (options.per_device_train_batch_size * self.processes))  # of one epoch
+        rounded = math.floor if passed_on(options).get("dataloader_drop_last") else math.ceil
+        batches = rounded(len(self.train_pairs) / (options.per_device_train_batch_size * self.processes))  # of one epoch
         updates = math.ceil(batches / options.gradient_accumulation_steps)  # of one epoch
         if options.max_steps > 0:
             return options.max_steps, len(self.train_pairs) * options.max_steps / updates
@@ -250,7 +256,7 @@ class _TrainingPlan:
             "adapter": self.trained_bytes if options.lora else 0,
             "casts": self._cast_bytes(),
             "gradients": self.trained * self.computes_in.itemsize if self.has_own_masters else self.trained_bytes,
-            "optimiser": (ADAMW_MOMENTS + self.has_own_masters) * self.trained_bytes,
+            "optimiser": self.moment_bytes + self.has_own_masters * self.trained_bytes,
             "activations": longest * batch * self.policy_rows * per_token,
             "attention mask": batch * longest**2,
             "head tile": sizes.head_tile_bytes(self.sample, batch),

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import MIN_TILE_WIDTH, TILE
 from catpo.planning.costs import Operations
-from catpo.training.config import lora_config
+from catpo.training.lora import lora_config, wrapped
 
 MASTER = 4
 """Bytes of a trained number, of its gradient and of each of its moments: float32, whatever the checkpoint."""
 NF4_BITS = 4.127
 """Bits per weight: 4, and 8-bit scales per 64 weights with their own scales per 256 (QLoRA, section 3)."""
+MOMENTS = {"schedule_free": 2, "ademamix": 3, "lion": 1, "sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
+"""Part of an optimiser's name -> numbers that it keeps per trained one. AdamW keeps 2, and the others are taken to."""
+BITS = {"8bit": 8, "fp8": 8, "4bit": 4}
+"""Part of an optimiser's name -> bits of such a number, otherwise 32."""
 TILE_COPIES = 4
 """Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
 
-def row_lengths(family: Family, encoded: Sequence[Encoded]) -> list[int]:
+def row_lengths(family: Family, encoded: Sequence[Encoded], prefix: str = "shared") -> list[int]:
     """Tokens that each pair takes in a batch: one row for both responses, or two."""
     lengths = []
     for pair in encoded:
-        second_prompt = 0 if _is_one_row(family) else len(pair.prompt_ids)
+        second_prompt = 0 if prefix == "shared" and _is_one_row(family) else len(pair.prompt_ids)
         lengths.append(pair.length + second_prompt)
     return lengths
 
@@ -87,16 +90,28 @@ def cast_bytes(family: Family, computes_in: torch.dtype, *, is_checkpointed: boo
     return max(sizes) if is_checkpointed else sum(sizes)
 
 
-def trained_count(family: Family, lora: str | None) -> int:
+def trained_count(family: Family, lora: str | None, *, train_vision: bool = False) -> int:
     """Number of parameters that take a gradient, found by preparing the model without weights."""
     if lora:
-        model = get_peft_model(family.unwrapped, lora_config(lora, family))
+        model = wrapped(family.unwrapped, lora_config(lora, family))
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         model.unload()
         return count
     family.unwrapped.requires_grad_(True)
-    family.freeze_vision()
+    if not train_vision:
+        family.freeze_vision()
     return sum(parameter.numel() for parameter in family.unwrapped.parameters() if parameter.requires_grad)
+
+
+def moments(optim: str | None) -> float:
+    """Numbers that an optimiser keeps per trained one, counted in float32.
+
+    >>> moments(None), moments("adamw_8bit"), moments("lion_8bit"), moments("sgd")
+    (2.0, 0.5, 0.25, 0.0)
+    """
+    count = next((count for part, count in MOMENTS.items() if part in (optim or "")), 2)
+    bits = next((bits for part, bits in BITS.items() if part in (optim or "")), 32)
+    return count * bits / 32
 
 
 def head_tile_bytes(encoded: Sequence[Encoded], pairs: int) -> int:

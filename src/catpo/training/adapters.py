@@ -5,22 +5,18 @@ An adapter is trained exactly if the model with it switched off is the reference
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from peft import PeftConfig
 
-from peft import LoraConfig, PeftConfig, get_peft_model
-
-from catpo.core.errors import UserError, first_line
+from catpo.core.errors import UserError
 from catpo.models.adapters import adapter_prefixes
 from catpo.models.family import Family
+from catpo.training.lora import INITIAL, with_targets, wrapped
 
 EXACT = (
     "LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "VERA", "RANDLORA", "SHIRA", "MISS", "ROAD", "DELORA", "LN_TUNING",
     "TRAINABLE_TOKENS",
 )  # fmt: skip
 """PEFT's types whose log-probs and KL are compared with a plain forward pass in the tests."""
-INITIAL = (True, "gaussian", "orthogonal")
-"""Ways of `init_lora_weights` that leave the model as it is."""
 
 
 def put_adapter(family: Family, config: PeftConfig | None, *, train_vision: bool) -> None:
@@ -40,38 +36,13 @@ def put_adapter(family: Family, config: PeftConfig | None, *, train_vision: bool
     for each in [config] if config is not None else family.model.peft_config.values():
         _check_kind(each, is_carried)
     if config is not None:
-        family.model = _wrapped(family.model, _with_targets(config, targets))
+        family.model = wrapped(family.model, with_targets(config, targets))
     elif list(family.model.peft_config) != ["default"]:
         names = ", ".join(family.model.peft_config)
         raise UserError(f"The model carries the adapters {names}. Load the one to train alone, with adapter_name='default'.")
     elif not any(parameter.requires_grad for parameter in family.model.parameters()):
         family.model.set_adapter("default")  # as loaded for answers, it is frozen
     _check_trained(family, targets, train_vision)
-
-
-def _with_targets(config: PeftConfig, targets: str) -> PeftConfig:
-    """A LoRA that names no modules gets the decoder's linear layers; PEFT's own choice differs by architecture.
-
-    Raises:
-        UserError: it chooses layers by number, which PEFT does among modules named in a list only.
-    """
-    if not isinstance(config, LoraConfig) or config.target_modules is not None or config.target_parameters:
-        return config
-    if config.layers_to_transform is not None or config.layers_pattern is not None:
-        raise UserError(
-            "peft_config has layers_to_transform or layers_pattern, but no target_modules. Name them in a list, e.g. "
-            "target_modules=['q_proj', 'v_proj']."
-        )
-    config = copy.copy(config)
-    config.target_modules = targets
-    return config
-
-
-def _wrapped(model: Any, config: PeftConfig) -> Any:
-    try:
-        return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"peft_config cannot be put on the model: {first_line(error)}") from error
 
 
 def _check_kind(config: PeftConfig, is_carried: bool) -> None:

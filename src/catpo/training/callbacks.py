@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError
-from catpo.files.json_files import append_rows, read_rows, repair_rows, write_json, write_rows
+from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json, write_rows
 from catpo.runtime.progress import track
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.view_passes import ViewPasses
@@ -50,6 +50,17 @@ class KeepFusion(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_json(checkpoint / self.FILE, {"logits": self.fusion.logits.tolist()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            restore(self.fusion, state.best_model_checkpoint)
+
+
+def restore(fusion: LearnedFusion, checkpoint: str | Path) -> None:
+    """Take the coefficients that a checkpoint has, if any."""
+    file = Path(checkpoint) / KeepFusion.FILE
+    if file.is_file():
+        fusion.restore(read_json(file, made_by="catpo train")["logits"])
 
 
 class KeepSpecialTokens(TrainerCallback):

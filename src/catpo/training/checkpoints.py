@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from catpo.core.errors import UserError, shown
+from catpo.core.errors import UserError, did_you_mean, shown
 from catpo.files.atomic import PART
 from catpo.files.checksums import describe_file, problem_with
 from catpo.files.json_files import read_json, write_json
@@ -29,8 +29,15 @@ MARK = "whole.json"
 
 def last_whole(folder: Path) -> Path | None:
     """The last complete checkpoint in `folder`."""
-    marked = [mark.parent for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}") if _step(mark.parent).isdecimal()]
-    return max(marked, key=lambda checkpoint: int(_step(checkpoint)), default=None)
+    return max(_marked(folder), key=_number, default=None)
+
+
+def _marked(folder: Path) -> list[Path]:
+    return [mark.parent for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}") if _step(mark.parent).isdecimal()]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(_step(checkpoint))
 
 
 def _step(checkpoint: Path) -> str:
@@ -77,15 +84,21 @@ class AtomicCheckpoints(TrainerCallback):
         stop: asks the run to stop after a step.
         any_process: whether its argument is true in any process.
         wait: a barrier.
+        keep: how many of the last checkpoints stay; the best one stays beside them, if the run ends with that.
     """
 
-    def __init__(self, stop: Stop, any_process: Callable[[bool], bool], wait: Callable[[], None]) -> None:
-        self.stop, self.any_process, self.wait = stop, any_process, wait
+    def __init__(self, stop: Stop, any_process: Callable[[bool], bool], wait: Callable[[], None], keep: int = 1) -> None:
+        self.stop, self.any_process, self.wait, self.keep = stop, any_process, wait, keep
         self.is_due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and state.is_world_process_zero:
-            _tidy(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            for part in folder.glob(f".{MARK}.*.part"):  # of a run that was killed as it wrote the mark
+                part.unlink()
+            self._remove_others(folder, args, state)
+        if args.load_best_model_at_end and state.best_global_step:
+            _point_to_best(args, state)
         if state.global_step >= state.max_steps:  # transformers would take one more step in the middle of an epoch
             raise AllTrained
 
@@ -105,6 +118,14 @@ class AtomicCheckpoints(TrainerCallback):
         else:  # stopped in the middle of an epoch, with a checkpoint
             control.should_save = control.should_evaluate = False
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if metric not in kwargs["metrics"]:
+            raise UserError(
+                f"metric_for_best_model='{args.metric_for_best_model}' is no figure of this run. "
+                f"{did_you_mean(metric, kwargs['metrics'])}"
+            )
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.wait()
         if state.is_world_process_zero:
@@ -115,28 +136,34 @@ class AtomicCheckpoints(TrainerCallback):
                 files = {name: describe_file(file) for name, file in written.items()}
                 list(on_disk)  # before the mark is
             write_json(folder / MARK, {"step": state.global_step, "files": files})
-            _remove_others(folder)
+            self._remove_others(folder, args, state)
 
-
-def _tidy(folder: Path) -> None:
-    """Finish the clean-up during which a run was killed."""
-    for part in folder.glob(f".{MARK}.*.part"):
-        part.unlink()
-    _remove_others(folder)
-
-
-def _remove_others(folder: Path) -> None:
-    """Remove older checkpoints, and what a killed run wrote of newer ones."""
-    for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if other != folder:
-            (other / MARK).unlink(missing_ok=True)  # first: half a folder must not count
-            shutil.rmtree(other, ignore_errors=True)
+    def _remove_others(self, folder: Path, args: Any, state: Any) -> None:
+        """Remove checkpoints older than those to keep, and what a killed run wrote of newer ones."""
+        older = sorted((each for each in _marked(folder.parent) if _number(each) < _number(folder)), key=_number, reverse=True)
+        kept = {folder, *older[: self.keep - 1]}
+        if args.load_best_model_at_end and state.best_global_step:
+            kept.add(folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"))
+        for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if other not in kept:
+                (other / MARK).unlink(missing_ok=True)  # first: half a folder must not count
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
     """The files of a checkpoint, those of all processes, without the mark."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [file for file in files if file != folder / MARK and not PART.fullmatch(file.name)]
+
+
+def _point_to_best(args: Any, state: Any) -> None:
+    """The Trainer looks for the best checkpoint where the run was when that was written, and goes on without one."""
+    best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if not (best / MARK).is_file():
+        raise UserError(
+            f"{best}, the best checkpoint so far, is not there, so the run cannot end with it. Put it back, or start again."
+        )
+    state.best_model_checkpoint = str(best)
 
 
 def _sync(file: Path) -> None:

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from catpo.config.arguments import NOT_HERE
 from catpo.config.options import TrainOptions
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError, first_line
-from catpo.core.spec import Spec, check_options, parse
+from catpo.core.spec import Spec, parse
 from catpo.models import devices
-from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.workers import default_count
 from catpo.scoring.words import WordSettings
 from catpo.training import other_trainers
+from catpo.training.lora import plain_lora
 from catpo.training.objectives import Objective, build
 from catpo.training.pair_stats import Quantity, kl_need, requirements
 
 REFERENCES = ("cached", "online")
-NO_PREDICTIONS = "preference training has neither labels nor predictions to compute metrics from"
-SAME_POLICY = "an evaluation runs the policy in the precision it trains in"
-NOT_HERE = {
-    "auto_find_batch_size": "it would start again with a smaller batch, from weights that have been trained already and with "
-    "another learning-rate schedule; if memory runs out, lower per_device_train_batch_size and raise "
-    "gradient_accumulation_steps by as much (`catpo train --dry-run` shows what a batch takes)",
-    "neftune_noise_alpha": "noise in the embeddings would make the policy another one than the reference before it has learned",
-    "use_liger_kernel": "it replaces the forward pass in which catpo computes log-probs and KL without logits",
-    "label_smoothing_factor": "it is for labels of tokens; the objective smooths those of pairs: dpo(label_smoothing=0.1)",
-    "label_names": NO_PREDICTIONS,
-    "batch_eval_metrics": NO_PREDICTIONS,
-    "include_for_metrics": NO_PREDICTIONS,
-    "include_num_input_tokens_seen": "the tokens of a pair's batch are not counted; --dry-run predicts them",
-    "length_column_name": "batches of like length are made by the reward store's token counts",
-    "bf16_full_eval": SAME_POLICY,
-    "fp16_full_eval": SAME_POLICY,
-}
-"""Arguments of transformers that would have no effect, or the wrong one -> why."""
+PROJECTED = ("galore", "apollo")
+"""Optimisers that read `optim_target_modules`."""
 
 
 @dataclass
@@ -104,7 +89,10 @@ class CatPOConfig(TrainingArguments):
         if self.dataloader_num_workers is None:  # rewards that follow the policy reach batches of this process only
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.rescore_every
             self.dataloader_num_workers = default_count("cuda" if on_gpu else "cpu")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UserError(f"The options do not fit: {first_line(error)}") from error
         _check_arguments(self)
         if self.train_device is not None:
             self._check_device(torch.device(self.train_device), super().device)
@@ -147,6 +135,25 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"optim='{optim}' applies gradients within the backward pass, before they can be checked and clipped. Choose "
             "optim='adamw_torch'; to save memory, train an adapter."
         )
+    _check_scheduler(args)
+
+
+def _check_scheduler(args: TrainingArguments) -> None:
+    """Raises UserError if the learning-rate scheduler cannot be made; the Trainer looks only when training begins."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {
+        "num_warmup_steps": 1,
+        "num_training_steps": 2,
+        "scheduler_specific_kwargs": dict(args.lr_scheduler_kwargs or {}),
+    }
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, **options)
+    except (TypeError, ValueError, AttributeError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        given = args.lr_scheduler_kwargs
+        raise UserError(
+            f"lr_scheduler_type='{name}' cannot be used with lr_scheduler_kwargs={given}: {first_line(error)}"
+        ) from error
 
 
 def check_reference(ref_model: Any, *, is_run: bool) -> None:
@@ -168,12 +175,26 @@ def check_optimiser(args: TrainingArguments, model: Any, given: Any, kind: Any =
         if not (isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[0], type) and isinstance(kind[1], dict)):
             raise UserError("optimizer_cls_and_kwargs must be a class and a dict, e.g. (torch.optim.SGD, {'lr': 1e-4}).")
         return
+    if args.optim_target_modules is not None and not str(getattr(args.optim, "value", args.optim)).startswith(PROJECTED):
+        raise UserError(f"optim_target_modules is of the optimisers {', '.join(PROJECTED)} only. Leave it out, or give optim.")
     try:
-        if given is None:
-            Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if given is None and (model is not None or args.optim_target_modules is None):
+            _check_used(args, Trainer.get_optimizer_cls_and_kwargs(args, model), model)
     except (ImportError, ValueError) as error:
         optim = getattr(args.optim, "value", args.optim)
         raise UserError(f"optim='{optim}' cannot be used: {first_line(error)} Or choose optim='adamw_torch'.") from error
+
+
+def _check_used(args: TrainingArguments, made: Any, model: Any) -> None:
+    """Raises UserError for an argument that makes no other optimiser than its default does."""
+    for name in ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        default = next(each.default for each in fields(args) if each.name == name)
+        if getattr(args, name) != default:
+            plain = copy.copy(args)
+            setattr(plain, name, default)
+            if Trainer.get_optimizer_cls_and_kwargs(plain, model) == made:
+                optim = getattr(args.optim, "value", args.optim)
+                raise UserError(f"{name}={getattr(args, name)!r} has no effect with optim='{optim}'. Leave it out.")
 
 
 def objective_of(args: CatPOConfig) -> Objective:
@@ -255,6 +276,18 @@ def check_values(options: TrainOptions) -> None:
     check_word("train", "lr_scheduler_type", options.lr_scheduler_type, [scheduler.value for scheduler in SchedulerType])
     if options.quantization is not None and options.lora is None:
         raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
+    if options.quantization is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(
+            "quantization='4bit' is not offered under FSDP, which would cut packed weights apart. Use "
+            "recipes/accelerate/ddp.yaml, or leave quantization out."
+        )
+    if options.lora is not None:
+        plain_lora(options.lora)
+    if options.lora is not None and options.adapter is not None:
+        raise UserError(
+            f"adapter={options.adapter} is trained further, and lora would put another on top of it. Give lora=None "
+            "(--lora none) too."
+        )
 
 
 def _check_tracker(name: str) -> None:
@@ -266,22 +299,3 @@ def _check_tracker(name: str) -> None:
         INTEGRATION_TO_CALLBACK[name]()
     except (RuntimeError, ImportError) as error:
         raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
-
-
-def lora_config(text: str | Spec, family: Family) -> LoraConfig:
-    """`lora(r=128, alpha=256, dropout=0.0)` as a PEFT configuration for this family's decoder.
-
-    Raises:
-        UserError: an unknown option.
-    """
-    spec = parse(text)
-    if spec.name != "lora":
-        raise UserError(f"lora='{spec}' is not of the form lora(r=128, alpha=256, dropout=0.0).")
-    options = check_options(_lora, spec)
-    return _lora(family.lora_targets, **options)
-
-
-def _lora(targets: str, *, r: int = 128, alpha: int = 256, dropout: float = 0.0) -> LoraConfig:
-    if r < 1 or alpha < 1 or not 0 <= dropout < 1:
-        raise UserError(f"lora(r={r}, alpha={alpha}, dropout={dropout}): give r and alpha of 1 or more, dropout in [0, 1).")
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")

@@ -11,6 +11,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from catpo.core.types import SIDES, PreferencePair
 from catpo.rewards.store import RewardStore
 
+PICTURE = 400
+"""Words that a picture counts for: about as many tokens as LLaVA-1.5 makes of one."""
+
 
 class LikeLengths(Sampler[int]):
     """Pairs of similar length side by side, the longest first, otherwise in an order drawn anew for each epoch.
@@ -34,11 +37,12 @@ class LikeLengths(Sampler[int]):
 
 
 def lengths_of(pairs: Sequence[PreferencePair], rewards: RewardStore | None) -> list[int]:
-    """Tokens of picture and responses by the store's counts; without a store, words of the texts."""
+    """Tokens of pictures and responses by the store's counts; without one, words of all texts, `PICTURE` per picture."""
     lengths = []
     for pair in pairs:
         if rewards is None:
-            lengths.append(sum(len(text.split()) for text in (pair.prompt, pair.chosen, pair.rejected)))
+            texts = (*(turn.text for turn in pair.history), pair.prompt, pair.chosen, pair.rejected)
+            lengths.append(sum(len(text.split()) for text in texts) + PICTURE * len(pair.images))
             continue
         stored = [rewards.get(pair.id, side) for side in SIDES]
         lengths.append(sum(grid.size for grid in stored[0].grids) + sum(len(row.token_ids) for row in stored))

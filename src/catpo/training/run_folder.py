@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from catpo.config.arguments import is_passed_on
+from catpo.config.command import hints
 from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json, read_rows
@@ -21,17 +23,27 @@ from catpo.training.trainer import CatPOTrainer
 
 RUN = "catpo.json"
 NOT_SETTINGS = frozenset(
-    {"output", "resume", "pairs", "dataloader_num_workers", "report_to", "progress", "device", "on_error", "trust_remote_code"}
-)
+    {
+        "output", "resume", "pairs", "dataloader_num_workers", "report_to", "progress", "device", "on_error",
+        "trust_remote_code", "self_check", "save_total_limit",
+    }
+)  # fmt: skip
 """Options that change no weight, so that a resumed run may change them."""
+OF_THE_MACHINE = (
+    "hub_", "push_", "ddp_", "log_", "trackio_", "project", "run_name", "debug", "skip_memory", "dataloader_p", "dataloader_m",
+)  # fmt: skip
+"""How the names of transformers' arguments begin that change no weight either."""
 
 
 def settings_of(options: TrainOptions) -> dict[str, Any]:
     """The options that decide what is trained, as JSON."""
-    values = vars(options)
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in values.items() if name not in NOT_SETTINGS
-    }
+    settings = {}
+    for name, value in vars(options).items():
+        is_left_out = name in NOT_SETTINGS or name.startswith(OF_THE_MACHINE)
+        is_default = value is None and is_passed_on(hints(TrainOptions)[name])
+        if not (is_left_out or is_default):
+            settings[name] = str(value) if isinstance(value, Path) else value
+    return settings
 
 
 def free_output(output: Path, resume: bool) -> Path | None:
@@ -79,6 +91,9 @@ def describe_run(
         "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
         "pairs": {"train": train_count, "dev": eval_count},
     }
+    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+        metric, state = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}", trainer.state
+        manifest["best"] = {"step": state.best_global_step, metric: state.best_metric}
     if skip_log.goes_on:
         manifest["skipped"] = skip_log.summary()
     return manifest | {

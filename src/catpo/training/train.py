@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -27,9 +27,12 @@ from catpo.runtime.sigterm import Stop, on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.score import worker_count
+from catpo.training import hub
+from catpo.training.arguments import check_arguments, config_of, passed_on
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
-from catpo.training.config import CatPOConfig, check_rescoring, check_values, lora_config
+from catpo.training.config import check_rescoring, check_values
+from catpo.training.lora import lora_config
 from catpo.training.objectives import Objective, build
 from catpo.training.opening import shards_itself
 from catpo.training.pairs import read_training_pairs, usable_pairs
@@ -86,12 +89,14 @@ def prepare(
     loading.check_options(options)
     check_path(options.output)
     check_values(options)
+    check_arguments(options)
     objective = build(options.objective)
     check_rescoring(options.rescore_every, objective, options.dataloader_num_workers, processes or process_count())
     skip_log = SkipLog(options.on_error)
     pairs = read_training_pairs(options, skip_log)
     family = (open_model or _opened)(options)
-    computes_in = compute_dtype(family.head.weight.dtype, options.bf16, on_cpu=_is_on_cpu(options.device))
+    is_fp16, on_cpu = bool(passed_on(options).get("fp16")), _is_on_cpu(options.device)
+    computes_in = compute_dtype(family.head.weight.dtype, options.bf16, is_fp16, on_cpu=on_cpu)
     return Training(options, objective, pairs, family, skip_log, computes_in)
 
 
@@ -126,12 +131,17 @@ def _is_finished(options: TrainOptions) -> bool:
     if not (options.output / RUN).exists():
         return False
     manifest = read_manifest(options.output)
-    check_same(manifest["settings"], settings_of(options), where=str(options.output))
+    usual = {each.name: each.default for each in fields(TrainOptions)}  # an option that a run was begun without
+    now = settings_of(options)
+    then = {**{name: usual[name] for name in now}, **manifest["settings"]}
+    check_same(then, now, where=str(options.output))
     return manifest["complete"] and (options.output / "model").is_dir()
 
 
 def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> None:
     output, training = options.output, prepare(options)
+    if (problem := group.broadcast("hub", lambda: hub.problem_with_repository(options))) is not None:
+        raise UserError(problem)
     pairs = training.pairs
     if training.skip_log.goes_on:
         store = None if options.rewards is None else RewardStore.open(options.rewards)
@@ -150,12 +160,13 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
         write_manifest(complete=False)
     explained = disk_errors.explained(lambda: complete_so_far(output)), workers.explained(trainer.args.dataloader_num_workers)
     with loading.quiet(), on_sigterm() as stop, explained[0], explained[1]:
-        _run(trainer, checkpoint, stop)
+        _run(trainer, checkpoint, stop, passed_on(options).get("save_total_limit", 1))
         with memory.explained("gathering the trained weights", trainer.model, trainer.optimizer, advice=memory.TRAINING):
             weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:
             save_model(trainer, output / "model", weights)
             write_manifest(complete=True)  # with coefficients as they were learned
+            hub.push(options, output / "model")
     group.barrier("saved")
 
 
@@ -164,10 +175,10 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
     callbacks = [MetricsFile(options.output / "metrics.jsonl")]
     trainer = CatPOTrainer(
         training.family,
-        _config(training, has_eval=bool(eval_pairs)),
+        config_of(options, has_eval=bool(eval_pairs), computes_in=training.computes_in),
         train_pairs,
         eval_pairs or None,
-        peft_config=lora_config(options.lora, training.family) if options.lora else None,
+        peft_config=lora_config(options.lora, training.family, options.revision) if options.lora else None,
         callbacks=[*callbacks, StepProgress()] if options.progress else callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -175,41 +186,13 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
     return trainer
 
 
-SAME_NAME = (
-    "objective", "rescore_every", "reference", "max_length", "learning_rate", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay",
-    "max_grad_norm", "seed", "logging_steps", "dataloader_num_workers", "report_to",
-)  # fmt: skip
-"""Options that `CatPOConfig` has under the same name."""
-
-
-def _config(training: Training, *, has_eval: bool) -> CatPOConfig:
-    options = training.options
-    config = CatPOConfig(
-        **{name: getattr(options, name) for name in SAME_NAME},
-        output_dir=str(options.output / "checkpoints"),
-        rewards=None if options.rewards is None else str(options.rewards),
-        per_device_eval_batch_size=options.per_device_train_batch_size,
-        save_strategy="steps" if options.save_steps else "epoch",
-        save_steps=options.save_steps or 500,
-        eval_strategy="epoch" if has_eval else "no",
-        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
-        disable_tqdm=True,
-        train_device=str(devices.device_of(options.device)),
-        bf16=training.computes_in == torch.bfloat16,
-        fp16=training.computes_in == torch.float16,
-    )
-    config.gradient_checkpointing = options.gradient_checkpointing  # as an argument, newer transformers warn even of False
-    return config
-
-
 def _is_on_cpu(device: str | None) -> bool:
     """Whether the training runs on CPUs; DeepSpeed finds its device itself."""
     return devices.device_of(device).type == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
-    """All remaining steps; leaves with a checkpoint after the next one when asked to."""
+def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) -> None:
+    """All remaining steps; leaves with a checkpoint after the next one when asked to. Keeps so many checkpoints."""
     accelerator = trainer.accelerator
 
     def in_any_process(is_so: bool) -> bool:
@@ -219,10 +202,11 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
         return is_so
 
     asked = in_any_process if process_count() > 1 else here
-    trainer.add_callback(AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone))
+    trainer.add_callback(AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone, keep=keep))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except AllTrained:  # the checkpoint is the run's last step
+        trainer.load_best()
         trainer.log({CLOSING: 0.0, "total_flos": trainer.state.total_flos})
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     state = trainer.state

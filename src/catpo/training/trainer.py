@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from catpo.config.arguments import NO_PREDICTIONS
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair
-from catpo.files.json_files import read_json
 from catpo.models import memory
 from catpo.models.adapters import active_tensors, unwrapped
 from catpo.models.attention import last_layer
@@ -35,11 +35,10 @@ from catpo.runtime.launcher import process_count
 from catpo.runtime.workers import Guarded, opened
 from catpo.training import loss_checks, precision
 from catpo.training.adapters import put_adapter
-from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews
+from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews, restore
 from catpo.training.checkpoints import check_loaded
 from catpo.training.collator import PairCollator
 from catpo.training.config import (
-    NO_PREDICTIONS,
     CatPOConfig,
     check_optimiser,
     check_reference,
@@ -433,9 +432,13 @@ class CatPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the learned coefficients too, which the Trainer does not know of."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / KeepFusion.FILE
-        if self.learned_fusion is not None and file.is_file():
-            self.learned_fusion.restore(read_json(file, made_by="catpo train")["logits"])
+        if self.learned_fusion is not None:
+            restore(self.learned_fusion, resume_from_checkpoint)
+
+    def load_best(self) -> None:
+        """Take the weights of the best checkpoint, if the run is to end with them."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """The Trainer only warns of a checkpoint that does not fit, and would train on from the base weights."""
