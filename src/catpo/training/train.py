@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,9 +220,11 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop) -> None:
         return is_so
 
     asked = in_any_process if process_count() > 1 else here
-    trainer.add_callback(AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone))
+    checkpoints = AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone)
+    trainer.add_callback(checkpoints)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with checkpoints.reading(checkpoint) if checkpoint else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except AllTrained:  # the checkpoint is the run's last step
         trainer.log({CLOSING: 0.0, "total_flos": trainer.state.total_flos})
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
