@@ -146,6 +146,15 @@ def recipes() -> None:
     bad("recipe-absent", lambda p: ["pair", "--config", p.path / "none.yaml"], "none.yaml", "cannot be read")
     bad("recipe-pipe", lambda p: ["pair", "--config", make_pipe(p.path / "recipe.yaml")], "recipe.yaml", "is not a file")
     bad("recipe-without-end", lambda p: ["pair", "--config", "/dev/zero"], "/dev/zero", "is not a file")
+    for name, number in {"decimal": "9" * 6000, "hexadecimal": "0x" + "f" * 6000, "by-sixty": "59:" * 5000 + "1"}.items():
+        text = RECIPE + f"  seed: {number}\n"
+        bad(
+            f"recipe-{name}",
+            lambda p, t=text: ["pair", "--config", p.write("recipe.yaml", t), "--output", p.out],
+            "recipe.yaml",
+        )
+    hexadecimal = f"corrected(counts=0x{'f' * 6000})"
+    bad("option-hexadecimal", lambda p: [*ask(p, p.data(SAMPLE)), f"--method={hexadecimal}"], "counts")
     bad("recipe-huge", lambda p: ["pair", "--config", _huge_file(p, "recipe.yaml")], "recipe.yaml", "bytes")
 
 

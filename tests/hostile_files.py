@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from catpo.core import registry
 from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json, write_json
-from hostile_place import MISSING, Place, bad, encoded, grade, parquet, show_store
+from hostile_place import MISSING, Place, bad, convert, encoded, grade, make_pipe, parquet, show_store
 
 # ---- stores ------------------------------------------------------------------------------------------------------------------
 
@@ -71,6 +71,13 @@ def _own_store(place: Place) -> Path:
     return shutil.copytree(place.store, place.path / "store", ignore=shutil.ignore_patterns(".lock"))
 
 
+def _pipe_of_store(place: Place) -> list[Any]:
+    shard = _own_store(place) / "shards/00000.parquet"
+    shard.unlink()
+    make_pipe(shard)
+    return show_store(place)
+
+
 def changed_store(place: Place, changes: Mapping[str, Any]) -> list[Any]:
     store = _own_store(place)
     about = {**read_json(store / "store.json"), **changes}
@@ -122,6 +129,12 @@ ANSWER_ROW = {"benchmark": "scenes", "id": "1", "answer": "A dog."}
 
 
 def answers() -> None:
+    bad("answers-pipe", lambda p: grade(p, make_pipe(p.path / "a.jsonl")), "a.jsonl")
+    bad("answers-without-end", lambda p: grade(p, "/dev/zero"), "/dev/zero")
+    bad(
+        "csv-pipe", lambda p: convert(p, f"rows(source={str(make_pipe(p.path / 'a.csv'))!r})"), "a.csv", "is a pipe or a device"
+    )
+    bad("shard-pipe", lambda p: _pipe_of_store(p), "00000.parquet", "is a pipe or a device")
     for name, content, *says in [
         ("empty", b"", "no answers"),
         ("not-json", b"answers", "not valid JSON"),

@@ -150,7 +150,8 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from catpo.models.loading import FAILURES, resolve
+    from catpo.models.load_checks import check_config, check_readable
+    from catpo.models.loading import resolve
 
     path = resolve(model)
     if (adapter := Path(path) / "adapter_config.json").is_file():
@@ -158,14 +159,16 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("model", "ok", f"a LoRA adapter for {base}; about the base model: catpo doctor {base}")
         return
     try:
+        check_readable(Path(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except FAILURES as error:
+        check_config(config, model)
+    except Exception as error:  # whatever a library raises over somebody's files
         yield Finding("model", "missing", f"{model}: {first_line(error)} Give a hub id, a folder, or `builtin`.")
         return
     try:
         with torch.device("meta"):  # shapes only, no memory
             empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except FAILURES as error:
+    except Exception as error:
         yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {first_line(error)}")
         return
     name, families = type(empty).__name__, registry.names("families")
@@ -181,7 +184,7 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("attention", "missing", f"{name} does not let it be recorded, which all three signals need")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except FAILURES as error:
+    except Exception as error:
         yield Finding("processor", "missing", f"{first_line(error)} If torchvision is missing: pip install 'catpo[vlm]'")
         return
     name = type(processor).__name__

@@ -16,6 +16,7 @@ from rich.console import Console
 from catpo import __version__
 from catpo.cli import streams
 from catpo.cli.flags import explained, from_recipe
+from catpo.cli.messages import TRACEBACK, explain, taken
 from catpo.cli.streams import say, warn
 from catpo.config import options as config
 from catpo.core import registry
@@ -27,8 +28,6 @@ Recipe = Annotated[Path | None, Parameter(name="--config", help="YAML recipe (se
 DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tokens, steps, memory and disk.")]
 SHARED = ("pair", "score", "train", "evaluate")
 """Commands that several processes can share."""
-LONGEST = 1500
-"""Maximum characters of a message."""
 Engine = Annotated[
     Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: engine, one of recipes/accelerate.")
 ]
@@ -41,15 +40,16 @@ START = Group("Start", sort_key=2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
     streams.prepare()
+    words, with_traceback = taken(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
             with nullcontext() if is_main_process() else redirect_stdout(StringIO()):  # only the main process prints
-                _check_shared(sys.argv[1:] if arguments is None else arguments)
-                app(arguments)
+                _check_shared(words)
+                app(words)
         finally:
             sys.stdout.flush()  # now: when Python exits, a closed pipe can no longer be caught
     except UserError as error:
-        warn(_shown(str(error)))
+        explain(error, with_traceback=with_traceback)
         sys.exit(2)
     except Stopped as stopped:
         warn(stopped)
@@ -80,15 +80,11 @@ def _check_shared(arguments: Sequence[str]) -> None:
         )
 
 
-def _shown(message: str) -> str:
-    """A message; a long one loses its middle, since it ends with what to do."""
-    return message if len(message) <= LONGEST else f"{message[: LONGEST * 2 // 3]} … {message[-LONGEST // 3 :]}"
-
-
 app = App(
     name="catpo",
     help="Preference optimisation of vision-language models with token-level rewards (Cat-PO).",
-    help_epilogue="New here? `catpo demo` runs everything on built-in pictures in minutes.",
+    help_epilogue="New here? `catpo demo` runs everything on built-in pictures in minutes.\n"
+    f"With {TRACEBACK}, an error also shows where in the code it came from.",
     version=__version__,
     config=from_recipe,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),

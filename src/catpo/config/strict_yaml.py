@@ -14,6 +14,8 @@ from catpo.core.errors import UserError
 
 MAX_BYTES = 1_000_000
 """A larger file is none that somebody wrote."""
+MAX_BITS = 256
+"""Of the largest whole number; Python refuses to write out much larger ones, also in a message."""
 MAX_BRACKETS = 1000
 """Reading takes time with the square of how deep they are nested."""
 
@@ -47,7 +49,15 @@ def _with_lines(loader: _Loader, node: yaml.MappingNode) -> Iterator[Lines]:
     found.lines = {loader.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in node.value}
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if value.bit_length() > MAX_BITS:
+        raise yaml.constructor.ConstructorError(None, None, "a number larger than any option takes", node.start_mark)
+    return value
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _with_lines)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 _Loader.add_implicit_resolver(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError, did_you_mean, shown
@@ -57,3 +59,16 @@ def check_positive(**counts: int | None) -> None:
             raise UserError(f"{name}={shown(repr(value))} must be 1 or more.")
         if value is not None and value > MOST:
             raise UserError(f"{name}={shown(repr(value))} is too large. Give at most {MOST}.")
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise UserError for a pipe, a device or a socket: reading it could wait for ever, or never end.
+
+    What is missing or may not be looked at is left to the reader, who says so.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} cannot be read (it is a pipe or a device, not a file). Give a file.")

@@ -120,6 +120,7 @@ def _literal_options(node: ast.Call, text: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value, after checking that it reads back from its `repr` and can be written as JSON."""
+    repr(value)  # ValueError: an integer of thousands of digits
     if isinstance(value, (list, tuple)):
         for item in value:
             _plain(item)

@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 from PIL import Image, ImageOps
 
+from catpo.core.checks import check_regular
 from catpo.core.conversation import IMAGE, Turn, check_places
-from catpo.core.errors import UserError
+from catpo.core.errors import UserError, border
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
@@ -23,11 +24,6 @@ MAX_BYTES = 200_000_000
 """A larger file is refused before it is read."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 """Formats that are opened. Pillow knows more, among them PostScript, for which it runs another program."""
-
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What Pillow raises for broken pictures."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,14 @@ class Picture:
             UserError: it is missing, empty, broken, too large, or not a picture.
         """
         content = self.read()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with opened(content) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise UserError(
-                            f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
-                        )
-                    return _on_white(_as_eight_bits(ImageOps.exif_transpose(image)))
-        except UNREADABLE as error:
-            raise UserError(f"{self} is not a picture that can be read ({error}). Replace or remove it.") from error
+        with border(f"{self} is not a picture that can be read", "Replace or remove it."), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with opened(content) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(
+                        f"{self}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Make it smaller."
+                    )
+                return _on_white(_as_eight_bits(ImageOps.exif_transpose(image)))
 
     def read(self) -> bytes:
         """The encoded bytes.
@@ -73,10 +66,8 @@ class Picture:
         """
         if self.data is not None:
             return self.data
-        try:
+        with border(f"{self} cannot be read", "Check the path."):
             content = self.load(*self.at) if self.load is not None else self._read_file(cast(Path, self.path))
-        except OSError as error:
-            raise UserError(f"{self} cannot be read ({error.strerror}). Check the path.") from error
         if not content:
             raise UserError(f"{self} is an empty file. Replace or remove it.")
         if self.expected and _hash(content) != self.expected:
@@ -87,6 +78,7 @@ class Picture:
         return content
 
     def _read_file(self, path: Path) -> bytes:
+        check_regular(path)
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UserError(f"{self} has {size:,} bytes, more than {MAX_BYTES:,}. Make it smaller, or remove it.")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from catpo.core.checks import check_regular
 from catpo.core.errors import UserError
 from catpo.files.atomic import cut_back, reason_of, write_atomic
 from catpo.files.checksums import sealed, unsealed
@@ -41,6 +42,7 @@ def read_json(
     path = Path(path)
     if not may_link:
         stay_inside(path, path.parent)
+    check_regular(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -104,6 +106,7 @@ def repair_rows(path: str | Path, fields: Fields | None = None, *, remove: Path 
 def _complete_rows(path: Path, fields: Fields | None, remove: Path | None) -> tuple[list[dict[str, Any]], int]:
     """Complete rows, and their size in bytes."""
     stay_inside(path, path.parent)
+    check_regular(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catpo.core.checks import check_regular
 from catpo.core.errors import UserError
 from catpo.files import strict_json
 from catpo.files.checksums import unsealed
@@ -34,10 +35,11 @@ def read_bytes(path: Path, *, most: int = MAX_BYTES) -> bytes:
     Raises:
         UserError: it cannot be read or unpacked, or has more than `most` bytes.
     """
+    check_regular(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
             content = stream.read(most + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path} cannot be read ({error}). Check the path, or get the file again.") from error
     if len(content) > most:
         raise UserError(f"{path} holds more than {most:,} bytes. Is it the right file? Give another, or parts of it.")

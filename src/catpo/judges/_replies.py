@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from catpo.core.checks import check_regular
 from catpo.core.errors import UserError
 from catpo.files.checksums import sealed, unsealed
 from catpo.files.strict_json import parse_object
@@ -30,6 +31,7 @@ class Replies:
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, threading.Lock()
+        check_regular(path)
         try:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:

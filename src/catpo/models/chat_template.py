@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 
 from catpo.core.conversation import IMAGE, Turn, arranged
-from catpo.core.errors import UserError, first_line
+from catpo.core.errors import UserError, border
 from catpo.core.types import Picture
+from catpo.models import memory
 from catpo.models.adapters import unwrapped
+from catpo.runtime.limits import limited
 
+MAX_TEXT = 10_000_000
+"""Characters of the longest prompt; no model reads as much."""
 CONTEXT = 200
 """Characters of the prompt that a response is tokenised behind: enough, since placeholders are not expanded there."""
 
@@ -118,18 +121,17 @@ class ChatTemplate:
         return before, after
 
     def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, **options)
-        except ValueError as error:  # there is none
-            problem = (
-                "has no chat template. Use an instruction-tuned checkpoint, or put chat_template.jinja beside its processor."
-            )
-            raise UserError(f"{self.model_id} {problem}") from error
-        except (TemplateError, TypeError) as error:
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
             raise UserError(
-                f"{self.model_id}: its chat template cannot be used ({first_line(error)}). Correct chat_template.jinja beside "
+                f"{self.model_id} has no chat template. Use an instruction-tuned checkpoint, or put chat_template.jinja beside "
                 "its processor."
-            ) from error
+            )
+        template, advice = f"{self.model_id}: its chat template", "Correct chat_template.jinja beside its processor."
+        with border(f"{template} cannot be used", advice), limited(template, advice):
+            text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
+        if len(text) > MAX_TEXT:
+            raise UserError(f"{template} makes {len(text):,} characters of a prompt, more than {MAX_TEXT:,}. {advice}")
+        return text
 
     def refuse_special_tokens(self, text: str, name: str) -> None:
         """Raises UserError if the text holds a token that would be read as an image or as the end."""
@@ -183,15 +185,16 @@ class ChatTemplate:
         """
         pictures = [[_opened(image) for image in group] for group in images]
         needs_bos = any(self.needs_bos(text) for text in texts)  # all of them or none: they share a template
-        try:
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for group in pictures for picture in group[:3])
+        net = border(  # e.g. Qwen-VL's, of pictures 200 times as wide as high
+            "the model's processor refuses a picture",
+            f"Sizes: {sizes}. Replace or remove it.",
+            passes=memory.is_out_of_memory,
+        )
+        with memory.explained(f"preparing {len(texts)} prompts with pictures", advice=memory.ANSWERING), net:
             return dict(
                 self.processor(images=pictures, text=list(texts), return_tensors="pt", add_special_tokens=needs_bos, **options)
             )
-        except (ValueError, ZeroDivisionError) as error:  # e.g. Qwen-VL's, of pictures 200 times as wide as high
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for group in pictures for picture in group[:3])
-            raise UserError(
-                f"the model's processor refuses a picture ({first_line(error)}). Sizes: {sizes}. Replace or remove it."
-            ) from error
 
     def needs_bos(self, text: str) -> bool:
         """Whether the tokenizer has to add the begin-of-sequence token: some chat templates write it, some leave it out."""

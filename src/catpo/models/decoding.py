@@ -10,10 +10,9 @@ from transformers import GenerationConfig
 
 FORBIDDEN_TOKENS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 """Tokens that the checkpoint must not write, such as placeholders of pictures: they stay forbidden."""
-KEPT = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation",
-    "cache_config", "compile_config", "disable_compile", *FORBIDDEN_TOKENS,
-)  # fmt: skip
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", *FORBIDDEN_TOKENS)
+"""What names tokens of the model."""
+KEPT = ("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile", *TOKENS)
 BENDING = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale"), 1.0),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from catpo.core.errors import border
 from catpo.core.types import Sample
 from catpo.models import devices, memory
 from catpo.models.chat_template import ChatTemplate
@@ -75,6 +77,11 @@ class Generation(ChatTemplate):
     def device(self) -> torch.device:
         """Where it takes its input."""
         return devices.input_device(self.unwrapped)
+
+    def running(self) -> AbstractContextManager[None]:
+        """The net around the model's own code, which a wrong configuration breaks where it is first run."""
+        advice = "Its config.json or generation_config.json may be another model's: get the checkpoint again."
+        return border(f"model '{self.model_id}' cannot be run", advice, passes=memory.is_out_of_memory)
 
     def generate(
         self,
@@ -174,7 +181,7 @@ class Generation(ChatTemplate):
             doing = f"answering {len(batch)} questions at once"
             with memory.explained(doing, self.model, advice=memory.ANSWERING), own_randomness:
                 torch.manual_seed(int(text_hash(f"{seed}/{first}")[:15], 16))
-                with plain_decoding(self.unwrapped):
+                with plain_decoding(self.unwrapped), self.running():
                     tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
             yield batch, tokens[:, length:]
         self.model.train(was_training)

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import cached_file, logging
 
 from catpo.core import registry
-from catpo.core.errors import UserError, did_you_mean, first_line
+from catpo.core.errors import UserError, border, did_you_mean
 from catpo.files.json_files import read_json
 from catpo.models import devices, memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.family import Family
-from catpo.models.load_checks import check_base, check_loaded, problem_with_adapter
+from catpo.models.load_checks import check_base, check_config, check_loaded, check_readable, of_another_model
 from catpo.models.pixel_budget import set_pixel_budget
 from catpo.models.saved import check_files
 
@@ -30,10 +28,6 @@ BUILTIN = Path(__file__).parent / "builtin"
 """The packaged model, called `builtin` on the command line."""
 MAIN = "main"
 """The revision of a model if none is given."""
-FAILURES = (
-    OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises over a checkpoint that is missing, damaged, or not one."""
 OF_LOADING = (
     "adapter", "revision", "device", "dtype", "quantization", "attn_implementation", "min_pixels", "max_pixels",
     "trust_remote_code",
@@ -88,28 +82,25 @@ def load(
             "device_map": {"": str(place)},
         }
     _check_folder(Path(path), f"model '{model}'", "model.safetensors", "model.safetensors.index.json")
-    has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
-    with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING):
-        with _refused(model, "loaded"):
-            where: dict[str, Any] = {"revision": revision or MAIN, "trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(path, **where)
-            with quiet():
-                loaded, info = AutoModelForImageTextToText.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, output_loading_info=True, **where, **options
-                )
-            processor = AutoProcessor.from_pretrained(
-                adapter if has_processor else path, **{**where, "revision": MAIN if has_processor else where["revision"]}
+    with memory.explained(f"loading model '{model}' to {place}", advice=memory.LOADING), _refused(model, "loaded"):
+        where: dict[str, Any] = {"revision": revision or MAIN, "trust_remote_code": trust_remote_code}
+        config = _config(path, **where)
+        with quiet():
+            loaded, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **where, **options
             )
+        has_processor = adapter is not None and (Path(adapter) / "processor_config.json").is_file()
+        processor = _processor(str(adapter), **{**where, "revision": MAIN}) if has_processor else _processor(path, **where)
         set_pixel_budget(processor, model, min_pixels, max_pixels)
         _check_complete(model, sorted(info["missing_keys"]))
         if adapter is not None:
             loaded = _with_adapter(loaded, adapter)
         loaded.to(place).eval()
-    _keep_one_4bit_precision(loaded)
-    family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
-    check_loaded(family, adapter)
-    if attn_implementation is not None:
-        family.use_packed_attention(attn_implementation)
+        _keep_one_4bit_precision(loaded)
+        family = family_of(loaded, processor, model_id=str(model), model_type=config.model_type)
+        check_loaded(family, adapter)
+        if attn_implementation is not None:
+            family.use_packed_attention(attn_implementation)
     return family
 
 
@@ -119,6 +110,18 @@ def _check_complete(model: str | Path, missing: Sequence[str]) -> None:
             f"model '{model}' lacks {len(missing)} of its weights, e.g. {missing[0]}; they would be random numbers. "
             "Get the checkpoint again."
         )
+
+
+def _config(path: str, **where: Any) -> Any:
+    check_readable(Path(path))
+    config = AutoConfig.from_pretrained(path, **where)
+    check_config(config, path)
+    return config
+
+
+def _processor(path: str, **where: Any) -> Any:
+    check_readable(Path(path))
+    return AutoProcessor.from_pretrained(path, **where)
 
 
 def check_options(options: Any) -> None:
@@ -172,21 +175,18 @@ def _keep_one_4bit_precision(model: nn.Module) -> None:
 
 @contextmanager
 def _refused(model: str | Path, done: str) -> Iterator[None]:
-    """Turns what transformers raises over a checkpoint into a message; running out of memory says nothing of it."""
-    try:
-        yield
-    except FAILURES as error:
-        if memory.is_out_of_memory(error):
-            raise
-        if "trust_remote_code" in str(error):
+    """The net around everything that transformers reads of a checkpoint; running out of memory says nothing of it."""
+    advice = "Give a hub id, a folder made by save_pretrained, or 'builtin'."
+    with border(f"model '{model}' cannot be {done}", advice, passes=memory.is_out_of_memory):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise UserError(
                 f"model '{model}' brings its own Python code, which runs only if you ask for it. Read that code, then give "
                 "--trust-remote-code (trust_remote_code=True)."
             ) from error
-        raise UserError(
-            f"model '{model}' cannot be {done}: {first_line(error)} Give a hub id, a folder made by save_pretrained, or "
-            "'builtin'."
-        ) from error
 
 
 def _check_folder(folder: Path, name: str, *safetensors: str) -> None:
@@ -236,16 +236,18 @@ def blueprint(
     _check_quantization(quantization)
     check_files(Path(path), with_weights=False)
     with _refused(model, "read"):
-        revision = revision or MAIN
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        where: dict[str, Any] = {"revision": revision or MAIN, "trust_remote_code": trust_remote_code}
+        config = _config(path, **where)
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
         if (Path(path) / "generation_config.json").is_file() or not Path(path).exists():
-            empty.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
-        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    set_pixel_budget(processor, model, min_pixels, max_pixels)
-    return family_of(empty, processor, model_id=str(model), model_type=config.model_type)
+            empty.generation_config = GenerationConfig.from_pretrained(path, revision=revision or MAIN)
+        processor = _processor(path, **where)
+        set_pixel_budget(processor, model, min_pixels, max_pixels)
+        family = family_of(empty, processor, model_id=str(model), model_type=config.model_type)
+        check_loaded(family, None)
+    return family
 
 
 def quantized(
@@ -315,15 +317,10 @@ def _with_adapter(model: Any, adapter: str | Path) -> Any:
     from peft import PeftModel  # only where an adapter is used: peft starts slowly
 
     _check_folder(Path(adapter), f"adapter '{adapter}'", "adapter_model.safetensors")
-    try:
+    advice = "Give a folder made by save_pretrained of an adapter of this model, with adapter_model.safetensors."
+    with border(f"adapter '{adapter}' cannot be put on the model", advice, passes=memory.is_out_of_memory):
+        check_readable(Path(adapter))
         cached_file(str(adapter), "adapter_model.safetensors")  # peft would take pickled weights in their place
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), of_another_model(adapter):
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # `check_loaded` refuses them
             return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")  # the weights go where the model is
-    except FAILURES as error:
-        if memory.is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"adapter '{adapter}' cannot be put on the model: {problem_with_adapter(error)} Give a folder made by "
-            "save_pretrained of an adapter of this model, with adapter_model.safetensors."
-        ) from error

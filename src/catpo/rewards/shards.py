@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from catpo.core.checks import check_regular
 from catpo.core.errors import UserError
 from catpo.core.types import PatchGrid, Side
 from catpo.files.atomic import write_atomic
@@ -195,8 +196,10 @@ class Shard:
             raise self._damage(self.parquet_path.name) from error
 
     def _read(self, name: str) -> bytes:
+        path = self.store / "shards" / name
+        check_regular(path)
         try:
-            content = stay_inside(self.store / "shards" / name, self.store).read_bytes()
+            content = stay_inside(path, self.store).read_bytes()
         except OSError as error:
             raise self._damage(name) from error
         if checksum(content) != self.checksums.get(name):

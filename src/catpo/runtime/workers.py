@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from catpo.core.errors import UserError, first_line
+from catpo.core.errors import Unforeseen, UserError, first_line, is_unforeseen
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -29,8 +30,9 @@ SHARED_MEMORY = Path("/dev/shm")
 ROOM = 4 << 30
 """Bytes of free shared memory below which there are no workers by default."""
 
-REFUSED = "refused"
-"""Key of the message that a worker gives in place of a value: torch would put the worker's traceback before it."""
+REFUSED, BEHIND = "refused", "behind"
+"""Keys of the message that a worker gives in place of a value (torch would put the worker's traceback before it), and of the
+error behind the message."""
 
 
 def default_count(device: str) -> int:
@@ -81,8 +83,14 @@ def opened(value: Any) -> Any:
         UserError: the function raised it.
     """
     if isinstance(value, dict) and REFUSED in value:
+        if value[BEHIND]:
+            raise Unforeseen(value[REFUSED]) from InWorker(value[BEHIND])
         raise UserError(value[REFUSED])
     return value
+
+
+class InWorker(Exception):
+    """The traceback of an error in a worker process, as text."""
 
 
 class Guarded(Generic[Item, Value]):
@@ -104,7 +112,8 @@ class Guarded(Generic[Item, Value]):
         try:
             return self.make(item)
         except UserError as error:
-            return {REFUSED: str(error)}
+            behind = "".join(traceback.format_exception(error)) if is_unforeseen(error) else ""
+            return {REFUSED: str(error), BEHIND: behind}
 
 
 def _leave_signals_to_the_main_process() -> None:

@@ -143,7 +143,7 @@ class TeacherForced:
         reads_patches = settings.words is not None and "patch_lens" in settings.words.features
         is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS) and not reads_patches
         narrow = read_at_responses(family.decoder) if is_paper else nullcontext()
-        with recorder, narrow, family.decoder_inputs() as taken:
+        with recorder, narrow, family.running(), family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
         pair_count, _, tokens = self.batch["mask"].shape

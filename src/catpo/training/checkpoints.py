@@ -7,24 +7,32 @@ only then are older ones removed. The mark lists size and checksum of every file
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from catpo.core.errors import UserError, did_you_mean, shown
+from catpo.core.errors import UserError, border, did_you_mean, shown
+from catpo.files import strict_json
 from catpo.files.atomic import PART
 from catpo.files.checksums import describe_file, problem_with
 from catpo.files.json_files import read_json, write_json
+from catpo.files.records import read_bytes
+from catpo.models.memory import is_out_of_memory
 from catpo.runtime.sigterm import Stop
 
 MARK = "whole.json"
 """In a checkpoint's folder: says that it is complete, and lists its files."""
+STATE_NUMBERS = ("epoch", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos", "train_batch_size")
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -61,6 +69,24 @@ def damage(checkpoint: Path) -> str | None:
     for name, written in listed.items():
         if problem := problem_with(checkpoint, name, written):
             return _message(checkpoint, shown(name), problem)
+    return _problem_of_state(checkpoint)
+
+
+def _problem_of_state(checkpoint: Path) -> str | None:
+    """What the Trainer would take from its own file without a look at it: of an early version, that file has no checksum."""
+    for file in checkpoint.iterdir():
+        if not (file.is_file() or file.is_dir()):
+            return _message(checkpoint, shown(file.name), "is not a file")
+    try:
+        content = read_bytes(checkpoint / TRAINER_STATE_NAME)
+        state = strict_json.parse_object(content, place=TRAINER_STATE_NAME, remedy="", loads=json.loads)
+    except UserError:
+        return _message(checkpoint, TRAINER_STATE_NAME, "cannot be read")
+    is_step = type(state.get("global_step")) is int and str(state["global_step"]) == _step(checkpoint)
+    numbers = [state[name] for name in STATE_NUMBERS if state.get(name) is not None]
+    are_numbers = all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+    if not (is_step and are_numbers and strict_json.fits(state.get("log_history"), list[dict])):
+        return _message(checkpoint, TRAINER_STATE_NAME, "is not that of this step")
     return None
 
 
@@ -89,9 +115,26 @@ class AtomicCheckpoints(TrainerCallback):
 
     def __init__(self, stop: Stop, any_process: Callable[[bool], bool], wait: Callable[[], None], keep: int = 1) -> None:
         self.stop, self.any_process, self.wait, self.keep = stop, any_process, wait, keep
-        self.is_due = False
+        self.is_due = self.has_begun = False
+
+    def reading(self, checkpoint: Path) -> AbstractContextManager[None]:
+        """The net around everything that reads a checkpoint, up to the first step after it."""
+        advice = f"Remove {checkpoint} and give the same command again to train from an older one or from the start."
+
+        def passes(error: BaseException) -> bool:
+            return self.has_begun or isinstance(error, AllTrained) or is_out_of_memory(error)
+
+        return border(f"{checkpoint} cannot be read", advice, passes=passes)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.has_begun = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > state.max_steps:
+            raise UserError(
+                f"The last checkpoint in {args.output_dir} is of step {state.global_step}, and the run has {state.max_steps} "
+                "steps. Resume it with the pairs and the number of processes it began with."
+            )
         if state.global_step and state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             for part in folder.glob(f".{MARK}.*.part"):  # of a run that was killed as it wrote the mark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -202,9 +203,11 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) 
         return is_so
 
     asked = in_any_process if process_count() > 1 else here
-    trainer.add_callback(AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone, keep=keep))
+    checkpoints = AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone, keep=keep)
+    trainer.add_callback(checkpoints)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with checkpoints.reading(checkpoint) if checkpoint else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except AllTrained:  # the checkpoint is the run's last step
         trainer.load_best()
         trainer.log({CLOSING: 0.0, "total_flos": trainer.state.total_flos})

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from catpo.core.checks import check_regular
 from catpo.core.errors import UserError
 from catpo.data.datasets._base import Row
 from catpo.files.checksums import unsealed
@@ -99,6 +100,7 @@ def line_object(where: str, line: bytes) -> dict[str, Any]:
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank; of one that is too long, its beginning."""
+    check_regular(file)
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
@@ -111,6 +113,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _csv_rows(path: Path, root: Path) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    check_regular(path)
     try:
         with _long_cells(), open(path, newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream, delimiter=delimiter, strict=True)

@@ -19,10 +19,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import logging
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from catpo.core.errors import UserError
+from catpo.core.checks import check_regular
+from catpo.core.errors import UserError, border
 from catpo.core.proxies import trouble_with_hub
 from catpo.core.types import Picture, PreferencePair
 from catpo.data.datasets._base import Row, RowDataset
@@ -39,11 +38,6 @@ SPLITS = {
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 """Word in a file's or folder's name -> split, as the `datasets` library reads them."""
-FAILURES = (
-    DatasetNotFoundError, DatasetGenerationError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError, ValueError,
-    ImportError,
-)  # fmt: skip
-"""What the library raises for data that is missing or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +60,21 @@ class Table:
         if source is None:
             raise UserError(f"{plugin} needs a place to read: {plugin}(source='FILE, FOLDER or hub id').")
         path = Path(source)
-        try:
-            with _quiet():
+        advice = (
+            "Give a .parquet, .json, .jsonl or .csv file, a folder of them, a folder made by save_to_disk, or the id of a data "
+            "set on the hub (needs a connection the first time)."
+        )
+        check_regular(path)
+        with border(f"{plugin}: '{source}' cannot be read", advice), _quiet():
+            try:
                 data = _load(path, str(source), split, streaming)
-        except (*FAILURES, StopIteration) as error:  # the latter for an empty file
-            first_line = str(error).strip().split("\n", 1)[0] or "it is empty"
-            first_line = (trouble_with_hub() if not path.exists() else "") or first_line
-            raise UserError(
-                f"{plugin}: '{source}' cannot be read ({first_line}). Give a .parquet, .json, .jsonl or .csv file, a folder of "
-                "them, a folder made by save_to_disk, or the id of a data set on the hub (needs a connection the first time)."
-            ) from error
+            except StopIteration as error:
+                raise ValueError("it is empty") from error
+            except Exception as error:
+                trouble = "" if path.exists() else trouble_with_hub()
+                if not trouble:
+                    raise
+                raise ValueError(trouble) from error
         folder = path if path.is_dir() else path.parent
         return cls(str(source), undecoded(data), Path(images or folder).resolve())
 
@@ -91,13 +90,10 @@ class Table:
                 yield from rows_of(file, self.root)
             return
         is_stored = isinstance(self.data, datasets.Dataset)
-        try:
+        with border(f"{self.name} cannot be read to its end", "Repair the file or get it again."):
             for number, values in enumerate(_stored_rows(self.data) if is_stored else self.data):
                 where = f"{self.name}, row {number}"
                 yield Row(where, values, self.root, partial(self._stored, where, number) if is_stored else None)
-        except FAILURES as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.name} cannot be read to its end ({reason}). Repair the file or get it again.") from error
 
     def _stored(self, where: str, number: int, column: str, index: int) -> Picture:
         """A picture whose bytes stay in the table until they are needed."""

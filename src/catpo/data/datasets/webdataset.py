@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from catpo.core.errors import UserError
+from catpo.core.checks import check_regular
+from catpo.core.errors import UserError, border
 from catpo.core.types import MAX_BYTES, Picture, PreferencePair
 from catpo.data import datasets
 from catpo.data.datasets import Row
@@ -34,21 +35,21 @@ class Dataset(datasets.RowDataset):
         if source is None:
             raise UserError("webdataset needs a place to read: webdataset(source='FILE.tar or FOLDER').")
         path = Path(source)
-        self.files = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+        self.files = sorted(path.rglob("*.tar")) if path.is_dir() else [path] * path.exists()
         if not self.files:
             raise UserError(f"webdataset: '{source}' holds no .tar files. Give a .tar file, or a folder of them.")
+        for file in self.files:
+            check_regular(file)
+            if path.is_dir() and not file.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{file} is a link that leads out of the folder. Put the .tar file inside.")
         self.name = str(source)
 
     def rows(self) -> Iterator[Row]:
         for file in self.files:
-            try:
-                with tarfile.open(file, "r:") as archive:  # compressed ones cannot be opened in the middle
-                    for stem, members in groupby(_files(archive), key=_stem):
-                        yield _row(file, Row(f"{file}, {stem}", {}, file.parent), list(members))
-            except (tarfile.TarError, OSError) as error:
-                raise UserError(
-                    f"{file} cannot be read ({error}). Give an uncompressed .tar, as WebDataset writes them."
-                ) from error
+            net = border(f"{file} cannot be read", "Give an uncompressed .tar, as WebDataset writes them.")
+            with net, tarfile.open(file, "r:") as archive:  # compressed ones cannot be opened in the middle
+                for stem, members in groupby(_files(archive), key=_stem):
+                    yield _row(file, Row(f"{file}, {stem}", {}, file.parent), list(members))
 
     def pairs_of(self, row: Row) -> Iterable[PreferencePair]:
         assert isinstance(row, _Row)
@@ -95,8 +96,14 @@ def _kind(member: tarfile.TarInfo) -> str:
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    end = 0
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
+        if member.offset_data <= end or member.size < 0:  # it would be read again and again
+            raise ValueError(f"{member.name}: a size that leads back, {member.size}")
+        if member.issparse():
+            raise ValueError(f"{member.name} is stored as a sparse file, whose bytes do not stand there")
+        end = member.offset_data
         if member.isfile():
             yield member
 

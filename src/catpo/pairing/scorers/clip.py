@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from catpo.core.errors import UserError
+from catpo.core.errors import UserError, border
 from catpo.core.types import Sample
 from catpo.models import memory
+from catpo.models.load_checks import check_readable
 from catpo.pairing import scorers
 
 if TYPE_CHECKING:
@@ -33,15 +35,11 @@ class Scorer(scorers.Scorer):
     def __init__(self, family: Family, *, source: str = "openai/clip-vit-large-patch14-336", batch_size: int = 32) -> None:
         super().__init__(family)
         self.source, self.batch_size = source, batch_size
-        try:
+        advice = "Give the hub id or folder of a CLIP or SigLIP checkpoint, or use the model's own features: scorer='own'."
+        with border(f"clip(source='{source}') cannot be loaded", advice, passes=memory.is_out_of_memory):
+            check_readable(Path(source))
             model = AutoModel.from_pretrained(source, use_safetensors=True)
             self.processor = AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise UserError(
-                f"clip(source='{source}') cannot be loaded: {reason} Give the hub id or folder of a CLIP or SigLIP "
-                "checkpoint, or use the model's own features: scorer='own'."
-            ) from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise UserError(f"clip(source='{source}') is a {type(model).__name__}, which does not compare pictures with texts.")
         with memory.explained(f"loading clip(source='{source}')", family.unwrapped, advice=memory.ANSWERING):
