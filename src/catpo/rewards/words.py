@@ -116,13 +116,18 @@ def by_pictures(rows: Sequence[WordRow], features: Sequence[str]) -> dict[str, W
 
 
 def _table(words: Mapping[str, Sequence[WordRow]], features: Sequence[str]) -> WordTable:
-    largest = {name: [max(row.features[name] for row in rows) for rows in words.values()] for name in features}
+    features_of_words = [_largest(rows, features) for rows in words.values()]
     return WordTable(
         words=list(words),
         token_ids=[rows[0].token_ids for rows in words.values()],
         labels=np.array([_label(rows) for rows in words.values()], dtype=np.int8),
-        features={name: np.array(values, dtype=np.float64) for name, values in largest.items()},
+        features={name: np.array([each[name] for each in features_of_words]) for name in features},
     )
+
+
+def _largest(rows: Sequence[WordRow], features: Sequence[str]) -> dict[str, float]:
+    """The largest value of each feature that any of a word's rows has."""
+    return {name: max(row.features[name] for row in rows) for name in features}
 
 
 def _label(rows: Sequence[WordRow]) -> int:
