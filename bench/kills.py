@@ -1,10 +1,11 @@
-"""Kill `pair`, `score`, `train`, `evaluate` and `study` at many moments, resume, and compare with an uninterrupted run.
+"""Kill every command at many moments, resume, and compare with an uninterrupted run.
 
     python -m bench.kills --kills 30            # random moments, and one kill at every write
     python -m bench.kills --work score --processes 2
 
-Every attempt is forked from a process that has imported everything, because imports take longer than these runs. A run with two
-processes is started through `torchrun`'s environment variables; one of the two is killed, and then the other.
+Every attempt is forked from a process that has imported everything, because imports take longer than these runs, and is killed
+with the processes that it started. A run with two processes is started through `torchrun`'s environment variables; one of the
+two is killed, and then the other. A finished run is given again once, which must change nothing.
 """
 
 from __future__ import annotations
@@ -21,37 +22,25 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from catpo.core.types import PreferencePair, pair_id
-from catpo.data.pair_folder import write_pairs
-from catpo.evaluation.evaluate import evaluate
-from catpo.pairing.pair import pair
-from catpo.scoring.score import score
-from catpo.training.train import train
+from bench.commands import WORKS, Work, make_inputs
 
 TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
           "eval_samples_per_second", "eval_steps_per_second", "train_seconds",
           "catpo_checksum", "sha256_4mib", "bytes")  # fmt: skip
 """Fields that differ between two uninterrupted runs, and checksums and sizes of files that hold such fields."""
-STUDY = """
-title: Small
-model: builtin
-data: folder(source='{pairs}')
-seeds: [0]
-learning_rates: [1e-4]
-rows: {{dpo: dpo, catpo: catpo}}
-train: {{max_steps: 2, per_device_train_batch_size: 1, gradient_accumulation_steps: 1, eval_fraction: 0.0}}
-"""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """Python audit events that change files, in addition to `open` and `fsync`."""
@@ -59,93 +48,9 @@ LONGEST = 300.0
 """Timeout of a process, in seconds."""
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """A command on small data; called again on the same folder, it resumes."""
-
-    command: str
-    run: Callable[[Path, Path], object]
-    """(inputs, output)"""
-    processes: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"{self.command}, {self.processes} processes" if self.processes > 1 else self.command
-
-
-def _pair(inputs: Path, output: Path) -> object:
-    return pair(model="builtin", data="scenes(count=6)", output=output, batch_size=2, block_size=2, progress=False)
-
-
-def _score(inputs: Path, output: Path) -> object:
-    return score(pairs=inputs / "pairs", model="builtin", output=output, batch_size=2, shard_size=2, progress=False)
-
-
-def _train(lora: str | None) -> Callable[[Path, Path], object]:
-    return lambda inputs, output: train(
-        pairs=inputs / "pairs",
-        rewards=inputs / "rewards",
-        model="builtin",
-        output=output,
-        lora=lora,
-        objective="catpo",
-        num_train_epochs=2,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        eval_fraction=0.25,
-        save_steps=2,
-        logging_steps=3,
-        learning_rate=1e-4,
-        resume=True,
-        progress=False,
-    )
-
-
-def _evaluate(inputs: Path, output: Path) -> object:
-    return evaluate(
-        model="builtin", benchmarks=["scenes(count=3)"], output=output, batch_size=3, max_new_tokens=6, progress=False
-    )
-
-
-def _study(inputs: Path, output: Path) -> object:
-    from catpo.experiments.study.run import study
-
-    file = inputs / "small.yaml"
-    file.write_text(STUDY.format(pairs=inputs / "pairs"))
-    return study(file, output=output)
-
-
-WORKS = [
-    Work("pair", _pair),
-    Work("score", _score),
-    Work("train full", _train(None)),
-    Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)")),
-    Work("evaluate", _evaluate),
-    Work("study", _study),
-    Work("pair", _pair, processes=2),
-    Work("score", _score, processes=2),
-    Work("evaluate", _evaluate, processes=2),
-    Work("train full", _train(None), processes=2),
-    Work("train lora", _train("lora(r=2, alpha=4, dropout=0.1)"), processes=2),
-]
-
-
-def prepare(inputs: Path) -> None:
-    """Make pairs of short captions and their rewards, in a separate process so that this one never starts a thread."""
-
-    def make(_: Path, output: Path) -> None:
-        from catpo.data.read import open_data
-
-        samples = list(open_data("scenes(count=8)").samples())
-        texts = [f"There is a picture with the number {number}." for number in range(len(samples) + 1)]
-        rows = [(sample.images, sample.prompt, texts[number], texts[number + 1]) for number, sample in enumerate(samples)]
-        write_pairs(output / "pairs", [PreferencePair(pair_id(*row), *row) for row in rows], {})
-        score(pairs=output / "pairs", model="builtin", output=output / "rewards", progress=False)
-
-    attempt = Attempt(Work("inputs", make), inputs, inputs)
+def prepare(inputs: Path, *, with_run: bool = False) -> None:
+    """Make what the commands read, in a separate process so that this one never starts a thread."""
+    attempt = Attempt(Work("inputs", lambda _, output: make_inputs(output, with_run=with_run)), inputs, inputs)
     if attempt.wait() != [0]:
         raise SystemExit(f"could not make the inputs:\n{attempt.messages()}")
 
@@ -175,6 +80,7 @@ class Attempt:
         pid = os.fork()
         if pid:
             return pid
+        os.setpgid(0, 0)  # killed with the processes that it starts
         status = 1
         try:
             sys.stdout = sys.stderr = open(self.log, "a", buffering=1)  # noqa: SIM115 (until the end)
@@ -208,8 +114,10 @@ class Attempt:
                     self.seconds = usage.ru_utime + usage.ru_stime
                     del left[process]
                 elif _processor_seconds(pid) > kill_after or time.monotonic() > deadline or any(codes):
-                    os.kill(pid, signal.SIGKILL)
+                    _kill_with_its_own(pid)
             time.sleep(0.002)
+        for pid in self.pids:  # what a process that ended has started
+            _kill_with_its_own(pid)
         return codes
 
     def messages(self) -> str:
@@ -255,12 +163,35 @@ class Watch:
         if self.moment.is_torn and descriptor is not None:
             before = self.sizes.get(os.readlink(f"/proc/self/fd/{descriptor}"), 0)
             os.ftruncate(descriptor, before + (os.fstat(descriptor).st_size - before) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _kill_with_its_own(leader: int) -> None:
+    """Kill the processes of a group, and wait until they hold nothing any more."""
+    while True:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+        if not any(_is_of_group(process, leader) for process in psutil.process_iter(["status"])):
+            return
+        time.sleep(0.002)
+
+
+def _is_of_group(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE
+    except ProcessLookupError:
+        return False
 
 
 def _processor_seconds(pid: int) -> float:
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """Of a process with those that it has started and waited for, or is running."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    of_itself = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:15]
+    seconds = sum(map(int, of_itself)) / os.sysconf("SC_CLK_TCK")
+    for child in children:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            seconds += _processor_seconds(int(child))
+    return seconds
 
 
 def _free_port() -> int:
@@ -282,7 +213,10 @@ def contents(output: Path) -> dict[str, str]:
         if name.startswith("checkpoints/"):
             found[name] = ""
         else:
-            content = _timeless(path, output) if path.suffix in (".json", ".jsonl") else path.read_bytes()
+            own = str(output).encode()
+            content = (
+                _timeless(path, output) if path.suffix in (".json", ".jsonl") else path.read_bytes().replace(own, b"OUTPUT")
+            )
             found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return found
 
@@ -326,6 +260,8 @@ class Findings:
     runs: int = 0
     """Runs that were finished and compared."""
     problems: list[str] = field(default_factory=list)
+    took: float = 0.0
+    """Seconds of all this."""
 
 
 class Trials:
@@ -345,7 +281,14 @@ class Trials:
             for process, count in sorted(counts)
             for number in range(1, int(count) + 1)
         ]
-        self.findings = Findings(work, attempt.seconds)
+        self.findings = Findings(work, attempt.seconds, problems=self._given_again(undisturbed))
+
+    def _given_again(self, output: Path) -> list[str]:
+        """What the command changes in an output that is complete."""
+        again = Attempt(self.work, self.inputs, output)
+        if any(again.wait()):
+            return [f"given again, it fails: {again.messages()}"]
+        return [f"given again: {each}" for each in differences(self.expected, contents(output))]
 
     def at_random(self, kills: int) -> None:
         """Kill and resume at random moments until `kills` kills have hit before the end."""
@@ -389,23 +332,26 @@ class Trials:
 
 def kill(work: Work, *, kills: int, writes: int | None, inputs: Path, place: Path, seed: int = 0) -> Findings:
     """Both kinds of kills of one command."""
+    began = time.monotonic()
     trials = Trials(work, inputs, place, seed)
     trials.at_writes(writes)
     trials.at_random(trials.findings.early + kills)
+    trials.findings.took = time.monotonic() - began
     return trials.findings
 
 
 def table(findings: list[Findings]) -> Table:
-    made = Table("command", "uninterrupted", "kills", "before the end", "runs compared", "differences")
+    made = Table("command", "uninterrupted", "kills", "before the end", "runs compared", "differences", "minutes")
     for each in findings:
-        numbers = (each.kills, each.early, each.runs, len(each.problems))
+        numbers = (each.kills, each.early, each.runs, len(each.problems), round(each.took / 60, 1))
         made.add_row(each.work.name, f"{each.seconds:.1f} s CPU", *(str(number) for number in numbers))
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", help="one command only", choices=sorted({work.command for work in WORKS}))
+    names = sorted({work.command for work in WORKS})
+    parser.add_argument("--work", nargs="+", help="only these commands (default: all)", choices=names, default=names)
     parser.add_argument("--processes", type=int, help="only runs with this number of processes")
     parser.add_argument("--kills", type=int, default=30, help="kills at random moments before the end")
     parser.add_argument("--writes", type=int, help="number of file changes to kill at (default: all)")
@@ -413,19 +359,19 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the runs; runs that differ are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    works = [work for work in WORKS if options.work in (None, work.command) and options.processes in (None, work.processes)]
+    works = [work for work in WORKS if work.command in options.work and options.processes in (None, work.processes)]
     findings = []
     with tempfile.TemporaryDirectory() as temporary:
         place = (options.keep or Path(temporary)).resolve()
-        prepare(place / "inputs")
+        prepare(place / "inputs", with_run=any(work.command in ("report", "merge") for work in works))
         for number, work in enumerate(works):
             folder = place / f"work-{number}"
             folder.mkdir(parents=True)
             findings.append(
                 kill(work, kills=options.kills, writes=options.writes, inputs=place / "inputs", place=folder, seed=options.seed)
             )
-            print(f"{work.name}: {findings[-1].early} kills, {len(findings[-1].problems)} differences", file=sys.stderr)
-            print(*findings[-1].problems, sep="\n", file=sys.stderr)
+            told = f"{findings[-1].early} kills, {len(findings[-1].problems)} differences, {findings[-1].took:.0f} s"
+            print(f"{work.name}: {told}", *findings[-1].problems, sep="\n", file=sys.stderr, flush=True)
     Console(width=110).print(table(findings))
     sys.exit(1 if any(each.problems for each in findings) else 0)
 

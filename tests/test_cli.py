@@ -201,12 +201,15 @@ def test_a_user_error_is_a_message_and_exit_code_2(
 def test_an_interruption_is_exit_code_130(
     called: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def engine(**_: Any) -> None:
+    def engine(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["catpo.scoring.score"], "score", engine)
     assert run("score", *REQUIRED["score"]) == 130
-    assert "to resume" in capsys.readouterr().err
+    assert capsys.readouterr().err == "catpo: interrupted. Give the same command again to go on.\n"
+    monkeypatch.setattr(registry, "plugins", engine)
+    assert run("list", "signals") == 130
+    assert capsys.readouterr().err.endswith("catpo: interrupted.\n")  # there is nothing to go on with
 
 
 @pytest.mark.parametrize(

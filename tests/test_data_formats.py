@@ -14,7 +14,9 @@ from PIL import Image
 
 from catpo.cli.main import main
 from catpo.core.errors import UserError
-from catpo.data.check import check_data, convert_data
+from catpo.core.types import Picture
+from catpo.data.check import check_data
+from catpo.data.convert import convert_data
 from catpo.data.read import open_data
 from catpo.models.loading import load
 
@@ -422,8 +424,36 @@ def test_a_converted_data_set_reads_back_the_same(table, tmp_path, capsys):
         (b.id, b.prompt, b.chosen, b.rejected, b.meta) for b in before
     ]
     assert [a.images[0].read() for a in after] == [b.images[0].read() for b in before]
-    with pytest.raises(UserError, match="holds pairs already"):
-        convert_data(f"rlhf_v(source={table!r})", tmp_path / "folder")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_conversion_given_again_says_that_all_is_there_and_refuses_other_pairs(tmp_path, capsys):
+    rows = rlhf_v_rows(True)
+    source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rows))!r})"
+    command = ["data", "convert", source, "--output", str(tmp_path / "folder")]
+    main(command)
+    assert "complete already" not in capsys.readouterr().err
+    before = contents(tmp_path / "folder")
+    main(command)
+    assert "folder is complete already. Nothing was done again." in capsys.readouterr().err
+    assert contents(tmp_path / "folder") == before
+    with pytest.raises(UserError, match=r"was begun with data=\"rlhf_v"):
+        convert_data(f"rlhf_v(source={str(tmp_path / 'a.parquet')!r}, limit=5)", tmp_path / "folder")
+    parquet(tmp_path / "a.parquet", rows[:4])
+    with pytest.raises(UserError, match="has 5 pairs, .* has 4"):
+        convert_data(source, tmp_path / "folder")
+    rows[1]["chosen"] = "Another answer."
+    parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(UserError, match=r"pairs.jsonl:2 is another pair than"):
+        convert_data(source, tmp_path / "folder")
+    assert contents(tmp_path / "folder") == before
+    for about in ({"format": 1, "method": "correct", "data": source, "versions": {}, "complete": True}, {"complete": True}):
+        (tmp_path / "folder" / "pairs.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="has not written"):
+            convert_data(source, tmp_path / "folder")
 
 
 def test_a_conversion_that_stops_halfway_counts_as_unfinished(tmp_path):
@@ -432,5 +462,70 @@ def test_a_conversion_that_stops_halfway_counts_as_unfinished(tmp_path):
     source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rows))!r})"
     with pytest.raises(UserError, match="row 4"):
         convert_data(source, tmp_path / "folder")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="Give the same `catpo data convert` command again"):
         open_data(str(tmp_path / "folder"))
+    parquet(tmp_path / "a.parquet", rlhf_v_rows(True))
+    assert convert_data(source, tmp_path / "folder").pairs == 5
+
+
+def test_a_conversion_that_was_killed_goes_on_after_its_last_whole_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("catpo.data.convert.BLOCK", 2)
+    source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rlhf_v_rows(True)))!r})"
+    convert_data(source, tmp_path / "whole")
+    rows = (tmp_path / "whole" / "pairs.jsonl").read_bytes()
+    about = json.loads((tmp_path / "whole" / "pairs.json").read_text())
+    del about["pairs"]
+    for size in (0, 1, len(rows) // 2, rows.index(b"\n") + 1, len(rows) - 1, len(rows)):
+        folder = tmp_path / f"killed-{size}"
+        folder.mkdir()
+        (folder / "pairs.json").write_text(json.dumps({**about, "complete": False}))
+        (folder / "pairs.jsonl").write_bytes(rows[:size])
+        assert str(convert_data(source, folder)).startswith("5 pairs in")
+        found = {path.relative_to(folder): content for path, content in contents(folder).items()}
+        assert found == {path.relative_to(tmp_path / "whole"): each for path, each in contents(tmp_path / "whole").items()}
+
+
+def test_a_pair_that_comes_twice_is_written_once_so_that_the_folder_can_be_read(tmp_path):
+    rows = rlhf_v_rows(True)
+    source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', [*rows, rows[2]]))!r})"
+    assert "5 pairs" in str(convert_data(source, tmp_path / "folder")) and len(read(str(tmp_path / "folder"))) == 5
+    assert str(convert_data(source, tmp_path / "folder")).endswith("(not written again: 1 same as another pair)")
+
+
+def test_a_number_that_json_cannot_hold_is_refused_where_it_is_read(photos, tmp_path):
+    row = {"image": "red.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "meta": {"score": 1}}
+    (photos / "pairs.jsonl").write_text(json.dumps(row).replace('"score": 1', '"score": -1e999'))
+    with pytest.raises(UserError, match=r"pairs.jsonl:1 .*-1e999 is larger than any number"):
+        convert_data(photos, tmp_path / "folder")
+    (photos / "pairs.jsonl").write_text(json.dumps(row).replace('"score": 1', '"score": 1e308'))
+    assert convert_data(photos, tmp_path / "folder").pairs == 1 and read(str(tmp_path / "folder"))[0].meta == {"score": 1e308}
+
+
+def test_a_check_decodes_the_same_bytes_once_and_still_names_every_broken_row(photos, monkeypatch):
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+    (photos / "broken.png").write_bytes((photos / "red.png").read_bytes()[:45])
+    names = ["red.png", "broken.png", "red.png", "broken.png", "blue.png"]
+    rows = [{"image": name, **row, "chosen": f"Answer {number}."} for number, name in enumerate(names)]
+    (photos / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    opens = []
+    read = Picture.open
+    monkeypatch.setattr(Picture, "open", lambda self: (opens.append(self.path.name), read(self))[1])
+    report = check_data(photos)
+    assert sorted(opens) == ["blue.png", "broken.png", "broken.png", "red.png"]
+    assert [(problem.kind, problem.where.rsplit(":", 1)[1]) for problem in report.problems] == [
+        ("broken picture", "2"), ("duplicate rejected response", "3"), ("broken picture", "4"),
+    ]  # fmt: skip
+    assert (report.rows, report.pairs, report.pictures) == (5, 3, 2)
+
+
+def test_a_name_that_was_followed_once_is_followed_again_when_it_leads_elsewhere(photos, tmp_path_factory):
+    row = {"image": "link.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+    (photos / "pairs.jsonl").write_text(json.dumps(row))
+    (photos / "link.png").symlink_to(photos / "red.png")
+    assert read(str(photos))[0].images[0].path == (photos / "red.png").resolve()
+    outside = tmp_path_factory.mktemp("outside") / "a.png"
+    outside.write_bytes((photos / "red.png").read_bytes())
+    (photos / "link.png").unlink()
+    (photos / "link.png").symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of the folder"):
+        read(str(photos))

@@ -143,6 +143,22 @@ def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(folde
     assert files(whole.model) == before and rows(tmp_path / "run") == told
 
 
+def test_a_finished_run_given_again_says_so_and_is_left_as_it_is(folder, store, tmp_path, capsys):
+    run = training(folder, store, tmp_path / "run", max_steps=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # to make room
+    before = files(tmp_path / "run")
+    assert "complete already" not in capsys.readouterr().err
+    assert training(folder, store, tmp_path / "run", max_steps=2) == run
+    assert "run is complete already. Nothing was done again." in capsys.readouterr().err
+    for other in ({"learning_rate": 1e-4}, {"pairs": pairs(6)}, {"resume": False}):
+        with pytest.raises(UserError, match="run (was begun with|already holds a run)"):
+            training(folder, store, tmp_path / "run", **{"max_steps": 2, **other})
+    assert files(tmp_path / "run") == before
+    (tmp_path / "run" / "catpo.json").unlink()
+    with pytest.raises(UserError, match=r"holds a model or checkpoints, and no catpo.json"):
+        training(folder, store, tmp_path / "run", max_steps=2)
+
+
 # ---- SIGTERM --------------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +180,7 @@ def test_training_resumes_exactly_from_the_checkpoint_of_a_sigterm(folder, store
     whole = training(folder, store, tmp_path / "whole", lora=lora)
     with monkeypatch.context() as patch:
         terminating(patch, CatPOTrainer, "training_step", 10)  # within step 5
-        with pytest.raises(Stopped, match=r"step 5 of 6 is done, with a checkpoint.*--resume"):
+        with pytest.raises(Stopped, match=r"step 5 of 6 is done, with a checkpoint.*Give the same command again"):
             training(folder, store, tmp_path / "left", lora=lora)
     assert last_whole(tmp_path / "left" / "checkpoints").name == "checkpoint-5" and not (tmp_path / "left" / "model").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -260,7 +276,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(folder, store, tmp
     """A full disk after the first checkpoint: safetensors and torch have errors of their own for it."""
     code, said = in_child(limited(20_000, lambda: training(folder, store, tmp_path / "run")))
     assert code == 1 and said.startswith("UserError"), said
-    assert "no checkpoint" in said and "--resume" in said
+    assert "no checkpoint" in said and "give the same command again" in said
     with pytest.MonkeyPatch.context() as patch:
         terminating(patch, CatPOTrainer, "training_step", 4)
         with pytest.raises(Stopped):
@@ -505,7 +521,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(folder, store, 
         return loss
 
     monkeypatch.setattr(CatPOTrainer, "training_step", spoils)
-    with pytest.raises(UserError, match="gradient of step 3 is not finite .*pairs [0-9a-f]+.*--resume"):
+    with pytest.raises(UserError, match="gradient of step 3 is not finite .*pairs [0-9a-f]+.*another --output"):
         training(folder, store, tmp_path / "run")
     monkeypatch.setattr(CatPOTrainer, "training_step", step)
     resumed, whole = (training(folder, store, tmp_path / name) for name in ("run", "whole"))

@@ -226,7 +226,7 @@ def test_a_plan_says_which_scores_have_to_be_made_first(folder, tmp_path, capsys
     ("command", "output", "message"),
     [
         ("score", "taken", "holds other files"),
-        ("train", "taken", "already holds a run"),
+        ("train", "taken", "no catpo.json that says of which run"),
         ("score", "a\0b", "NUL"),
         ("train", "a\0b", "NUL"),
     ],

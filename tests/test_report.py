@@ -180,6 +180,21 @@ def test_the_same_input_gives_the_same_page(folder, path, tmp_path):
     assert pages[0] == pages[1]
 
 
+def test_a_report_given_again_says_so_and_replaces_reports_alone(folder, tmp_path, capsys):
+    options = {"output": tmp_path, "evaluations": [folder / "evaluations" / "base"]}
+    (tmp_path / ".report.html.4194305.part").write_text("of a killed process: no pid is as high")
+    path = report(**options)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"] and capsys.readouterr().err == ""
+    before = path.stat().st_mtime_ns
+    assert report(**options).stat().st_mtime_ns == before
+    assert "report.html is complete already" in capsys.readouterr().err
+    assert "Another" in report(**options, title="Another").read_text() and "it is replaced" in capsys.readouterr().err
+    path.write_text("<p>My notes.</p>")
+    with pytest.raises(UserError, match=r"report.html is there already and is no report of catpo"):
+        report(**options)
+    assert path.read_text() == "<p>My notes.</p>"
+
+
 def test_the_report_reaches_no_torch():
     check = (
         "import sys, catpo.reporting.build, catpo.cli.inspect_pair as i; print({'torch', 'peft'} & set(sys.modules) or '[]')"

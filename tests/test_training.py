@@ -23,6 +23,7 @@ from catpo.training.pair_forward import add_pair_forward
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 from tiny import llava, pair, pairs
+from training_runs import interrupted_and_resumed, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 
@@ -142,6 +143,14 @@ def test_adaptive_rewards_are_those_of_the_policy_then(folder, store, tmp_path):
     rescore_every.family.model.eval()
     now = score_pairs(pairs(8), rescore_every.family, tmp_path / "now", progress=False)
     assert abs(now.get(now.pair_ids[0], "chosen").logps - stores[1].get(now.pair_ids[0], "chosen").logps).max() > 0
+
+
+def test_a_resumed_run_with_adaptive_rewards_has_the_weights_of_an_undisturbed_one(folder, store, tmp_path):
+    options = dict(objective="catpo", save_steps=3, rescore_every=2, max_steps=6, learning_rate=1e-2)
+    whole = training(folder, store, tmp_path / "whole", **options)
+    resumed = interrupted_and_resumed(folder, store, tmp_path / "killed", 5, **options)  # scored in steps 2 and 4, saved in 3
+    weights = [(run.model / "adapter_model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert weights[0] == weights[1]
 
 
 def test_adaptive_rewards_ask_for_an_objective_with_weights(folder, store, tmp_path):
@@ -299,10 +308,12 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder, store
         train(output=tmp_path / "killed", **options)
     monkeypatch.setattr(CatPOTrainer, "training_step", step)
     with pytest.raises(UserError, match="already holds a run"):
-        train(output=tmp_path / "killed", **options)
+        train(output=tmp_path / "killed", **options, resume=False)
     with pytest.raises(UserError, match="learning_rate"):
-        train(output=tmp_path / "killed", **{**options, "learning_rate": 1e-4}, resume=True)
-    resumed = train(output=tmp_path / "killed", **options, resume=True)
+        train(output=tmp_path / "killed", **{**options, "learning_rate": 1e-4})
+    with pytest.raises(UserError, match="was begun with other pairs"):
+        train(output=tmp_path / "killed", **{**options, "pairs": options["pairs"][:-1]})
+    resumed = train(output=tmp_path / "killed", **options)
 
     base, expected, found = (loading.load(path).model.state_dict() for path in (folder, whole.model, resumed.model))
     assert expected.keys() == found.keys()

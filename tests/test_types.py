@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,3 +87,23 @@ def test_a_pairs_id_is_its_content():
         pair_id(first.images, first.prompt, first.rejected, first.chosen),
     ]
     assert len({first.id, *others}) == 4
+
+
+def test_a_hash_is_kept_only_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"first")
+    reads: list[Path] = []
+    read = Picture.read
+    monkeypatch.setattr(Picture, "read", lambda self: (reads.append(path), read(self))[1])
+    fresh = [Picture(path=path).digest() for _ in range(2)]
+    assert len(reads) == 2  # written so lately that another write could have the same time
+    monkeypatch.setattr(types, "RACY_NANOSECONDS", 0)
+    assert [Picture(path=path).digest() for _ in range(3)] == [*fresh, fresh[0]] and len(reads) == 3
+    time.sleep(0.02)
+    path.write_bytes(b"other")
+    os.utime(path, ns=(0, 0))
+    other = Picture(path=path).digest()
+    assert other == Picture(data=b"other").digest() != fresh[0]
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        Picture(path=path).digest()

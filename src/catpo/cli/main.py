@@ -16,6 +16,7 @@ from rich.console import Console
 from catpo import __version__
 from catpo.cli import streams
 from catpo.cli.flags import explained, from_recipe
+from catpo.cli.interrupted import interrupted
 from catpo.cli.messages import TRACEBACK, explain, taken
 from catpo.cli.streams import say, warn
 from catpo.config import options as config
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warn(f"{error.filename or 'a file'}: {refusal(error)}. {advice}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("catpo: interrupted. Run the same command again to resume.", file=sys.stderr)
+        warn(interrupted(arguments))
         sys.exit(130)
 
 
@@ -303,9 +304,9 @@ def convert(
     output: Annotated[Path, Parameter(help="Folder for pairs.jsonl and the pictures.")],
 ) -> None:
     """Write a data set's pairs as a folder: pictures and one .jsonl file."""
-    from catpo.data.check import convert_data
+    from catpo.data.convert import convert_data
 
-    say(f"Wrote {convert_data(source, output)} pairs to {output}")
+    say(convert_data(source, output))
 
 
 @data.command(name="lmms-eval")
@@ -387,13 +388,14 @@ def init(
 ) -> None:
     """Write a commented recipe to start from."""
     from catpo.config.recipes import starter
-    from catpo.files.atomic import make_folder, write_atomic
+    from catpo.files.atomic import make_folder, remove_unfinished, write_atomic
 
     path = folder / "recipe.yaml"
     is_there = path.is_file() and path.read_bytes() == starter().encode()
     if path.exists() and not is_there:
         raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
     make_folder(folder)
+    remove_unfinished(path)
     write_atomic(path, starter())
     say(f"{'There already' if is_there else 'Wrote'}: {path}. Next: catpo pair --config {path}")
 

@@ -195,8 +195,8 @@ class TrainOptions(Options):
     """Validation fraction: pairs held out and logged as eval_…."""
     seed: Seed = 42
     """Seed of initialisation and order."""
-    resume: bool = False
-    """Resume from the last checkpoint of the run."""
+    resume: bool = True
+    """Go on from the last checkpoint of the same run in the output folder; otherwise refuse a folder that holds a run."""
     save_steps: Whole = 0
     """Optimiser steps between checkpoints; 0: one per epoch."""
     logging_steps: Count = 10

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,8 +87,24 @@ class Picture:
         return path.read_bytes()
 
     def digest(self) -> str:
-        """Hash of the encoded bytes, which identifies the picture."""
-        return _hash(self.read())
+        """Hash of the encoded bytes, which identifies the picture; computed again only where they may have changed."""
+        known: dict[Any, str] = _digests
+        key: Any = None
+        if self.data is not None or self.load is not None:
+            known, key = vars(self), "_digest"
+        elif self.path is not None:
+            key = _stamp(self.path)
+        if key in known:
+            return known[key]
+        digest = _hash(self.read())
+        if key is not None and len(known) < MAX_DIGESTS:
+            known[key] = digest
+        return digest
+
+    def holding(self, content: bytes) -> Picture:
+        """The same picture; its bytes are at hand now, so that they are not read once more for its hash."""
+        vars(self)["_digest"] = _hash(content)
+        return self
 
     @property
     def label(self) -> str:
@@ -99,6 +117,24 @@ class Picture:
 
 def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+MAX_DIGESTS = 50_000
+RACY_NANOSECONDS = 2_000_000_000
+"""File systems note times this coarsely, or finer."""
+_digests: dict[tuple[Any, ...], str] = {}
+"""What `_stamp` says of a file -> hash of its bytes."""
+
+
+def _stamp(path: Path) -> tuple[Any, ...] | None:
+    """What changes when a file is written; None if it was written so lately that another write could look the same."""
+    try:
+        found = os.stat(path)
+    except OSError:  # reading it says why
+        return None
+    if max(found.st_mtime_ns, found.st_ctime_ns) > time.time_ns() - RACY_NANOSECONDS:
+        return None
+    return os.fspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def opened(content: bytes) -> Image.Image:

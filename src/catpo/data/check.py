@@ -1,10 +1,11 @@
-"""`catpo data check`, which lists all problems of a data set at once, and `catpo data convert`, which writes the common format.
+"""`catpo data check`, which lists all problems of a data set at once.
 
 Knows no format; token counts come from a model's own processor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,11 @@ from statistics import median
 from typing import Any
 
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PreferencePair, Sample
-from catpo.data.pair_folder import ABOUT, ROWS, append_pairs
-from catpo.data.read import open_data, scan
-from catpo.files.json_files import write_json
-from catpo.files.lock import lock
-from catpo.files.provenance import versions
+from catpo.core.types import SIDES, Picture, PreferencePair, Sample
+from catpo.data.read import scan
 
 OWN = re.compile(r"(?<!field )'[^']*'|\b[0-9a-f]{16}\b|\d[\d,.]*")
 """What is a row's own in a message: quoted texts, except names of fields; ids of pairs; numbers."""
-BLOCK = 256
-"""Pairs converted between two writes."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,10 @@ class DataReport:
         return [(group[0], len(group)) for group in groups.values()]
 
 
+def _hash(*parts: Any) -> bytes:
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def check_data(data: str | Path, *, family: Any = None, max_length: int | None = None, limit: int | None = None) -> DataReport:
     """Read every row, open every picture, and collect what is wrong.
 
@@ -106,25 +105,24 @@ class _Checker:
         self.family, self.max_length = family, max_length
         self.problems: list[Problem] = []
         self.lengths: dict[str, list[int]] = defaultdict(list)
-        self.first_places: dict[tuple[Any, ...], str] = {}
-        """Texts and pictures -> the row that had them first."""
+        self.first_places: dict[bytes, str] = {}
+        """Hash of texts and pictures -> the row that had them first."""
         self.pictures: set[str] = set()
-        self.rows: set[str] = set()
-        self.pairs = self.samples = 0
+        """Hashes of those that can be opened."""
+        self.last_row = ""
+        self.rows = self.pairs = self.samples = 0
 
     def check(self, where: str, row: PreferencePair | Sample | UserError) -> None:
-        self.rows.add(where)
+        self.rows += where != self.last_row  # the pairs of one row come one after the other
+        self.last_row = where
         if isinstance(row, UserError):
             self._add("unusable row", where, str(row).removeprefix(where).lstrip(": ,"))
             return
         try:
-            for image in row.images:
-                image.open()
-            digests = [image.digest() for image in row.images]
+            digests = [self._opened(image) for image in row.images]
         except UserError as error:
             self._add("broken picture", where, str(error))
             return
-        self.pictures.update(digests)
         if isinstance(row, Sample):
             self.samples += 1
             return
@@ -135,11 +133,18 @@ class _Checker:
     def _add(self, kind: str, where: str, what: str) -> None:
         self.problems.append(Problem(kind, where, what))
 
+    def _opened(self, image: Picture) -> str:
+        """The picture's hash; the same bytes are decoded once."""
+        digest = image.digest()
+        if digest not in self.pictures:
+            image.open()
+            self.pictures.add(digest)
+        return digest
+
     def _find_duplicate(self, where: str, pair: PreferencePair, digests: Sequence[str]) -> None:
         asked = (*digests, pair.history, pair.prompt)
-        keys: dict[str, tuple[Any, ...]] = {"pair": (*asked, pair.chosen, pair.rejected)}
-        for side in SIDES:
-            keys[f"{side} response"] = (side, *asked, pair.response(side))
+        chosen, rejected = (_hash(side, *asked, pair.response(side)) for side in SIDES)
+        keys = {"pair": chosen + rejected, "chosen response": chosen, "rejected response": rejected}
         for what, key in keys.items():
             first = self.first_places.setdefault(key, where)
             if first != where:
@@ -169,28 +174,4 @@ class _Checker:
         lengths = {}
         for part, values in self.lengths.items():
             lengths[part] = Lengths.of("image tokens" if part == "picture" else unit, values)
-        return DataReport(name, len(self.rows), self.pairs, self.samples, len(self.pictures), lengths, self.problems)
-
-
-def convert_data(data: str | Path, output: str | Path) -> int:
-    """Write a data set's pairs as a folder that every command reads; returns their number.
-
-    Each picture is kept as it is, once. Until the last pair is written, the folder counts as unfinished.
-
-    Raises:
-        UserError: a row cannot be used (`catpo data check` shows all of them), or the folder holds pairs already.
-    """
-    folder = Path(output)
-    with lock(folder):
-        if (folder / ROWS).exists():
-            raise UserError(f"{folder} holds pairs already. Choose another --output, or remove it.")
-        metadata = {"format": 1, "data": str(data), "versions": versions()}
-        write_json(folder / ABOUT, {**metadata, "complete": False})
-        pairs, count = open_data(data).pairs(), 0
-        while block := list(islice(pairs, BLOCK)):
-            append_pairs(folder, block)
-            count += len(block)
-        if not count:
-            raise UserError(f"{data} holds no preference pairs. `catpo data check` says what is wrong with its rows.")
-        write_json(folder / ABOUT, {**metadata, "pairs": count, "complete": True})
-    return count
+        return DataReport(name, self.rows, self.pairs, self.samples, len(self.pictures), lengths, self.problems)

@@ -33,13 +33,8 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], provenance:
     if (folder / ROWS).exists():
         raise UserError(f"{folder} holds pairs already. Choose another folder, or remove it.")
     make_folder(folder)
-    append_pairs(folder, pairs)
+    append_rows(folder / ROWS, [row_of(folder, pair) for pair in pairs])
     write_json(folder / ABOUT, {"format": 1, **provenance, "complete": True})
-
-
-def append_pairs(folder: Path, pairs: Sequence[PreferencePair]) -> int:
-    """Append pairs and save their new pictures; returns the new size of the row file in bytes."""
-    return append_rows(folder / ROWS, [row_of(folder, pair) for pair in pairs])
 
 
 def row_of(folder: Path, pair: PreferencePair) -> dict[str, Any]:

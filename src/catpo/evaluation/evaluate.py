@@ -18,7 +18,7 @@ from catpo.models.family import Family
 from catpo.models.likelihood import most_likely
 from catpo.models.remote import PREFIX, ServedModel
 from catpo.runtime.blocks import Blocks, Rows
-from catpo.runtime.progress import track
+from catpo.runtime.progress import tell_complete, track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
@@ -190,6 +190,8 @@ def _answer(
     total = sum(len(batch) for batch in keys)
     done = total - sum(len(keys[number]) for number in blocks.todo)
     shows_progress = options.progress and group.is_main
+    if done == total and group.is_main and folder.scores.exists():
+        tell_complete(folder.path, "Its answers are graded again.")
     with track(total, "Answering", "answers", done=done, enabled=shows_progress) as bar, on_sigterm() as stop:
 
         def answered(number: int) -> Rows:

@@ -26,6 +26,7 @@ from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
 from catpo.models.merging import merge
 from catpo.pairing.pair import pair as make_pairs
+from catpo.runtime.progress import tell_complete
 from catpo.scoring.score import score as score_pairs
 from catpo.training.train import train as train_model
 
@@ -103,6 +104,8 @@ def rounds(options: RoundsOptions) -> list[Round]:
         for number, part in enumerate(parts):
             round_folder = folder / f"round-{number + 1}"
             plans.append(RoundPlan(folder=round_folder, data=part, seed=options.seed + number, run=round_folder / "run"))
+        if len(read_rows(folder / DONE, ROUND)) >= len(plans):
+            tell_complete(folder)
         outcomes = []
         for outcome in run_rounds(folder, plans, model, by_command, progress=options.progress):
             print(outcome, flush=True)

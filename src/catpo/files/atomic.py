@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from catpo.core.errors import UserError, shown
 
@@ -41,6 +44,14 @@ def write_atomic(path: str | Path, content: str | bytes, *, is_durable: bool = T
                 f"{_shown(path)} cannot be written ({reason_of(error)}). Check space, permissions and name."
             ) from error
         raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of this file, where no lock does so for the folder."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = part.name.split(".")[-2]
+        if PART.fullmatch(part.name) and not psutil.pid_exists(int(number)):
+            part.unlink(missing_ok=True)
 
 
 def check_path(path: Path) -> None:

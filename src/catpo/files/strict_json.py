@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import UnionType
@@ -23,10 +24,19 @@ def loads(text: str | bytes) -> Any:
     ValueError: key 'a' stands twice in one object
 
     Raises:
-        ValueError: it is not JSON or not UTF-8, holds NaN or an infinity, or repeats a key.
+        ValueError: it is not JSON or not UTF-8, holds NaN, an infinity or a number as large as one, or repeats a key.
         RecursionError: it is nested too deep.
     """
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    return _decoder.decode(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:80]} is larger than any number of 64 bits")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
@@ -39,6 +49,10 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key '{duplicate[:80]}' stands twice in one object")
     return unique
+
+
+# `json.loads` would make one for every text
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_duplicates)
 
 
 def parse(content: str | bytes, *, place: str, remedy: str, loads: Callable[[str], Any] = loads) -> Any:

@@ -11,6 +11,7 @@ from catpo.files.provenance import check_same, versions
 from catpo.models import loading, memory
 from catpo.models.saved import list_files
 from catpo.runtime import disk_errors
+from catpo.runtime.progress import tell_complete
 
 MANIFEST = "catpo-merge.json"
 
@@ -35,6 +36,7 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
         check_same(
             read_json(folder / MANIFEST, made_by="catpo merge", fields={"settings": dict})["settings"], settings, where=folder
         )
+        tell_complete(folder)
         return folder
     if folder.exists():
         raise UserError(f"{folder} exists already and was not written by `catpo merge`. Choose another --output.")

@@ -38,7 +38,7 @@ from catpo.models import loading
 from catpo.models.family import Family
 from catpo.pairing.methods import Candidate, Decoding, Dropped
 from catpo.runtime.blocks import Blocks, Rows
-from catpo.runtime.progress import track
+from catpo.runtime.progress import tell_complete, track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
@@ -162,8 +162,11 @@ def pair(options: PairOptions) -> PairingResult:
                 write_json(folder / ABOUT, {**manifest, "versions": versions(), **more, "complete": False})
         group.barrier("begun")
         work = _Work(folder, pairing.samples, options.block_size, pairing.method)
-        if not group.broadcast("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"]):
+        is_complete = group.broadcast("complete", lambda: read_json(folder / ABOUT, fields={"complete": bool})["complete"])
+        if not is_complete:
             work.run(group, pairing.method.answering(family), options.progress and group.is_main)
+        elif group.is_main:
+            tell_complete(folder)
         if pairing.skip_log.goes_on and group.is_main:
             pairing.skip_log.write(folder)
         counts = group.broadcast("counts", lambda: work.finish(pairing.skip_log))

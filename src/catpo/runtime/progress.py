@@ -10,6 +10,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from catpo.core.errors import shown
+
 LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""
 
@@ -83,6 +85,11 @@ class Track:
 
 
 track = Track
+
+
+def tell_complete(output: object, rest: str = "Nothing was done again.") -> None:
+    """Say on stderr that an earlier run had finished an output with the same options."""
+    print(f"catpo: {shown(str(output), length=500)} is complete already. {rest}", file=sys.stderr)
 
 
 def clock(seconds: float) -> str:

@@ -29,7 +29,7 @@ from catpo.models.views import OtherPictures
 from catpo.rewards.store import RewardStore
 from catpo.rewards.writer import RewardWriter, check_place
 from catpo.runtime import workers
-from catpo.runtime.progress import track
+from catpo.runtime.progress import tell_complete, track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
@@ -203,8 +203,8 @@ class _StoreRun:
         """Score the pairs of the missing shards, shared among the processes."""
         missing_count = sum(len(self.pairs[writer.pairs_of(shard)]) for shard in missing)
         done = len(self.pairs) - missing_count
-        if self.is_resumed and missing:
-            self._tell_size()
+        if self.is_resumed:
+            self._tell_size() if missing else tell_complete(self.output)
         with (
             track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar,
             workers.explained(self.worker_count),

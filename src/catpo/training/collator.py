@@ -64,19 +64,21 @@ class PairCollator:
             if self._word_reward is not None:
                 batch["tilt"] = self._tilt(self.rewards, encoded)
             if Quantity("weights") in self.needs:
-                batch |= self._weights(self.weights_from or self.rewards, encoded)
+                batch |= self.weights_of(batch["pair_ids"])
         return HostBatch(batch if self.extra is None else batch | self.extra(pairs, encoded))
 
-    def _weights(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
-        """Token weights of Eq. 7, and the signals behind them if their coefficients are learned."""
+    def weights_of(self, pair_ids: Sequence[str]) -> Batch:
+        """Token weights of Eq. 7 by the latest store, and the signals behind them if their coefficients are learned."""
+        rewards = self.weights_from or self.rewards
+        assert rewards is not None
         weights, net_shared, signals, is_scored = [], [], [], []
-        for item in encoded:
-            pair_weights = rewards.weights(item.pair_id, self.fusion)
+        for pair_id in pair_ids:
+            pair_weights = rewards.weights(pair_id, self.fusion)
             weights += [pair_weights.chosen, pair_weights.rejected]
             coefficient = pair_weights.net_shared_coefficient
             net_shared.append(np.nan if coefficient is None else coefficient)  # the log's means leave NaN out
             if self.fusion.learned:
-                for values, flags in rewards.normalised_signals(item.pair_id, self.fusion):
+                for values, flags in rewards.normalised_signals(pair_id, self.fusion):
                     signals.append(values)
                     is_scored.append(flags)
         batch: Batch = {"weights": _padded(weights), "net_shared_coefficient": torch.tensor(net_shared)}

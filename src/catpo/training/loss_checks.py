@@ -19,7 +19,7 @@ CAUSES = {
 """What a loss is made of, in the order of computation, with the advice if it is the first that is not finite."""
 KL = "the KL alone is the cause: policy and reference have nothing in common any more. Lower the learning rate or kl_weight"
 OTHER = "the cause is in the objective alone: lower beta or the learning rate"
-LOOK = "Continue from the last checkpoint with --resume; `catpo inspect` shows a pair."
+LOOK = "Other options need another --output; `catpo inspect` shows a pair."
 CAUSE_OF_DRIFT = (
     "The stored reference comes from other weights, precision or attention implementation: score again with this model, or "
     "give reference='online'."

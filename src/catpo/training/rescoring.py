@@ -5,6 +5,7 @@ Not in the paper, whose rewards are computed once (Sec. 4.5). Knows nothing of l
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,8 +25,8 @@ from catpo.training.collator import PairCollator
 class Rescoring(TrainerCallback):
     """Gives the collator the weights of a new store after every `every` optimiser steps.
 
-    The stores, without hidden states and maps, stay in `folder` as `rewards-step-N`, so that a resumed run finds the last. A
-    batch that was prepared earlier keeps its weights.
+    The stores, without hidden states and maps, stay in `folder` as `rewards-step-N`, so that a resumed run finds the last. One
+    of a step that the resumed run takes again is removed: it is scored again.
     """
 
     def __init__(
@@ -43,6 +44,10 @@ class Rescoring(TrainerCallback):
         self.settings = settings_of(collator.rewards)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for folder in self.folder.glob("rewards-step-*"):  # of a killed run
+            step = folder.name.rpartition("-")[2]
+            if step.isdecimal() and int(step) > state.global_step:
+                shutil.rmtree(folder)
         last = state.global_step - state.global_step % self.every
         if last:
             self.collator.weights_from = RewardStore.open(self._path(last))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from catpo.config.arguments import is_passed_on
 from catpo.config.command import hints
 from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
+from catpo.core.types import PreferencePair
+from catpo.data.spool import ids_of
 from catpo.files.json_files import read_json, read_rows
-from catpo.files.provenance import versions
+from catpo.files.provenance import check_same, versions
 from catpo.models.saved import list_files
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
@@ -50,13 +53,49 @@ def free_output(output: Path, resume: bool) -> Path | None:
     """The checkpoint to continue from, if there is one.
 
     Raises:
-        UserError: the folder holds a run, and `resume` is not set.
+        UserError: the folder holds a run, and `resume` is not set or the run's options are not known.
     """
-    is_finished = (output / "model").exists()
     last = last_whole(output / "checkpoints")
-    if not resume and (is_finished or last):
-        raise UserError(f"{output} already holds a run. Give resume=True (--resume) to continue it, or another --output.")
+    if last or (output / "model").exists():
+        if not resume:
+            raise UserError(f"{output} already holds a run. Give resume=True (--resume) to continue it, or another --output.")
+        if not (output / RUN).exists():
+            raise UserError(
+                f"{output} holds a model or checkpoints, and no {RUN} that says of which run. Choose another --output."
+            )
     return last
+
+
+def is_finished(options: TrainOptions, checkpoint: Path | None) -> bool:
+    """Whether the run in the output is complete.
+
+    Raises:
+        UserError: it is a run of other options.
+    """
+    has_model = (options.output / "model").is_dir()
+    if checkpoint is None and not has_model:
+        return False
+    manifest = read_manifest(options.output)
+    usual = {each.name: each.default for each in fields(TrainOptions)}  # an option that a run was begun without
+    now = settings_of(options)
+    check_same({**{name: usual[name] for name in now}, **manifest["settings"]}, now, where=str(options.output))
+    return manifest["complete"] and has_model
+
+
+def check_pairs(output: Path, pairs: Sequence[PreferencePair]) -> None:
+    """Compare the pairs with those that the run in the output was begun with, whatever their folder is called now.
+
+    Raises:
+        UserError: they are others.
+    """
+    begun_with = read_manifest(output).get("data_hash")  # early versions did not record it
+    if begun_with not in (None, hash_of(pairs)):
+        raise UserError(f"{output} was begun with other pairs. Give the same ones, or choose another --output.")
+
+
+def hash_of(pairs: Sequence[PreferencePair]) -> str:
+    """Of the pairs' ids, in their order."""
+    return hashlib.blake2b("\n".join(ids_of(pairs)).encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -135,5 +174,5 @@ def complete_so_far(output: Path) -> str:
     last = last_whole(output / "checkpoints")
     return (
         f"Complete so far: {last or 'no checkpoint'}. An older checkpoint is removed after a newer one is complete, so there "
-        "must be room for two. Free some space, then give the same command with --resume."
+        "must be room for two. Free some space, then give the same command again."
     )

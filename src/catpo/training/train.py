@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +18,12 @@ from catpo.core.types import PreferencePair
 from catpo.data.read import dev_split
 from catpo.files.atomic import check_path
 from catpo.files.json_files import write_json
-from catpo.files.provenance import check_same
 from catpo.models import devices, loading, memory
 from catpo.models.family import Family
 from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors, workers
 from catpo.runtime.launcher import process_count
+from catpo.runtime.progress import tell_complete
 from catpo.runtime.sigterm import Stop, on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
@@ -40,13 +40,14 @@ from catpo.training.pairs import read_training_pairs, usable_pairs
 from catpo.training.precision import compute_dtype
 from catpo.training.run_folder import (
     RUN,
+    check_pairs,
     complete_so_far,
     describe_run,
     free_output,
+    hash_of,
+    is_finished,
     last_metrics,
-    read_manifest,
     save_model,
-    settings_of,
 )
 from catpo.training.trainer import CatPOTrainer
 
@@ -117,33 +118,28 @@ def train(options: TrainOptions) -> TrainingResult:
     output, group = options.output, WorkGroup()
     with group.lock(output):
         checkpoint = free_output(output, options.resume)
-        is_finished = checkpoint is not None and _is_finished(options)
-        problem = None if is_finished or checkpoint is None else group.broadcast("damage", lambda: damage(checkpoint))
-        if not is_finished and problem is None:
-            _train(options, checkpoint, group)
+        problem = None
+        if is_finished(options, checkpoint):
+            check_pairs(output, read_training_pairs(options, SkipLog(options.on_error)))
+            if group.is_main:
+                tell_complete(output)
+        else:
+            problem = None if checkpoint is None else group.broadcast("damage", lambda: damage(checkpoint))
+            if problem is None:
+                _train(options, checkpoint, group)
     group.leave()
     if problem is not None:
         raise UserError(problem)
     return TrainingResult(output, output / "model", last_metrics(output))
 
 
-def _is_finished(options: TrainOptions) -> bool:
-    """Whether the run in the output is complete; refuses to continue one of other options."""
-    if not (options.output / RUN).exists():
-        return False
-    manifest = read_manifest(options.output)
-    usual = {each.name: each.default for each in fields(TrainOptions)}  # an option that a run was begun without
-    now = settings_of(options)
-    then = {**{name: usual[name] for name in now}, **manifest["settings"]}
-    check_same(then, now, where=str(options.output))
-    return manifest["complete"] and (options.output / "model").is_dir()
-
-
 def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> None:
     output, training = options.output, prepare(options)
     if (problem := group.broadcast("hub", lambda: hub.problem_with_repository(options))) is not None:
         raise UserError(problem)
-    pairs = training.pairs
+    pairs, data_hash = training.pairs, hash_of(training.pairs)
+    if checkpoint is not None:
+        check_pairs(output, pairs)
     if training.skip_log.goes_on:
         store = None if options.rewards is None else RewardStore.open(options.rewards)
         count = worker_count(options.dataloader_num_workers, training.family)
@@ -155,7 +151,7 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
 
     def write_manifest(*, complete: bool) -> None:
         facts = describe_run(trainer, options, len(train_pairs), len(eval_pairs), training.skip_log)
-        write_json(output / RUN, {**facts, "complete": complete})
+        write_json(output / RUN, {**facts, "data_hash": data_hash, "complete": complete})
 
     if group.is_main:
         write_manifest(complete=False)
@@ -216,5 +212,5 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) 
     if state.global_step < state.max_steps:
         raise Stopped(
             f"SIGTERM: step {state.global_step} of {state.max_steps} is done, with a checkpoint in {trainer.args.output_dir}. "
-            "Give the same command with --resume to continue."
+            "Give the same command again to go on."
         )

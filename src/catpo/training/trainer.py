@@ -144,6 +144,7 @@ class CatPOTrainer(Trainer):
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=not args.gradient_checkpointing)
         if args.rescore_every:
             self.add_callback(self._rescoring(inputs.every, collator))
+            self._latest_weights = collator.weights_of
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of the whole window
 
     # ---- preparation --------------------------------------------------------------------------------------------------
@@ -380,7 +381,10 @@ class CatPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward."""
         self.family.forget_hash()  # of weights that change now
-        self._doing = f"at step {self.state.global_step} with {size_of(opened(inputs))}"
+        inputs = opened(inputs)
+        self._doing = f"at step {self.state.global_step} with {size_of(inputs)}"
+        if self.args.rescore_every:  # the batch may have been prepared before the pairs were scored again
+            inputs.update(self._latest_weights(inputs["pair_ids"]))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._doing = f"in the optimiser's step {self.state.global_step}"
         return loss

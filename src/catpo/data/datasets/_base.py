@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from catpo.core.conversation import IMAGE, Turn, check_places, without_leading_places
 from catpo.core.errors import UserError
@@ -176,6 +176,8 @@ class Row:
         return items
 
     def _renamed(self, fields: FieldOptions) -> Row:
+        if not fields.columns and not fields.ignore:
+            return self
         values = {name: value for name, value in self.values.items() if name not in fields.ignore}
         for ours, theirs in fields.columns.items():
             if theirs not in self.values:
@@ -210,7 +212,7 @@ class Row:
 
     def peek(self, field: str) -> Any:
         """What a field holds; does not count as reading it."""
-        return dict(self.values).get(field)
+        return dict.get(cast("Fields", self.values), field)  # not that of `Fields`, which counts
 
     def text(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""
@@ -266,7 +268,7 @@ class Row:
         for index, cell in enumerate(cells):
             content = cell.get("bytes") if isinstance(cell, Mapping) else cell
             if self.stored is not None and isinstance(content, bytes) and content:
-                pictures.append(self.stored(self.columns.get(field, field), index))
+                pictures.append(self.stored(self.columns.get(field, field), index).holding(content))
             else:
                 pictures.append(self.picture(field, cell, self.root))
         return tuple(pictures)

@@ -145,7 +145,8 @@ def _json(row: Row, _: Choices) -> Preference:
 def _plain(row: Row, choices: Choices) -> Preference:
     """TRL: `prompt`, `chosen`, `rejected` as texts or conversations; SeVa, mDPO, RLHF-V, HA-DPO: `question`, `reject`."""
     other = _first(row, "reject", "rejected")
-    rng = random.Random(f"{choices.seed}/{row.peek('image_id') or row.where}")
+    has_several = any(isinstance(row.peek(side), list) for side in ("chosen", other))
+    rng = random.Random(f"{choices.seed}/{row.peek('image_id') or row.where}") if has_several else None
     chosen = _prompt_and_answer(row, "chosen", choices, rng)
     rejected = _prompt_and_answer(row, other, choices, rng)
     if chosen[:2] != rejected[:2]:
@@ -159,7 +160,7 @@ SHAPES: dict[str, Callable[[Row, Choices], Preference]] = {
 }  # fmt: skip
 
 
-def _prompt_and_answer(row: Row, side: str, choices: Choices, rng: random.Random) -> tuple[str, list[Message], str]:
+def _prompt_and_answer(row: Row, side: str, choices: Choices, rng: random.Random | None) -> tuple[str, list[Message], str]:
     """Field of the question, conversation up to it, and one side's answer."""
     answer = row.values.get(side)
     field = _first(row, "question", "prompt")
@@ -175,7 +176,7 @@ def _prompt_and_answer(row: Row, side: str, choices: Choices, rng: random.Random
             roles = [message.turn.role for message in messages]
             raise row.error(side, f"must be one answer, not the turns {roles}. Put earlier turns into '{field}'")
         return field, asked, messages[0].turn.text
-    if isinstance(answer, list) and answer:  # HA-DPO has several texts
+    if isinstance(answer, list) and answer and rng is not None:  # HA-DPO has several texts
         return field, asked, row.checked(side, rng.choice(answer))
     return field, asked, _answer(row, side)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,13 @@ INSIDE = ("image", "image_url", "url", "path")
 """Keys of an object that names a picture: OpenAI's and transformers' message parts, and the `datasets` library's cells."""
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 """How PNG, JPEG, GIF, WebP, TIFF and BMP begin in Base64."""
+UNUSUAL = re.compile(r"^/|[:\\]|\.\.")
+"""What every name has that leads out of a folder: a root, a drive or `..`."""
 SHORTEST = 64
 """Characters of the shortest text that can be a picture in Base64."""
+MAX_FOLLOWED = 50_000
+_followed: dict[tuple[str, str], tuple[Path, tuple[int, int]]] = {}
+"""Folder and name in it -> its file inside, and the device and number of that."""
 
 
 def picture(row: Row, field: str, value: Any, root: Path) -> Picture:
@@ -78,17 +85,14 @@ def _path_of_url(row: Row, field: str, name: str) -> str:
 
 
 def _from_name(row: Row, field: str, name: str, root: Path) -> Picture:
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    is_foreign = windows.drive or (windows.is_absolute() and not posix.is_absolute())
     try:
-        is_outside = posix.is_absolute() and not Path(name).resolve().is_relative_to(root)
-        if is_foreign or is_outside or ".." in posix.parts or ".." in windows.parts:
+        if UNUSUAL.search(name) and _leaves(name, root):
             raise row.error(
                 field,
                 f"'{shown(name)}' leaves the folder {root}. Give a path inside it, or name the pictures' folder: images='DIR'",
             )
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
+        path = _inside(name, root)
+        if path is None:
             raise row.error(field, f"'{shown(name)}' is a link that leads out of the folder. Put the picture inside")
         if not path.is_file():
             raise row.error(field, f"'{shown(name)}' is not a file in {root}. Check the name")
@@ -96,3 +100,34 @@ def _from_name(row: Row, field: str, name: str, root: Path) -> Picture:
         reason = getattr(error, "strerror", None) or error
         raise row.error(field, f"'{shown(name)}' is not a usable path ({reason})") from error
     return Picture(path=path, name=f"{name} ({row.where})")
+
+
+def _inside(name: str, root: Path) -> Path | None:
+    """The file of a name with all links followed; None if they lead out of the folder.
+
+    A picture of many rows is followed once, as long as the name leads to the same file.
+    """
+    given = os.path.join(root, name)
+    try:
+        found = os.stat(given)
+        place = found.st_dev, found.st_ino
+    except (OSError, ValueError):  # said by what follows
+        place = None
+    key = str(root), name
+    path, known_place = _followed.get(key, (None, None))
+    if path is not None and place == known_place:
+        return path
+    path = Path(given).resolve()
+    if not path.is_relative_to(root):
+        return None
+    if place is not None and len(_followed) < MAX_FOLLOWED:
+        _followed[key] = path, place
+    return path
+
+
+def _leaves(name: str, root: Path) -> bool:
+    """Whether a name is not one inside the folder, on any system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    is_foreign = windows.drive or (windows.is_absolute() and not posix.is_absolute())
+    is_outside = posix.is_absolute() and not Path(name).resolve().is_relative_to(root)
+    return bool(is_foreign or is_outside or ".." in posix.parts or ".." in windows.parts)

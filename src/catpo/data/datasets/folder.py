@@ -65,6 +65,7 @@ class Dataset(datasets.RowDataset):
         if limit is not None and (type(limit) is not int or limit < 1):
             raise UserError(f"folder: limit={limit!r} must be a whole number, 1 or more.")
         self.name, self.limit, self.prompt = str(source), limit, prompt
+        _check_finished(Path(source))
         self.file = row_file(Path(source))
         self.is_ours = _is_made_by_catpo(self.file)
         """Whether `catpo` made the folder, whose pictures are named by their hash."""
@@ -271,11 +272,16 @@ def row_file(source: Path) -> Path:
 
 
 def _is_made_by_catpo(file: Path) -> bool:
-    """Whether a file lies in a pair folder; raises if `catpo pair` was killed before that was complete."""
-    metadata = file.parent / ABOUT
-    is_ours = file.name == ROWS and metadata.is_file()
-    if is_ours and not read_json(metadata, made_by="catpo pair").get("complete"):
-        raise UserError(
-            f"{file.parent} is not finished. Give the same `catpo pair` command again; it goes on where it stopped."
-        )
-    return is_ours
+    """Whether a file lies in a pair folder."""
+    return file.name == ROWS and (file.parent / ABOUT).is_file()
+
+
+def _check_finished(source: Path) -> None:
+    """Raise if the folder's command was killed before it was complete; a folder made by hand needs no pairs.json."""
+    folder = source.parent if source.name == "pairs.jsonl" else source
+    if not (folder / "pairs.json").is_file():
+        return
+    about = read_json(folder / "pairs.json", made_by="catpo pair")
+    if not about.get("complete"):
+        made_by = "catpo pair" if "method" in about else "catpo data convert"
+        raise UserError(f"{folder} is not finished. Give the same `{made_by}` command again; it goes on where it stopped.")

@@ -19,6 +19,7 @@ from catpo.experiments.study.tuning import Choice, choose
 from catpo.files.json_files import write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import versions
+from catpo.runtime.progress import tell_complete
 from catpo.training import objectives
 
 Key = TypeVar("Key")
@@ -73,6 +74,8 @@ class _Work:
     jobs: int
     failed: dict[str, str] = field(default_factory=dict)
     """A task as users know it -> why it failed."""
+    is_given_again: bool = True
+    """Whether everything so far had been finished before."""
 
     def run(self, folder: Path) -> Outcome:
         study = self.study
@@ -86,6 +89,8 @@ class _Work:
         if not cells:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in self.failed.items())
             raise UserError(f"Nothing of {study.name} could be run. {reasons}")
+        if self.is_given_again:
+            tell_complete(folder, "Its tables and figures are made again.")
         rates = {name: choices[name].rate if name in choices else None for name in cells}
         results = collect(study, self.output, cells, rates)
         results.notes.extend(self._notes(choices))
@@ -101,6 +106,7 @@ class _Work:
 
     def _run(self, tasks: Mapping[str, Cell | Shared], what: str) -> set[str]:
         """Run tasks by their label for users; returns the labels of those that failed."""
+        self.is_given_again &= all(task.is_finished(self.output) for task in tasks.values())
         reasons = run_all(
             list(tasks.values()), self.output, what=what, jobs=self.jobs, alone=self.study.measure,
             keep_models=self.study.keep_models,

@@ -1,0 +1,21 @@
+"""What Ctrl-C is answered with: how to go on, where there is something to go on with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+GO_ON = ("pair", "score", "train", "evaluate", "rounds", "demo", "study")
+"""Commands, besides `data convert`, that go on where they stopped."""
+
+
+def interrupted(given: Sequence[str] | None) -> str:
+    """The message to an interrupted command; its arguments are the process's if None.
+
+    >>> interrupted(["score", "--pairs", "pairs"]), interrupted(["list"])
+    ('interrupted. Give the same command again to go on.', 'interrupted.')
+    """
+    arguments = sys.argv[1:] if given is None else list(given)
+    is_resumable = arguments[:1] in [[name] for name in GO_ON] or arguments[:2] == ["data", "convert"]
+    goes_on = is_resumable and not {"--dry-run", "--no-resume"} & set(arguments)
+    return "interrupted." + (" Give the same command again to go on." if goes_on else "")
