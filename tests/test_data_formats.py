@@ -18,6 +18,7 @@ from catpo.core.types import Picture
 from catpo.data.check import check_data
 from catpo.data.convert import convert_data
 from catpo.data.read import open_data
+from catpo.files.json_files import read_json, write_json
 from catpo.models.loading import load
 
 
@@ -473,12 +474,12 @@ def test_a_conversion_that_was_killed_goes_on_after_its_last_whole_row(tmp_path,
     source = f"rlhf_v(source={str(parquet(tmp_path / 'a.parquet', rlhf_v_rows(True)))!r})"
     convert_data(source, tmp_path / "whole")
     rows = (tmp_path / "whole" / "pairs.jsonl").read_bytes()
-    about = json.loads((tmp_path / "whole" / "pairs.json").read_text())
+    about = read_json(tmp_path / "whole" / "pairs.json")
     del about["pairs"]
     for size in (0, 1, len(rows) // 2, rows.index(b"\n") + 1, len(rows) - 1, len(rows)):
         folder = tmp_path / f"killed-{size}"
         folder.mkdir()
-        (folder / "pairs.json").write_text(json.dumps({**about, "complete": False}))
+        write_json(folder / "pairs.json", {**about, "complete": False})
         (folder / "pairs.jsonl").write_bytes(rows[:size])
         assert str(convert_data(source, folder)).startswith("5 pairs in")
         found = {path.relative_to(folder): content for path, content in contents(folder).items()}
