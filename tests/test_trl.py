@@ -178,7 +178,8 @@ def their_loss_and_logits(trainer, row):
 
 
 @pytest.mark.parametrize(("options", "objective"), [
-    ({}, "cpo"), ({"cpo_alpha": 0.3, "label_smoothing": 0.1, "beta": 0.5}, "cpo(nll_weight=0.3, label_smoothing=0.1, beta=0.5)"),
+    ({}, "cpo"),
+    ({"cpo_alpha": 0.3, "label_smoothing": 0.1, "beta": 0.5}, "cpo(nll_weight=0.3, label_smoothing=0.1, beta=0.5)"),
     ({"loss_type": "hinge"}, "cpo(loss_type='hinge')"), ({"loss_type": "ipo"}, "cpo(loss_type='ipo')"),
     ({"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}, "simpo"),
     ({"loss_type": "simpo", "beta": 2.5, "cpo_alpha": 1.0}, "simpo(beta=2.5, gamma=0.5, nll_weight=1.0)"),

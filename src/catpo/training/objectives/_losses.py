@@ -32,13 +32,13 @@ class Gains:
 
 
 def sigmoid(gains: Gains) -> Float[Tensor, " pairs"]:
-    """DPO: -log sigmoid(beta h), mixed with that of the swapped pair (Rafailov et al. 2023; Mitchell 2023)."""
+    """DPO: log(1 + exp(-beta h)), mixed with that of the swapped pair (Rafailov et al. 2023; Mitchell 2023)."""
     h, share = gains.beta * gains.margin, gains.label_smoothing
     return -(1 - share) * F.logsigmoid(h) - share * F.logsigmoid(-h)
 
 
 def hinge(gains: Gains) -> Float[Tensor, " pairs"]:
-    """1 - beta h, at least 0 (SLiC-HF, Zhao et al. 2023; RSO, Liu et al. 2024)."""
+    """SLiC: 1 - beta h, at least 0 (Zhao et al. 2023; normalised as by Liu et al. 2024)."""
     return torch.relu(1 - gains.beta * gains.margin)
 
 

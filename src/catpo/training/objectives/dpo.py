@@ -30,7 +30,7 @@ def loss(
     kl_weight: float = 0.0,
     kl_direction: str = "policy||reference",
 ) -> LossOutput:
-    """-log sigmoid(beta h), h the difference of the log-ratios summed over tokens (Eq. 1; Rafailov et al. 2023); or others.
+    """DPO: -log sigmoid(beta h), h the difference of the log-ratios summed over tokens (Eq. 1; Rafailov et al. 2023).
 
     Args:
         label_smoothing: share of pairs assumed to be labelled the wrong way round, in [0, 0.5): conservative DPO, `robust`; or
