@@ -175,6 +175,7 @@ def test_unit_token_weights_change_nothing_and_others_do(spec):
     ("dpo(loss_type='aot')", "it sorts log-ratios across the batch"), ("cpo(loss_type='aot')", "it sorts log-ratios"),
     ("dpo(loss_type='exo_pair')", "Give a label_smoothing above 0, such as 0.001"),
     ("dpo(loss_type='hinge', label_smoothing=0.1)", "only sigmoid, sigmoid_norm, robust, exo_pair read it"),
+    ("dpo(loss_type='discopop', discopop_tau=0.0)", "must be above 0"), ("dpo(discopop_tau=0.1)", "loss_type='discopop' only"),
     ("dpo(loss_type=['sigmoid', 'sft'], loss_weights=[1.0])", "as many weights as losses"),
     ("dpo(loss_type=['sigmoid', 'sft'], loss_weights=[1.0, 'a'])", "as many weights as losses"),
     ("dpo(loss_type=['sft', 'sft'])", "each loss once"), ("dpo(loss_type=[])", "each loss once"),

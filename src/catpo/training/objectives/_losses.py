@@ -14,6 +14,9 @@ from torch import Tensor
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 
+TAU = 0.05
+"""Temperature of `discopop`, as its authors recommend."""
+
 
 @dataclass(frozen=True)
 class Gains:
@@ -23,7 +26,7 @@ class Gains:
     rejected: Float[Tensor, " pairs"]
     beta: float
     label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
+    discopop_tau: float = TAU
 
     @property
     def margin(self) -> Float[Tensor, " pairs"]:

@@ -1,4 +1,4 @@
-"""DPO (Eq. 1): the plain preference loss that every other objective is compared with, and TRL's other losses of a pair."""
+"""DPO (Eq. 1), and TRL's other losses of its log-ratios, or several: hinge, ipo, apo_zero, bco_pair, sft, …"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.models.tensors import masked_sum
 from catpo.training.objectives import LossOutput, PairStats, output
-from catpo.training.objectives._losses import LOSSES, SMOOTHED, Gains, check_loss
+from catpo.training.objectives._losses import LOSSES, SMOOTHED, TAU, Gains, check_loss
 
 TYPES = [*LOSSES, "sigmoid_norm", "ipo_norm", "sft"]
 
@@ -25,7 +25,7 @@ def loss(
     label_smoothing: float = 0.0,
     loss_type: Any = ("sigmoid",),
     loss_weights: Any = (),
-    discopop_tau: float = 0.05,
+    discopop_tau: float = TAU,
     reduction: str = "sum",
     kl_weight: float = 0.0,
     kl_direction: str = "policy||reference",
@@ -44,7 +44,7 @@ def loss(
         kl_weight: adds this much of the unweighted full-vocabulary KL over all response tokens; 0 is DPO proper.
     """
     shares = _shares(loss_type, loss_weights)
-    _check(shares, beta, label_smoothing)
+    _check(shares, beta, label_smoothing, discopop_tau)
     check_word("dpo", "reduction", reduction, ("sum", "mean"))
 
     def gains_of(ratios: Tensor) -> Gains:
@@ -88,10 +88,12 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def _check(names: Collection[str], beta: float, label_smoothing: float) -> None:
+def _check(names: Collection[str], beta: float, label_smoothing: float, discopop_tau: float) -> None:
     for name in names:
         check_loss("dpo", name, TYPES, beta=beta, label_smoothing=label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise UserError(f"dpo(label_smoothing={label_smoothing}) must lie in [0, 0.5).")
+    if discopop_tau <= 0 or (discopop_tau != TAU and "discopop" not in names):
+        raise UserError(f"dpo(discopop_tau={discopop_tau}) must be above 0, and is of loss_type='discopop' only.")
     if label_smoothing and not set(names) & set(SMOOTHED):
         raise UserError(f"dpo(label_smoothing={label_smoothing}): only {', '.join(SMOOTHED)} read it. Leave it out.")
