@@ -1,4 +1,4 @@
-"""DPO (Eq. 1), and TRL's other losses of its log-ratios, or several: hinge, ipo, apo_zero, bco_pair, sft, …"""
+"""DPO (Eq. 1), or TRL's other losses of its log-ratios, or a mix: hinge, ipo, robust, bco_pair, apo_zero, sft and others."""
 
 from __future__ import annotations
 
