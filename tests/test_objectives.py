@@ -287,6 +287,14 @@ def test_every_preset_can_be_built(preset):
     assert objectives.build(f"catpo(preset='{preset}')").options.items() <= {**catpo.PRESETS[preset]}.items()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_objective_can_be_built_where_gradients_are_off(mode):
+    with mode():
+        assert objectives.build("dpo(beta=0.3)").options == {"beta": 0.3}
+        with pytest.raises(UserError, match="its gradient is zero"):
+            objectives.build("dpo(beta=0.0)")
+
+
 @pytest.mark.parametrize("text, message", [
     ("catpo(alfa=0.3)", "Did you mean 'alpha'"), ("catpo(preset='papr')", "Did you mean 'paper'"),
     ("dpp", "Did you mean 'dpo'"),

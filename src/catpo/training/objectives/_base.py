@@ -216,6 +216,7 @@ def _has_gradient(loss: Callable[..., LossOutput], options: dict[str, Any], is_s
             trained[quantity] = value.requires_grad_()
         return value
 
-    losses = loss(PairStats(read), **options).losses
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+        losses = loss(PairStats(read), **options).losses
     gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True) if losses.requires_grad else ()
     return any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
