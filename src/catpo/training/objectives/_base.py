@@ -217,6 +217,6 @@ def _has_gradient(loss: Callable[..., LossOutput], options: dict[str, Any], is_s
         return value
 
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
-        losses = loss(PairStats(read), **options).losses
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True) if losses.requires_grad else ()
+        total = loss(PairStats(read), **options).losses.sum()
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True) if total.requires_grad else ()
     return any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
