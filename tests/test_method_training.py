@@ -130,8 +130,12 @@ def test_twenty_steps_lower_the_loss(folder, store, judge, tmp_path, method, pef
 MIX = "dpo(loss_type=['hinge', 'bco_pair', 'sft'], loss_weights=[0.8, 0.2, 1.0], kl_weight=0.01)"
 
 
+TRAINED = {**TYPES, "discopop": "dpo(loss_type='discopop', discopop_tau=0.5)"}
+"""TRL's losses; at DiscoPOP's own temperature the loss has a minimum at a negative margin, see docs/methods.md."""
+
+
 @pytest.mark.parametrize("method", [
-    *TYPES.values(), *REFERENCE_FREE, MIX, "dpo(loss_type='apo_zero', weights='catpo')", "simpo(weights='catpo(alpha=0.3)')",
+    *TRAINED.values(), *REFERENCE_FREE, MIX, "dpo(loss_type='apo_zero', weights='catpo')", "simpo(weights='catpo(alpha=0.3)')",
     "orpo(weights='catpo')",
 ])  # fmt: skip
 def test_four_steps_of_every_other_loss_lower_it_and_move_every_tensor(folder, store, tmp_path, method):
@@ -147,9 +151,7 @@ def test_four_steps_of_every_other_loss_lower_it_and_move_every_tensor(folder, s
     assert len(before) > 20 and not [name for name in before if torch.equal(moved[name], before[name])]
     if method != TYPES["sft"]:
         margins = curve(run, "rewards/margins")
-        assert (
-            margins[-1] < margins[0] if method == TYPES["discopop"] else margins[-1] > margins[0]
-        )  # its slope at 0 is positive
+        assert margins[-1] > margins[0]
 
 
 # ---- without a reference --------------------------------------------------------------------------------------------------
