@@ -118,6 +118,117 @@ def ipo(p, r, ids, mean=False):
     return (chosen - rejected - 1 / (2 * BETA)) ** 2
 
 
+def mean(values):
+    return sum(values) / len(values)
+
+
+def likelihood(p, ids):
+    """Mean negative log-likelihood of the chosen tokens."""
+    return -mean(logps(p["chosen"], ids["chosen"]))
+
+
+def of_ratios(formula, per_token=False):
+    """A loss of the two log-ratios: summed over tokens, or their means."""
+
+    def loss(p, r, ids):
+        lengths = [len(ids[side]) if per_token else 1 for side in ("chosen", "rejected")]
+        return formula(*(ratio(p, r, ids, side) / n for side, n in zip(("chosen", "rejected"), lengths, strict=True)))
+
+    return loss
+
+
+def hinge(c, r):
+    """SLiC-HF, arXiv 2305.10425, as normalised in RSO, arXiv 2309.06657, Table 1."""
+    return max(0.0, 1 - BETA * (c - r))
+
+
+def exo(c, r, epsilon):
+    """EXO, arXiv 2402.00856, Eq. 16 for two responses: KL of the policy's choice from the smoothed label."""
+    policy = math.exp(BETA * c) / (math.exp(BETA * c) + math.exp(BETA * r))
+    return policy * math.log(policy / (1 - epsilon)) + (1 - policy) * math.log((1 - policy) / epsilon)
+
+
+def nca(c, r):
+    """NCA, arXiv 2402.05369, for a pair: rewards of 1 and 0, two responses as noise."""
+    return -log_sigmoid(BETA * c) - 0.5 * (log_sigmoid(-BETA * c) + log_sigmoid(-BETA * r))
+
+
+def robust(c, r, epsilon):
+    """Robust DPO, arXiv 2403.00409, Eq. 12."""
+    right, wrong = -log_sigmoid(BETA * (c - r)), -log_sigmoid(BETA * (r - c))
+    return ((1 - epsilon) * right - epsilon * wrong) / (1 - 2 * epsilon)
+
+
+def bco(c, r):
+    """BCO, arXiv 2404.04656, with a reward shift of 0."""
+    return -math.log(sigmoid(BETA * c)) - math.log(1 - sigmoid(BETA * r))
+
+
+def sppo(c, r):
+    """SPPO, arXiv 2405.00675, Eq. 4.7: the chosen response wins with probability 1. Its eta is 1 / beta."""
+    return (c - (1 - 0.5) / BETA) ** 2 + (r - (0 - 0.5) / BETA) ** 2
+
+
+def apo_zero(c, r):
+    """APO, arXiv 2408.06266, Eq. 7, as a loss between 0 and 2."""
+    return (1 - sigmoid(BETA * c)) + sigmoid(BETA * r)
+
+
+def apo_down(c, r):
+    """The same, Eq. 8."""
+    return sigmoid(BETA * c) + (1 - sigmoid(BETA * c - BETA * r))
+
+
+def discopop(c, r, tau=0.05):
+    """DiscoPOP, arXiv 2406.08414, Eq. 5: the log-ratio modulated loss."""
+    rho = BETA * (c - r)
+    share = sigmoid(rho / tau)
+    return (1 - share) * math.log(1 + math.exp(-rho)) + share * math.exp(-rho)
+
+
+def mpo(p, r, ids):
+    """A mix of losses, arXiv 2411.10442, with the weights of its released commands: DPO 0.8, BCO 0.2, SFT 1."""
+    return 0.8 * dpo(p, r, ids) + 0.2 * of_ratios(bco)(p, r, ids) + likelihood(p, ids)
+
+
+# Without a reference.
+
+
+def cpo(p, ids, alpha=1.0, smoothing=0.0):
+    """CPO, arXiv 2401.08417, Eq. 3-4, the likelihood a mean over tokens as in the released code."""
+    c, r = (BETA * sum(logps(p[side], ids[side])) for side in ("chosen", "rejected"))
+    return -(1 - smoothing) * log_sigmoid(c - r) - smoothing * log_sigmoid(r - c) + alpha * likelihood(p, ids)
+
+
+def cpo_hinge(p, ids):
+    c, r = (sum(logps(p[side], ids[side])) for side in ("chosen", "rejected"))
+    return hinge(c, r) + likelihood(p, ids)
+
+
+def cpo_ipo(p, ids):
+    c, r = (mean(logps(p[side], ids[side])) for side in ("chosen", "rejected"))
+    return (c - r - 1 / (2 * BETA)) ** 2 + likelihood(p, ids)
+
+
+def simpo(p, ids, beta=2.0, gamma=1.0, alpha=0.0, nll=0.0, smoothing=0.0):
+    """SimPO, arXiv 2405.14734, Eq. 6; with `alpha` the rewards of AlphaPO, arXiv 2501.03884."""
+    rewards = []
+    for side in ("chosen", "rejected"):
+        p_mean = math.exp(mean(logps(p[side], ids[side])))
+        rewards.append(beta * ((1 - p_mean**-alpha) / alpha if alpha else math.log(p_mean)))
+    margin = rewards[0] - rewards[1] - gamma
+    return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin) + nll * likelihood(p, ids)
+
+
+def orpo(p, ids):
+    """ORPO, arXiv 2403.07691, Eq. 3-7, lambda = 0.1."""
+    odds = []
+    for side in ("chosen", "rejected"):
+        p_mean = math.exp(mean(logps(p[side], ids[side])))
+        odds.append(p_mean / (1 - p_mean))
+    return likelihood(p, ids) - 0.1 * math.log(sigmoid(math.log(odds[0] / odds[1])))
+
+
 def catpo(p, r, ids, weights, kl_weight, beta=BETA, reverse=False):
     """Eq. 8-10."""
     kl = 0.0

@@ -13,9 +13,9 @@ import torch
 from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES
-from catpo.training import objectives
+from catpo.training import loss_checks, objectives
 from catpo.training.objectives import FORMS, PairStats, catpo, dpo
-from catpo.training.pair_stats import Quantity, kl_need, requirements
+from catpo.training.pair_stats import Quantity, kl_need, reads_reference, requirements
 
 MASK, WEIGHTS = Quantity("mask"), Quantity("weights")
 POLICY, REFERENCE = Quantity("policy_logps"), Quantity("reference_logps")
@@ -79,7 +79,17 @@ def test_unit_weights_turn_catpo_into_dpo_and_others_change_the_loss(kl_weight):
 
 METHODS = registry.names("objectives")
 WITH_FORMS = ("ddpo", "vdpo", "tpo", "povid", "mdpo", "tdpo", "chip", "opa_dpo")
-SPECS = [*METHODS, *(f"{name}(form='{form}')" for name in WITH_FORMS for form in FORMS)]
+REFERENCE_FREE = ("cpo", "orpo", "simpo")
+OPTIONS = {"exo_pair": ", label_smoothing=0.1", "robust": ", label_smoothing=0.1"}
+TYPES = {name: f"dpo(loss_type='{name}'{OPTIONS.get(name, '')})" for name in dpo.TYPES}
+"""TRL's losses -> our objectives."""
+SPECS = [*METHODS, *(f"{name}(form='{form}')" for name in WITH_FORMS for form in FORMS), *TYPES.values()]
+AT_START = {
+    "hinge": 1.0, "ipo": 25.0, "ipo_norm": 25.0, "sppo_hard": 50.0, "nca_pair": 2 * math.log(2), "bco_pair": 2 * math.log(2),
+    "apo_zero": 1.0, "apo_down": 1.0, "discopop": 0.5 * math.log(2) + 0.5, "sft": 0.0,
+    "exo_pair": math.log(0.5) - 0.5 * math.log(0.9) - 0.5 * math.log(0.1),
+}  # fmt: skip
+"""Preference term where policy and reference are the same, beta 0.1, if it is not log 2."""
 MIRRORED = ("catpo", "ddpo", "dpo", "tdpo", "vdpo")
 """Methods that treat both sides alike."""
 
@@ -94,10 +104,11 @@ ONE_TERM = ("amp", "catpo", "chip", "ddpo", "dpo", "hsa_dpo", "povid", "rrpo", "
 """Methods whose whole loss is log 2 as long as policy and reference are the same."""
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_equal_policy_and_reference_give_log_2(spec):
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in REFERENCE_FREE])
+def test_equal_policy_and_reference_give_log_2_or_what_the_loss_makes_of_0(spec):
     output = bound(spec)(stats(Figures(equal=True)))
-    assert output.metrics["loss/preference"].tolist() == pytest.approx([math.log(2)] * 3)
+    (expected,) = [AT_START[name] for name in AT_START if TYPES[name] == spec] or [math.log(2)]
+    assert output.metrics["loss/preference"].tolist() == pytest.approx([expected] * 3)
     if not spec.startswith("vdpo"):
         assert output.metrics["rewards/chosen"].tolist() == pytest.approx([0] * 3)
     if spec in ONE_TERM:
@@ -147,7 +158,10 @@ def test_a_pair_alone_has_the_loss_it_has_in_a_batch(spec):
         torch.testing.assert_close(loss(stats(figures.map(cut, loss))).losses, together[pair : pair + 1])
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "dpo(loss_type='ipo')", "tdpo(version=1)", "tpo(weights='catpo')"])
+@pytest.mark.parametrize("spec", [
+    *SPECS, "tdpo(version=1)", "tpo(weights='catpo')", "simpo(alpha=0.25, weights='catpo')", "cpo(loss_type='ipo')",
+    "dpo(loss_type=['hinge', 'sft'], loss_weights=[0.5, 2.0], weights='catpo')",
+])  # fmt: skip
 def test_gradients_of_every_method_equal_finite_differences(spec):
     """But for terms whose gradient is stopped on purpose, which are held constant here."""
     figures, loss = Figures(pairs=2), bound(spec)
@@ -199,6 +213,68 @@ def test_an_objective_asks_only_for_what_it_reads():
     assert kl_need(requirements(dpo.loss, {})) is None
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_an_objective_without_a_reference_reads_none(name):
+    options = {"judge": "folder"} if name == "tgdpo" else {}
+    assert reads_reference(requirements(registry.load("objectives", name), options)) == (name not in REFERENCE_FREE)
+
+
+# ---- the first step -------------------------------------------------------------------------------------------------------
+
+
+def first_step(spec, figures, dtype=torch.float32):
+    """The check of a first step whose figures are these; returns its complaint."""
+    objective = objectives.build(spec)
+    needs, given = requirements(objective.loss, objective.options), stats(figures)
+    try:
+        loss_checks.check_first_losses(objective.preference(given), objective.preference, given, needs, dtype)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def drifted(figures, spec, nats):
+    """The reference's log-probs of the chosen tokens raised, those of the rejected lowered."""
+    bound(spec)(stats(figures))
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None]
+    changed = {}
+    for quantity, value in figures.items():
+        if quantity.model == "reference":
+            sign = signs if quantity.side is None else signs[SIDES.index(quantity.side)]
+            changed[quantity] = value + nats * sign
+    return figures.but(changed)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "dpo(label_smoothing=0.3)", "dpo(loss_type=['hinge', 'sft'], beta=3.0)"])
+def test_the_first_loss_is_what_equal_models_give_and_a_drift_is_refused(spec):
+    figures = Figures(equal=True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert first_step(spec, figures, dtype) == ""
+    complaint = first_step(spec, drifted(figures, spec, 0.5))
+    if spec in REFERENCE_FREE or "'sft')" in spec:
+        assert complaint == ""
+    else:
+        assert "policy and reference are the same, so they must be" in complaint
+
+
+def test_rounding_passes_the_first_step_however_steep_the_loss():
+    """IPO's slope at the start is 1 / beta, a hundred times DPO's."""
+    figures = Figures(equal=True, tokens=64)
+    for spec in ("dpo(loss_type='ipo')", "dpo(loss_type='sppo_hard')", "dpo(loss_type='hinge', beta=5.0)"):
+        noise = 1.5 * loss_checks.rounding(torch.bfloat16) / 8
+        assert first_step(spec, drifted(figures, spec, noise), torch.bfloat16) == ""
+        assert "must be" in first_step(spec, drifted(figures, spec, 40 * noise), torch.bfloat16)
+
+
+def test_a_kl_at_the_first_step_is_refused():
+    figures = Figures(equal=True)
+    bound("catpo")(stats(figures))
+    kl = Quantity("kl", argument="policy||reference")
+    assert "the KL 1, but" in first_step(
+        "catpo", figures.but({kl: 1.0 / figures[MASK].sum((1, 2), keepdim=True) + figures[kl]})
+    )
+
+
 def test_options_go_to_the_loss_or_to_its_token_weights():
     objective = objectives.build("catpo(preset='official-code', shared_prefix='neutral', beta=0.2)")
     assert objective.options == {"kl_weight": 0.015, "beta": 0.2}
@@ -209,6 +285,14 @@ def test_options_go_to_the_loss_or_to_its_token_weights():
 @pytest.mark.parametrize("preset", catpo.PRESETS)
 def test_every_preset_can_be_built(preset):
     assert objectives.build(f"catpo(preset='{preset}')").options.items() <= {**catpo.PRESETS[preset]}.items()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_objective_can_be_built_where_gradients_are_off(mode):
+    with mode():
+        assert objectives.build("dpo(beta=0.3)").options == {"beta": 0.3}
+        with pytest.raises(UserError, match="its gradient is zero"):
+            objectives.build("dpo(beta=0.0)")
 
 
 @pytest.mark.parametrize("text, message", [

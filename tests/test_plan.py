@@ -153,6 +153,21 @@ def test_a_plan_for_several_gpus_divides_what_the_engine_shards(folder):
     assert eight.work.flops == alone.work.flops and eight.work.sent_per_step > 0 == alone.work.sent_per_step
 
 
+def test_an_objective_without_a_reference_plans_none(folder):
+    given = dict(pairs=str(folder / "pairs"), model=str(folder / "model"), lora=None)
+    free, cached, online = (
+        plan(options("train", **given, **each))
+        for each in ({"objective": "simpo"}, {"objective": "dpo"}, {"objective": "dpo", "reference": "online"})
+    )
+    assert not free.store and cached.store
+    assert "reference" not in free.memory and online.memory["reference"] > 0
+    assert free.token_passes == cached.token_passes == online.token_passes / 2
+    weighted = plan(options("train", **given, objective="simpo(weights='catpo')"))
+    assert weighted.store == cached.store and "reference" not in weighted.memory
+    with pytest.raises(UserError, match="simpo compares the policy with no reference"):
+        plan(options("train", **given, objective="simpo", reference="online"))
+
+
 def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in ("score", "train"):

@@ -255,7 +255,7 @@ def test_arguments_that_no_trainer_has_and_options_in_their_place(tmp_path):
 
     refusal(make(eval_datasets=pairs(1)), "CatPOTrainer has no eval_datasets. Did you mean 'eval_dataset'?")
     refusal(make(beta=0.1), "args=CatPOConfig(beta=…)")
-    refusal(make(max_prompt_length=3, loss_type="ipo"), "no max_prompt_length: ", "no loss_type: ", "reduction='mean'")
+    refusal(make(max_prompt_length=3, loss_type="ipo"), "no max_prompt_length: ", "no loss_type: ", "'ipo_norm' here")
 
 
 def test_every_option_of_trls_configuration_is_ours_or_refused_by_name():

@@ -22,8 +22,8 @@ def loss_from_logits(
     spec: str | Spec,
     *,
     policy: Mapping[str, Any],
-    reference: Mapping[str, Any],
     tokens: Mapping[str, Sequence[int]],
+    reference: Mapping[str, Any] | None = None,
     weights: Mapping[str, Sequence[float]] | None = None,
     token_rewards: Mapping[int, float] | None = None,
 ) -> float:
@@ -34,8 +34,8 @@ def loss_from_logits(
         policy: logits [response tokens, vocabulary] that predict the tokens of "chosen" and "rejected", and of a side under a
             view of the picture, "chosen@noised". A single view serves as whichever view the objective asks for; no tokens are
             replaced (`tars`). For `tgdpo`, "chosen@judge" and "rejected@judge" are the judge's logits, in either mapping.
-        reference: the same of the reference.
         tokens: the token ids of each side.
+        reference: the same as `policy` of the reference, for objectives that have one.
         weights: token weights of each side (default: 1), for objectives that weight tokens: `catpo`, or any other with
             `weights='catpo'`.
         token_rewards: token id -> reward, for `tilt`; others have 0.
@@ -49,7 +49,7 @@ def loss_from_logits(
     0.6931
     """
     objective = build(spec)
-    pair = _Pair(policy, reference, tokens, weights, token_rewards or {})
+    pair = _Pair(policy, reference or {}, tokens, weights, token_rewards or {})
     return objective.loss(PairStats(pair.read), **objective.options).losses.item()
 
 

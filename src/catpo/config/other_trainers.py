@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 LOSS = (
-    "the loss is the objective: objective='dpo' is TRL's 'sigmoid', \"dpo(loss_type='ipo', reduction='mean')\" its 'ipo'; "
-    "`catpo list objectives` shows the others"
+    "the loss is the objective, with TRL's names: objective=\"dpo(loss_type='hinge')\", or a mix, \"dpo(loss_type=['sigmoid', "
+    "'sft'], loss_weights=[1.0, 0.5])\". TRL's 'ipo' is 'ipo_norm' here; cpo, simpo and orpo are objectives of their own"
 )
 NO_DIVERGENCE = "the reward is beta times the log-ratio, as TRL's default; a KL to the reference is dpo(kl_weight=0.1)"
 CACHED = (
@@ -40,19 +40,21 @@ OPTIONS = {
     "tools": "prompts have no tools",
     "precompute_ref_log_probs": CACHED,
     "precompute_ref_batch_size": f"{CACHED}; `catpo score` chooses its batches by memory",
-    "reference_free": "whether a reference is read is the objective's: `catpo list objectives`",
+    "reference_free": "whether a reference is read is the objective's: cpo, simpo and orpo read none",
     "force_use_ref_model": REFERENCE,
     "model_adapter_name": ADAPTERS,
     "ref_adapter_name": ADAPTERS,
     "base_model_attribute_name": "the decoder is found by the model's family",
     "loss_type": LOSS,
     "loss_weights": LOSS,
-    "label_smoothing": "give it in the objective: objective='dpo(label_smoothing=0.1)', which is conservative DPO, not TRL's "
-    "'robust'",
+    "label_smoothing": "give it in the objective: \"dpo(loss_type='robust', label_smoothing=0.1)\"; with 'sigmoid', where TRL "
+    "ignores it, it is conservative DPO",
     "ld_alpha": "weights of tokens are the objective's: `catpo list objectives`",
-    "rpo_alpha": LOSS,
+    "rpo_alpha": "it is the weight of 'sft' in a mix: \"dpo(loss_type=['sigmoid', 'sft'], loss_weights=[1.0, RPO_ALPHA])\"",
     "use_weighting": "pairs are not weighted by the policy's probabilities; tokens are, with objective='catpo'",
-    "discopop_tau": LOSS,
+    "discopop_tau": "give it in the objective: \"dpo(loss_type='discopop', discopop_tau=0.05)\"",
+    "cpo_alpha": "give it in the objective: cpo(nll_weight=1.0)",
+    "simpo_gamma": "give it in the objective: simpo(gamma=0.5)",
     "f_divergence_type": NO_DIVERGENCE,
     "f_alpha_divergence_coef": NO_DIVERGENCE,
     "activation_offloading": "to save memory, give gradient_checkpointing=True",

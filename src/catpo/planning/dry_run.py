@@ -33,7 +33,7 @@ from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.training import train
 from catpo.training.arguments import passed_on
 from catpo.training.config import check_store, needs_store
-from catpo.training.pair_stats import kl_need, requirements, view_needs
+from catpo.training.pair_stats import kl_need, reads_reference, requirements, view_needs
 from catpo.training.run_folder import free_output
 
 SAMPLE = 64
@@ -189,18 +189,19 @@ class _TrainingPlan:
         self.has_kl = kl_need(needs) is not None
         views = view_needs(needs)
         reference_views = {need.view for need in views if need.model == "reference"}
-        is_online = int(self.options.reference == "online")
+        is_online = int(self.options.reference == "online" and reads_reference(needs))
         self.policy_rows = 1 + len({need.view for need in views})
         self.reference_rows = is_online + len(reference_views)
 
     def plan(self) -> Plan:
         rewards = self.options.rewards
         is_awaited = rewards is not None and not rewards.exists()
-        if rewards is not None and not is_awaited and needs_store(self.objective, self.options.reference):
+        needs_rewards = needs_store(self.objective, self.options.reference)
+        if rewards is not None and not is_awaited and needs_rewards:
             self._check_rewards(RewardStore.open(rewards))
         steps, seen = self._steps()
         store: Mapping[str, int] = {}
-        if rewards is None:
+        if rewards is None and needs_rewards:
             store = store_bytes(self.family, self.sample, len(self.pairs), 3, Cache(hidden=self.has_kl), True)
         saved_weights = self.trained_bytes if self.options.lora else self.weights
         return Plan(

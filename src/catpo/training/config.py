@@ -25,7 +25,7 @@ from catpo.scoring.words import WordSettings
 from catpo.training import other_trainers
 from catpo.training.lora import plain_lora
 from catpo.training.objectives import Objective, build
-from catpo.training.pair_stats import Quantity, kl_need, requirements
+from catpo.training.pair_stats import Quantity, kl_need, reads_reference, requirements
 
 REFERENCES = ("cached", "online")
 PROJECTED = ("galore", "apollo")
@@ -156,9 +156,17 @@ def _check_scheduler(args: TrainingArguments) -> None:
         ) from error
 
 
-def check_reference(ref_model: Any, *, is_run: bool) -> None:
-    """Raises UserError for a reference model that would not be used."""
-    if ref_model is not None and not is_run:
+def check_reference(reference: str, ref_model: Any, objective: Objective, *, under_views: bool = False) -> None:
+    """Raises UserError for a reference that would not be used.
+
+    Args:
+        under_views: whether the objective reads it under views of the picture, for which it runs in any case.
+    """
+    if not reads_reference(requirements(objective.loss, objective.options)):
+        given = {"reference='online'": reference == "online", "ref_model": ref_model is not None}
+        for name in [name for name, is_given in given.items() if is_given]:
+            raise UserError(f"{name} would not be used: {objective.spec} compares the policy with no reference. Leave it out.")
+    if ref_model is not None and reference != "online" and not under_views:
         raise UserError("ref_model would not be used: the reference is read from the store. Give reference='online' too.")
 
 
@@ -209,9 +217,9 @@ def needs_store(objective: Objective, reference: str) -> bool:
     """Whether training reads a reward store: for token weights, or for what it keeps of the reference."""
     needs = requirements(objective.loss, objective.options)
     divergence = kl_need(needs)
-    reads_reference = Quantity("reference_logps") in needs or divergence is not None
+    reads_stored = Quantity("reference_logps") in needs or divergence is not None
     reads_rewards = Quantity("weights") in needs or (divergence is not None and divergence.reward != "")
-    return reads_rewards or (reference == "cached" and reads_reference)
+    return reads_rewards or (reference == "cached" and reads_stored)
 
 
 def check_store(store: RewardStore, objective: Objective, reference: str) -> None:

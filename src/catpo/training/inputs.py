@@ -195,6 +195,8 @@ def open_rewards(
         UserError: the store is another model's, lacks what the objective reads, or lacks a pair; or there is none to score.
     """
     if not needs_store(objective, args.reference):
+        if args.rewards is not None and is_main_process():
+            print(f"catpo: {objective.spec} reads nothing of the reward store {args.rewards}.", file=sys.stderr)
         return None
     if args.rewards is None:
         if not pairs:

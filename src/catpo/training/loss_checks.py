@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from catpo.core.errors import UserError
+from catpo.core.types import SIDES
+from catpo.models.tensors import masked_sum
+from catpo.training.pair_stats import Needs, PairStats, Quantity, kl_need
 
 CAUSES = {
     "weights": "the token weights are the cause: score the pairs again in float32 (`catpo score --dtype float32`)",
@@ -69,30 +74,65 @@ def rounding(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps
 
 
-def check_first_losses(metrics: Mapping[str, Tensor], dtype: torch.dtype, tokens: int, beta: float) -> None:
+def check_first_losses(
+    found: Float[Tensor, " pairs"],
+    preference: Callable[[PairStats], Float[Tensor, " pairs"]],
+    stats: PairStats,
+    needs: Needs,
+    dtype: torch.dtype,
+) -> None:
     """Refuse a first step whose losses say that policy and reference differ, although nothing has been trained yet.
 
-    Tokens round independently, so a pair's margin is off by beta times `rounding` times the root of its tokens, and the loss by
-    half of that; three of these are allowed. The KL has no sign: it is at most the square of `rounding` per token.
+    What the loss must be is the objective's own with the policy in place of the reference: log 2 for DPO, 1 for a hinge.
+    Tokens round independently, so a pair's margin is off by `rounding` times the root of its tokens, and the loss by what such
+    a margin makes of it; three of these are allowed. The KL has no sign: it is at most the square of `rounding` per token.
 
     Args:
-        metrics: the objective's figures of each pair.
+        found: the preference term of each pair.
+        preference: computes that term.
+        stats: what the objective read of the batch.
+        needs: which of it there is.
         dtype: precision of the policy's forward pass.
-        tokens: response tokens of the longest pair, both sides.
-        beta: of the objective.
 
     Raises:
-        UserError: the preference loss is not log 2, or the KL not 0.
+        UserError: the preference loss is not what it must be, or the KL not 0.
     """
-    least = LEAST.get(dtype, 0.02)
-    tolerance = max(least, 3 * beta * rounding(dtype) * math.sqrt(tokens) / 2)
-    loss = metrics["loss/preference"].mean().item()
-    kl = sum(values.mean().item() for name, values in metrics.items() if name.startswith("kl/"))
-    if abs(loss - math.log(2)) > tolerance or abs(kl) > max(10 * least, tokens * rounding(dtype) ** 2):
+    least, divergence = LEAST.get(dtype, 0.02), kl_need(needs)
+    kl = 0.0
+    with torch.no_grad():
+        equal = preference(_as_if_equal(stats, needs))
+        apart = preference(_as_if_equal(stats, needs, margin=rounding(dtype))) - equal
+        if divergence is not None and not divergence.reward:
+            kl = masked_sum(stats.read(divergence), stats.mask).sum(1).mean().item()
+    loss, expected, tokens = found.mean().item(), equal.mean().item(), int(stats.mask.sum((1, 2)).max())
+    tolerance = max(least, 3 * apart.abs().max().item())
+    if abs(loss - expected) > tolerance or abs(kl) > max(10 * least, tokens * rounding(dtype) ** 2):
         raise UserError(
             f"First step: the preference loss is {loss:.4f} and the KL {kl:.2g}, but policy and reference are the same, "
-            f"so they must be log 2 = {math.log(2):.4f} and 0. {CAUSE_OF_DRIFT}"
+            f"so they must be {expected:.4f} and 0. {CAUSE_OF_DRIFT}"
         )
+
+
+def _as_if_equal(stats: PairStats, needs: Needs, *, margin: float = 0.0) -> PairStats:
+    """A batch in float64 with the policy's log-probs as the reference's, as far as the policy computes the same ones.
+
+    Args:
+        margin: moves each pair's margin by this many nats times the root of its tokens, all by the same amount.
+    """
+    shift = margin / stats.mask.sum((1, 2)).sqrt()  # of a token; (pair)
+    signs = torch.tensor([-1.0, 1.0], device=shift.device)  # a reference that finds the chosen response less likely
+    shifts = shift[:, None, None] * signs[:, None]  # (pair, side, token)
+
+    def read(quantity: Quantity) -> Tensor:
+        policy = replace(quantity, name=quantity.name.replace("reference", "policy"))
+        if quantity.name == "kl" and not quantity.reward:
+            return torch.zeros_like(stats.read(quantity), dtype=torch.float64)
+        if policy != quantity and policy in needs:
+            return stats.read(policy).double() + (shifts if quantity.side is None else shifts[:, SIDES.index(quantity.side)])
+        values = stats.read(quantity)
+        return values.double() if values.is_floating_point() else values
+
+    return PairStats(read)
 
 
 def check_first_logps(policy: Tensor, reference: Tensor, mask: Tensor, dtype: torch.dtype) -> None:

@@ -15,12 +15,14 @@ from catpo.core.errors import UserError
 from catpo.models import devices, loading
 from catpo.models.family import Family
 from catpo.runtime.launcher import is_main_process
-from catpo.training.config import CatPOConfig
+from catpo.training.config import CatPOConfig, needs_store, objective_of
+from catpo.training.objectives import Objective
 
 
-def shards_itself(rewards: Any) -> bool:
-    """Whether FSDP moves its share of the weights to the GPU; without a store, scoring needs the whole model there first."""
-    return rewards is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+def shards_itself(rewards: Any, objective: Objective, reference: str) -> bool:
+    """Whether FSDP moves its share of the weights to the GPU; to make a store, the whole model must be there first."""
+    is_scored = rewards is None and needs_store(objective, reference)
+    return not is_scored and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def open_for_training(
@@ -35,7 +37,7 @@ def open_for_training(
         devices.tell_of_idle_gpus()
     if ref_model is not None:
         devices.check_in_one_place(ref_model, "ref_model")
-    leaves_it = shards_itself(args.rewards)
+    leaves_it = shards_itself(args.rewards, objective_of(args), args.reference)
     device = torch.device("cpu") if leaves_it else args.device
     if isinstance(model, str | Path):
         return loading.load(model, device=device)

@@ -159,6 +159,10 @@ class PairStats(ModelStats):
             values = values * (self.weights if side is None else self.weights[:, SIDES.index(side)])
         return masked_sum(values, mask)
 
+    def mean(self, values: Float[Tensor, "pairs sides tokens"]) -> Float[Tensor, "pairs sides"]:
+        """`sum` divided by the number of tokens that exist."""
+        return self.sum(values) / self.mask.sum(-1).clamp_min(1)
+
 
 class ViewStats(ModelStats):
     """One side's tokens under a view of the picture; all [pairs, tokens]. Policy and reference see the same draw."""
@@ -221,6 +225,11 @@ def dummy(quantity: Quantity, *, tokens: int) -> Tensor:
         return torch.arange(2 * tokens).view(1, 2, tokens)
     shape = (1, 2, tokens) if quantity.view is None else (1, tokens)
     return torch.ones(shape) if quantity.name in ("mask", "weights") else torch.zeros(shape)
+
+
+def reads_reference(needs: Needs) -> bool:
+    """Whether an objective compares the policy with a reference at all."""
+    return any(need.name == "kl" or need.model == "reference" for need in needs)
 
 
 def kl_need(needs: Needs) -> Quantity | None:

@@ -32,7 +32,7 @@ from catpo.training import hub
 from catpo.training.arguments import check_arguments, config_of, passed_on
 from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
-from catpo.training.config import check_rescoring, check_values
+from catpo.training.config import check_reference, check_rescoring, check_values
 from catpo.training.lora import lora_config
 from catpo.training.objectives import Objective, build
 from catpo.training.opening import shards_itself
@@ -94,16 +94,18 @@ def prepare(
     check_arguments(options)
     objective = build(options.objective)
     check_rescoring(options.rescore_every, objective, options.dataloader_num_workers, processes or process_count())
+    check_reference(options.reference, None, objective)
     skip_log = SkipLog(options.on_error)
     pairs = read_training_pairs(options, skip_log)
-    family = (open_model or _opened)(options)
+    family = open_model(options) if open_model else _opened(options, objective)
     is_fp16, on_cpu = bool(passed_on(options).get("fp16")), _is_on_cpu(options.device)
     computes_in = compute_dtype(family.head.weight.dtype, options.bf16, is_fp16, on_cpu=on_cpu)
     return Training(options, objective, pairs, family, skip_log, computes_in)
 
 
-def _opened(options: TrainOptions) -> Family:
-    return loading.opened(options, **({"device": "cpu"} if shards_itself(options.rewards) else {}))
+def _opened(options: TrainOptions, objective: Objective) -> Family:
+    is_sharded = shards_itself(options.rewards, objective, options.reference)
+    return loading.opened(options, **({"device": "cpu"} if is_sharded else {}))
 
 
 @command(TrainOptions)

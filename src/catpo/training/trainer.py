@@ -52,7 +52,7 @@ from catpo.training.length_sampler import LikeLengths, lengths_of
 from catpo.training.objectives import LossOutput
 from catpo.training.opening import open_for_training, thaw
 from catpo.training.pair_forward import add_pair_forward
-from catpo.training.pair_stats import PairStats, Quantity, kl_need, requirements
+from catpo.training.pair_stats import PairStats, Quantity, kl_need, reads_reference, requirements
 from catpo.training.rescoring import Rescoring
 from catpo.training.view_passes import Quantities, ViewPasses
 
@@ -114,8 +114,8 @@ class CatPOTrainer(Trainer):
         inputs.check(self.family, self.objective)
         self.view_passes = self._open_views(args, inputs.every)
         self.has_new_adapter, self._has_other_reference = peft_config is not None, ref_model is not None
+        check_reference(args.reference, ref_model, self.objective, under_views=self.view_passes.reads_reference)
         self._runs_reference = args.reference == "online" or self.view_passes.reads_reference
-        check_reference(ref_model, is_run=self._runs_reference)
         with self._memory_explained():
             put_adapter(self.family, peft_config, train_vision=args.train_vision)
             check_optimiser(args, self.family.model, optimizers[0], optimizer_cls_and_kwargs)
@@ -189,7 +189,7 @@ class CatPOTrainer(Trainer):
             add_pair_forward(unwrapped(self.reference_model))
         if not has_adapter:
             thaw(family, train_vision=args.train_vision)
-        if ref_model is not None or family.head.weight.requires_grad:
+        if self.divergence is not None and (ref_model is not None or family.head.weight.requires_grad):
             self.reference_head = OutputHead.of(unwrapped(self.reference_model or family.model)).frozen_copy()
         self.loaded_dtypes = precision.keep_masters(family, args, is_saved=not has_adapter)
         last_layer.install(family.decoder)
@@ -296,14 +296,14 @@ class CatPOTrainer(Trainer):
         self.last_pairs = batch["pair_ids"]
         loss_checks.check_losses(output.losses, output.metrics, made_of, self.last_pairs, self.state.global_step)
         is_first = self.state.global_step == 0 and self.model.training and not self._has_other_reference
-        if is_first and self.args.self_check and not self.objective.options.get("label_smoothing"):
+        if is_first and self.args.self_check and reads_reference(self.needs):
             self._check_first(output, stats)
 
     def _check_first(self, output: LossOutput, stats: PairStats) -> None:
         """Raise UserError unless policy and reference agree up to rounding."""
         dtype = torch.bfloat16 if getattr(self.family.unwrapped, "is_quantized", False) else self.computes_in
-        tokens = int(stats.mask.sum((1, 2)).max())
-        loss_checks.check_first_losses(output.metrics, dtype, tokens, self.objective.options.get("beta", 0.1))
+        found = output.metrics["loss/preference"]
+        loss_checks.check_first_losses(found, self.objective.preference, stats, self.needs, dtype)
         if Quantity("reference_logps") in self.needs:
             loss_checks.check_first_logps(stats.policy_logps, stats.reference_logps, stats.mask, dtype)
 

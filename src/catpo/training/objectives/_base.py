@@ -19,12 +19,19 @@ from catpo.core.spec import Spec, keyword_options, parse
 from catpo.models.views import View
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.word_rewards import WordReward
+from catpo.training.objectives._losses import LOSSES
 from catpo.training.pair_stats import PairStats, Quantity, dummy, requirements, view_needs
 
 FORMS = ("code", "paper")
 """Where a method's released code and its paper differ, `form` chooses; docs/methods.md says how."""
 FUSION = [field.name for field in dataclasses.fields(Fusion)]
 """Options of token weights."""
+ELSEWHERE = {name: f"dpo(loss_type='{name}')" for name in (*LOSSES, "sft")} | {
+    "apo": "dpo(loss_type='apo_zero') or dpo(loss_type='apo_down')",
+    "alphapo": "simpo(alpha=0.25)",
+    "cpo_simpo": "simpo(nll_weight=1.0)",
+}
+"""Losses that have a name of their own in other libraries -> how they are given here."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ def output(
     """Losses with the figures every objective logs.
 
     Args:
-        preference: the preference term by itself; log 2 as long as policy and reference are the same.
+        preference: the preference term by itself. The first step checks that it is what the loss makes of equal log-probs of
+            policy and reference.
         chosen: implicit reward of the chosen response.
         rejected: implicit reward of the rejected response.
         figures: more figures, by the name in the log.
@@ -69,6 +77,10 @@ class Objective:
     ranks: bool = True
     """Whether the loss depends on which response is the chosen one."""
 
+    def preference(self, stats: PairStats) -> Float[Tensor, " pairs"]:
+        """The preference term by itself, of each pair; detached."""
+        return self.loss(stats, **self.options).metrics["loss/preference"]
+
 
 def build(text: str | Spec) -> Objective:
     """The objective that `name(option=value, …)` stands for, e.g. `catpo(preset='paper', shared_prefix='neutral')`.
@@ -81,6 +93,8 @@ def build(text: str | Spec) -> Objective:
         UserError: no such objective, preset, view or option; or nothing would be learned with these options.
     """
     spec = parse(text)
+    if spec.name in ELSEWHERE and spec.name not in registry.names("objectives"):
+        raise UserError(f"'{spec.name}' is an option of another objective. Give {ELSEWHERE[spec.name]}.")
     loss = registry.load("objectives", spec.name)
     given = _with_preset(spec, loss)
     own = keyword_options(loss)
@@ -179,6 +193,15 @@ def _ranks(loss: Callable[..., LossOutput], options: dict[str, Any]) -> bool:
 
 def _check_learns(spec: Spec, loss: Callable[..., LossOutput], options: dict[str, Any]) -> None:
     """Refuse options under which the loss does not depend on the policy, e.g. beta=0."""
+    if not any(_has_gradient(loss, options, is_swapped) for is_swapped in (False, True)):
+        raise UserError(
+            f"{spec}: the loss does not depend on the policy, its gradient is zero, so nothing would be learned. "
+            "Give beta and the weights of its terms values other than 0."
+        )
+
+
+def _has_gradient(loss: Callable[..., LossOutput], options: dict[str, Any], is_swapped: bool) -> bool:
+    """Whether the loss of a random pair has one; a hinge has none in one of the pair's two orders."""
     generator = torch.Generator().manual_seed(0)
     trained: dict[Quantity, Tensor] = {}
 
@@ -188,14 +211,12 @@ def _check_learns(spec: Spec, loss: Callable[..., LossOutput], options: dict[str
         value = dummy(quantity, tokens=5)
         if value.is_floating_point() and quantity.name not in ("mask", "meta", "weights"):
             value = torch.randn(value.shape, generator=generator, dtype=torch.float64) - 3
+            value = value.flip(1) if is_swapped and quantity.view is None else value
         if quantity.name.startswith(("policy", "kl")):  # what the policy computes with gradient
             trained[quantity] = value.requires_grad_()
         return value
 
-    losses = loss(PairStats(read), **options).losses
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True) if losses.requires_grad else ()
-    if not any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients):
-        raise UserError(
-            f"{spec}: the loss does not depend on the policy, its gradient is zero, so nothing would be learned. "
-            "Give beta and the weights of its terms values other than 0."
-        )
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+        total = loss(PairStats(read), **options).losses.sum()
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True) if total.requires_grad else ()
+    return any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
