@@ -89,7 +89,7 @@ def test_arguments_are_refused_before_anything_is_read(tmp_path, given, words):
     ("name", "words"),
     [
         ("lr", "'train' has no option 'lr': write learning_rate."),
-        ("loss_type", "'train' has no option 'loss_type': the loss is the objective: objective='dpo'"),
+        ("loss_type", "'train' has no option 'loss_type': the loss is the objective, with TRL's names"),
         ("warmup_ratio", "write warmup_steps=0.1"),
         ("neftune_noise_alpha", "noise in the embeddings"),
         ("hub_token", "set HF_TOKEN"),
