@@ -64,7 +64,7 @@ def drift(store: RewardStore, run: Path, pairs: list[PreferencePair]) -> tuple[f
         some = pairs[start : start + BATCH]
         batch = pack(family, [family.encode(pair) for pair in some])
         hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
-        logps = unflatten(token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps, batch["mask"]).numpy()
+        logps = unflatten(token_stats(hidden, family.head, batch["flat_ids"]).logps, batch).numpy()
         for row, pair in enumerate(some):
             chosen, rejected = store.get(pair.id, "chosen"), store.get(pair.id, "rejected")
             common = shared_prefix(chosen.token_ids, rejected.token_ids)

@@ -61,7 +61,7 @@ def packed_outputs(family: Family, encoded: Sequence[Encoded], prefix: str) -> t
     recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], tuple(range(family.depth)))
     with family.recordable_attention(), recorder:
         _, logps = hidden_and_logps(family.unwrapped, batch)
-    return unflatten(logps, batch["mask"]), recorder.mean().reshape(*batch["mask"].shape, -1)
+    return unflatten(logps, batch), recorder.mean().reshape(*batch["mask"].shape, -1)
 
 
 def difference_from_plain(family: Family, pairs: Sequence[PreferencePair], prefix: str) -> tuple[float, float]:

@@ -30,7 +30,7 @@ def logps(family, encoded, **options):
     batch = pack(family, encoded, **options)
     with torch.no_grad():
         hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
-        return unflatten(token_stats(hidden, family.head, batch["token_ids"][batch["mask"]]).logps, batch["mask"])
+        return unflatten(token_stats(hidden, family.head, batch["flat_ids"]).logps, batch)
 
 
 def plain_logps(family, encoded, side):
@@ -70,7 +70,7 @@ def test_the_gradient_through_the_shared_prefix_equals_that_of_separate_rows(fam
         batch = pack(family, encoded, prefix=prefix)
         hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
         stats = token_stats(hidden, family.head, batch["token_ids"][batch["mask"]])
-        loss = (unflatten(stats.logps, batch["mask"]) * torch.tensor([1.0, -0.5])[:, None]).sum()
+        loss = (unflatten(stats.logps, batch) * torch.tensor([1.0, -0.5])[:, None]).sum()
         parameters = [p for name, p in family.unwrapped.named_parameters() if "language_model" in name or "projector" in name]
         gradients.append(torch.autograd.grad(loss, parameters))
     for shared, separate in zip(*gradients, strict=True):

@@ -112,7 +112,7 @@ def test_a_gpu_gets_dense_masks_as_numbers_once_for_all_layers(cuda):
 
 
 def test_a_layout_hides_the_other_response_and_the_padding():
-    layout = packed.layout_of([[(0, 2), (2, 3), (3, 5)], [(1, 2), (2, 4), (4, 5)]])
+    layout = packed.layout_of([[(0, 2, 2), (2, 3, 2), (3, 5, 2)], [(1, 2, 2), (2, 4, 2), (4, 5, 2)]])
     expected = torch.tensor(
         [
             [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],

@@ -124,7 +124,7 @@ def passes_of(family, views, sides=SIDES, others=()):
 
 @torch.no_grad()
 def rows_logps(family, rows):
-    return unflatten(hidden_and_logps(family.unwrapped, rows)[1], rows["mask"])
+    return unflatten(hidden_and_logps(family.unwrapped, rows)[1], rows)
 
 
 ROW_VIEWS = ["noised(step=500)", "noised(step=500, space='pixels')", "blank", "cropped", "another", "none"]

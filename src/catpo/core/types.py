@@ -106,6 +106,12 @@ class Picture:
         vars(self)["_digest"] = _hash(content)
         return self
 
+    def is_like(self, other: Picture) -> bool:
+        """Whether both are known to be the same without being read, whatever they are called."""
+        source = (self.path, self.data, self.load, self.at)
+        is_known = any(source)  # a subclass may read in its own way
+        return self is other or (is_known and source == (other.path, other.data, other.load, other.at))
+
     @property
     def label(self) -> str:
         """What messages call it."""
@@ -238,6 +244,13 @@ def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str
     for part in [*(image.digest() for image in images), *earlier, prompt, chosen, rejected]:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+def same_prompt(first: PreferencePair, second: PreferencePair) -> bool:
+    """Whether two pairs ask the same about the same pictures, so that both are one prompt with several responses."""
+    if (first.prompt, first.history, len(first.images)) != (second.prompt, second.history, len(second.images)):
+        return False
+    return all(one.is_like(other) for one, other in zip(first.images, second.images, strict=True))
 
 
 def check_pair(pair: PreferencePair) -> PreferencePair:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from catpo.core.conversation import Turn
 from catpo.core.errors import UserError
-from catpo.core.types import Picture, PreferencePair, Side, Span
+from catpo.core.types import Picture, PreferencePair, Side, Span, same_prompt
 
 Item = TypeVar("Item")
 BLOCK = 256
@@ -37,7 +37,7 @@ PICTURE = pa.struct(
 )  # fmt: skip
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("id", "prompt", "chosen", "rejected", "labels", "meta", "history")}
-    | {"images": pa.list_(PICTURE)}
+    | {"images": pa.list_(PICTURE), "prompt_number": pa.int64()}
 )
 
 
@@ -62,6 +62,14 @@ class PairsAt(Sequence[PreferencePair]):
     def ids(self) -> list[str]:
         """Of every pair; of spooled ones without reading the rest of them."""
         every = [pair_id for source in self._sources for pair_id in ids_of(source)]
+        return [every[number] for number in self._numbers]
+
+    def prompt_numbers(self) -> list[int]:
+        """See `prompt_numbers`."""
+        every: list[int] = []
+        for source in self._sources:
+            start = every[-1] + 1 if every else 0
+            every += [start + number for number in prompt_numbers(source)]
         return [every[number] for number in self._numbers]
 
     def __len__(self) -> int:
@@ -100,6 +108,23 @@ def ids_of(pairs: Any) -> list[str]:
     if isinstance(pairs, PairsAt | _File):
         return pairs.ids()
     return [pairs[place].id for place in range(len(pairs))]
+
+
+def prompt_numbers(pairs: Any) -> list[int]:
+    """A number for each pair with `len()` and `[i]`: equal for those of one prompt that follow one another, as the pairs of
+    ranked answers do; of spooled ones without reading them.
+    """
+    if isinstance(pairs, PairsAt | _File):
+        return pairs.prompt_numbers()
+    return [number for number, _ in _numbered(pairs[place] for place in range(len(pairs)))]
+
+
+def _numbered(pairs: Iterable[PreferencePair]) -> Iterator[tuple[int, PreferencePair]]:
+    number, before = -1, None
+    for pair in pairs:
+        number += before is None or not same_prompt(before, pair)
+        yield number, pair
+        before = pair
 
 
 def select(pairs: Sequence[PreferencePair], places: Sequence[int]) -> Sequence[PreferencePair]:
@@ -141,8 +166,9 @@ class _File:
         with _disk_errors():
             file = tempfile.TemporaryFile(prefix="catpo-pairs-")  # noqa: SIM115 (until the last reader is gone)
             writer = pa.ipc.new_file(file, SCHEMA)
-        for block in _blocks(pairs):
-            batch = pa.RecordBatch.from_pylist([_row(pair, loads) for pair in block], SCHEMA)
+        for block in _blocks(_numbered(pairs)):
+            rows = [{**_row(pair, loads), "prompt_number": number} for number, pair in block]
+            batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
             with _disk_errors():
                 writer.write_batch(batch)
         with _disk_errors():
@@ -173,10 +199,16 @@ class _File:
         )
 
     def ids(self) -> list[str]:
+        return self._column("id")
+
+    def prompt_numbers(self) -> list[int]:
+        return self._column("prompt_number")
+
+    def _column(self, name: str) -> list[Any]:
         return [
             each
             for block in range(self.reader.num_record_batches)
-            for each in self.reader.get_batch(block).column("id").to_pylist()
+            for each in self.reader.get_batch(block).column(name).to_pylist()
         ]
 
 
@@ -195,11 +227,11 @@ def _disk_errors() -> Iterator[None]:
         ) from error
 
 
-def _blocks(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
-    block: list[PreferencePair] = []
+def _blocks(pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[list[tuple[int, PreferencePair]]]:
+    block: list[tuple[int, PreferencePair]] = []
     size = 0
-    for pair in pairs:
-        block.append(pair)
+    for number, pair in pairs:
+        block.append((number, pair))
         size += sum(len(picture.data or b"") for picture in pair.images)
         if len(block) == BLOCK or size > BLOCK_BYTES:
             yield block

@@ -10,16 +10,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
+from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side, same_prompt
 from catpo.models.adapters import check_wrapper
 from catpo.models.attention.packed import dense_mask
 from catpo.models.attention.recorder import check_implementation, recordable
@@ -38,6 +39,30 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt of its own about a pair's pictures, which the model is to answer."""
+
+    ids: list[int]
+    """Its tokens behind what it shares with the pair's prompt."""
+    hangs_at: int
+    """Tokens of the pair's prompt that it begins with, all pictures among them."""
+    text: str
+    """As it was asked, before the chat template."""
+    alone: Encoded | None = None
+    """All of it as a prompt without responses, where it cannot share its beginning."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of its whole prompt."""
+        return self.hangs_at + len(self.ids) if self.alone is None else len(self.alone.prompt_ids)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it can hang on the pair's prompt."""
+        return self.alone is None
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One pair as the model reads it."""
 
@@ -53,10 +78,18 @@ class Encoded:
     pixels: Pixels = field(default_factory=dict)
     prompt_inputs: Mapping[str, list[int]] = field(default_factory=dict)
     """Further model inputs with one value per prompt token (`mm_token_type_ids`, `token_type_ids`)."""
+    questions: Sequence[Question] = ()
+    """What is asked beside the responses."""
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids.values())
+        """Tokens of the pair's row."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids.values()) + self.asked_length
+
+    @property
+    def asked_length(self) -> int:
+        """Tokens of the questions in it."""
+        return sum(len(question.ids) for question in self.questions)
 
 
 class Family(Generation):
@@ -233,7 +266,15 @@ class Family(Generation):
         """
         name = f"pair {pair.id}"
         text = self.prompt_text(pair.prompt, len(pair.images), history=pair.history, name=name)
-        pictures = [picture.open() for picture in pair.images]
+        prompt = self.encode_prompt(text, [picture.open() for picture in pair.images], name=name)
+        return self._answered(pair, text, prompt, max_length)
+
+    def encode_prompt(self, text: str, pictures: Sequence[Image], *, name: str) -> Encoded:
+        """What `prompt_text` returned, and opened pictures, as an `Encoded` without responses.
+
+        Raises:
+            UserError: the processor refuses a picture, or the image tokens do not match them; begins with `name`.
+        """
         try:
             inputs = self.process([pictures], [text])
         except UserError as error:
@@ -242,16 +283,32 @@ class Family(Generation):
         inputs.pop("attention_mask", None)
         per_token = {name: inputs.pop(name)[0].tolist() for name in TOKEN_INPUTS if name in inputs}
         grids = self.grids(prompt_ids, inputs, [picture.size for picture in pictures])
-        patches = self._patches(prompt_ids, grids, name)
+        return Encoded("", prompt_ids, {}, self._patches(prompt_ids, grids, name), grids, inputs, per_token)
+
+    def encode_all(self, pairs: Sequence[PreferencePair], *, max_length: int | None = None) -> list[Encoded]:
+        """`encode` of each; pairs of one prompt share what is made of it, so that `packing.pack` lays them into one row."""
+        encoded: list[Encoded] = []
+        for pair in pairs:
+            known = next((index for index in range(len(encoded)) if same_prompt(pairs[index], pair)), None)
+            if known is None:
+                encoded.append(self.encode(pair, max_length=max_length))
+            else:
+                text = self.prompt_text(pair.prompt, len(pair.images), history=pair.history, name=f"pair {pair.id}")
+                encoded.append(self._answered(pair, text, encoded[known], max_length))
+        return encoded
+
+    def _answered(self, pair: PreferencePair, text: str, prompt: Encoded, max_length: int | None) -> Encoded:
+        """A pair's responses behind its prompt; `text` is the prompt before it was made to tokens."""
+        name = f"pair {pair.id}"
         response_ids = {side: self.response_ids(text, pair.response(side), name=f"{name}, {side} response") for side in SIDES}
-        longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
+        longest = len(prompt.prompt_ids) + max(len(ids) for ids in response_ids.values())
         self.check_positions(longest, name)
         if max_length is not None and longest > max_length:
             raise UserError(
-                f"{name}: {longest} tokens ({len(patches)} of them image tokens) exceed max_length={max_length}. "
+                f"{name}: {longest} tokens ({len(prompt.patches)} of them image tokens) exceed max_length={max_length}. "
                 "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
             )
-        return Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs, per_token)
+        return replace(prompt, pair_id=pair.id, response_ids=response_ids, questions=())
 
     def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
         """A pair's texts alone, as the model reads a prompt without a picture."""

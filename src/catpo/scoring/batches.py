@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.models.family import Encoded, Family
-from catpo.models.packing import Batch, Prefix, pack
+from catpo.models.packing import Batch, Prefix, by_prompt, pack, row_length
+from catpo.models.questions import with_questions
 from catpo.models.views import OtherPictures
 from catpo.runtime.workers import in_workers
 
@@ -44,6 +47,18 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """Pairs that share a row: those of one prompt, or one."""
+
+    places: list[int]
+    encoded: list[Encoded]
+
+    @cached_property
+    def length(self) -> int:
+        return self.encoded[0].length if len(self.encoded) == 1 else row_length(self.encoded)
+
+
+@dataclass(frozen=True)
 class Preparation:
     """Makes the batches of a window."""
 
@@ -54,6 +69,8 @@ class Preparation:
     batch_size: int
     batch_tokens: int
     max_length: int | None = None
+    ask: Callable[[PreferencePair], Sequence[str]] | None = None
+    """Yes/no questions about a pair's pictures, which are read beside its responses."""
 
     def windows(self, shard: int, places: slice, reads_another: bool) -> Iterator[Window]:
         """The parts of a shard: the pixels of a whole one may not fit in memory."""
@@ -63,21 +80,41 @@ class Preparation:
             yield Window(shard, range(start, end), end == places.stop, reads_another)
 
     def __call__(self, window: Window) -> tuple[Window, list[Prepared]]:
-        """The window with its batches, of pairs of similar length, so that little is padded. They depend on its pairs only.
+        """The window with its batches, of rows of similar length, so that little is padded. They depend on its pairs only.
 
         Raises:
             UserError: a pair cannot be encoded; names it.
         """
-        encoded = [(place, self.reader.encode(self.pairs[place], max_length=self.max_length)) for place in window.places]
-        encoded.sort(key=lambda item: (-item[1].length, item[1].pair_id))
+        pairs = [self.pairs[place] for place in window.places]
+        encoded = self.reader.encode_all(pairs, max_length=self.max_length)
+        if self.ask is not None:
+            asked = zip(pairs, encoded, strict=True)
+            encoded = [with_questions(self.reader, pair, item, self.ask(pair)) for pair, item in asked]
+        rows = sorted(self._rows(window.places, encoded), key=lambda row: (-row.length, row.encoded[0].pair_id))
         batches = []
-        while encoded:
-            longest = encoded[0][1].length
-            count = min(self.batch_size, max(1, self.batch_tokens // longest))
-            places, items = zip(*encoded[:count], strict=True)
-            encoded = encoded[count:]
-            batches.append(self._prepared(list(places), list(items), window.reads_another))
+        while rows:
+            most = max(1, self.batch_tokens // rows[0].length)
+            filled = accumulate(len(row.places) for row in rows[:most])
+            count = max(1, sum(pairs <= self.batch_size for pairs in filled))
+            places = [place for row in rows[:count] for place in row.places]
+            items = [item for row in rows[:count] for item in row.encoded]
+            rows = rows[count:]
+            batches.append(self._prepared(places, items, window.reads_another))
         return window, batches
+
+    def _rows(self, places: Sequence[int], encoded: Sequence[Encoded]) -> Iterator[_Row]:
+        """Pairs of one prompt share a row as long as it is no more than a batch."""
+        groups = by_prompt(encoded) if self.reader.shares_prefix else [[index] for index in range(len(encoded))]
+        for group in groups:
+            row = _Row([], [])
+            for index in group:
+                longer = _Row([*row.places, places[index]], [*row.encoded, encoded[index]])
+                is_full = len(longer.places) > self.batch_size or longer.length > self.batch_tokens
+                if is_full and row.places:
+                    yield row
+                    longer = _Row([places[index]], [encoded[index]])
+                row = longer
+            yield row
 
     def _prepared(self, places: list[int], encoded: list[Encoded], reads_another: bool) -> Prepared:
         pieces: list[dict[Side, list[str]]] = []

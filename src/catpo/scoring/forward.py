@@ -23,6 +23,7 @@ from catpo.models.attention.recorder import AttentionRecorder, choose_heads, cho
 from catpo.models.family import Family
 from catpo.models.output_head import token_stats
 from catpo.models.packing import Batch, response_hidden, run_backbone, unflatten
+from catpo.models.questions import YesNo, asked_hidden
 from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.transfer import to_device, to_host
 from catpo.models.views import OtherPictures
@@ -146,13 +147,14 @@ class TeacherForced:
         with recorder, narrow, family.running(), family.decoder_inputs() as taken:
             self.last_hidden = run_backbone(family.unwrapped, self.batch).last_hidden_state
         self.embeddings = taken["embeddings"]
-        pair_count, _, tokens = self.batch["mask"].shape
-        self.attention = recorder.mean().reshape(pair_count, 2, tokens, -1)  # a row holds both sides, or one
+        self.asked_hidden = asked_hidden(self.last_hidden, self.batch)
+        leaves = self.batch["leaf_tokens_at"].shape
+        self.attention = recorder.mean().reshape(*leaves, -1)  # (row, leaf, token, patch)
 
     def evidence(self, index: int, side: Side) -> Evidence:
         """What signals may read of one response of pair `index`."""
         at, count = (index, SIDES.index(side)), len(self.encoded[index].response_ids[side])
-        row = int(self.rows["row"][at])
+        row, leaf = int(self.rows["row"][at]), int(self.rows["leaf"][at])
         tokens = self.batch["tokens_at"][at][:count]
         patches = self.batch["patches"][row][: int((self.rows["patches"][row] >= 0).sum())]
 
@@ -163,13 +165,21 @@ class TeacherForced:
         return Evidence(
             token_ids=self.batch["token_ids"][at][:count],
             head=self.head,
-            read_attention=lambda: self.attention[at][:count, : len(patches)].float(),
+            read_attention=lambda: self.attention[row, leaf, :count, : len(patches)].float(),
             read_token_embeddings=lambda: self.embeddings[row, tokens].float(),
             read_patch_features=lambda: self.embeddings[row, patches].float(),
             read_logps=lambda: self.logps[at][:count].float(),
             read_view_logps=lambda view: self._view_logps(view)[at][:count].float(),
             read_hidden=read_hidden,
+            read_answers=lambda words: self._answers(index, words),
         )
+
+    def _answers(self, index: int, words: YesNo | None) -> dict[str, Tensor]:
+        """logit(yes) - logit(no) of each question that is asked beside pair `index`."""
+        start = sum(len(item.questions) for item in self.encoded[:index])
+        texts = [question.text for question in self.encoded[index].questions]
+        hidden = self.asked_hidden[start : start + len(texts)]
+        return dict(zip(texts, (words or YesNo.of(self.family)).margins(hidden, self.head).float(), strict=True))
 
     def predicting(self, index: int, side: Side) -> Float[Tensor, "tokens width"]:
         """Final hidden states that predict the response's tokens."""
@@ -180,18 +190,18 @@ class TeacherForced:
         """Positions of the patches in each row, -1 in the padding: of all pictures, or the chosen one."""
         if self.settings.patches == "all":
             return everywhere
-        picture, rows_per_pair = int(self.settings.patches), len(everywhere) // len(self.encoded)
-        selected = []
-        for index, item in enumerate(self.encoded):
+        picture = int(self.settings.patches)
+        selected = list(everywhere)
+        for item, rows in zip(self.encoded, self.prepared.rows["row"].tolist(), strict=True):
             self.settings.check_patches(item)
             sizes = patches_by_picture(item)
             start = sum(sizes[:picture])
-            for row in everywhere[index * rows_per_pair : (index + 1) * rows_per_pair]:
-                selected.append(row[start : start + sizes[picture]])
+            for row in rows:
+                selected[row] = everywhere[row][start : start + sizes[picture]]
         return pad_sequence(selected, batch_first=True, padding_value=-1)
 
     def _recorder(self) -> AttentionRecorder:
-        queries = self.batch["tokens_at" if self.settings.query == "token" else "predictors"]
+        queries = self.batch["leaf_tokens_at" if self.settings.query == "token" else "leaf_predictors"]
         rows = self.batch["model_inputs"]["input_ids"].shape[0]
         return AttentionRecorder(
             queries=queries.reshape(rows, -1),
@@ -206,7 +216,7 @@ class TeacherForced:
 
     def _token_logps(self, last_hidden: Tensor, batch: Batch) -> Tensor:
         stats = token_stats(response_hidden(last_hidden, batch), self.head, batch["flat_ids"])
-        return unflatten(stats.logps, batch["mask"])
+        return unflatten(stats.logps, batch)
 
     def _view_logps(self, view: str) -> Tensor:
         if view != "another":

@@ -140,8 +140,13 @@ def score_pairs(
     skipped: SkipLog | None = None,
     progress: bool = True,
     dataloader_num_workers: int | None = None,
+    ask: Callable[[PreferencePair], Sequence[str]] | None = None,
 ) -> RewardStore:
-    """`score` on pairs at hand."""
+    """`score` on pairs at hand.
+
+    `ask` gives yes/no questions about a pair's pictures, which are read beside its responses, for signals that look at
+    `Evidence.answers`; worker processes need one that can be pickled.
+    """
     settings = settings or PAPER_SETTINGS
     kept = Cache.of(cache)
     kept.check(family)
@@ -150,7 +155,7 @@ def score_pairs(
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     scorer = PairScorer(family, settings, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
-    preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length)
+    preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length, ask)
     count = worker_count(dataloader_num_workers, family)
     run = _StoreRun(preparation, scorer, Path(output), kept, attention_maps, count, progress)
     with run.group.lock(output):

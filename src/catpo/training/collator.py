@@ -54,15 +54,15 @@ class PairCollator:
     def __call__(self, pairs: Sequence[PreferencePair]) -> Batch:
         if self.ranks:
             check_ranked(pairs)
-        encoded = [self.reader.encode(pair, max_length=self.max_length) for pair in pairs]
+        encoded = self.reader.encode_all(pairs, max_length=self.max_length)
         prefix: Prefix = self.prefix if self.reader.shares_prefix else "separate"
         batch = pack(self.reader, encoded, prefix=prefix)
         batch["weights"] = batch["mask"].float()
         if self.rewards is not None:
             batch["reference_logps"] = stored_logps(self.rewards, encoded)
-            batch |= self._reference_distribution(self.rewards, encoded)
+            batch |= self._reference_distribution(self.rewards, batch["responses"])
             if self._word_reward is not None:
-                batch["tilt"] = self._tilt(self.rewards, encoded)
+                batch["tilt"] = self._tilt(self.rewards, encoded, batch["responses"])
             if Quantity("weights") in self.needs:
                 batch |= self.weights_of(batch["pair_ids"])
         return HostBatch(batch if self.extra is None else batch | self.extra(pairs, encoded))
@@ -95,20 +95,24 @@ class PairCollator:
             return None
         return WordReward.of(divergence.reward).ready([*self.rewards.words_by_pictures.values()])
 
-    def _tilt(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
+    def _tilt(self, rewards: RewardStore, encoded: Sequence[Encoded], responses: Sequence[tuple[str, Side]]) -> Batch:
         """What tilts the reference: a table of token rewards per pair, and which of them each response token reads."""
         assert self._word_reward is not None
         tables = [self._word_reward.of_tokens(rewards.words(item.pair_id)) for item in encoded]
-        counts = [sum(map(len, item.response_ids.values())) for item in encoded]
+        numbers = {item.pair_id: number for number, item in enumerate(encoded)}
+        of_responses = [numbers[pair_id] for pair_id, _ in responses]
+        counts = [len(encoded[numbers[pair_id]].response_ids[side]) for pair_id, side in responses]
         return {
             "ids": pad_indices([ids.tolist() for ids, _ in tables]),
             "rewards": pad_sequence([torch.from_numpy(values) for _, values in tables], batch_first=True),
-            "table": torch.arange(len(encoded)).repeat_interleave(torch.tensor(counts)),
+            "table": torch.tensor(of_responses).repeat_interleave(torch.tensor(counts)),
         }
 
-    def _reference_distribution(self, rewards: RewardStore, encoded: Sequence[Encoded]) -> Batch:
-        """What the store holds of the reference's next-token distributions, if the objective reads it: exact or top-k."""
-        responses = [(item.pair_id, side) for item in encoded for side in SIDES]
+    def _reference_distribution(self, rewards: RewardStore, responses: Sequence[tuple[str, Side]]) -> Batch:
+        """What the store holds of the reference's next-token distributions, if the objective reads it: exact or top-k.
+
+        `responses` are those of the rows, each once.
+        """
         reads_kl = kl_need(self.needs) is not None
         if (reads_kl or self.keeps_hidden) and rewards.has_hidden:
             return {"reference_hidden": torch.cat([_hidden(rewards, *response) for response in responses])}

@@ -1,18 +1,75 @@
-"""The order of pairs in training: batches of similar length, so that little is padded."""
+"""The order of pairs in training: batches of similar length, so that little is padded, or of few prompts, which share rows."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from catpo.core.types import SIDES, PreferencePair
+from catpo.data.spool import prompt_numbers
 from catpo.rewards.store import RewardStore
 
 PICTURE = 400
 """Words that a picture counts for: about as many tokens as LLaVA-1.5 makes of one."""
+
+
+def prompts_together(pairs: Sequence[PreferencePair], batch_size: int, seed: int) -> PromptsTogether | None:
+    """An order that keeps pairs of one prompt together; None where that changes nothing, so that any order will do."""
+    prompts = prompt_numbers(pairs) if batch_size > 1 else []
+    return None if len(set(prompts)) == len(prompts) else PromptsTogether(prompts, batch_size, seed)
+
+
+class PromptsTogether(Sampler[int]):
+    """Pairs of one prompt in one batch, otherwise in an order drawn anew for each epoch.
+
+    A prompt with more pairs than a batch fills several; one that fits nowhere whole is cut. The order depends on seed and epoch
+    only (accelerate calls `set_epoch`), so a resumed run continues with the same batches.
+
+    Args:
+        prompts: number of each pair's prompt.
+    """
+
+    def __init__(self, prompts: Sequence[int], batch_size: int, seed: int) -> None:
+        self.prompts, self.batch_size, self.seed, self.epoch = list(prompts), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        filled, gaps = self._filled(rng)
+        cut = [gaps[at : at + self.batch_size] for at in range(0, len(gaps), self.batch_size)]
+        is_short = bool(cut) and len(cut[-1]) < self.batch_size
+        last = cut.pop() if is_short else []
+        batches = [*filled, *cut]
+        rng.shuffle(batches)
+        yield from chain(*batches, last)
+
+    def _filled(self, rng: random.Random) -> tuple[list[list[int]], list[int]]:
+        """Batches of whole prompts, and the pairs of those that filled none, prompt by prompt."""
+        groups: dict[int, list[int]] = {}
+        for pair, prompt in enumerate(self.prompts):
+            groups.setdefault(prompt, []).append(pair)
+        parts = [pairs[at : at + self.batch_size] for pairs in groups.values() for at in range(0, len(pairs), self.batch_size)]
+        rng.shuffle(parts)
+        by_room: dict[int, list[list[int]]] = {room: [] for room in range(self.batch_size + 1)}
+        for part in sorted(parts, key=len, reverse=True):  # the largest first, each where it leaves the least room
+            room = next((room for room in range(len(part), self.batch_size) if by_room[room]), self.batch_size)
+            batch = by_room[room].pop() if room < self.batch_size else []
+            by_room[room - len(part)].append(batch + part)
+        filled = by_room.pop(0)
+        unfilled = [batch for batches in by_room.values() for batch in batches]
+        rng.shuffle(unfilled)
+        return filled, [pair for batch in unfilled for pair in batch]
 
 
 class LikeLengths(Sampler[int]):

@@ -48,7 +48,7 @@ from catpo.training.config import (
 from catpo.training.figures import Figures
 from catpo.training.inputs import Inputs, asked_evaluation, open_rewards, own_args
 from catpo.training.learned_fusion import LearnedFusion
-from catpo.training.length_sampler import LikeLengths, lengths_of
+from catpo.training.length_sampler import LikeLengths, lengths_of, prompts_together
 from catpo.training.objectives import LossOutput
 from catpo.training.opening import open_for_training, thaw
 from catpo.training.pair_forward import add_pair_forward
@@ -259,9 +259,9 @@ class CatPOTrainer(Trainer):
             read=self.view_passes.of_policy,
         )
         values |= of_reference | of_policy
-        values[Quantity("policy_logps")] = unflatten(policy.logps, batch["mask"])
+        values[Quantity("policy_logps")] = unflatten(policy.logps, batch)
         if self.divergence is not None and policy.kl is not None:
-            values[self.divergence] = unflatten(policy.kl, batch["mask"])
+            values[self.divergence] = unflatten(policy.kl, batch)
         return PairStats(values.__getitem__)
 
     @torch.no_grad()
@@ -277,7 +277,7 @@ class CatPOTrainer(Trainer):
                 return stored_hidden, self.view_passes.of_reference(model, stored_hidden, batch)
             hidden, logps = hidden_and_logps(model, batch)
             values = self.view_passes.of_reference(model, hidden, batch)
-            return hidden, values | {Quantity("reference_logps"): unflatten(logps, batch["mask"])}
+            return hidden, values | {Quantity("reference_logps"): unflatten(logps, batch)}
 
         return self._in_reference(batch, run)
 
@@ -416,12 +416,13 @@ class CatPOTrainer(Trainer):
         return loss.detach(), None, None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Batches of similar length by the store's token counts; the Trainer would look for input ids in the pairs."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return self._by_length(
-            train_dataset or self.train_dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps
-        )
+        """Batches of few prompts, or of similar length by the store's token counts; the Trainer would look for input ids."""
+        pairs, size = train_dataset or self.train_dataset, self.args.train_batch_size
+        if self.args.train_sampling_strategy == "group_by_length":
+            return self._by_length(pairs, size * self.args.gradient_accumulation_steps)
+        is_random = self.args.train_sampling_strategy == "random"
+        together = prompts_together(pairs, size, self._data_seed) if is_random else None
+        return together or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The same; no figure depends on the order."""
@@ -430,8 +431,11 @@ class CatPOTrainer(Trainer):
         return self._by_length(eval_dataset, self.args.eval_batch_size)
 
     def _by_length(self, pairs: Sequence[PreferencePair], batch_size: int) -> LikeLengths:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LikeLengths(lengths_of(pairs, self.rewards), batch_size, seed)
+        return LikeLengths(lengths_of(pairs, self.rewards), batch_size, self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the learned coefficients too, which the Trainer does not know of."""

@@ -19,7 +19,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import at_head, likeliest_tokens, token_logits, token_stats
-from catpo.models.packing import Batch, Prefix, flat_tokens, pack, response_hidden, run_backbone, unflatten
+from catpo.models.packing import Batch, Prefix, flat_tokens, pack, repeated, response_hidden, run_backbone, unflatten
 from catpo.models.tensors import pad_indices
 from catpo.models.views import OtherPictures, View
 from catpo.rewards.store import RewardStore
@@ -178,7 +178,8 @@ class ViewPasses:
         computed: Quantities = {}
         if self._reads_logits(whose) and hidden is not None:
             logits = at_head(model, hidden, token_logits, batch["flat_ids"])
-            computed[Quantity(f"{whose}_logits")] = unflatten(logits, batch["mask"])
+            computed[Quantity(f"{whose}_logits")] = unflatten(logits, batch)
+        clean = None if hidden is None else repeated(hidden, batch)
         for view, needs in self.views.items():
             rows = batch["views"][view]
             # sorted, since under FSDP every process must call the head in the same order
@@ -188,25 +189,23 @@ class ViewPasses:
                 takes_gradient = "policy_logps" in names or "policy_logits" in names
                 with torch.set_grad_enabled(torch.is_grad_enabled() and takes_gradient):
                     under_view = _hidden(model, rows)
-                values |= {name: _at_tokens(name, model, under_view, rows, hidden) for name in names}
+                values |= {name: _at_tokens(name, model, under_view, rows, clean) for name in names}
             for need in needs:
                 if need.name in values:
                     computed[need] = values[need.name][:, SIDES.index(need.side)]
         return computed
 
 
-def _at_tokens(
-    name: str, model: Any, under_view: Tensor, rows: Batch, hidden: Tensor | None
-) -> Float[Tensor, "pairs 2 tokens"]:
-    """The quantity `name` of a view, from the hidden states under it and with the clean picture."""
-    ids, mask = rows["flat_ids"], rows["mask"]
+def _at_tokens(name: str, model: Any, under_view: Tensor, rows: Batch, clean: Tensor | None) -> Float[Tensor, "pairs 2 tokens"]:
+    """The quantity `name` of a view, from the hidden states of all pairs under it and with the clean picture."""
+    ids = rows["flat_ids"]
     if name.endswith("_top_logps"):
-        assert hidden is not None
+        assert clean is not None
         likeliest = at_head(model, under_view, likeliest_tokens)
-        return unflatten(at_head(model, hidden[rows["in_clean"]], token_stats, likeliest).logps, mask)
+        return unflatten(at_head(model, clean[rows["in_clean"]], token_stats, likeliest).logps, rows)
     if name.endswith("_logits"):
-        return unflatten(at_head(model, under_view, token_logits, ids), mask)
-    return unflatten(at_head(model, under_view, token_stats, ids).logps, mask)
+        return unflatten(at_head(model, under_view, token_logits, ids), rows)
+    return unflatten(at_head(model, under_view, token_stats, ids).logps, rows)
 
 
 def _hidden(model: Any, batch: Batch) -> Float[Tensor, "flat width"]:

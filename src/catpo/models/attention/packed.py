@@ -1,4 +1,6 @@
-"""Attention over packed rows `[prompt | chosen | rejected]`: a response sees the prompt and itself, and only that is computed.
+"""Attention over rows that are trees: a prompt and its leaves, e.g. `[prompt | chosen | rejected]`.
+
+A leaf sees the prompt, up to where it hangs, and itself, and only that is computed.
 
 A layout says where the parts of each row are. It is an integer tensor with four axes, so transformers passes it on to the
 attention function like a finished mask, also in checkpointed layers. Knows nothing of pairs, families or files.
@@ -6,7 +8,7 @@ attention function like a finished mask, also in checkpointed layers. Knows noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -15,8 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-Layout = Int[Tensor, "rows 1 parts 2"]
-"""First position and the one after the last of the prompt and of each response; equal where there is no such part."""
+Layout = Int[Tensor, "rows 1 parts 3"]
+"""As `Part`, the prompt first; all zeros where a row has fewer parts than another."""
+Part = tuple[int, int, int]
+"""First position, the one after the last, and the one up to which the prompt is seen: its end, or where a leaf hangs."""
+BUNDLE = 4
+"""Short leaves that hang at the same place are computed together, if their tokens are at most this part of those they see."""
 PREFIX = "catpo_"
 """Begins the names of attention functions that take a layout; the name of the one underneath follows."""
 PARTS = "catpo_parts"
@@ -24,14 +30,15 @@ PARTS = "catpo_parts"
 READ_AT = "catpo_read_at"
 """Attribute of a mask of packed rows: `read_positions`."""
 TRIANGLES = "catpo_triangles"
-"""Attribute of a layout on a GPU: the masks of its responses, which all layers share."""
+"""Attribute of a layout on a GPU: the masks of its leaves, which all layers share."""
 Fused = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function as transformers calls it: outputs are [rows, tokens, heads, size]."""
 
 
-def layout_of(rows: Sequence[Sequence[tuple[int, int]]]) -> Layout:
-    """Parts of every row, prompt first, as (start, end)."""
-    return torch.tensor(rows, dtype=torch.long)[:, None]
+def layout_of(rows: Sequence[Sequence[Part]]) -> Layout:
+    """Parts of every row, prompt first."""
+    most = max(map(len, rows))
+    return torch.tensor([[*parts, *[(0, 0, 0)] * (most - len(parts))] for parts in rows], dtype=torch.long)[:, None]
 
 
 def is_layout(mask: object) -> TypeGuard[Layout]:
@@ -48,10 +55,17 @@ def segments(layout: Layout, length: int) -> Int[Tensor, "rows length"]:
     return torch.where(is_inside, number, -1).amax(1)
 
 
-def sees(query_part: Tensor, key_part: Tensor, query: Tensor, key: Tensor) -> Bool[Tensor, ...]:
-    """Whether a query sees a key: an earlier one of the prompt or of its own part. Padding sees itself, so no row is empty."""
+def hangs(layout: Layout, part: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
+    """Position up to which each token sees the prompt, by the number of its part."""
+    return layout[:, 0, :, 2].gather(1, part.clamp(min=0))
+
+
+def sees(query_part: Tensor, key_part: Tensor, hang: Tensor, query: Tensor, key: Tensor) -> Bool[Tensor, ...]:
+    """Whether a query sees a key: an earlier one of its own part, or of the prompt before position `hang`. Padding sees itself,
+    so no row is empty.
+    """
     earlier = (key <= query) & (query_part >= 0) & (key_part >= 0)
-    return (earlier & ((key_part == 0) | (key_part == query_part))) | (query == key)
+    return (earlier & (((key_part == 0) & (key < hang)) | (key_part == query_part))) | (query == key)
 
 
 def visible(
@@ -61,7 +75,8 @@ def visible(
     part = segments(layout, length)
     key = torch.arange(length, device=layout.device)
     query = key.expand(len(part), length) if positions is None else positions
-    return sees(part.gather(1, query)[:, :, None], part[:, None], query[:, :, None], key)
+    own = part.gather(1, query)
+    return sees(own[:, :, None], part[:, None], hangs(layout, own)[:, :, None], query[:, :, None], key)
 
 
 def mask_for(
@@ -70,7 +85,7 @@ def mask_for(
     length: int,
     dtype: torch.dtype,
     *,
-    parts: Sequence[Sequence[tuple[int, int]]] | None = None,
+    parts: Sequence[Sequence[Part]] | None = None,
     read_at: Int[Tensor, " positions"] | None = None,
 ) -> Layout | Tensor | BlockMask:
     """The mask that the decoder's attention function takes: the layout, a block mask, numbers to add, or booleans.
@@ -114,13 +129,13 @@ def read_at(mask: object) -> Int[Tensor, " positions"] | None:
     return getattr(mask, READ_AT, None)
 
 
-def read_positions(rows: Sequence[Sequence[tuple[int, int]]], length: int) -> Int[Tensor, " positions"]:
-    """Positions of response tokens and of the prompt's last one, in the rows laid end to end; `rows` are their parts."""
+def read_positions(rows: Sequence[Sequence[Part]], length: int) -> Int[Tensor, " positions"]:
+    """Positions of the leaves' tokens and of the prompt's last one, in the rows laid end to end; `rows` are their parts."""
     positions = []
-    for row, ((_, prompt_end), *responses) in enumerate(rows):
+    for row, ((_, prompt_end, _), *leaves) in enumerate(rows):
         start = row * length
         positions.append(start + prompt_end - 1)  # predicts the first token of each response
-        for begin, end in responses:
+        for begin, end, _ in leaves:
             positions += range(start + begin, start + end)
     return torch.tensor(positions, dtype=torch.long)
 
@@ -128,8 +143,9 @@ def read_positions(rows: Sequence[Sequence[tuple[int, int]]], length: int) -> In
 def block_mask(layout: Layout, length: int) -> BlockMask:
     """For FlexAttention, which skips blocks of keys that no query sees."""
     part = segments(layout, length)
+    hang = hangs(layout, part)
     # a lambda: create_block_mask counts its arguments, and the tests' type checks would wrap a function
-    is_seen = lambda row, head, query, key: sees(part[row, query], part[row, key], query, key)
+    is_seen = lambda row, head, query, key: sees(part[row, query], part[row, key], hang[row, query], query, key)
     on_cuda = layout.device.type == "cuda"
     return create_block_mask(is_seen, len(layout), None, length, length, device=str(layout.device), _compile=on_cuda)
 
@@ -153,7 +169,7 @@ class ReadsResponses:
 def attend(
     fused: Fused, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: dict[str, Any]
 ) -> tuple[Float[Tensor, "rows length heads size"], None]:
-    """Part by part: prompt and first response as one sequence, each further response against the prompt's keys and its own."""
+    """Part by part: prompt and first leaf as one sequence, further leaves against their own keys and those they see."""
     call = _Call(fused, module, getattr(layout, PARTS, None) or layout[:, 0].tolist(), layout, options)
     rows = zip(query.split(1), key.split(1), value.split(1), call.parts, strict=True)
     return torch.cat([call.row(*row) for row in rows]), None
@@ -165,45 +181,69 @@ class _Call:
 
     fused: Fused
     module: nn.Module
-    parts: Sequence[Sequence[tuple[int, int]]]
+    parts: Sequence[Sequence[Part]]
     layout: Layout
     options: dict[str, Any]
 
-    def row(
-        self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[tuple[int, int]]
-    ) -> Float[Tensor, "1 length heads size"]:
-        (start, prompt_end), (_, first_end), *others = parts
-        first_query = prompt_end - 1 if reads_responses(self.module) else start
-        # the first response comes right after the prompt: one causal sequence
-        sequence = slice(start, first_end)
-        outputs = [self._causal(query[:, :, first_query:first_end], key[:, :, sequence], value[:, :, sequence])]
-        for begin, end in others:
-            if begin == end:  # an empty part: the row has one response
-                continue
-            keys = torch.cat([key[:, :, start:prompt_end], key[:, :, begin:end]], dim=2)
-            values = torch.cat([value[:, :, start:prompt_end], value[:, :, begin:end]], dim=2)
-            outputs.append(self._causal(query[:, :, begin:end], keys, values))
+    def row(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) -> Float[Tensor, "1 length heads size"]:
+        (start, prompt_end, _), *leaves = parts
+        first_query, sequence_end = prompt_end - 1 if reads_responses(self.module) else start, prompt_end
+        if leaves and leaves[0][0] == leaves[0][2] == prompt_end:  # the first response comes right after the prompt
+            sequence_end = leaves.pop(0)[1]
+        sequence = slice(start, sequence_end)
+        queries = sequence_end - first_query
+        outputs = [self._causal(query[:, :, first_query:sequence_end], key[:, :, sequence], value[:, :, sequence], (queries,))]
+        for bundle in _bundles(leaves, start):
+            begin, end, hang = bundle[0][0], bundle[-1][1], bundle[0][2]
+            keys = torch.cat([key[:, :, start:hang], key[:, :, begin:end]], dim=2)
+            values = torch.cat([value[:, :, start:hang], value[:, :, begin:end]], dim=2)
+            lengths = tuple(leaf_end - leaf for leaf, leaf_end, _ in bundle)
+            outputs.append(self._causal(query[:, :, begin:end], keys, values, lengths))
         output = torch.cat(outputs, dim=1)  # (1, query, head, size)
-        after = query.shape[2] - parts[-1][1]
+        after = query.shape[2] - first_query - output.shape[1]
         return nn.functional.pad(output, (0, 0, 0, 0, first_query, after))  # zeros where nothing is read
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "1 queries heads size"]:
-        """Causal attention of the last queries of a sequence; of a whole sequence it needs no mask."""
-        queries, keys = query.shape[2], key.shape[2]
-        mask = None if queries == keys else self._triangle(queries, keys, query)
+    def _causal(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]
+    ) -> Float[Tensor, "1 queries heads size"]:
+        """Causal attention of leaves of these lengths, the last of the keys; of one whole sequence it needs no mask."""
+        keys = key.shape[2]
+        mask = None if lengths == (keys,) else self._mask(lengths, keys, query)
         return self.fused(self.module, query, key, value, mask, **self.options)[0]
 
-    def _triangle(self, queries: int, keys: int, query: Tensor) -> Tensor:
-        """The mask of the last queries of a sequence, [1, 1, queries, keys]."""
+    def _mask(self, lengths: tuple[int, ...], keys: int, query: Tensor) -> Tensor:
+        """Which keys the queries see, [1, 1, queries, keys]."""
         if query.device.type == "cpu":
-            return _lower_right(queries, keys, query.device)
+            return _triangles(lengths, keys, query.device)
         device = query.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         known = vars(self.layout).setdefault(TRIANGLES, {})
-        if (queries, keys, dtype) not in known:
-            known[queries, keys, dtype] = additive(_lower_right(queries, keys, query.device), dtype)
-        return known[queries, keys, dtype]
+        if (lengths, keys, dtype) not in known:
+            known[lengths, keys, dtype] = additive(_triangles(lengths, keys, query.device), dtype)
+        return known[lengths, keys, dtype]
 
 
-def _lower_right(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+def _bundles(leaves: Sequence[Part], start: int) -> Iterator[list[Part]]:
+    """Leaves that are computed together: side by side, at the same place, and short beside what they see; no empty ones."""
+    bundle: list[Part] = []
+    for leaf in leaves:
+        begin, end, hang = leaf
+        if begin == end:
+            continue
+        if bundle and (hang != bundle[0][2] or begin != bundle[-1][1] or BUNDLE * (end - bundle[0][0]) > hang - start):
+            yield bundle
+            bundle = []
+        bundle.append(leaf)
+    if bundle:
+        yield bundle
+
+
+def _triangles(lengths: tuple[int, ...], keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
+    """The last queries of a sequence in leaves of these lengths: each sees itself, and all keys before the first leaf."""
+    queries = sum(lengths)
+    triangle = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    start = end = keys - queries
+    for length in lengths:  # a later leaf does not see an earlier one
+        start, end = end, end + length
+        triangle[end - keys + queries :, start:end] = False
+    return triangle[None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from catpo.models.output_head import OutputHead
+from catpo.models.questions import YesNo
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Evidence:
     read_logps: Callable[[], Tensor]
     read_view_logps: Callable[[str], Tensor]
     read_hidden: Callable[[int], tuple[Tensor, Tensor]]
+    read_answers: Callable[[YesNo | None], Mapping[str, Tensor]] = lambda words: {}
 
     @cached_property
     def attention(self) -> Float[Tensor, "tokens patches"]:
@@ -48,6 +50,13 @@ class Evidence:
     def view_logps(self, view: str) -> Float[Tensor, " tokens"]:
         """The same log-probs under another picture; `another` is the picture of another pair of the data set."""
         return self.read_view_logps(view)
+
+    def answers(self, words: YesNo | None = None) -> Mapping[str, Float[Tensor, ""]]:
+        """logit(yes) - logit(no) of each question that is asked beside the pair (`score_pairs(ask=…)`), by its text.
+
+        `words` are the tokens that count as yes and as no, by default `YesNo.of(family)`.
+        """
+        return self.read_answers(words)
 
     def hidden(self, layer: int) -> Float[Tensor, "tokens width"]:
         """Hidden states of the response tokens after decoder layer `layer` (-1: the last, normalised as the head reads it)."""
