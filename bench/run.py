@@ -24,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.shapes import SHAPES, make_pairs, write_model
+from bench.leaves import ALONE, RANKED_PAIRS, pairs_for
+from bench.shapes import SHAPES, write_model
 from catpo.models import loading
 from catpo.scoring.score import score_pairs
 
@@ -97,6 +98,14 @@ CASES = [
         "epoch-llava-576", "llava-576", 1, Side("epoch", CATPO), (Side("epoch", "trl"), Side("epoch", "trl-responses")),
         {"time": 1.0},
     ),
+    Case(
+        "ranked-llava-576", "llava-576", RANKED_PAIRS, Side("ranked", CATPO), (Side("ranked", f"{ALONE} {CATPO}"),),
+        {"time": 0.30}, (Side("ranked", CATPO), Side("ranked", f"{ALONE} {CATPO}")),
+    ),
+    Case(
+        "questions-llava-576", "llava-576", 1, Side("asked"), (Side("score"),), {"time": 1.45},
+        (Side("asked"), Side("asked", ALONE)),
+    ),
     Case("loading-llava-576", "llava-576", 4, Side(trainer=CATPO, workers=2), (), {"waiting": 0.10}),
     Case("signals-of-11000-responses", "llava-576", 5500, Side("signals"), (), {"seconds": 1.0}),
 ]  # fmt: skip
@@ -108,6 +117,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help=f"case name or prefix: {known}")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--clock", default="wall", help="cpu: CPU time, unaffected by other work on the machine")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--notes", action="store_true", help=f"add the table to {NOTES.name}")
     options = parser.parse_args()
@@ -130,17 +140,22 @@ def prepared(case: Case, folder: Path, steps: int) -> list[str]:
     """Write model and reward store of a case's shape once; return them as worker arguments."""
     if case.ours.work == "signals":
         return ["--shape", case.shape, "--model", "none", "--pairs", str(case.pairs)]
-    model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.pairs}"
+    model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.ours.work}-{case.pairs}"
     if not model.exists():
         write_model(SHAPES[case.shape], model)
     if not rewards.exists() and any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers)):
-        score_pairs(make_pairs(SHAPES[case.shape], case.pairs * (steps + 1)), loading.load(model), rewards, progress=False)
+        score_pairs(
+            pairs_for(case.ours.work, SHAPES[case.shape], case.pairs * (steps + 1)),
+            loading.load(model),
+            rewards,
+            progress=False,
+        )
     return ["--shape", case.shape, "--model", str(model), "--rewards", str(rewards), "--pairs", str(case.pairs)]
 
 
 def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: float) -> list[Run]:
     """Run all sides in turn, after checking that the losses agree where they must."""
-    call = lambda side: worker(case, side, [*place, "--steps", str(options.steps)])
+    call = lambda side: worker(case, side, [*place, "--steps", str(options.steps), "--clock", options.clock])
     gap = agreement(case, call)
     mine: list[Run] = []
     theirs: dict[Side, list[Run]] = {peer: [] for peer in case.peers}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,23 @@ def make_pairs(shape: Shape, count: int) -> list[PreferencePair]:
         texts = (sentence(shape.prompt_words), sentence(shape.response_words + number % 5), sentence(shape.response_words + 4))
         pairs.append(PreferencePair(pair_id(images, *texts), images, *texts))
     return pairs
+
+
+def make_ranked(shape: Shape, prompts: int, answers: int = 4) -> list[PreferencePair]:
+    """All pairs of so many ranked answers to each prompt, which follow one another."""
+    ranked = []
+    for first, *others in _in_groups(make_pairs(shape, prompts * answers), answers):
+        texts = [first.chosen, *(other.chosen for other in others)]
+        for better, worse in combinations(texts, 2):
+            meta = {"is_best": float(better == first.chosen)}
+            identity = pair_id(first.images, first.prompt, better, worse)
+            ranked.append(PreferencePair(identity, first.images, first.prompt, better, worse, meta=meta))
+    return ranked
+
+
+def _in_groups(pairs: list[PreferencePair], size: int) -> Iterator[list[PreferencePair]]:
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
 
 
 def _tokenizer(entries: int, special: dict[str, str]) -> PreTrainedTokenizerFast:

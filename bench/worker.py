@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from bench import leaves
 from bench.counting import counter
-from bench.shapes import SHAPES, make_pairs
+from bench.shapes import SHAPES
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
 from catpo.files.lock import lock
 from catpo.models import family as families
@@ -59,7 +60,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.process
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", required=True, help="train, score, forward, eager, epoch or signals")
+    parser.add_argument("--work", required=True, help="train, ranked, score, asked, forward, eager, epoch or signals")
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rewards", type=Path)
@@ -84,7 +85,7 @@ def main() -> None:
 def opened(options: argparse.Namespace, count: int) -> tuple[families.Family, list[PreferencePair]]:
     """The model, by its folder or in memory, and so many pairs of its shape."""
     family = options.model if isinstance(options.model, families.Family) else loading.load(options.model)
-    return family, make_pairs(options.shape, count)
+    return family, leaves.pairs_for(getattr(options, "work", ""), options.shape, count)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------
@@ -142,6 +143,13 @@ def train(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         "flops": watch.flops.get_total_flops(),
         "token_passes": watch.token_passes,
     }
+
+
+def ranked(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Training on the pairs of ranked answers, which share rows unless they are to stand alone."""
+    with leaves.sharing(options.trainer):
+        options.trainer = options.trainer.removeprefix(leaves.ALONE).strip()
+        return train(options, output)
 
 
 def make_trainer(
@@ -261,6 +269,17 @@ def score(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return measured(lambda: score_pairs(pairs, family, output / "rewards", progress=False), CLOCKS[options.clock])
 
 
+def asked(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """The same with questions beside each pair; their answers are compared as losses."""
+    family, pairs = opened(options, options.pairs * options.steps)
+    with leaves.sharing(options.trainer), leaves.answers_kept(family) as answers:
+        score_pairs(pairs[:1], family, output / "warm", progress=False, ask=leaves.questions_of)
+        answers.clear()
+        run = lambda: score_pairs(pairs, family, output / "rewards", progress=False, ask=leaves.questions_of)
+        result = measured(run, CLOCKS[options.clock])
+    return result | {"losses": answers}
+
+
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """The same packed rows in the same batches through the plain model, and the log-probs of their response tokens."""
     family, pairs = opened(options, options.pairs * options.steps)
@@ -375,7 +394,7 @@ def _status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-WORK = {each.__name__: each for each in (train, score, forward, eager, epoch, signals)}
+WORK = {each.__name__: each for each in (train, ranked, score, asked, forward, eager, epoch, signals)}
 
 if __name__ == "__main__":
     main()
