@@ -15,6 +15,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair, Sample, pair_id
 from catpo.data.spool import PairsAt, SpooledPairs, prompt_numbers
 from catpo.models import loading, questions
+from catpo.models.attention import packed
 from catpo.models.attention.last_layer import read_at_responses
 from catpo.models.family_check import check_family
 from catpo.models.packing import pack, response_hidden, run_backbone
@@ -271,3 +272,18 @@ def test_signals_read_the_answers_to_questions_beside_the_pairs(data, tmp_path, 
             assert found.signals["patch_logit"] == pytest.approx(expected, abs=1e-5)
             logps = plain_logps(family, family.encode(pair), side)
             np.testing.assert_allclose(found.logps, logps, atol=1e-5)
+
+
+def test_a_leaf_sees_the_prompt_up_to_where_it_hangs_and_itself():
+    rows = [[(0, 4, 4), (4, 6, 4), (6, 8, 2)], [(0, 3, 3), (3, 5, 3)]]
+    layout = packed.layout_of(rows)
+    expected = torch.eye(9, dtype=torch.bool).repeat(2, 1, 1)  # padding sees itself
+    for number, ((_, prompt, _), *leaves) in enumerate(rows):
+        expected[number, :prompt, :prompt] = torch.ones(prompt, prompt).tril().bool()
+        for begin, end, hang in leaves:
+            expected[number, begin:end, :hang] = True
+            expected[number, begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
+    assert torch.equal(packed.visible(layout, 9), expected)
+    row, place = torch.arange(2), torch.arange(9)
+    flex = packed.block_mask(layout, 9).mask_mod(row[:, None, None], row[0], place[:, None], place)
+    assert torch.equal(flex, expected)
