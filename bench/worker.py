@@ -287,7 +287,7 @@ def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     def run(some: Sequence[PreferencePair]) -> None:
         batch = to_device(pack(family, [family.encode(pair) for pair in some]), family.device)
         hidden = response_hidden(run_backbone(family.unwrapped, batch).last_hidden_state, batch)
-        token_stats(hidden, family.head, batch["token_ids"][batch["mask"]])
+        token_stats(hidden, family.head, batch["flat_ids"])
 
     with torch.inference_mode():
         run(pairs[:1])

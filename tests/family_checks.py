@@ -91,4 +91,4 @@ def greedy_surprise(family: Family, one: PreferencePair, tokens: int = 6) -> flo
     hidden, _ = hidden_and_logps(family.unwrapped, batch)
     logits = family.head.logits(hidden).log_softmax(-1)
     logits[:, family.eos_token_id] = -torch.inf  # generation was made to go on
-    return float((logits.amax(-1) - logits.gather(1, torch.tensor([ids + ids]).T)[:, 0]).max())
+    return float((logits.amax(-1) - logits.gather(1, batch["flat_ids"][:, None])[:, 0]).max())

@@ -14,7 +14,7 @@ from bench.shapes import SHAPES, llava, make_pairs, write_model
 
 from catpo.models import loading
 
-OPTIONS = argparse.Namespace(repeat=3, steps=2)
+OPTIONS = argparse.Namespace(repeat=3, steps=2, clock="wall")
 
 
 def result(seconds, memory=100.0, losses=(0.6931, 0.68)):

@@ -19,7 +19,7 @@ from catpo.core.types import PreferencePair
 from catpo.models import memory
 from catpo.models.attention.recorder import AttentionRecorder
 from catpo.models.family import Encoded, Family
-from catpo.models.packing import Batch, hidden_and_logps, pack, run_backbone
+from catpo.models.packing import Batch, hidden_and_logps, pack, repeated, run_backbone
 from catpo.models.tensors import arithmetic_dtype
 from catpo.models.transfer import to_device
 
@@ -115,7 +115,7 @@ def recorded_outputs(family: Family, encoded: Encoded, layers: Sequence[int]) ->
     rows, mask = len(batch["model_inputs"]["input_ids"]), batch["mask"]
     recorder = AttentionRecorder(batch["tokens_at"].reshape(rows, -1), batch["patches"], tuple(layers))
     with family.recordable_attention(), recorder:
-        outputs = {"log-probs": hidden_and_logps(family.unwrapped, batch)[1]}
+        outputs = {"log-probs": repeated(hidden_and_logps(family.unwrapped, batch)[1], batch)}
     if layers:
         outputs["attention to the picture"] = recorder.mean().reshape(*mask.shape, -1)[mask]
     return outputs

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from catpo.core.types import PreferencePair, Sample
 from catpo.models import memory
 from catpo.models.family import Family
-from catpo.models.packing import Prefix, hidden_and_logps, pack
+from catpo.models.packing import Prefix, hidden_and_logps, pack, repeated
 from catpo.models.transfer import to_device
 
 Options = Mapping[str, str]
@@ -58,7 +58,8 @@ def response_logps(
         encoded = [family.encode(pair) for pair in pairs[start : start + batch_size]]
         with memory.explained(f"reading {2 * len(encoded)} responses at once", family.model, advice=memory.ANSWERING):
             batch = to_device(pack(family, encoded, prefix=prefix), family.device)
-            flat = hidden_and_logps(family.unwrapped, batch)[1].double().cpu()  # in the order (pair, side, token)
+            flat = hidden_and_logps(family.unwrapped, batch)[1]
+            flat = repeated(flat, batch).double().cpu()  # in the order (pair, side, token)
         logps += [values.numpy() for values in flat.split(batch["mask"].sum(-1).flatten().tolist())]
     family.model.train(was_training)
     return list(zip(logps[::2], logps[1::2], strict=True))

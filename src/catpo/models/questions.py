@@ -46,11 +46,10 @@ class YesNo:
         Raises:
             UserError: nothing is left of one of the two.
         """
-        asked = family.prompt_text("?", 1)
         begins = []
         for words in (yes, no):
-            texts = [family.token_ids(word) for word in words] + [family.response_ids(asked, word) for word in words]
-            begins.append({ids[0] for ids in texts})
+            alone = {family.token_ids(word)[0] for word in words}
+            begins.append(alone | _as_answers(family, words))
         both = begins[0] & begins[1]
         ours = cls(*(tuple(sorted(tokens - both)) for tokens in begins))
         if not ours.yes or not ours.no:
@@ -65,6 +64,12 @@ class YesNo:
         logits = head.map(lambda values: values[chosen]).logits(hidden)
         yes, no = logits.split([len(self.yes), len(self.no)], dim=-1)
         return yes.amax(-1) - no.amax(-1)
+
+
+def _as_answers(family: Family, words: Sequence[str]) -> set[int]:
+    """The first token of each word as an answer."""
+    asked = family.prompt_text("Is it?", 1)
+    return {family.response_ids(asked, word)[0] for word in words}
 
 
 def ask(
@@ -111,9 +116,13 @@ def ask(
 
 
 def yes_less_no(family: Family, asked: Sequence[Asked], *, batch_size: int = 32) -> list[list[float]]:
-    """For each question about some pictures the logit of yes less that of no; see `ask`."""
+    """For each question about some pictures the logit of yes less that of no, by their first tokens as the chat template's
+    answer; see `ask`.
+    """
+    words = YesNo(*(tuple(sorted(_as_answers(family, texts))) for texts in (("Yes", "yes"), ("No", "no"))))
     samples = [Sample("pictures", tuple(pictures), "") for pictures, questions in asked if questions]
-    margins = iter(ask(family, samples, [questions for _, questions in asked if questions], batch_size=batch_size))
+    texts = [questions for _, questions in asked if questions]
+    margins = iter(ask(family, samples, texts, words=words, batch_size=batch_size))
     return [next(margins).tolist() if questions else [] for _, questions in asked]
 
 
