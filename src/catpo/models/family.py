@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from catpo.core.errors import UserError
@@ -233,7 +234,23 @@ class Family(Generation):
         """
         name = f"pair {pair.id}"
         text = self.prompt_text(pair.prompt, len(pair.images), history=pair.history, name=name)
-        pictures = [picture.open() for picture in pair.images]
+        prompt = self.encode_prompt(text, [picture.open() for picture in pair.images], name=name)
+        response_ids = {side: self.response_ids(text, pair.response(side), name=f"{name}, {side} response") for side in SIDES}
+        longest = len(prompt.prompt_ids) + max(len(ids) for ids in response_ids.values())
+        self.check_positions(longest, name)
+        if max_length is not None and longest > max_length:
+            raise UserError(
+                f"{name}: {longest} tokens ({len(prompt.patches)} of them image tokens) exceed max_length={max_length}. "
+                "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
+            )
+        return replace(prompt, pair_id=pair.id, response_ids=response_ids)
+
+    def encode_prompt(self, text: str, pictures: Sequence[Image], *, name: str) -> Encoded:
+        """What `prompt_text` returned, and opened pictures, as an `Encoded` without responses.
+
+        Raises:
+            UserError: the processor refuses a picture, or the image tokens do not match them; begins with `name`.
+        """
         try:
             inputs = self.process([pictures], [text])
         except UserError as error:
@@ -242,16 +259,7 @@ class Family(Generation):
         inputs.pop("attention_mask", None)
         per_token = {name: inputs.pop(name)[0].tolist() for name in TOKEN_INPUTS if name in inputs}
         grids = self.grids(prompt_ids, inputs, [picture.size for picture in pictures])
-        patches = self._patches(prompt_ids, grids, name)
-        response_ids = {side: self.response_ids(text, pair.response(side), name=f"{name}, {side} response") for side in SIDES}
-        longest = len(prompt_ids) + max(len(ids) for ids in response_ids.values())
-        self.check_positions(longest, name)
-        if max_length is not None and longest > max_length:
-            raise UserError(
-                f"{name}: {longest} tokens ({len(patches)} of them image tokens) exceed max_length={max_length}. "
-                "Nothing is truncated, since that would cut image tokens or the response. Raise max_length or drop the pair."
-            )
-        return Encoded(pair.id, prompt_ids, response_ids, patches, grids, inputs, per_token)
+        return Encoded("", prompt_ids, {}, self._patches(prompt_ids, grids, name), grids, inputs, per_token)
 
     def without_pictures(self, pair: PreferencePair, encoded: Encoded) -> Encoded:
         """A pair's texts alone, as the model reads a prompt without a picture."""
@@ -261,7 +269,8 @@ class Family(Generation):
 
     def _patches(self, prompt_ids: Sequence[int], grids: Sequence[PatchGrid], name: str) -> list[int]:
         """Positions of the patches: image tokens without those that end a row or a picture."""
-        tokens = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
+        image = self.image_token_id
+        tokens = [position for position, token in enumerate(prompt_ids) if token == image]
         is_patch: list[bool] = []
         for grid in grids:
             row = [True] * grid.columns + [False] * grid.row_end
@@ -295,17 +304,22 @@ class Family(Generation):
         return {name: _concatenate([row[name] for row in pixels]) for name in pixels[0]}
 
     def attention_masks(
-        self, visible: Bool[Tensor, "rows 1 length length"], index: Int[Tensor, "rows length"]
+        self,
+        visible: Bool[Tensor, "rows 1 queries length"],
+        index: Int[Tensor, "rows length"],
+        queries: Int[Tensor, "rows queries"] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The masks of a packed batch as the decoder takes them; sliding windows count along `index`, as in separate rows.
 
-        A decoder with layers of both kinds takes one mask per kind, by the names in its `layer_types`.
+        `queries` are the indices of the tokens that attend, if they are not all. A decoder with layers of both kinds takes one
+        mask per kind, by the names in its `layer_types`.
         """
+        queries = index if queries is None else queries
         implementation, dtype, window = self.text_config._attn_implementation, self.unwrapped.dtype, self.window(index)
         full = dense_mask(implementation, visible, dtype)
         if window is None:
             return full
-        near = (index[:, :, None] - index[:, None, :] < window)[:, None]
+        near = (queries[:, :, None] - index[:, None, :] < window)[:, None]
         sliding = dense_mask(implementation, visible & near, dtype)
         return {"full_attention": full, "sliding_attention": sliding} if self._layer_kinds else sliding
 
