@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.answering import PLAIN
 from bench.leaves import ALONE, RANKED_PAIRS, pairs_for
 from bench.shapes import SHAPES, write_model
 from catpo.models import loading
@@ -43,10 +44,17 @@ class Side:
     lora: bool = False
     workers: int = 0
     checkpointing: bool = False
+    branches: int = 1
 
     def arguments(self) -> list[str]:
         flags = [f"--{name}" for name in ("lora", "checkpointing") if getattr(self, name)]
-        return [f"--work={self.work}", f"--trainer={self.trainer}", f"--workers={self.workers}", *flags]
+        return [
+            f"--work={self.work}",
+            f"--trainer={self.trainer}",
+            f"--workers={self.workers}",
+            f"--branches={self.branches}",
+            *flags,
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,12 @@ def training(shape: str, pairs: int, *, lora: bool = False, limits: dict[str, fl
     check = None if lora else (Side(trainer=DPO), peers[0])  # adapters are initialised differently
     kind = "lora" if lora else "full"
     return Case(f"train-{shape}-{kind}-{pairs}", shape, pairs, Side(trainer=CATPO, lora=lora), peers, limits, check)
+
+
+def answering(name: str, shape: str, pictures: int, work: str, branches: int, limits: dict[str, float]) -> Case:
+    """Answers that share a picture against today's `generate`; their texts must be the same."""
+    sides = Side(work, branches=branches), Side(work, PLAIN, branches=branches)
+    return Case(name, shape, pictures, sides[0], sides[1:], limits, sides)
 
 
 FULL, LORA = {"time": 0.45, "memory": 0.80}, {"time": 0.42}
@@ -106,6 +120,11 @@ CASES = [
         "questions-llava-576", "llava-576", 1, Side("asked"), (Side("score"),), {"time": 1.45},
         (Side("asked"), Side("asked", ALONE)),
     ),
+    answering("answer-amber", "llava-576", 2, "answers", 14, {"time": 0.22, "memory": 1.2}),
+    answering("answer-pope", "llava-576", 1, "answers", 18, {"time": 0.18}),
+    answering("answer-qwen", "qwen-1200", 1, "answers", 14, {"time": 0.15}),
+    answering("draws", "llava-576", 1, "draws", 10, {"time": 0.50}),
+    Case("csr", "llava-576", 1, Side("csr"), (Side("csr", PLAIN),), {"time": 0.35}),  # their trees differ: see the worker
     Case("loading-llava-576", "llava-576", 4, Side(trainer=CATPO, workers=2), (), {"waiting": 0.10}),
     Case("signals-of-11000-responses", "llava-576", 5500, Side("signals"), (), {"seconds": 1.0}),
 ]  # fmt: skip
@@ -143,13 +162,11 @@ def prepared(case: Case, folder: Path, steps: int) -> list[str]:
     model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.ours.work}-{case.pairs}"
     if not model.exists():
         write_model(SHAPES[case.shape], model)
-    if not rewards.exists() and any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers)):
-        score_pairs(
-            pairs_for(case.ours.work, SHAPES[case.shape], case.pairs * (steps + 1)),
-            loading.load(model),
-            rewards,
-            progress=False,
-        )
+    reads_store = case.ours.work not in ("answers", "draws", "csr")
+    reads_store &= any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers))
+    if reads_store and not rewards.exists():
+        pairs = pairs_for(case.ours.work, SHAPES[case.shape], case.pairs * (steps + 1))
+        score_pairs(pairs, loading.load(model), rewards, progress=False)
     return ["--shape", case.shape, "--model", str(model), "--rewards", str(rewards), "--pairs", str(case.pairs)]
 
 

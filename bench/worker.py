@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from bench import leaves
+from bench import answering, leaves
 from bench.counting import counter
 from bench.shapes import SHAPES
 from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
@@ -60,13 +60,14 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.process
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", required=True, help="train, ranked, score, asked, forward, eager, epoch or signals")
+    parser.add_argument("--work", required=True, help=", ".join(WORK))
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rewards", type=Path)
-    parser.add_argument("--trainer", default="", help="trl, trl-responses, naive, or an objective of ours")
+    parser.add_argument("--trainer", default="", help="trl, trl-responses, naive, an objective of ours, or plain")
     parser.add_argument("--pairs", type=int, default=1, help="pairs per batch")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
+    parser.add_argument("--branches", type=int, default=1, help="answers to each picture")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
@@ -394,7 +395,22 @@ def _status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-WORK = {each.__name__: each for each in (train, ranked, score, asked, forward, eager, epoch, signals)}
+def answers(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Questions about a picture; see `bench.answering`."""
+    return answering.answers(options, lambda run: measured(run, CLOCKS[options.clock]))
+
+
+def draws(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Several answers to one prompt."""
+    return answering.draws(options, lambda run: measured(run, CLOCKS[options.clock]))
+
+
+def csr(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """A tree of sentences."""
+    return answering.csr_tree(options, lambda run: measured(run, CLOCKS[options.clock]))
+
+
+WORK = {each.__name__: each for each in (train, ranked, score, asked, forward, eager, epoch, signals, answers, draws, csr)}
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from catpo.config.command import command
@@ -13,7 +14,7 @@ from catpo.evaluation.benchmarks import Item, some
 from catpo.evaluation.folder import EvaluationFolder, answers_items
 from catpo.evaluation.grade import grade_answers, open_judges, write_scores
 from catpo.evaluation.tasks import Task, answer_row, each_item, manifest_of, open_tasks, picture_files, without_skipped
-from catpo.models import loading
+from catpo.models import loading, reading
 from catpo.models.family import Family
 from catpo.models.likelihood import most_likely
 from catpo.models.remote import PREFIX, ServedModel
@@ -218,7 +219,7 @@ def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: 
 
 
 def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
-    """Longest answer and items of each batch: items in order, those with the same longest answer together.
+    """Longest answer and items of each batch: those with the same longest answer and about the same pictures together.
 
     More tokens than the benchmark's own limit are for a model that thinks before it answers: then questions get them, too.
     """
@@ -229,5 +230,6 @@ def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None)
         lengths = [longest if thinks else min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
-            batches += [(tokens, alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]
+            for groups in reading.batches([item.sample for _, item in alike], batch_size):
+                batches.append((tokens, [alike[number] for number in chain.from_iterable(groups)]))
     return batches

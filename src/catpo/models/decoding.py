@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 FORBIDDEN_TOKENS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 """Tokens that the checkpoint must not write, such as placeholders of pictures: they stay forbidden."""
@@ -53,3 +59,24 @@ def plain_decoding(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def forbidding(model: Any, *, begin: int, stops: list[int]) -> LogitsProcessorList:
+    """What keeps tokens from being written that the checkpoint's generation_config forbids, but for those that end an answer.
+
+    `begin` is the number of tokens of the prompt that the processors are shown before an answer.
+    """
+    config, device = model.generation_config, model.device
+    processors = LogitsProcessorList()
+    if config.bad_words_ids:
+        processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, stops))
+    if config.suppress_tokens:
+        processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device))
+    if config.begin_suppress_tokens:
+        processors.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device))
+    return processors
+
+
+def longest_forbidden(model: Any) -> int:
+    """Tokens of the longest sequence that the checkpoint's generation_config forbids."""
+    return max(map(len, model.generation_config.bad_words_ids or [[]]))

@@ -318,7 +318,8 @@ class Family(Generation):
 
     def _patches(self, prompt_ids: Sequence[int], grids: Sequence[PatchGrid], name: str) -> list[int]:
         """Positions of the patches: image tokens without those that end a row or a picture."""
-        tokens = [position for position, token in enumerate(prompt_ids) if token == self.image_token_id]
+        image = self.image_token_id
+        tokens = [position for position, token in enumerate(prompt_ids) if token == image]
         is_patch: list[bool] = []
         for grid in grids:
             row = [True] * grid.columns + [False] * grid.row_end
@@ -352,17 +353,22 @@ class Family(Generation):
         return {name: _concatenate([row[name] for row in pixels]) for name in pixels[0]}
 
     def attention_masks(
-        self, visible: Bool[Tensor, "rows 1 length length"], index: Int[Tensor, "rows length"]
+        self,
+        visible: Bool[Tensor, "rows 1 queries length"],
+        index: Int[Tensor, "rows length"],
+        queries: Int[Tensor, "rows queries"] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The masks of a packed batch as the decoder takes them; sliding windows count along `index`, as in separate rows.
 
-        A decoder with layers of both kinds takes one mask per kind, by the names in its `layer_types`.
+        `queries` are the indices of the tokens that attend, if they are not all. A decoder with layers of both kinds takes one
+        mask per kind, by the names in its `layer_types`.
         """
+        queries = index if queries is None else queries
         implementation, dtype, window = self.text_config._attn_implementation, self.unwrapped.dtype, self.window(index)
         full = dense_mask(implementation, visible, dtype)
         if window is None:
             return full
-        near = (index[:, :, None] - index[:, None, :] < window)[:, None]
+        near = (queries[:, :, None] - index[:, None, :] < window)[:, None]
         sliding = dense_mask(implementation, visible & near, dtype)
         return {"full_attention": full, "sliding_attention": sliding} if self._layer_kinds else sliding
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import Any, Literal
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,15 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from catpo.core.errors import border
 from catpo.core.types import Sample
-from catpo.models import devices, memory
+from catpo.models import devices, memory, reading
+from catpo.models.branches import Branch, Writing
 from catpo.models.chat_template import ChatTemplate
 from catpo.models.decoding import changed_by_config, plain_decoding
-from catpo.models.tensors import text_hash
+from catpo.models.kept import Kept
 from catpo.text.thoughts import THOUGHT_MARKERS, begun_thought
+
+if TYPE_CHECKING:
+    from catpo.models.family import Family
 
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
@@ -97,14 +101,15 @@ class Generation(ChatTemplate):
         """Answers in the order of `samples`, thoughts and all; temperature 0 is greedy.
 
         Nothing else decides: penalties, beams and the like of the checkpoint's generation_config are off (`changed_by_config`).
-        `progress` is called with the number of samples just finished.
+        Pictures, and what prompts about the same ones begin with, are read once. `progress` is called with the number of
+        samples just finished.
         """
         answers = [""] * len(samples)
-        options = {"max_new_tokens": max_new_tokens, "eos_token_id": self._stops, **_sampling(temperature, top_p)}
         prompts = self._prompts(samples)
-        for batch, new in self._generated(samples, prompts, batch_size, seed, **options):
-            for index, ids in zip(batch, new.tolist(), strict=True):
-                answers[index] = (begun_thought(prompts[index]) + self._answer_text(ids)).strip()
+        writing = Writing(max_new_tokens, self._stops, temperature, top_p, seed, batch_size)
+        for batch, written in self._written(samples, prompts, writing):
+            for index, branch in zip(batch, written, strict=True):
+                answers[index] = (begun_thought(prompts[index]) + self._answer_text(branch.ids)).strip()
             if progress:
                 progress(len(batch))
         return answers
@@ -119,28 +124,47 @@ class Generation(ChatTemplate):
         top_p: float = 1.0,
         seed: int | str = 0,
         batch_size: int = 32,
+        kept: Kept | None = None,
     ) -> list[Sentence]:
         """The next sentence after each of `starts`, the beginning of an answer, which may be empty.
 
         The same sample may be given several times; each is drawn independently. A sentence ends with a token that ends in a
-        full stop, an exclamation mark or a question mark.
+        full stop, an exclamation mark or a question mark. Give the same `kept` with each call for the same samples, the first
+        with empty `starts`: sentences then follow those that were written before, without reading them again.
         """
+        stops = sorted({*self._stops, *self._sentence_ends})
+        writing = Writing(max_new_tokens, stops, temperature, top_p, seed, batch_size)
+        if kept is not None and (found := self._continued(samples, starts, writing, kept)) is not None:
+            return found
         texts = self._prompts(samples)
         for index, start in enumerate(starts):
             if start:
                 texts[index] += self.answer_lead(texts[index]) + start
-        recorder = _LogProbs()
-        options = {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": sorted({*self._stops, *self._sentence_ends}),
-            "logits_processor": LogitsProcessorList([recorder]),
-            **_sampling(temperature, top_p),
-        }
         sentences: dict[int, Sentence] = {}
-        for batch, new in self._generated(samples, texts, batch_size, seed, **options):
-            for index, ids, logps in zip(batch, new.tolist(), recorder.take(new).tolist(), strict=True):
-                sentences[index] = self._sentence(starts[index], ids, logps)
+        for batch, written in self._written(samples, texts, writing):
+            for index, branch in zip(batch, written, strict=True):
+                sentences[index] = self._sentence(starts[index], branch)
         return [sentences[index] for index in range(len(samples))]
+
+    def keeping(self) -> Kept:
+        """An empty `kept` of `next_sentences`."""
+        return Kept()
+
+    @torch.inference_mode()
+    def _continued(
+        self, samples: Sequence[Sample], starts: Sequence[str], writing: Writing, kept: Kept
+    ) -> list[Sentence] | None:
+        """The next sentences, from what has been kept; None if it has not."""
+        with self.answering():
+            branches = kept.write(cast("Family", self), samples, self._prompts(samples), starts, writing)
+        if branches is None:
+            return None
+        sentences = []
+        for sample, start, branch in zip(samples, starts, branches, strict=True):
+            sentences.append(self._sentence(start, branch))
+            if sentences[-1].ending == "sentence":
+                kept.remember(sample, start, branch, start + sentences[-1].text)
+        return sentences
 
     def changed_by_config(self, *, is_sampled: bool) -> dict[str, dict[str, Any]]:
         """What the checkpoint's generation_config asks for beside the options: see `catpo.models.decoding`."""
@@ -162,29 +186,60 @@ class Generation(ChatTemplate):
         return [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
 
     @torch.inference_mode()
-    def _generated(
-        self, samples: Sequence[Sample], texts: Sequence[str], batch_size: int, seed: int | str, **options: Any
-    ) -> Iterator[tuple[list[int], Int[Tensor, "rows new"]]]:
-        """Batch by batch, the indices of its samples and the tokens generated for them; the longest texts come first."""
+    def _written(
+        self, samples: Sequence[Sample], texts: Sequence[str], writing: Writing
+    ) -> Iterator[tuple[list[int], list[Branch]]]:
+        """Batch by batch, the indices of its samples and what was written for each; the longest texts come first."""
+        with self.answering():
+            yield from self._batches(samples, texts, writing)
+
+    def _batches(
+        self, samples: Sequence[Sample], texts: Sequence[str], writing: Writing
+    ) -> Iterator[tuple[list[int], list[Branch]]]:
+        family, alone = cast("Family", self), {*range(len(samples))}
+        for groups in reading.batches(samples, writing.batch_size, texts) if reading.can_share(family) else ():
+            shared = [each for each in (reading.read(family, samples, texts, group) for group in groups) if each is not None]
+            if shared:
+                reading.answer(family, shared, writing, writing.seed_of(samples[shared[0].group[0]].id))
+                done = [*chain.from_iterable(each.group for each in shared)]
+                alone -= {*done}
+                yield done, [*chain.from_iterable(each.branches for each in shared)]
+        order = sorted(alone, key=lambda index: (-len(texts[index]), index))
+        for start in range(0, len(order), writing.batch_size):
+            batch = order[start : start + writing.batch_size]
+            yield batch, self._one_by_one([samples[index] for index in batch], [texts[index] for index in batch], writing)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Inside, the model is in eval mode."""
         was_training = self.model.training
         self.model.eval()
-        pad = self.tokenizer.pad_token_id
-        options["pad_token_id"] = self.eos_token_id if pad is None else pad
-        order = sorted(range(len(samples)), key=lambda index: (-len(texts[index]), index))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            images = [samples[index].images for index in batch]
-            inputs = self.process(images, [texts[index] for index in batch], padding=True, padding_side="left")
-            first, length = samples[batch[0]].id, inputs["input_ids"].shape[1]
-            self.check_positions(length, f"sample {first}")
-            own_randomness = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-            doing = f"answering {len(batch)} questions at once"
-            with memory.explained(doing, self.model, advice=memory.ANSWERING), own_randomness:
-                torch.manual_seed(int(text_hash(f"{seed}/{first}")[:15], 16))
-                with plain_decoding(self.unwrapped), self.running():
-                    tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
-            yield batch, tokens[:, length:]
-        self.model.train(was_training)
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _one_by_one(self, samples: Sequence[Sample], texts: Sequence[str], writing: Writing) -> list[Branch]:
+        """What was written for samples that share nothing, each in a row of its own."""
+        recorder, pad = _LogProbs(), self.tokenizer.pad_token_id
+        options = {
+            "max_new_tokens": writing.max_new_tokens,
+            "eos_token_id": list(writing.stops),
+            "pad_token_id": self.eos_token_id if pad is None else pad,
+            "logits_processor": LogitsProcessorList([recorder]),
+            **_sampling(writing.temperature, writing.top_p),
+        }
+        inputs = self.process([sample.images for sample in samples], list(texts), padding=True, padding_side="left")
+        first, length = samples[0].id, inputs["input_ids"].shape[1]
+        self.check_positions(length, f"sample {first}")
+        own_randomness = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+        doing = f"answering {len(samples)} questions at once"
+        with memory.explained(doing, self.model, advice=memory.ANSWERING), own_randomness:
+            torch.manual_seed(writing.seed_of(first))
+            with plain_decoding(self.unwrapped), self.running():
+                tokens = self.model.generate(**{name: value.to(self.device) for name, value in inputs.items()}, **options)
+        new = tokens[:, length:]
+        return [Branch((), ids=ids, logps=logps) for ids, logps in zip(new.tolist(), recorder.take(new).tolist(), strict=True)]
 
     @property
     def _stops(self) -> list[int]:
@@ -196,8 +251,9 @@ class Generation(ChatTemplate):
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))], skip_special_tokens=True)
         return [token for token, text in enumerate(texts) if text.rstrip().endswith(SENTENCE_ENDS)]
 
-    def _sentence(self, start: str, ids: list[int], logps: list[float]) -> Sentence:
+    def _sentence(self, start: str, branch: Branch) -> Sentence:
         """The generated tokens up to the first that ends a sentence or the answer; what follows is padding."""
+        ids, logps = branch.ids, branch.logps
         ends = {*self._stops, *self._sentence_ends}
         count = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
         # decoded behind the beginning: alone, some tokenizers drop the leading space

@@ -47,9 +47,12 @@ class Family(families.Family):
         return [0] * len(encoded.prompt_ids)
 
     def attention_masks(
-        self, visible: Bool[Tensor, "rows 1 length length"], index: Int[Tensor, "rows length"]
+        self,
+        visible: Bool[Tensor, "rows 1 queries length"],
+        index: Int[Tensor, "rows length"],
+        queries: Int[Tensor, "rows queries"] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        masks = super().attention_masks(visible, index)
+        masks = super().attention_masks(visible, index, queries)
         if isinstance(masks, dict):
             raise UserError(
                 f"A row has {int(index.max()) + 1} tokens, more than the decoder's sliding window. PaliGemma takes one mask "

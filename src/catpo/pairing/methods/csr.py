@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from catpo.core.checks import check_word
@@ -18,6 +19,7 @@ from catpo.pairing.scorers import scorer as open_scorer
 if TYPE_CHECKING:
     from catpo.models.family import Family
     from catpo.models.generation import Sentence
+    from catpo.models.kept import Kept
 
 SHORTEST = 4
 """Sentences of fewer characters are dropped, as in the released code."""
@@ -144,18 +146,26 @@ class _Path:
 
 
 class _Search:
-    """Grows the trees of a block together, sentence by sentence, so that batches are full."""
+    """Grows the trees of some samples together, sentence by sentence, so that batches are full.
+
+    As many as their first sentences fill a batch: all that they read and wrote is kept until they have grown.
+    """
 
     def __init__(self, family: Family, scorer: Scorer, tree: _Tree, decoding: Decoding) -> None:
         self.family, self.scorer, self.tree, self.decoding = family, scorer, tree, decoding
 
     def __call__(self, samples: Sequence[Sample]) -> list[list[Candidate]]:
-        images = self.scorer.look(samples)
+        size = max(1, self.decoding.batch_size // self.tree.branches)
+        grown = [self._trees(samples[start : start + size]) for start in range(0, len(samples), size)]
+        return [*chain.from_iterable(grown)]
+
+    def _trees(self, samples: Sequence[Sample]) -> list[list[Candidate]]:
+        images, kept = self.scorer.look(samples), self.family.keeping()
         leaves: dict[_Path, None] = {}  # an ordered set: equal answers count once
         open_paths = [_Path(sample) for sample in range(len(samples))]
         for depth in range(self.tree.sentences):
             grown: list[list[_Path]] = [[] for _ in samples]
-            for path, is_open in self._grow(samples, images, open_paths, depth):
+            for path, is_open in self._grow(samples, images, open_paths, depth, kept):
                 if is_open:
                     grown[path.sample].append(path)
                 else:
@@ -171,7 +181,7 @@ class _Search:
         return candidates
 
     def _grow(
-        self, samples: Sequence[Sample], images: Sequence[Any], paths: Sequence[_Path], depth: int
+        self, samples: Sequence[Sample], images: Sequence[Any], paths: Sequence[_Path], depth: int, kept: Kept
     ) -> list[tuple[_Path, bool]]:
         """Every partial answer one sentence longer, and whether it goes on."""
         branches = self.tree.branches
@@ -184,6 +194,7 @@ class _Search:
             top_p=self.decoding.top_p,
             seed=f"{self.decoding.seed}/{depth}",
             batch_size=self.decoding.batch_size,
+            kept=kept,
         )
         siblings = [drawn[start : start + branches] for start in range(0, len(drawn), branches)]
         usable = [_usable(sentences) for sentences in siblings]
