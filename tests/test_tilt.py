@@ -13,11 +13,15 @@ import torch
 
 import training_runs
 from catpo.core.errors import UserError
+from catpo.data.read import read_samples
+from catpo.models import loading
 from catpo.models.output_head import token_stats
 from catpo.models.tilt import Tilt, TiltedHead
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import Probe, WordReward
 from catpo.rewards.words import WordRow, by_pictures, from_bytes, to_bytes
+from catpo.runtime.skip_log import SkipLog
+from catpo.scoring.probe import learn
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.scoring.words import WordSettings
@@ -197,12 +201,12 @@ def logits_of(family, pair, side):
 def test_the_features_of_words_are_those_of_whole_logits(scored):
     family, store = scored
     pair = pairs(6)[0]
-    rows = {word: number for number, word in enumerate(store.words(pair.id).words)}
+    rows = {word: number for number, word in enumerate(store.words(pair).words)}
     assert "laptop" in rows or "cat" in rows
     both = [logits_of(family, pair, side) for side in ("chosen", "rejected")]
     probabilities = torch.cat([logits for logits, _ in both]).softmax(-1)
     lens = (both[0][1] @ family.head.weight.detach().T).log_softmax(-1)
-    table = store.words(pair.id)
+    table = store.words(pair)
     for word, row in rows.items():
         ids = list(table.token_ids[row])
         assert table.features["log_prob"][row] == pytest.approx(float(probabilities[:, ids].max().log()), abs=1e-4)
@@ -227,7 +231,7 @@ def test_a_training_step_is_the_divergence_on_plain_logits(scored, tmp_path):
     batch = run.data_collator(pairs(6)[:3])
     losses = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
     for pair, loss in zip(pairs(6)[:3], losses.tolist(), strict=True):
-        ids, rewards = WordReward.of("self_question").of_tokens(store.words(pair.id))
+        ids, rewards = WordReward.of("self_question").of_tokens(store.words(pair))
         given = {"policy": {}, "reference": {}, "tokens": family.encode(pair).response_ids}
         for side in ("chosen", "rejected"):
             given["policy"][side] = logits_of(run.family, pair, side)[0].double().numpy()
@@ -256,7 +260,7 @@ def test_a_store_without_words_is_refused_before_training(scored, tmp_path):
     file = next(damaged.glob("shards/*.words.parquet"))
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match=f"{file.name} is missing or not what was written"):
-        RewardStore.open(damaged).words(pairs(6)[0].id)
+        RewardStore.open(damaged).words(pairs(6)[0])
 
 
 def test_unranked_pairs_teach_only_objectives_that_do_not_rank(scored, tmp_path):
@@ -268,7 +272,7 @@ def test_unranked_pairs_teach_only_objectives_that_do_not_rank(scored, tmp_path)
     (tmp_path / "words.json").write_text(json.dumps(WORDS))
     settings = replace(PAPER_SETTINGS, words=WordSettings.of(words))
     store = score_pairs(unranked, llava(), tmp_path / "store", settings, progress=False)
-    assert {label for pair in unranked for label in store.words(pair.id).labels.tolist()} == {-1}  # they say nothing
+    assert {label for pair in unranked for label in store.words(pair).labels.tolist()} == {-1}  # they say nothing
     training_runs.trainer(
         llava(), tmp_path / "run", unranked, objective="tilt(answers='both')", rewards=str(store.path), max_steps=1
     ).train()
@@ -304,3 +308,30 @@ def test_a_probe_needs_words_of_both_kinds():
         Probe.fitted(("a",), np.zeros((3, 1)), np.ones(3, dtype=int))
     with pytest.raises(UserError, match="only one kind, or none"):
         WordReward.of("probe").ready([])
+
+
+def test_a_probe_of_which_one_kind_of_words_is_missing_is_read_back(tmp_path):
+    """Only words that a response names are candidates here, so the table has no AUROC of unnamed ones."""
+    samples = read_samples("scenes(count=4)", SkipLog("stop"))[0]
+    settings = replace(PAPER_SETTINGS, words=WordSettings(("log_prob",), 0.999, "Is there {} in the image?", None))
+    edited = []
+    for pair, sample in zip(pairs(4), samples, strict=True):
+        absent = next(name for name in ("camera", "guitar", "dolphin") if name not in sample.truth["present"])
+        there = sample.truth["present"][0]
+        edited.append(replace(pair, images=sample.images, chosen=f"Here is the {there}.", rejected=f"Here is the {absent}."))
+    store = score_pairs(edited, loading.load("builtin"), tmp_path / "store", settings, progress=False)
+    learned = learn(store.path, tmp_path / "probe.json", truth="scenes(count=4)")
+    areas = {row.words: row.auroc for row in learned.rows if row.score == "probe"}
+    assert math.isnan(areas["unnamed"]) and 0 <= areas["named"] <= 1
+    assert Probe.read(tmp_path / "probe.json").features == ("log_prob",)
+
+
+def test_words_of_a_pair_that_reaches_none_are_those_of_its_pictures(scored):
+    _, store = scored
+    first, second = pairs(6)[:2]
+    silent = replace(second, images=first.images)
+    known, store._word_tables = store._word_tables, {}
+    try:
+        assert store.words(silent).words == known[first.id].words
+    finally:
+        store._word_tables = known

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warn(f"{error.filename or 'a file'}: {refusal(error)}. {advice}")
         sys.exit(2)
     except KeyboardInterrupt:
-        warn(interrupted(arguments))
+        warn(interrupted(words))
         sys.exit(130)
 
 
@@ -217,7 +217,7 @@ def probe(
     from catpo.scoring.probe import learn
 
     Console().print(probe_table(learn(rewards, output, features=features, truth=truth)))
-    print(f"Probe: {output}")
+    say(f"Probe: {output}")
 
 
 @app.command(group=STEPS, sort_key=7)

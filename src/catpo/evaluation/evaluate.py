@@ -131,7 +131,8 @@ def _server(options: EvaluateOptions) -> ServedModel | None:
         if options.base_url:
             raise UserError(f"base_url is for a model of a server. Name it so: --model {PREFIX}NAME.")
         return None
-    of_loading = {"adapter": options.adapter, "device": options.device, "dtype": options.dtype.replace("auto", "")}
+    of_loading = {name: getattr(options, name) for name in ("adapter", "device", "revision", "min_pixels", "max_pixels")}
+    of_loading["dtype"] = options.dtype.replace("auto", "")
     for name, value in of_loading.items():
         if value:
             raise UserError(f"{name}={value} cannot be set from here: {model} is loaded by its server. Leave {name} out.")

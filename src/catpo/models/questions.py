@@ -115,14 +115,16 @@ def ask(
     return margins
 
 
-def yes_less_no(family: Family, asked: Sequence[Asked], *, batch_size: int = 32) -> list[list[float]]:
+def yes_less_no(
+    family: Family, asked: Sequence[Asked], *, batch_size: int = 32, batch_tokens: int | None = None
+) -> list[list[float]]:
     """For each question about some pictures the logit of yes less that of no, by their first tokens as the chat template's
     answer; see `ask`.
     """
     words = YesNo(*(tuple(sorted(_as_answers(family, texts))) for texts in (("Yes", "yes"), ("No", "no"))))
     samples = [Sample("pictures", tuple(pictures), "") for pictures, questions in asked if questions]
     texts = [questions for _, questions in asked if questions]
-    margins = iter(ask(family, samples, texts, words=words, batch_size=batch_size))
+    margins = iter(ask(family, samples, texts, words=words, batch_size=batch_size, batch_tokens=batch_tokens))
     return [next(margins).tolist() if questions else [] for _, questions in asked]
 
 

@@ -110,6 +110,8 @@ def prepare(options: PairOptions) -> Pairing:
         raise UserError(
             f"temperature={options.temperature} is too small. Give 0 for greedy answers, or {LOWEST_TEMPERATURE} or more."
         )
+    if options.answers > 1 and options.temperature == 0:
+        raise UserError(f"answers={options.answers} with temperature=0 would be the same answer again. Give a temperature.")
     skip_log = SkipLog(options.on_error)
     samples, vocabulary = read_samples(data, skip_log, options.limit)
     if not samples:
@@ -379,6 +381,8 @@ def _repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
     for sample in samples:
         repeated.append(sample)
         repeated += [replace(sample, id=f"{sample.id}/{number}") for number in range(1, count)]
+    if len({sample.id for sample in repeated}) < len(repeated):
+        raise UserError(f"answers={count} would give two samples one id, since ids of the data end in /1. Rename these.")
     return repeated
 
 

@@ -241,7 +241,7 @@ class _TrainingPlan:
         options = self.options
         rounded = math.floor if passed_on(options).get("dataloader_drop_last") else math.ceil
         batches = rounded(len(self.train_pairs) / (options.per_device_train_batch_size * self.processes))  # of one epoch
-        updates = math.ceil(batches / options.gradient_accumulation_steps)  # of one epoch
+        updates = max(1, math.ceil(batches / options.gradient_accumulation_steps))  # of one epoch
         if options.max_steps > 0:
             return options.max_steps, len(self.train_pairs) * options.max_steps / updates
         return math.ceil(options.num_train_epochs * updates), options.num_train_epochs * len(self.train_pairs)

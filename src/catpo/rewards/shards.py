@@ -153,8 +153,9 @@ class Shard:
 
     def read_words(self, features: Sequence[str]) -> list[words.WordRow]:
         """What the reference says of words, of all the shard's pairs."""
+        content = self._read(self.words_path.name)
         try:
-            return list(words.from_bytes(self._read(self.words_path.name), features))
+            return list(words.from_bytes(content, features))
         except UserError as error:
             raise UserError(
                 f"{self.store}: shard {self.number:05d}: {error}. Score the pairs again into a new folder."

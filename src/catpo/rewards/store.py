@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catpo.core.errors import UserError
-from catpo.core.types import SIDES, PatchGrid, Side
+from catpo.core.types import SIDES, PatchGrid, PreferencePair, Side
 from catpo.rewards.description import check_same_store, flat_fields, hash_pairs, json_fields, read_description, shard_count
 from catpo.rewards.fusion import Fusion, PairWeights, ResponseSignals, fuse, normalised_signals
 from catpo.rewards.shards import ResponseRow, Shard, ShardColumns
-from catpo.rewards.words import NO_WORDS, WordRow, WordTable, by_pictures
+from catpo.rewards.words import NO_WORDS, WordRow, WordTable, by_pictures, digest_of
 
 KEPT_BYTES = 1 << 30
 """Token columns that an open store keeps in memory: all of them for some hundred thousand pairs, then the last used."""
@@ -106,10 +106,12 @@ class RewardStore:
         """What is kept of words that the reference might name; empty if nothing."""
         return list(self.provenance.get("words", {}).get("features", []))
 
-    def words(self, pair_id: str) -> WordTable:
+    def words(self, pair: PreferencePair) -> WordTable:
         """What the reference says of words that it might name of the pair's pictures, from all pairs about these."""
-        self._find(pair_id, "chosen")
-        return self._word_tables.get(pair_id, NO_WORDS)
+        self._find(pair.id, "chosen")
+        if pair.id in self._word_tables:
+            return self._word_tables[pair.id]
+        return self.words_by_pictures.get(digest_of(pair.images), NO_WORDS)  # its own responses reach none
 
     @cached_property
     def words_by_pictures(self) -> dict[str, WordTable]:
@@ -118,7 +120,7 @@ class RewardStore:
 
     @cached_property
     def _word_tables(self) -> dict[str, WordTable]:
-        """By pair; a pair without any word has none."""
+        """By pair; one whose responses reach no word has none."""
         return {row.pair_id: self.words_by_pictures[row.pictures] for row in self._word_rows}
 
     @cached_property

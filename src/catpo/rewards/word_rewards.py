@@ -18,8 +18,8 @@ from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordTable
 
 FEATURES = ("self_question", "patch_lens", "log_prob")
 """What a store can keep of a word: the reference's logit of yes less that of no when it is asked for the word; the largest
-probability, as a log, that the output head gives the word at a patch of a middle layer; the largest log-prob of the word at any
-token of the responses.
+log-prob that the output head gives the word at the last hidden state of a patch; the largest log-prob of the word at any token
+of the responses.
 """
 PROBE_FIELDS = {"features": list[str], "means": list[float], "scales": list[float], "weights": list[float], "intercept": float}
 
@@ -190,12 +190,8 @@ def _options(
 def _feature(features: Mapping[str, NDArray[np.floating]], name: str) -> NDArray[np.floating]:
     if name not in features:
         held = ", ".join(features) or "none"
-        raise UserError(f"The store holds no '{name}' of words (it holds: {held}). Score the pairs with --words {name}.")
+        raise UserError(
+            f"The store holds no '{name}' of words (it holds: {held}). Score the pairs with "
+            f"--words \"words(features=['{name}'])\"."
+        )
     return features[name]
-
-
-def label_of(word: str, chosen: Sequence[str], rejected: Sequence[str]) -> int:
-    """What a pair says of a word: its responses name these words."""
-    if word in chosen:
-        return KEPT
-    return REMOVED if word in rejected else UNKNOWN

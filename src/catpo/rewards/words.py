@@ -5,6 +5,7 @@ The words of all pairs about the same pictures are one table, from which `catpo.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from catpo.core.errors import UserError
+from catpo.core.types import Picture
 
 REMOVED, KEPT, UNKNOWN = 0, 1, -1
 """Labels of a word: named by the rejected response only, by the chosen one, by neither (or the pairs disagree)."""
@@ -57,6 +59,11 @@ class WordTable:
     def columns(self, names: Sequence[str]) -> NDArray[np.float64]:
         """Features of every word, [words, names]."""
         return np.stack([self.features[name] for name in names], axis=1).astype(np.float64)
+
+
+def digest_of(images: Sequence[Picture]) -> str:
+    """Identity of some pictures together."""
+    return hashlib.blake2b("\n".join(picture.digest() for picture in images).encode(), digest_size=16).hexdigest()
 
 
 NO_WORDS = WordTable([], [], np.array([], dtype=np.int8), {})

@@ -53,13 +53,13 @@ class ScoredResponse:
 class PairScorer:
     """Runs the reference model on batches of pairs and reads the signals."""
 
-    def __init__(self, family: Family, settings: ScoreSettings, *, top: int = 0) -> None:
+    def __init__(self, family: Family, settings: ScoreSettings, *, top: int = 0, batch_tokens: int | None = None) -> None:
         self.family = family
         self.settings = settings
         self.top = top
         self.reads_another = False
         """Whether the last batch's signals read its pairs with another picture."""
-        self.words = None if settings.words is None else WordReader(family, settings.words)
+        self.words = None if settings.words is None else WordReader(family, settings.words, batch_tokens)
         self.signals = [(str(spec), registry.load("signals", spec.name), dict(spec.options)) for spec in settings.signals]
 
     def score_batch(self, prepared: Prepared, pairs: Sequence[PreferencePair], others: OtherPictures) -> list[ScoredResponse]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,8 @@ from catpo.core.intervals import auroc, bootstrap_auroc, interval
 from catpo.data.read import read_samples
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import Probe
-from catpo.rewards.words import UNKNOWN, WordTable
+from catpo.rewards.words import UNKNOWN, WordTable, digest_of
 from catpo.runtime.skip_log import SkipLog
-from catpo.scoring.words import digest_of
 
 FOLDS = 5
 """Parts of the pictures; each is judged by a probe that learned from the others."""
@@ -72,10 +72,15 @@ def learn(rewards: str | Path, output: str | Path, *, features: Sequence[str] = 
     scores = {name: data.columns[:, number] for number, name in enumerate(data.features)} | {"probe": out_of_fold}
     present = data.labels if truth is None else data.present(truth)
     rows = [row for name, values in scores.items() for row in data.judged(name, values, present, is_true=truth is not None)]
-    table = [asdict(row) for row in rows]
+    table = [_as_json(row) for row in rows]
     about = {name: store.provenance[name] for name in ("pairs_hash", "model_hash")}
     probe.write(output, format=1, learned_from=about, auroc=table)
     return Learned(Path(output), rows, len(set(data.pictures.tolist())))
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    """A row without numbers that JSON does not have: one kind of words may be missing."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(row).items()}
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,8 @@ def score_pairs(
     family.check_packable()
     if pairs:
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
-    scorer = PairScorer(family, settings, top=kept.k)
     bound = batch_tokens or pass_tokens(family, family.device)
+    scorer = PairScorer(family, settings, top=kept.k, batch_tokens=bound)
     preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length, ask)
     count = worker_count(dataloader_num_workers, family)
     run = _StoreRun(preparation, scorer, Path(output), kept, attention_maps, count, progress)

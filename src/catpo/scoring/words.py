@@ -18,13 +18,13 @@ from torch import Tensor
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
-from catpo.core.types import UNRANKED, Picture, PreferencePair
+from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair
 from catpo.files.json_files import read_json
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
-from catpo.models.questions import yes_less_no
-from catpo.rewards.word_rewards import FEATURES, label_of
-from catpo.rewards.words import UNKNOWN, WordRow
+from catpo.models.questions import Asked, yes_less_no
+from catpo.rewards.word_rewards import FEATURES
+from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
 from catpo.text.caption_edits import name_object
 from catpo.text.object_words import default_vocabulary, mentions
 
@@ -114,8 +114,8 @@ class Read:
 class WordReader:
     """Finds the candidates of pairs and asks the reference about them; a word is asked once about the same pictures."""
 
-    def __init__(self, family: Family, settings: WordSettings) -> None:
-        self.family, self.settings = family, settings
+    def __init__(self, family: Family, settings: WordSettings, batch_tokens: int | None = None) -> None:
+        self.family, self.settings, self.batch_tokens = family, settings, batch_tokens
         self.first_tokens = _first_tokens(family, settings.forms)
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
@@ -162,30 +162,39 @@ class WordReader:
             of_pictures = new.setdefault(digest, (pair.images, {}))[1]
             of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
         asked = [(images, [self._question(word) for word in words]) for images, words in new.values()]
-        for (digest, (_, words)), answers in zip(new.items(), yes_less_no(self.family, asked), strict=True):
+        for (digest, (_, words)), answers in zip(new.items(), self._answers(asked), strict=True):
             self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
+
+    def _answers(self, asked: Sequence[Asked]) -> list[list[float]]:
+        return yes_less_no(self.family, asked, batch_tokens=self.batch_tokens)
 
     def _question(self, word: str) -> str:
         return self.settings.question.replace("{}", name_object(word, 1, self.settings.forms))
 
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
-        chosen, rejected = self._named(pair.chosen), self._named(pair.rejected)
-        digest, rows = digest_of(pair.images), []
+        labels, digest, rows = self._labels(pair), digest_of(pair.images), []
         for word, features in words.items():
             if (digest, word) in self._asked:
                 features["self_question"] = self._asked[digest, word]
             kept = {name: features[name] for name in self.settings.features}
-            label = UNKNOWN if pair.meta.get(UNRANKED) else label_of(word, chosen, rejected)
-            rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], label, kept))
+            rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], labels.get(word, UNKNOWN), kept))
         return rows
+
+    def _labels(self, pair: PreferencePair) -> dict[str, int]:
+        """What the pair says of words: by its labels if it has any, else by which of its responses names them."""
+        if pair.meta.get(UNRANKED):
+            return {}
+        if not pair.labels:
+            return dict.fromkeys(self._named(pair.rejected), REMOVED) | dict.fromkeys(self._named(pair.chosen), KEPT)
+        labels: dict[str, int] = {}
+        for side in SIDES:
+            for span in pair.labels.get(side, ()):
+                label = KEPT if span.label == "grounded" else REMOVED
+                labels |= dict.fromkeys(self._named(pair.response(side)[span.start : span.end]), label)
+        return labels
 
     def _named(self, text: str) -> list[str]:
         return [mention.object for mention in mentions(text, self.settings.forms)]
-
-
-def digest_of(images: Sequence[Picture]) -> str:
-    """Identity of some pictures together."""
-    return hashlib.blake2b("\n".join(picture.digest() for picture in images).encode(), digest_size=16).hexdigest()
 
 
 def _log(probability: float) -> float:

@@ -62,7 +62,7 @@ class PairCollator:
             batch["reference_logps"] = stored_logps(self.rewards, encoded)
             batch |= self._reference_distribution(self.rewards, batch["responses"])
             if self._word_reward is not None:
-                batch["tilt"] = self._tilt(self.rewards, encoded, batch["responses"])
+                batch["tilt"] = self._tilt(self.rewards, pairs, encoded, batch["responses"])
             if Quantity("weights") in self.needs:
                 batch |= self.weights_of(batch["pair_ids"])
         return HostBatch(batch if self.extra is None else batch | self.extra(pairs, encoded))
@@ -95,10 +95,16 @@ class PairCollator:
             return None
         return WordReward.of(divergence.reward).ready([*self.rewards.words_by_pictures.values()])
 
-    def _tilt(self, rewards: RewardStore, encoded: Sequence[Encoded], responses: Sequence[tuple[str, Side]]) -> Batch:
+    def _tilt(
+        self,
+        rewards: RewardStore,
+        pairs: Sequence[PreferencePair],
+        encoded: Sequence[Encoded],
+        responses: Sequence[tuple[str, Side]],
+    ) -> Batch:
         """What tilts the reference: a table of token rewards per pair, and which of them each response token reads."""
         assert self._word_reward is not None
-        tables = [self._word_reward.of_tokens(rewards.words(item.pair_id)) for item in encoded]
+        tables = [self._word_reward.of_tokens(rewards.words(pair)) for pair in pairs]
         numbers = {item.pair_id: number for number, item in enumerate(encoded)}
         of_responses = [numbers[pair_id] for pair_id, _ in responses]
         counts = [len(encoded[numbers[pair_id]].response_ids[side]) for pair_id, side in responses]

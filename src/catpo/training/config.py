@@ -255,13 +255,15 @@ def _check_words(store: RewardStore, objective: Objective, reference: str, rewar
         raise UserError(
             f"{store.path} holds no words, which {objective.spec} rewards. Score the pairs again with --words words."
         )
-    for feature in WordReward.of(reward).reads:
+    rewarded = WordReward.of(reward)
+    for feature in rewarded.reads:
         if feature not in store.word_features:
             held = ", ".join(store.word_features) or "nothing"
             raise UserError(
                 f"{store.path} holds no '{feature}' of words (it holds {held}), which {objective.spec} reads. Score the pairs "
                 "again with --words."
             )
+    rewarded.ready([*store.words_by_pictures.values()])
 
 
 def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int | None, processes: int) -> None:

@@ -23,6 +23,8 @@ def problem_with_repository(options: TrainOptions) -> str | None:
     name = given["hub_model_id"]
     try:
         HfApi().create_repo(name, private=given.get("hub_private_repo"), exist_ok=True)
+        if (revision := given.get("hub_revision")) is not None:
+            HfApi().create_branch(name, branch=revision, exist_ok=True)
     except FAILURES as error:
         return (
             f"push_to_hub: the repository '{name}' cannot be made on the hub: {first_line(error)} Set HF_TOKEN, or leave "
@@ -46,5 +48,5 @@ def push(options: TrainOptions, model: Path) -> None:
     except FAILURES as error:
         raise UserError(
             f"{model} is complete, but the hub does not take it: {first_line(error)} Upload it later: "
-            f"`hf upload {name} {model}`."
+            f"`hf upload {name} {model}{f' --revision {revision}' if revision else ''}`."
         ) from error

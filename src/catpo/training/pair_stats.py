@@ -131,7 +131,7 @@ class PairStats(ModelStats):
         """KL between the policy and the reference tilted by the rewards of words, in nats, with gradient to the policy.
 
         Args:
-            reward: how words are rewarded, see `catpo.rewards.words.WordReward`.
+            reward: how words are rewarded, see `catpo.rewards.word_rewards.WordReward`.
             direction: as in `kl`, with the tilted reference in the place of the reference.
 
         Raises:

@@ -15,12 +15,15 @@ from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair
 from catpo.data.spool import ids_of
+from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json, read_rows
 from catpo.files.provenance import check_same, versions
 from catpo.models.saved import list_files
+from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
 from catpo.training.checkpoints import last_whole
+from catpo.training.pair_stats import kl_need
 from catpo.training.precision import as_loaded
 from catpo.training.trainer import CatPOTrainer
 
@@ -93,6 +96,29 @@ def check_pairs(output: Path, pairs: Sequence[PreferencePair]) -> None:
         raise UserError(f"{output} was begun with other pairs. Give the same ones, or choose another --output.")
 
 
+def check_rewards(output: Path, trainer: CatPOTrainer) -> None:
+    """Compare the rewards with those that the run in the output was begun with, whatever their folder or file is called now.
+
+    Raises:
+        UserError: they are others.
+    """
+    begun_with = read_manifest(output)
+    for name, now in _rewards_of(trainer).items():
+        if begun_with.get(name) not in (None, now):
+            raise UserError(
+                f"{output} was begun with other {name} (scored or learned again since?). Put them back, or choose another "
+                "--output."
+            )
+
+
+def _rewards_of(trainer: CatPOTrainer) -> dict[str, str | None]:
+    """What identifies the reward store, and the file of a probe."""
+    divergence = kl_need(trainer.needs)
+    probe = WordReward.of(divergence.reward).probe if divergence is not None and divergence.reward else None
+    facts = {"rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None}
+    return facts if probe is None else facts | {"probe": checksum(repr(probe).encode())}
+
+
 def hash_of(pairs: Sequence[PreferencePair]) -> str:
     """Of the pairs' ids, in their order."""
     return hashlib.blake2b("\n".join(ids_of(pairs)).encode(), digest_size=16).hexdigest()
@@ -127,7 +153,7 @@ def describe_run(
         manifest["learned_fusion"] = trainer.learned_fusion.coefficients
     manifest |= {
         "model": trainer.family.model_id,
-        "rewards": trainer.rewards.fingerprint if trainer.rewards is not None else None,
+        **_rewards_of(trainer),
         "pairs": {"train": train_count, "dev": eval_count},
     }
     if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:

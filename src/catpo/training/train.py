@@ -41,6 +41,7 @@ from catpo.training.precision import compute_dtype
 from catpo.training.run_folder import (
     RUN,
     check_pairs,
+    check_rewards,
     complete_so_far,
     describe_run,
     free_output,
@@ -150,6 +151,8 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
             training.skip_log.write(output)
     train_pairs, eval_pairs = dev_split(pairs, options.eval_fraction, options.seed)
     trainer = _trainer(training, train_pairs, eval_pairs)
+    if checkpoint is not None:
+        check_rewards(output, trainer)
 
     def write_manifest(*, complete: bool) -> None:
         facts = describe_run(trainer, options, len(train_pairs), len(eval_pairs), training.skip_log)
