@@ -214,7 +214,7 @@ class NaiveTrainer(CatPOTrainer):
             Quantity("weights"): batch["weights"],
             Quantity("policy_logps"): at_token(log_probs),
             Quantity("reference_logps"): at_token(reference_log_probs),
-            Quantity("kl", argument=str(self.direction)): kl[place],
+            self.divergence or Quantity("kl"): kl[place],
         }
         return PairStats(values.__getitem__)
 

@@ -390,6 +390,11 @@ def _no_state(*args: Any) -> Tensor:
     return torch.zeros(16, dtype=torch.uint8)
 
 
+def _generator(make: Any) -> Any:
+    """Random numbers of the pretended GPU are drawn on the CPU."""
+    return lambda device="cpu": make("cpu")
+
+
 def _patches() -> dict[Any, dict[str, Any]]:
     """What is replaced while the GPU is pretended."""
     card = types.SimpleNamespace(total_memory=MEMORY, major=9, minor=0, name="pretended GPU", multi_processor_count=132)
@@ -418,7 +423,7 @@ def _patches() -> dict[Any, dict[str, Any]]:
     }  # fmt: skip
     top = {name: _maker(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")}
     top |= {name: _as_cpu(getattr(torch, name)) for name in ("is_autocast_enabled", "get_autocast_dtype")}
-    top |= {"autocast": _Autocast, "empty": _empty(torch.empty)}
+    top |= {"autocast": _Autocast, "empty": _empty(torch.empty), "Generator": _generator(torch.Generator)}
     below = {"_group_tensors_by_device_and_dtype": _by_device(torch._C._group_tensors_by_device_and_dtype)}
     numbers = {name: runtime[name] for name in runtime if "rng_state" in name}
     return {

@@ -432,7 +432,8 @@ def test_the_files_of_every_process_belong_to_a_checkpoint(tmp_path):
     for name in [*written, f".{MARK}.4711.part"]:  # the last is of a process that was killed
         (checkpoint / name).write_bytes(os.urandom(100))
     (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "log_history": []}')
-    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=4)
+    args = SimpleNamespace(output_dir=tmp_path, load_best_model_at_end=False)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     AtomicCheckpoints(sigterm.Stop(), bool, lambda: None).on_save(args, state, None)
     assert sorted(json.loads((checkpoint / MARK).read_text())["files"]) == [*written, "trainer_state.json"]
     (checkpoint / f".{MARK}.4711.part").unlink()

@@ -144,8 +144,10 @@ def _kind(annotation: ast.expr) -> Any:
 
 
 def _fields(file: str, name: str) -> list[ast.AnnAssign]:
-    """The annotated fields of a class of transformers, as they are written."""
+    """The annotated fields of a class of transformers, as they are written; none where it is not installed."""
     package = importlib.util.find_spec("transformers")
-    folder = Path(package.submodule_search_locations[0] if package and package.submodule_search_locations else "")
+    if package is None or not package.submodule_search_locations:
+        return []
+    folder = Path(package.submodule_search_locations[0])
     classes = {node.name: node for node in ast.parse((folder / file).read_bytes()).body if isinstance(node, ast.ClassDef)}
     return [node for node in classes[name].body if isinstance(node, ast.AnnAssign)]

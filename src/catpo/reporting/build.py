@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,7 @@ def _replace(path: Path, page: bytes) -> None:
     """
     make_folder(path.parent)
     remove_unfinished(path)
-    if path.exists():
+    if os.path.exists(path):  # which is False for a name too long
         before = path.read_bytes() if path.is_file() else b""
         if before == page:
             tell_complete(path)

@@ -38,13 +38,7 @@ from catpo.training.adapters import put_adapter
 from catpo.training.callbacks import KeepFusion, KeepSpecialTokens, ResampleViews, restore
 from catpo.training.checkpoints import check_loaded
 from catpo.training.collator import PairCollator
-from catpo.training.config import (
-    CatPOConfig,
-    check_optimiser,
-    check_reference,
-    check_rescoring,
-    objective_of,
-)  # fmt: skip
+from catpo.training.config import CatPOConfig, check_optimiser, check_reference, check_rescoring, objective_of
 from catpo.training.figures import Figures
 from catpo.training.inputs import Inputs, asked_evaluation, open_rewards, own_args
 from catpo.training.learned_fusion import LearnedFusion

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -25,9 +24,6 @@ UNUSUAL = re.compile(r"^/|[:\\]|\.\.")
 """What every name has that leads out of a folder: a root, a drive or `..`."""
 SHORTEST = 64
 """Characters of the shortest text that can be a picture in Base64."""
-MAX_FOLLOWED = 50_000
-_followed: dict[tuple[str, str], tuple[Path, tuple[int, int]]] = {}
-"""Folder and name in it -> its file inside, and the device and number of that."""
 
 
 def picture(row: Row, field: str, value: Any, root: Path) -> Picture:
@@ -105,23 +101,14 @@ def _from_name(row: Row, field: str, name: str, root: Path) -> Picture:
 def _inside(name: str, root: Path) -> Path | None:
     """The file of a name with all links followed; None if they lead out of the folder.
 
-    A picture of many rows is followed once, as long as the name leads to the same file.
+    Links are followed where there are any: a folder of many pictures seldom has one.
     """
-    given = os.path.join(root, name)
-    try:
-        found = os.stat(given)
-        place = found.st_dev, found.st_ino
-    except (OSError, ValueError):  # said by what follows
-        place = None
-    key = str(root), name
-    path, known_place = _followed.get(key, (None, None))
-    if path is not None and place == known_place:
-        return path
-    path = Path(given).resolve()
-    if not path.is_relative_to(root):
-        return None
-    if place is not None and len(_followed) < MAX_FOLLOWED:
-        _followed[key] = path, place
+    path = root
+    for part in PurePath(name).parts:
+        path /= part
+        if part == ".." or path == Path(part) or path.is_symlink():  # the second: it is absolute
+            resolved = (root / name).resolve()
+            return resolved if resolved.is_relative_to(root) else None
     return path
 
 
