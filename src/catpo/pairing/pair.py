@@ -377,6 +377,8 @@ class _Work:
 
 def _repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Each sample `count` times, side by side; the further ones have ids of their own, by which their answers are drawn."""
+    if count == 1:
+        return list(samples)
     repeated = []
     for sample in samples:
         repeated.append(sample)

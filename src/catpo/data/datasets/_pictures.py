@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -106,10 +108,18 @@ def _inside(name: str, root: Path) -> Path | None:
     path = root
     for part in PurePath(name).parts:
         path /= part
-        if part == ".." or path == Path(part) or path.is_symlink():  # the second: it is absolute
+        if part == ".." or path == Path(part) or _is_link(path):  # the second: it is absolute
             resolved = (root / name).resolve()
             return resolved if resolved.is_relative_to(root) else None
     return path
+
+
+def _is_link(path: Path) -> bool:
+    """As `Path.is_symlink`, which says nothing of names that no file can have."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _leaves(name: str, root: Path) -> bool:
