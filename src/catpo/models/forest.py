@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from catpo.models.attention import packed
 from catpo.models.output_head import at_head, token_stats
-from catpo.models.tensors import pad_indices
+from catpo.models.tensors import common_length, pad_indices
 
 if TYPE_CHECKING:
     from catpo.models.family import Encoded, Family
@@ -59,7 +59,7 @@ def tree_of(family: Family, prompts: Sequence[Encoded]) -> Tree | None:
     shortest, *others = sorted((prompt.prompt_ids for prompt in prompts), key=len)
     common = len(shortest) - 1
     for ids in others:
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shortest[:common], ids, strict=False)))
+        common = common_length(shortest[:common], ids)
     for prompt in prompts:
         blocks = family.prompt_blocks(prompt)
         while common and blocks[common] >= 0 and blocks[common - 1] == blocks[common]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import torch
 from jaxtyping import Float
@@ -24,6 +23,7 @@ from catpo.models.family_check import check_family
 from catpo.models.memory import pass_tokens
 from catpo.models.output_head import OutputHead
 from catpo.models.packing import Batch, Prefix, pack, run_backbone
+from catpo.models.tensors import common_length
 from catpo.models.transfer import to_device
 
 YES = ("Yes", "yes", " Yes", " yes")
@@ -189,8 +189,7 @@ def _beside(family: Family, encoded: Encoded, text: str, own: str, question: str
     if not family.shares_prefix or family.needs_check:
         return None
     of_pair, of_question = family.token_ids(text), family.token_ids(own)
-    equal = takewhile(lambda pair: pair[0] == pair[1], zip(of_pair, of_question[:-1], strict=False))
-    common = sum(1 for _ in equal)
+    common = common_length(of_pair, of_question[:-1])
     tail = of_pair[common:]
     hangs_at = len(encoded.prompt_ids) - len(tail)
     is_tail = encoded.prompt_ids[hangs_at:] == tail

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from catpo.core.errors import UserError
-from catpo.core.types import Picture, Sample
+from catpo.core.types import Sample
 from catpo.models import memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.branches import Branch, Writing, write
@@ -62,12 +62,7 @@ def batches(samples: Sequence[Sample], most: int, texts: Sequence[str] = ()) -> 
 
 def _pictures(sample: Sample) -> tuple[Hashable, ...]:
     """Equal for samples with the same pictures."""
-    return tuple(_key(picture) for picture in sample.images)
-
-
-def _key(picture: Picture) -> Hashable:
-    source = (picture.path, picture.data, picture.load, picture.at)
-    return source if any(source) else id(picture)  # of a subclass that reads in its own way
+    return tuple(picture.source for picture in sample.images)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,15 @@ def pad_indices(rows: Sequence[Sequence[int]], *, fill: int = PAD) -> Int[Tensor
     for row, values in enumerate(rows):
         table[row, : len(values)] = torch.as_tensor(values, dtype=torch.long)
     return table
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many items two sequences begin with in common.
+
+    >>> common_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 @contextmanager

@@ -6,8 +6,7 @@ The rewards are sparse: most of the vocabulary has none. Knows nothing of where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -46,9 +45,6 @@ class TiltedHead(OutputHead):
     def over(cls, head: OutputHead, tilt: Tilt) -> TiltedHead:
         """The head with its logits tilted."""
         return cls(head.weight, head.bias, head.scale, head.softcap, tilt)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TiltedHead:
-        return replace(self, weight=function(self.weight), bias=None if self.bias is None else function(self.bias))
 
     def logits(self, hidden: Float[Tensor, "tokens width"], tile: slice = slice(None)) -> Float[Tensor, "tokens tile"]:
         logits = super().logits(hidden, tile)

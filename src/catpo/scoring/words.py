@@ -23,6 +23,7 @@ from catpo.files.json_files import read_json
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.questions import Asked, yes_less_no
+from catpo.models.tensors import common_length
 from catpo.rewards.word_rewards import FEATURES
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
 from catpo.text.caption_edits import name_object
@@ -207,10 +208,10 @@ def _first_tokens(family: Family, forms: Mapping[str, str]) -> dict[str, tuple[i
     tokens: dict[str, set[int]] = {}
     for form, name in forms.items():
         inside = family.token_ids(f"{LEAD} {form}")
-        first = next((token for token, other in zip(inside, [*before, None], strict=False) if token != other), None)
-        text = "" if first is None else family.tokenizer.decode([first]).strip()
-        if first is not None and (len(text) >= SHORTEST or text == form):
-            tokens.setdefault(name, set()).add(first)
+        common = common_length(before, inside)
+        text = family.tokenizer.decode(inside[common : common + 1]).strip()
+        if common < len(inside) and (len(text) >= SHORTEST or text == form):
+            tokens.setdefault(name, set()).add(inside[common])
     if not tokens:
         raise UserError(
             f"{family.model_id}: no word of the vocabulary begins with a token of its own. Give another vocabulary."

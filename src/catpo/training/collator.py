@@ -16,7 +16,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, UNRANKED, PreferencePair, Side
 from catpo.models.family import Encoded, Family
 from catpo.models.packing import Batch, Prefix, pack
-from catpo.models.tensors import pad_indices
+from catpo.models.tensors import common_length, pad_indices
 from catpo.models.transfer import HostBatch
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
@@ -172,9 +172,7 @@ def _check_token_ids(rewards: RewardStore, encoded: Encoded) -> None:
         fresh, stored = encoded.response_ids[side], list(rewards.get(encoded.pair_id, side).token_ids)
         if fresh == stored:
             continue
-        first = 0
-        while first < min(len(fresh), len(stored)) and fresh[first] == stored[first]:
-            first += 1
+        first = common_length(fresh, stored)
         raise UserError(
             f"pair {encoded.pair_id}, {side}: the store's token ids differ from the fresh ones at token {first} "
             f"({stored[first : first + 1]} stored, {fresh[first : first + 1]} now; {len(stored)} against {len(fresh)} tokens). "

@@ -24,25 +24,32 @@ def prompts_together(pairs: Sequence[PreferencePair], batch_size: int, seed: int
     return None if len(set(prompts)) == len(prompts) else PromptsTogether(prompts, batch_size, seed)
 
 
-class PromptsTogether(Sampler[int]):
-    """Pairs of one prompt in one batch, otherwise in an order drawn anew for each epoch.
-
-    A prompt with more pairs than a batch fills several; one that fits nowhere whole is cut. The order depends on seed and epoch
-    only (accelerate calls `set_epoch`), so a resumed run continues with the same batches.
+class EpochSampler(Sampler[int]):
+    """An order drawn anew for each epoch. It depends on seed and epoch only (accelerate calls `set_epoch`), so a resumed run
+    continues with the same batches.
 
     Args:
-        prompts: number of each pair's prompt.
+        numbers: one for each pair, by which the pairs are put together.
+        batch_size: pairs of a batch.
+        seed: of the draws.
     """
 
-    def __init__(self, prompts: Sequence[int], batch_size: int, seed: int) -> None:
-        self.prompts, self.batch_size, self.seed, self.epoch = list(prompts), batch_size, seed, 0
+    def __init__(self, numbers: Sequence[int], batch_size: int, seed: int) -> None:
+        self.numbers, self.batch_size, self.seed, self.epoch = list(numbers), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.numbers)
+
+
+class PromptsTogether(EpochSampler):
+    """Pairs of one prompt, which is their number, in one batch.
+
+    A prompt with more pairs than a batch fills several; one that fits nowhere whole is cut.
+    """
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}/{self.epoch}")
@@ -57,7 +64,7 @@ class PromptsTogether(Sampler[int]):
     def _filled(self, rng: random.Random) -> tuple[list[list[int]], list[int]]:
         """Batches of whole prompts, and the pairs of those that filled none, prompt by prompt."""
         groups: dict[int, list[int]] = {}
-        for pair, prompt in enumerate(self.prompts):
+        for pair, prompt in enumerate(self.numbers):
             groups.setdefault(prompt, []).append(pair)
         parts = [pairs[at : at + self.batch_size] for pairs in groups.values() for at in range(0, len(pairs), self.batch_size)]
         rng.shuffle(parts)
@@ -72,25 +79,12 @@ class PromptsTogether(Sampler[int]):
         return filled, [pair for batch in unfilled for pair in batch]
 
 
-class LikeLengths(Sampler[int]):
-    """Pairs of similar length side by side, the longest first, otherwise in an order drawn anew for each epoch.
-
-    The order depends on seed and epoch only (accelerate calls `set_epoch`), so a resumed run continues with the same batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from now on."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+class LikeLengths(EpochSampler):
+    """Pairs of similar length, which is their number, side by side, the longest first."""
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator))
+        return iter(LengthGroupedSampler(self.batch_size, lengths=self.numbers, generator=generator))
 
 
 def lengths_of(pairs: Sequence[PreferencePair], rewards: RewardStore | None) -> list[int]:
