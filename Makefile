@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all test-latest test-lowest nightly kills demo bench gpu clean
+.PHONY: help install check docs format test test-all test-latest test-lowest nightly kills demo bench gpu clean
 
 help:
 	@echo "make demo          pair, score, train, evaluate and report on built-in pictures"
@@ -16,7 +16,8 @@ help:
 	@echo "make kills         kill every command at many moments, resume, compare (long); WORK=score runs one command"
 	@echo "make bench         measure speed and memory against TRL; OUT=FILE saves the figures, CASE=NAME runs one case"
 	@echo "make gpu           on one GPU: check the numbers, measure published models' shapes; OUT=FILE, MINUTES=10, PART=NAME"
-	@echo "make check         format, lint, types, imports, spelling;  make format  fixes the first two"
+	@echo "make check         format, lint, types, imports, spelling, docs;  make format  fixes the first two"
+	@echo "make docs          build the documentation site in build/site"
 	@echo "make install       create the virtual environment in $(VENV); any of these does so on first use"
 
 install: $(STAMP)
@@ -35,6 +36,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(MAKE) docs
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Terms of docs/scaling.md, as predicted by the dry run and as measured: operations, time, bytes sent, memory, disk.
+"""Terms of docs/how-to/gpu.md, as predicted by the dry run and as measured: operations, time, bytes sent, memory, disk.
 
     python -m bench.predicted [--group disk]
 

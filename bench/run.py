@@ -30,7 +30,7 @@ from bench.shapes import SHAPES, write_model
 from catpo.models import loading
 from catpo.scoring.score import score_pairs
 
-NOTES = Path(__file__).parent.parent / "docs" / "lab-notes.md"
+NOTES = Path(__file__).parent.parent / "docs" / "explanation" / "lab-notes.md"
 CATPO, DPO = "catpo(preset='paper')", "dpo"
 Run = dict[str, Any]
 

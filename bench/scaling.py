@@ -1,4 +1,4 @@
-"""Tables of docs/scaling.md: memory and disk for published model sizes, by the formulas of `--dry-run`.
+"""Tables of docs/how-to/gpu.md: memory and disk for published model sizes, by the formulas of `--dry-run`.
 
     python -m bench.scaling
 

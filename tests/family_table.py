@@ -1,6 +1,6 @@
-"""Write the table of docs/families.md: what every family's tests measure, on a tiny model of its real class.
+"""Write the table of docs/reference/families.md: what every family's tests measure, on a tiny model of its real class.
 
-    python tests/family_table.py            writes the table into docs/families.md
+    python tests/family_table.py            writes the table into docs/reference/families.md
     python tests/family_table.py --check    says whether it is up to date
 
 Differences are shown as the power of ten they stay below, so that the table is the same on every machine.
@@ -18,7 +18,7 @@ from catpo.models.family_check import check_family
 from family_checks import difference_from_plain, greedy_surprise, sized_pair
 from tiny_families import BUILDERS, build
 
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "families.md"
 BEGIN, END = "<!-- table: python tests/family_table.py -->", "<!-- end of table -->"
 GENERIC = ("vipllava", "aya_vision", "glm4v")
 MEASURES = ["Attention", "Sharp", "Log-probs", "Generation"]

@@ -137,7 +137,7 @@ WAITS = {
     "qwen3_vl": 30,
     "glm4v": 51,
 }
-"""Most waits of a training batch of two pairs; 3 for all others. Beyond 2 they are transformers' own, see docs/lab-notes.md."""
+"""Most waits of a training batch of two pairs; 3 for all others. Beyond 2 they are transformers' own (see the lab notes)."""
 
 
 @pytest.mark.parametrize("name", [*BUILDERS, "aya_vision", "glm4v"])

@@ -33,7 +33,7 @@ from catpo.training.objectives import build
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = {command for command in main.app if not command.startswith("-")}
-PLUGIN_PAGES = sorted((ROOT / "docs").glob("add-a*.md"))
+PLUGIN_PAGES = sorted((ROOT / "docs" / "how-to" / "plugins").glob("*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -138,7 +138,9 @@ def workplace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "methods.md"], ids=relative
+    "page",
+    [ROOT / "README.md", ROOT / "docs" / "how-to" / "train.md", ROOT / "docs" / "reference" / "methods.md"],
+    ids=relative,
 )
 def test_the_python_examples_run(page: Path, workplace: Path, made: Path) -> None:
     shutil.copytree(made / "rewards", workplace / "rewards")
@@ -174,7 +176,7 @@ def test_each_example_of_a_plugin_works_as_a_package_of_its_own(
 
 # ---- the paper map --------------------------------------------------------------------------------------------------------
 
-MAP = (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8")
+MAP = (ROOT / "docs" / "explanation" / "paper-map.md").read_text(encoding="utf-8")
 EQUATIONS = re.findall(r"^\| (Eq\. [\d, -]+) \| [^|]+ \| `([\w.]+)` \| `([\w./]+)::(\w+)` \|$", MAP, flags=re.MULTILINE)
 DEFAULTS = re.findall(r"\| `(\w+) (\w+)=([^`]+)` \|", MAP)
 
@@ -240,7 +242,7 @@ def test_the_table_of_families_is_what_is_measured() -> None:
 
 
 def test_the_page_of_methods_has_every_objective_and_view_and_no_other() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)[(`].*\|$", page, flags=re.MULTILINE)
     assert set(rows) == {*registry.names("objectives"), *VIEWS} - {"perturbed"}
     for text in re.findall(r"`((?:\w+)\((?:[^`]*)\))`", page):

@@ -113,7 +113,7 @@ def test_a_reply_that_cannot_be_read_is_counted_and_quoted_once_with_the_form_ex
 
 @pytest.mark.parametrize(("task", "form"), FORMS.items())
 def test_the_form_of_every_request_is_documented(task, form):
-    page = (Path(__file__).parent.parent / "docs" / "judges.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "judge.md").read_text(encoding="utf-8")
     assert set(FORMS) == set(TASKS)
     assert f"| `{task}` |" in page and form in page
 

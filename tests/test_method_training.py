@@ -131,7 +131,7 @@ MIX = "dpo(loss_type=['hinge', 'bco_pair', 'sft'], loss_weights=[0.8, 0.2, 1.0],
 
 
 TRAINED = {**TYPES, "discopop": "dpo(loss_type='discopop', discopop_tau=0.5)"}
-"""TRL's losses; at DiscoPOP's own temperature the loss has a minimum at a negative margin, see docs/methods.md."""
+"""TRL's losses; at DiscoPOP's own temperature the loss has a minimum at a negative margin, see docs/reference/methods.md."""
 
 
 @pytest.mark.parametrize("method", [

@@ -207,7 +207,7 @@ def test_the_code_in_the_documentation_runs(tmp_path, root, monkeypatch, capsys)
     rows = [replace(row, signals=dict(zip(names, row.signals.values(), strict=True))) for row in rows_of(PAIRS)]
     without_arrays(tmp_path / "store", PAIRS, rows, signals=names)
     monkeypatch.chdir(tmp_path)
-    text = (root / "docs" / "rewards-format.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "reference" / "rewards-format.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:

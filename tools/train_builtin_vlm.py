@@ -4,7 +4,7 @@ r"""Train the built-in VLM from scratch on built-in pictures, on a CPU, reproduc
     python tools/train_builtin_vlm.py --start runs/first/final --seed 1 --vision-steps 150 --vision-lr 1e-2 --lr 7e-4 \
         --steps 700 --check-every 350 --run runs/second --output src/catpo/models/builtin
 
-The packaged weights come from these two commands, run in order (docs/lab-notes.md has the log).
+The packaged weights come from these two commands, run in order (docs/explanation/lab-notes.md has the log).
 First the vision tower alone learns which object each patch shows (with a linear head that is discarded), then the whole model
 learns captions and answers. The captions mention tempting absent objects (`catpo/data/scenes/captions.py`), so the model learns
 to see and to hallucinate as its teachers do. Prints scores on held-out scenes as it trains; everything is in RUN/log.jsonl.

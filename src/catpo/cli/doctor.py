@@ -175,7 +175,7 @@ def _model(model: str) -> Iterator[Finding]:
     if config.model_type in families:
         yield Finding("model", "ok", f"{name} ({config.model_type})")
     else:
-        known = f"Known: {', '.join(families)}. See docs/add-a-family.md"
+        known = f"Known: {', '.join(families)}. See docs/how-to/plugins/family.md"
         yield Finding("model", "missing", f"{name} ({config.model_type}) has no family. {known}")
     yield _size(empty)
     if getattr(empty, "_supports_attention_backend", False):

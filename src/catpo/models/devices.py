@@ -68,7 +68,7 @@ def check_in_one_place(model: Any, name: str) -> None:
         spread = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()} or places)
         raise UserError(
             f"{name} is spread over several devices ({', '.join(spread)}): it can answer, but not be scored or trained. Load "
-            "it with device_map={'': 0}; if it is too large for one GPU, in 4 bits, or train it with FSDP2 (docs/scaling.md)."
+            "it with device_map={'': 0}; if too large for one GPU, in 4 bits, or train it with FSDP2 (docs/how-to/gpu.md)."
         )
 
 

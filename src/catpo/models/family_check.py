@@ -65,7 +65,7 @@ def check_family(family: Family, pair: PreferencePair, layers: Sequence[int] = (
 def _unsupported(family: Family, problem: str) -> UserError:
     return UserError(
         f"{family.model_id} is of type '{family.unwrapped.config.model_type}', which has no family of its own, and {problem}. "
-        "Add a family for it: docs/add-a-family.md."
+        "Add a family for it: docs/how-to/plugins/family.md."
     )
 
 

@@ -41,7 +41,7 @@ MESSAGES = re.compile(
 )
 """How libraries say that memory has run out."""
 CPU_TOKENS = 2048
-"""Tokens of a pass on a CPU: more leave its caches and take longer each (docs/lab-notes.md, `make bench`)."""
+"""Tokens of a pass on a CPU: more leave its caches and take longer each (docs/explanation/lab-notes.md, `make bench`)."""
 GPU_SHARE = 0.5
 """Of a GPU's memory beside the weights; the rest is for the vision tower and what the allocator cannot use."""
 

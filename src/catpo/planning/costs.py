@@ -1,4 +1,4 @@
-"""How a run's memory is divided over processes, how much it computes, and what it sends: docs/scaling.md has the formulas.
+"""How a run's memory is divided over processes, how much it computes, and what it sends: docs/how-to/gpu.md has the formulas.
 
 Arithmetic on sizes; knows no model and no file.
 """

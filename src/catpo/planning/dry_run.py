@@ -1,7 +1,7 @@
 """`--dry-run`: what scoring or training would do and need, without loading weights. The model is built on no device ("meta").
 
 Sizes are in bytes. Weights, trained parameters, optimiser and store follow from shapes; activations are an estimate for
-decoders of Llama's build (docs/dry-run.md has the formulas and how far they were off).
+decoders of Llama's build (docs/how-to/dry-run.md has the formulas and how far they were off).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reward store: raw signals of every response token in shards that are written once and verified when read.
 
 Knows nothing of models. Finished weights are not in it: `RewardStore.weights` makes them with any `Fusion`. The files are
-described in docs/rewards-format.md.
+described in docs/reference/rewards-format.md.
 """
 
 from __future__ import annotations

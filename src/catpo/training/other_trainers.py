@@ -20,7 +20,7 @@ ARGUMENTS = {
     "data_collator": "batches are made by the trainer's own, with token weights and reference; change the rows before, with "
     "dataset.map",
     "model_init": "give the model itself; a search over options makes a new CatPOTrainer for each",
-    "compute_loss_func": "the loss is the objective, which may be your own: docs/add-an-objective.md",
+    "compute_loss_func": "the loss is the objective, which may be your own: docs/how-to/plugins/objective.md",
     "tokenizer": "give the model's processor as processing_class=AutoProcessor.from_pretrained(…)",
     "quantization_config": f"{LOADED} (quantization_config=… goes there)",
 }

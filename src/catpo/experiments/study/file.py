@@ -26,7 +26,7 @@ SET_BY_STUDY = {
     "evaluate": frozenset({"model", "benchmarks", "answers", "output", "limit", "base_url", "adapter", "shuffled"}),
 }
 """Command -> its options that the study sets itself; the others can stand in the section of this name."""
-ADVICE = "See recipes/studies for examples and docs/studies.md for all keys."
+ADVICE = "See recipes/studies for examples and docs/how-to/studies.md for all keys."
 Kind = TypeVar("Kind")
 
 

@@ -43,7 +43,7 @@ def study(file: str | Path, *, output: str | Path = "runs/studies", jobs: int = 
     cells. A cell that fails is named at the end; the others run on.
 
     Args:
-        file: the study, see docs/studies.md.
+        file: the study, see docs/how-to/studies.md.
         output: folder for all studies.
         jobs: cells run at the same time, each in a process with its share of the cores.
 

@@ -23,7 +23,7 @@ from catpo.training.objectives._losses import LOSSES
 from catpo.training.pair_stats import PairStats, Quantity, dummy, requirements, view_needs
 
 FORMS = ("code", "paper")
-"""Where a method's released code and its paper differ, `form` chooses; docs/methods.md says how."""
+"""Where a method's released code and its paper differ, `form` chooses; docs/reference/methods.md says how."""
 FUSION = [field.name for field in dataclasses.fields(Fusion)]
 """Options of token weights."""
 ELSEWHERE = {name: f"dpo(loss_type='{name}')" for name in (*LOSSES, "sft")} | {

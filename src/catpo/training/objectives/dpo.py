@@ -35,7 +35,7 @@ def loss(
     Args:
         label_smoothing: share of pairs assumed to be labelled the wrong way round, in [0, 0.5): conservative DPO, `robust`; or
             the epsilon of `exo_pair`.
-        loss_type: `sigmoid`, or one of docs/methods.md's, such as `hinge` or `apo_zero`; or several, which are added up.
+        loss_type: `sigmoid`, or one of docs/reference/methods.md, such as `hinge` or `apo_zero`; or several, which are added.
             `sigmoid_norm` and `ipo_norm` take means over tokens, `sft` is the mean negative log-likelihood of the chosen
             tokens.
         loss_weights: of the losses, if there are several (default: 1 each).

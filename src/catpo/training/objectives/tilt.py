@@ -28,7 +28,7 @@ def loss(
     rewards divided by the temperature). Unlike a weight on the drawn token alone, r acts on every word that could stand there.
 
     Args:
-        reward: where the rewards of words come from, e.g. `probe(file='probe.json')`; see docs/methods.md.
+        reward: where the rewards of words come from, e.g. `probe(file='probe.json')`; see docs/reference/methods.md.
         kl_direction: reference||policy is KL(q || pi); policy||reference is KL(pi || q).
         answers: the side that holds the model's own answers; of pairs by `sampled`, both.
         tilt_weight: of the divergence.
