@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,6 +46,10 @@ def console_lines() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for text in blocks(page, "console"):
             yield from ((page.name, line[2:]) for line in text.splitlines() if line.startswith("$ "))
+
+
+MADE = ("reference/commands.md", "reference/plugins.md", "tutorial.ipynb")
+"""Pages that exist on the site alone."""
 
 
 def relative(page: Path) -> str:
@@ -83,7 +88,8 @@ def test_every_make_target_named_exists(page: Path) -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.split("#")[0]).exists(), target
+            path = page.parent / target.split("#")[0]
+            assert path.exists() or path.resolve() in [ROOT / "docs" / name for name in MADE], target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -147,6 +153,29 @@ def test_the_python_examples_run(page: Path, workplace: Path, made: Path) -> Non
     names: dict[str, Any] = {}
     for text in blocks(page, "python"):
         exec(compile(text, page.name, "exec"), names)
+
+
+@pytest.fixture
+def docs_site(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return import_module("docs_site")
+
+
+def test_the_tutorials_notebook_runs(docs_site: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in docs_site.notebook((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(cell["source"], cell["id"], "exec"), names)
+    assert names["report"].stat().st_size > 10_000
+
+
+def test_the_reference_has_every_command_and_every_name(docs_site: ModuleType) -> None:
+    commands, plugins = docs_site.commands(), docs_site.plugins()
+    assert re.findall(r"^## catpo ([a-z]+)$", commands, flags=re.MULTILINE) == [name for name in main.app if name in COMMANDS]
+    for kind in registry.PLACES:
+        assert all(f"| `{name}` | " in plugins for name in registry.names(kind))
 
 
 @pytest.mark.parametrize("page", PLUGIN_PAGES, ids=relative)
