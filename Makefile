@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.catpo-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check docs format test test-all test-latest test-lowest nightly kills demo bench gpu clean
+.PHONY: help install check docs format test test-all test-latest test-lowest nightly kills demo dist release-check bench gpu clean
 
 help:
 	@echo "make demo          pair, score, train, evaluate and report on built-in pictures"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench         measure speed and memory against TRL; OUT=FILE saves the figures, CASE=NAME runs one case"
 	@echo "make gpu           on one GPU: check the numbers, measure published models' shapes; OUT=FILE, MINUTES=10, PART=NAME"
 	@echo "make check         format, lint, types, imports, spelling, docs;  make format  fixes the first two"
+	@echo "make dist          build wheel and sdist in dist/, and check them;  make release-check  runs the demo from them in a new environment"
 	@echo "make docs          build the documentation site in build/site"
 	@echo "make install       create the virtual environment in $(VENV); any of these does so on first use"
 
@@ -65,6 +66,16 @@ kills: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/catpo demo
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+release-check: dist
+	rm -rf build/release && $(BIN)/python -m venv build/release
+	build/release/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/release && bin/catpo doctor && bin/catpo demo
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.run $(foreach name,$(CASE),--case $(name)) $(if $(OUT),--out $(OUT)) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(NOTES),--notes)

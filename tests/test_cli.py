@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import catpo
 from catpo.cli import main
 from catpo.config import options
 from catpo.config.command import hints
@@ -259,7 +260,7 @@ def test_list_shows_plugins_with_their_first_line(capsys: pytest.CaptureFixture[
 
 def test_catpo_runs_as_a_module_and_ends_quietly_in_a_pipe() -> None:
     version = subprocess.run([sys.executable, "-m", "catpo", "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout.strip() == "0.1.0"
+    assert version.stdout.strip() == catpo.__version__
     piped = subprocess.run(
         f"set -o pipefail; {sys.executable} -m catpo list | true",
         shell=True,

@@ -1,13 +1,18 @@
-"""What is in the wheel, how large it is, and that the project can be built without network."""
+"""What is in wheel and sdist, how large they are, and that both are built without network; a new environment runs the wheel."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import catpo
 
 ROOT = Path(__file__).parent.parent
 ASSETS = (
@@ -19,13 +24,38 @@ ASSETS = (
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    pytest.importorskip("hatchling")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, capture_output=True)
-    (path,) = folder.glob("catpo-*.whl")
-    return zipfile.ZipFile(path)
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make dist`: an sdist, and a wheel built from it."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(dist / f"catpo-{catpo.__version__}-py3-none-any.whl")
+
+
+def test_twine_finds_nothing_wrong(dist: Path) -> None:
+    pytest.importorskip("twine")
+    ran = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_the_sdist_has_what_is_needed_to_build_test_and_read(dist: Path) -> None:
+    root = f"catpo-{catpo.__version__}"
+    with tarfile.open(dist / f"{root}.tar.gz") as archive:
+        names = set(archive.getnames())
+    for name in ("pyproject.toml", "constraints.txt", "Makefile", "mkdocs.yml", "README.md", "CHANGELOG.md", "docs/index.md"):
+        assert f"{root}/{name}" in names
+    assert f"{root}/tests/test_packaging.py" in names
 
 
 def test_every_source_file_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
@@ -37,7 +67,7 @@ def test_every_source_file_and_asset_is_in_the_wheel(wheel: zipfile.ZipFile) -> 
 
 
 def test_nothing_else_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    assert {name.split("/")[0] for name in wheel.namelist()} == {"catpo", f"catpo-{_version(wheel)}.dist-info"}
+    assert {name.split("/")[0] for name in wheel.namelist()} == {"catpo", f"catpo-{catpo.__version__}.dist-info"}
     assert [name for name in wheel.namelist() if "__pycache__" in name or "/." in name] == []
 
 
@@ -56,11 +86,29 @@ def test_licences_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_metadata_says_what_is_needed(wheel: zipfile.ZipFile) -> None:
-    metadata = wheel.read(f"catpo-{_version(wheel)}.dist-info/METADATA").decode()
+    metadata = wheel.read(f"catpo-{catpo.__version__}.dist-info/METADATA").decode()
     for line in ("Requires-Python: >=3.10", "License-Expression: Apache-2.0", "Requires-Dist: transformers<6,>=5.8"):
         assert line in metadata
-    points = wheel.read(f"catpo-{_version(wheel)}.dist-info/entry_points.txt").decode()
+    points = wheel.read(f"catpo-{catpo.__version__}.dist-info/entry_points.txt").decode()
     assert "catpo = catpo.cli.main:main" in points
+
+
+def test_a_new_environment_runs_the_installed_wheel(dist: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """catpo comes from the wheel alone; what it depends on, from the environment of the tests."""
+    venv.create(tmp_path / "env", with_pip=False)
+    env = tmp_path / "env" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(env), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel.filename)], check=True, capture_output=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    script, quiet = env.parent / "catpo", {"HF_HUB_OFFLINE": "1"}
+    for arguments, expected in {("--version",): catpo.__version__, ("list", "signals"): "patch_entropy"}.items():
+        ran = subprocess.run([script, *arguments], cwd=tmp_path, env=quiet, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert expected in ran.stdout
+    code = "import catpo; print(catpo.__file__)"
+    where = subprocess.run([env, "-c", code], cwd=tmp_path, env=quiet, capture_output=True, text=True, check=True).stdout
+    assert where.startswith(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -76,9 +124,3 @@ def test_the_commands_run_from_the_unpacked_wheel_outside_the_checkout(wheel: zi
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "report.html").stat().st_size > 10_000
-
-
-def _version(wheel: zipfile.ZipFile) -> str:
-    return (
-        next(name for name in wheel.namelist() if name.endswith("/METADATA")).split("/")[0].split("-")[1].removesuffix(".dist")
-    )

@@ -52,7 +52,8 @@ def commands() -> str:
     text = re.sub(r"## Table of Contents\n.*?(?=\n\*\*)", "", text, count=1, flags=re.DOTALL)
     about = (
         "Made from the commands themselves: `catpo COMMAND --help` says the same. In Python and in recipes, options have "
-        "underscores: `--batch-size 8` is `batch_size=8`. `catpo train` also takes [options of transformers and PEFT](../how-to/train.md)."
+        "underscores: `--batch-size 8` is `batch_size=8`. `catpo train` also takes "
+        "[options of transformers and PEFT](../how-to/train.md#options-of-transformers-and-peft)."
     )
     return text.replace("# catpo\n", f"# Commands and options\n\n{about}\n", 1)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from catpo.training.train import train as train
     from catpo.training.trainer import CatPOTrainer as CatPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "pair": "catpo.pairing.pair",

@@ -153,7 +153,7 @@ def train(
 ) -> None:
     """Train a model on preference pairs with token weights.
 
-    Fields of TrainingArguments are options too: --optim adamw_8bit, --adam-beta2 0.95, …; see docs/how-to/train.md.
+    Fields of transformers' TrainingArguments are options too: --optim adamw_8bit and so on, see docs/how-to/train.md.
     """
     if dry_run:
         _show_plan(options, engine=engine, processes=processes)
