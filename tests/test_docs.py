@@ -117,7 +117,8 @@ def entry_points(page: Path) -> tuple[str, dict[str, str]]:
 
 def test_version_and_changes_are_told() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == catpo.__version__
-    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## ([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[:2] == ["Unreleased", catpo.__version__]
 
 
 # ---- examples -------------------------------------------------------------------------------------------------------------
