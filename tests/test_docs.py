@@ -121,6 +121,14 @@ def test_version_and_changes_are_told() -> None:
     assert headings[:2] == ["Unreleased", catpo.__version__]
 
 
+def test_the_new_names_of_the_upgrade_exist() -> None:
+    page = (ROOT / "docs" / "how-to" / "upgrade.md").read_text(encoding="utf-8")
+    new = set(re.findall(r"^\|[^|]*\| `\w+`[^|]* \| `(\w+)` \|$", page, flags=re.MULTILINE))
+    known = {field.name for each in (*options.COMMANDS.values(), Fusion) for field in dataclasses.fields(each)}
+    assert len(new) > 10
+    assert new <= known
+
+
 # ---- examples -------------------------------------------------------------------------------------------------------------
 
 
