@@ -99,6 +99,14 @@ def test_every_file_named_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists() and path not in ours] == []
 
 
+def test_every_page_named_anywhere_exists() -> None:
+    folders = [path for name in ("src", "tests", "tools", "bench", "recipes") for path in (ROOT / name).rglob("*")]
+    read = [path for path in (*folders, *PAGES) if path.suffix in (".py", ".yaml", ".md") and path.is_file()]
+    named = {(name, relative(path)) for path in read for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text("utf-8"))}
+    assert len(named) > 50
+    assert sorted((name, path) for name, path in named if not (ROOT / name).exists()) == []
+
+
 def plugin_examples() -> set[str]:
     """Files that the pages about plugins tell the reader to write, as they would be called inside catpo."""
     return {
