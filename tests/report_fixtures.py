@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +145,9 @@ def make_evaluation(
     """An evaluation of the `scenes` benchmark whose captions name `said` objects, a share `wrong` of which is not there."""
     folder.mkdir(parents=True)
     benchmark = registry.load("benchmarks", "scenes")(count=count, questions=1)
-    dataset = open_data(benchmark.data)
     rng = np.random.default_rng(seed)
     answers, grades = [], []
-    for item in benchmark.items(list(dataset.samples()), dataset.vocabulary):
+    for item in _items(count):
         answer = _answer(item, wrong, said, rng)
         grade = benchmark.grade(item, answer)
         answers.append({"benchmark": "scenes", "id": item.id, "prompt": item.sample.prompt, "answer": answer})
@@ -168,6 +168,14 @@ def make_evaluation(
         },
     )
     return folder
+
+
+@cache
+def _items(count: int) -> list[Item]:
+    """The benchmark's questions about so many scenes, which are drawn once."""
+    benchmark = registry.load("benchmarks", "scenes")(count=count, questions=1)
+    dataset = open_data(benchmark.data)
+    return list(benchmark.items(list(dataset.samples()), dataset.vocabulary))
 
 
 def _answer(item: Item, wrong: float, said: int, rng: np.random.Generator) -> str:

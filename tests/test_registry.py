@@ -47,7 +47,7 @@ def test_another_package_joins_through_an_entry_point(tmp_path: Path, monkeypatc
     (tmp_path / "foreign_signal.py").write_text('"""Constant."""\n\ndef score(evidence):\n    return evidence\n')
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("foreign", "foreign_signal", "catpo.signals")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point] if group == "catpo.signals" else [])
+    monkeypatch.setattr(registry, "entry_points_of", lambda kind: {"foreign": point} if kind == "signals" else {})
     assert "foreign" in registry.names("signals")
     assert "foreign" not in registry.names("objectives")
     assert registry.load("signals", "foreign")(3) == 3
@@ -56,7 +56,7 @@ def test_another_package_joins_through_an_entry_point(tmp_path: Path, monkeypatc
 
 def test_our_own_plugin_cannot_be_replaced_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("dpo", "json:dumps", "catpo.objectives")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point] if group == "catpo.objectives" else [])
+    monkeypatch.setattr(registry, "entry_points_of", lambda kind: {"dpo": point} if kind == "objectives" else {})
     assert registry.load("objectives", "dpo").__module__ == "catpo.training.objectives.dpo"
 
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def load(kind: str, name: str) -> Any:
     package, public = PLACES[kind]
     if name in _own_modules(kind):
         return getattr(importlib.import_module(f"{package}.{name}"), public)
-    foreign = _entry_points(kind)
+    foreign = entry_points_of(kind)
     if name in foreign:
         loaded = foreign[name].load()
         return getattr(loaded, public, loaded)
@@ -56,7 +57,7 @@ def load(kind: str, name: str) -> Any:
 
 def names(kind: str) -> list[str]:
     """Names of all plugins of a kind, ours and those of other packages."""
-    return sorted({*_own_modules(kind), *_entry_points(kind)})
+    return sorted({*_own_modules(kind), *entry_points_of(kind)})
 
 
 def plugins(kind: str) -> list[Plugin]:
@@ -78,7 +79,9 @@ def _own_modules(kind: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
 
 
-def _entry_points(kind: str) -> dict[str, EntryPoint]:
+@cache
+def entry_points_of(kind: str) -> dict[str, EntryPoint]:
+    """Plugins of a kind in other packages, by name; looked up once, because it reads every installed package's metadata."""
     from importlib.metadata import entry_points  # a tenth of the time that --help takes
 
     return {entry.name: entry for entry in entry_points(group=f"catpo.{kind}")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ def versions() -> dict[str, str]:
     >>> versions()["python"] == platform.python_version()
     True
     """
+    found = {library: _version(library) for library in LIBRARIES}
+    return {"python": platform.python_version(), **{library: number for library, number in found.items() if number}}
+
+
+@cache
+def _version(library: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version  # --help does not wait for it
 
-    installed = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            installed[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return installed
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str | Path, ignore: Iterable[str] = ()) -> None:
