@@ -9,7 +9,7 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.core.intervals import bootstrap_indices, interval
 from catpo.evaluation.bootstrap import resample
-from catpo.evaluation.coverage import at_equal_coverage, at_equal_coverage_over_runs, coverage_curves
+from catpo.evaluation.coverage import at_cover_over_runs, at_equal_coverage, at_equal_coverage_over_runs, coverage_curves
 from catpo.evaluation.folder import load_evaluation
 from catpo.evaluation.paired import paired_differences
 from catpo.files.json_files import append_rows, read_rows
@@ -96,9 +96,10 @@ def test_items_that_one_model_lacks_are_left_out(base, folder, better):
 # ---- equal coverage --------------------------------------------------------------------------------------------------
 
 
-def coverage_by_loops(evaluations):
+def coverage_by_loops(evaluations, target=None):
     """Captions cut at a common number of grounded objects, by counting; counts between two cuts are mixed."""
-    target = min(sum(label == "grounded" for row in captions(e) for _, label in row["mentions"]) for e in evaluations)
+    if target is None:
+        target = min(sum(label == "grounded" for row in captions(e) for _, label in row["mentions"]) for e in evaluations)
     found = []
     for evaluation in evaluations:
         cuts = []
@@ -158,6 +159,27 @@ def test_the_interval_over_runs_draws_the_same_pictures_in_each(base, better):
     twice, once = at_equal_coverage_over_runs([[base, better]] * 2), at_equal_coverage([base, better])
     assert [row.chair_i for row in twice] == [pytest.approx(row.chair_i) for row in once]
     assert twice[1].difference == pytest.approx(once[1].difference)
+
+
+def test_chair_at_a_given_cover_is_what_counting_says(base, better):
+    present = sum(row["counts"]["present"] for row in captions(base))
+    cover = better.metrics("scenes")["cover"].value / 2
+    rows = at_cover_over_runs([[base, better]] * 2, cover)
+    expected = coverage_by_loops([base, better], target=present * cover / 100)
+    assert [row.chair_i for row in rows] == [pytest.approx([value] * 2) for value in expected]
+    assert rows[0].ratio is None and rows[1].ratio.value == pytest.approx(expected[1] / expected[0])
+    assert rows[1].ratio.low < rows[1].ratio.value < rows[1].ratio.high
+    smallest = min(each.metrics("scenes")["cover"].value for each in (base, better))
+    at_smallest = at_cover_over_runs([[base, better]], smallest - 1e-9)
+    equal = at_equal_coverage([base, better])
+    assert [row.chair_i[0] for row in at_smallest] == pytest.approx([row.chair_i.value for row in equal])
+
+
+def test_a_model_that_covers_less_has_no_chair_at_that_cover(base, better):
+    cover = (base.metrics("scenes")["cover"].value + better.metrics("scenes")["cover"].value) / 2
+    rows = {row.model: row for row in at_cover_over_runs([[base, better]], cover)}
+    less = min((base, better), key=lambda each: each.metrics("scenes")["cover"].value)
+    assert np.isnan(rows[less.name].chair_i[0]) and rows["better"].ratio is None
 
 
 def test_coverage_curves_end_at_the_scores(base, better):

@@ -209,7 +209,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         text = yaml.safe_load(BASIC.replace("[1e-5, 5e-5]", "[5e-5]"))
         text["title"] = text["note"] = HOSTILE
         text["rows"][HOSTILE] = {"objective": "dpo(beta=0.2)", "panel": "β", "at": 0.2}
-        text["figures"] = FIGURES
+        text["figures"], text["at_cover"] = FIGURES, [20, 99]
         return engines.study(yaml.safe_dump(text, sort_keys=False))
 
 
@@ -242,6 +242,16 @@ def test_the_column_of_equal_cover_is_what_the_comparison_says(finished: Outcome
     means = [results.rows[index].mean("equal_coverage").value for index in (2, 0)]
     assert last.difference.value == pytest.approx(means[0] - means[1])
     assert last.difference.low < last.difference.value < last.difference.high
+
+
+def test_rows_are_compared_at_each_cover_that_they_reach(finished: Outcome) -> None:
+    row = finished.results.row("catpo")
+    assert row is not None and row.ratios.keys() == {20.0}
+    assert row.ratios[20].value == pytest.approx(
+        row.mean("chair_i_at_20").value / finished.results.rows[0].mean("chair_i_at_20").value
+    )
+    assert "÷ base at Cover 20" in (finished.folder / "table.md").read_text()
+    assert "ratio_at_20_low" in (finished.folder / "table.csv").read_text()
 
 
 def test_figures_are_drawings_and_the_page_escapes_all_text(finished: Outcome) -> None:

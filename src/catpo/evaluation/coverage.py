@@ -91,6 +91,63 @@ def at_equal_coverage_over_runs(
     return rows
 
 
+@dataclass(frozen=True)
+class AtCover:
+    """Captions of one model, cut where they name a given share of what is there."""
+
+    model: str
+    chair_i: list[float]
+    """Hallucinated share of the objects kept, in percent, of each run; NaN where whole captions cover less."""
+    ratio: Estimate | None
+    """Mean over runs, divided by that of the first model, resampled together; None for the first, and where a run covers less."""
+
+
+def at_cover_over_runs(
+    runs: Sequence[Sequence[Evaluation]], cover: float, *, resamples: int = 1000, seed: int = 0
+) -> list[AtCover]:
+    """CHAIRi of each model when its captions are cut at a Cover of `cover` percent, on the first benchmark with captions.
+
+    As `at_equal_coverage_over_runs`, at a Cover that does not depend on who else is compared. Draws of pictures on which a model
+    covers a little less than `cover` take its whole captions.
+
+    Args:
+        runs: evaluations of each run (training seed), the same models in the same order.
+        cover: share of present objects, in percent.
+        resamples: bootstrap draws of pictures.
+        seed: of the draws.
+    """
+    evaluations = [evaluation for run in runs for evaluation in run]
+    keys_of = {name: common_items(evaluations, name, is_caption=True) for name in common_benchmarks(evaluations)}
+    benchmark = next((name for name, keys in keys_of.items() if keys), None)
+    if benchmark is None:
+        return []
+    keys = keys_of[benchmark]
+    draws = Draws.of([runs[0][0].grades[benchmark][key] for key in keys], resamples, seed)
+    rows: list[AtCover] = []
+    first: Floats | None = None
+    for models in zip(*runs, strict=True):
+        cuts = [_cut_at(draws, _Curve.of(model, benchmark, keys), cover) for model in models]
+        mean = np.mean(cuts, axis=0)
+        rows.append(AtCover(models[0].name, [float(cut[0]) for cut in cuts], None if first is None else _ratio(mean, first)))
+        first = mean if first is None else first
+    return rows
+
+
+def _ratio(values: Floats, others: Floats) -> Estimate | None:
+    """None where a model covers less, or nothing is hallucinated."""
+    ratios = np.divide(values, others, out=np.full_like(values, np.nan), where=others > 0)
+    return None if np.isnan(ratios).any() else estimate(ratios)
+
+
+def _cut_at(draws: Draws, curve: _Curve, cover: float) -> Floats:
+    """CHAIRi of one model cut at `cover` percent, [1 + resamples]; NaN if its whole captions cover less."""
+    grounded, hallucinated = draws.sum(curve.grounded), draws.sum(curve.hallucinated)
+    target = draws.sum(curve.present) * cover / 100
+    if grounded[0, -1] < target[0]:
+        return np.full(len(target), np.nan)
+    return _cut(grounded, hallucinated, np.minimum(target, grounded[:, -1]))[1]
+
+
 def coverage_curves(evaluations: Sequence[Evaluation], benchmark: str) -> dict[str, tuple[Floats, Floats]]:
     """Model -> (Cover, CHAIRi) in percent with captions cut after 1, 2, … objects, [cuts] each; empty without captions."""
     keys = common_items(evaluations, benchmark, is_caption=True)

@@ -89,6 +89,8 @@ class Study:
     tuning: Tuning | None = None
     reference: str | None = None
     """The row that others are compared with. Default: the first."""
+    at_cover: list[float] = field(default_factory=list)
+    """Shares of what is there, in percent, at which CHAIRi is compared as well: `[60, 70, 75]`."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Heading -> metric. Default: those of the benchmarks."""
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -243,6 +245,8 @@ def _check(study: Study, file: _Section) -> None:
             f"{file.path}: {len(study.rates)} learning rates need 'tuning.benchmarks' to choose by: pictures other than those "
             "reported. Or give a single rate."
         )
+    if not all(0 < cover <= 100 for cover in study.at_cover):
+        raise UserError(f"{file.where('at_cover')} must be percentages of what is there, above 0 and at most 100.")
     if study.tuning is not None:
         if study.tuning.seed in study.seeds:
             raise UserError(f"{file.path}: 'tuning.seed' {study.tuning.seed} is one of the seeds reported. Give another.")

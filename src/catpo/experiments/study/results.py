@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
 from catpo.evaluation.bootstrap import Estimate
-from catpo.evaluation.coverage import Coverage, at_equal_coverage, at_equal_coverage_over_runs
+from catpo.evaluation.coverage import Coverage, at_cover_over_runs, at_equal_coverage, at_equal_coverage_over_runs
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
@@ -49,6 +49,8 @@ class Result:
     """Metric -> seed -> value."""
     difference: Estimate | None = None
     """CHAIRi at equal Cover minus that of the reference row, over pictures."""
+    ratios: Mapping[float, Estimate] = field(default_factory=dict)
+    """Cover in percent -> CHAIRi there divided by that of the reference row, over pictures."""
 
     def mean(self, metric: str) -> Estimate:
         """Mean over seeds with its interval; NaN without values."""
@@ -79,7 +81,8 @@ class Results:
         columns = {heading: full_name(metric, known) for heading, metric in SCENES.items() if _matches(metric, known)}
         if not columns:
             columns = {metric: metric for metric in known if metric != EQUAL}
-        return columns | ({EQUAL_HEADING: EQUAL} if EQUAL in known else {})
+        fixed = {f"CHAIRi at Cover {cover:g}": _at(cover) for cover in self.study.at_cover if _at(cover) in known}
+        return columns | ({EQUAL_HEADING: EQUAL} if EQUAL in known else {}) | fixed
 
     def row(self, name: str) -> Result | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -91,6 +94,7 @@ def collect(study: Study, output: Path, cells: Mapping[str, Mapping[int, Cell]],
     for name, by_seed in cells.items():
         evaluations[name] = {seed: evaluation_of(cell, output, name) for seed, cell in by_seed.items() if cell.benchmarks}
     equal, differences, notes = _equal_coverage(study, evaluations)
+    fixed, ratios = _at_covers(study, evaluations)
     rows = []
     for name, by_seed in cells.items():
         values: dict[str, dict[int, float]] = {}
@@ -100,7 +104,8 @@ def collect(study: Study, output: Path, cells: Mapping[str, Mapping[int, Cell]],
                 values.setdefault(metric, {})[seed] = float(value)
         if name in equal:
             values[EQUAL] = equal[name]
-        rows.append(Result(name, rates.get(name), by_seed, values, differences.get(name)))
+        values |= fixed.get(name, {})
+        rows.append(Result(name, rates.get(name), by_seed, values, differences.get(name), ratios.get(name, {})))
     return Results(study, rows, notes)
 
 
@@ -149,6 +154,30 @@ def _equal_coverage(
         f"{name} covers less than {LEAST_COVER:.0%} of what others do and is left out at equal Cover." for name in left_out
     ]
     return values, differences, notes if values else []
+
+
+def _at(cover: float) -> str:
+    """The metric: CHAIRi with captions cut at this Cover."""
+    return f"chair_i_at_{cover:g}"
+
+
+def _at_covers(
+    study: Study, evaluations: Mapping[str, Mapping[int, Evaluation]]
+) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, dict[float, Estimate]]]:
+    """Row -> metric -> seed -> CHAIRi at each Cover asked for; row -> Cover -> ratio to the reference row."""
+    names = [name for name, by_seed in evaluations.items() if by_seed.keys() >= set(study.seeds)]
+    if study.compared_with not in names:
+        return {}, {}
+    names = [study.compared_with, *(name for name in names if name != study.compared_with)]
+    runs = [[evaluations[name][seed] for name in names] for seed in study.seeds]
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    ratios: dict[str, dict[float, Estimate]] = {}
+    for cover in study.at_cover:
+        for row in at_cover_over_runs(runs, cover):
+            values.setdefault(row.model, {})[_at(cover)] = dict(zip(study.seeds, row.chair_i, strict=True))
+            if row.ratio is not None and not math.isnan(row.ratio.value):
+                ratios.setdefault(row.model, {})[cover] = row.ratio
+    return values, ratios
 
 
 def first_captions(rows: Sequence[Coverage]) -> list[Coverage]:
@@ -214,12 +243,15 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
     headings = ["", *(["learning rate"] if with_rates else []), *columns]
     if with_differences:
         headings.append(f"Δ vs {results.study.compared_with}")
+    covers = sorted({cover for row in results.rows for cover in row.ratios})
+    headings += [f"÷ {results.study.compared_with} at Cover {cover:g}" for cover in covers]
     rows = []
     for row in results.rows:
         cells = [row.name, *([_rate(row.rate)] if with_rates else [])]
         cells += [_mean(row.mean(metric)) for metric in columns.values()]
         if with_differences:
             cells.append(_difference(row.difference))
+        cells += [_ratio(row.ratios.get(cover)) for cover in covers]
         rows.append(cells)
     return headings, rows
 
@@ -234,6 +266,8 @@ def footnotes(results: Results) -> list[str]:
         notes.append(
             "Δ: difference in CHAIRi at equal Cover, with 95 % intervals over pictures (paired bootstrap); * excludes 0."
         )
+    if any(row.ratios for row in results.rows):
+        notes.append("÷: ratio of CHAIRi at the same Cover, both averaged over seeds, with 95 % intervals over pictures.")
     if results.study.note:
         notes.append(results.study.note)
     return notes + results.notes
@@ -255,7 +289,8 @@ def as_csv(results: Results) -> str:
     """Every metric in full: value, low, high."""
     metrics = list(dict.fromkeys([*results.columns.values(), *results.metrics]))
     headings = ["row", "objective", "learning_rate", "seeds"]
-    for name in (*metrics, "difference"):
+    covers = sorted({cover for row in results.rows for cover in row.ratios})
+    for name in (*metrics, "difference", *(f"ratio_at_{cover:g}" for cover in covers)):
         headings += [name, f"{name}_low", f"{name}_high"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -264,7 +299,8 @@ def as_csv(results: Results) -> str:
         numbers: list[float] = []
         for metric in metrics:
             numbers += row.mean(metric)
-        numbers += row.difference or [math.nan] * 3
+        for change in (row.difference, *(row.ratios.get(cover) for cover in covers)):
+            numbers += change or [math.nan] * 3
         objective = results.study.rows[row.name].objective or ""
         rate = "" if row.rate is None else f"{row.rate:g}"
         texts = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
@@ -314,3 +350,7 @@ def _difference(change: Estimate | None) -> str:
         return "-"
     star = "*" if change.low > 0 or change.high < 0 else ""
     return f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]{star}"
+
+
+def _ratio(change: Estimate | None) -> str:
+    return "-" if change is None else f"{change.value:.2f} [{change.low:.2f}, {change.high:.2f}]"
