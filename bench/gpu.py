@@ -307,7 +307,7 @@ def generation(shape: Shape, folder: Path) -> list[Row]:
     answer()
     seconds = worker.measured(answer)["seconds"][0]
     encoded = replace(family.encode(pairs[0]), response_ids={"chosen": [0] * NEW})
-    flops = sizes.operations(family, [encoded], [encoded.length]).forward
+    flops = sizes.operations(family, [encoded], [sizes.Share(encoded.length, encoded.length**2)]).forward
     return [figures(seconds, SCORED * NEW, SCORED * flops)]
 
 

@@ -28,6 +28,8 @@ def say_web_caption(sample: Sample, rng: random.Random) -> str:
 class FakeFamily(Family):
     """What engines ask of a family, and a switch that breaks it after so many calls."""
 
+    shares_prefix = False
+
     model_id = "fake"
     model_hash, precision = "1234", "float32"
     processor_hash = template_hash = "none"

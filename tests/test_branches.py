@@ -136,6 +136,7 @@ def test_a_group_is_kept_in_one_batch_and_cut_evenly_where_it_is_too_large():
     first, second = (picture(0),), (picture(1),)
     samples = [Sample(str(number), (first, second)[number % 2], "?") for number in range(10)]
     assert [*reading.batches(samples, 6)] == [[[0, 2, 4, 6, 8]], [[1, 3, 5, 7, 9]]]
+    assert [*reading.batches(samples, 6, per_place=2)] == [[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]]
     assert [*reading.batches(samples, 4)] == [[[0, 2, 4]], [[6, 8]], [[1, 3, 5]], [[7, 9]]]
 
 

@@ -156,6 +156,21 @@ def test_a_bad_row_is_named_with_its_number(tmp_path, message):
     assert report.pairs == 4 and [problem.where for problem in report.problems] == [f"{tmp_path / 'a.parquet'}, row 3"]
 
 
+def test_data_check_reads_parquet_a_few_rows_at_a_time_without_a_copy_of_them_all(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", rlhf_v_rows(True))
+    in_cache, streamed = list(open_data(path).pairs()), list(open_data(f"rows(source={str(path)!r}, streaming=True)").pairs())
+    assert [(pair.id, pair.images[0].read()) for pair in streamed] == [(pair.id, pair.images[0].read()) for pair in in_cache]
+    monkeypatch.setattr("datasets.load_dataset", None)
+    assert check_data(path).pairs == len(in_cache)
+
+
+def test_parquet_files_of_different_columns_are_no_data_set(tmp_path):
+    parquet(tmp_path / "a.parquet", rlhf_v_rows(True))
+    parquet(tmp_path / "b.parquet", [{"prompt": "a"}])
+    with pytest.raises(UserError, match="its files have different columns: .*prompt"):
+        check_data(tmp_path)
+
+
 def test_a_missing_hub_data_set_is_explained(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"rlhf_v: 'nobody/nothing' cannot be read \(.*id of a data set on the hub"):

@@ -19,13 +19,15 @@ from catpo.data.pair_folder import write_pairs
 from catpo.files.json_files import read_rows
 from catpo.models import loading
 from catpo.models.memory import DecoderMemory, pass_tokens
-from catpo.models.packing import run_backbone
+from catpo.models.packing import pack, run_backbone
 from catpo.planning.dry_run import plan
 from catpo.planning.sizes import weight_bytes
 from catpo.scoring.score import score
 from catpo.training.collator import PairCollator
+from catpo.training.length_sampler import prompts_together
 from catpo.training.lora import lora_config
 from catpo.training.train import train
+from test_leaves import ranked
 from tiny import pairs
 from tiny_families import BUILDERS, build
 
@@ -100,6 +102,24 @@ def test_a_plan_of_training_tells_its_steps_and_parameters(folder, tmp_path, lor
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     written = sum(file.stat().st_size for file in [*checkpoint.glob("*.safetensors"), checkpoint / "optimizer.pt"])
     assert made.checkpoint <= written < made.checkpoint + 1500 * len(parameters) + 20_000  # names, shapes, frozen weights' too
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_a_plan_counts_each_of_ranked_answers_as_often_as_training_reads_it(folder, tmp_path, batch_size):
+    made = [pair for seed in range(4) for pair in ranked(seed)]
+    write_pairs(tmp_path / "pairs", made, {})
+    given = options(
+        "train", pairs=str(tmp_path / "pairs"), model=str(folder / "model"), num_train_epochs=1.0, eval_fraction=0.0
+    )
+    planned = plan(replace(given, reference="online", objective="dpo", lora=None, per_device_train_batch_size=batch_size))
+    family, tokens = loading.load(folder / "model"), 0
+    order = list(prompts_together(made, batch_size, given.seed) or range(len(made)))
+    for start in range(0, len(made), batch_size):
+        encoded = family.encode_all([made[place] for place in order[start : start + batch_size]])
+        tokens += int(pack(family, encoded)["model_inputs"]["input_ids"].numel())
+    assert planned.token_passes == pytest.approx(2 * tokens, rel=0.03)  # of policy and reference; parts of rows are rounded up
+    if batch_size == 6:  # four answers of a prompt: four rows
+        assert planned.memory["attention mask"] == pytest.approx((6 * planned.tokens["row"].most) ** 2, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3", "builtin"])

@@ -109,7 +109,8 @@ class Picture:
     @property
     def source(self) -> Hashable:
         """What it is read from: equal for pictures known to be the same without being read, whatever they are called."""
-        source = (self.path, self.data, self.load, self.at)
+        path = self.path and os.fspath(self.path)  # compares faster than the path itself
+        source = (path, self.data, self.load, self.at)
         return source if any(source) else id(self)  # a subclass may read in its own way
 
     def is_like(self, other: Picture) -> bool:
@@ -138,13 +139,14 @@ _digests: dict[tuple[Any, ...], str] = {}
 
 def _stamp(path: Path) -> tuple[Any, ...] | None:
     """What changes when a file is written; None if it was written so lately that another write could look the same."""
+    name = os.fspath(path)
     try:
-        found = os.stat(path)
+        found = os.stat(name)
     except OSError:  # reading it says why
         return None
     if max(found.st_mtime_ns, found.st_ctime_ns) > time.time_ns() - RACY_NANOSECONDS:
         return None
-    return os.fspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def opened(content: bytes) -> Image.Image:
@@ -243,11 +245,9 @@ class PreferencePair:
 
 def pair_id(images: tuple[Picture, ...], prompt: str, chosen: str, rejected: str, history: Sequence[Turn] = ()) -> str:
     """A pair's identity: hash of its pictures' bytes and its texts."""
-    digest = hashlib.blake2b(digest_size=8)
     earlier = [part for turn in history for part in (turn.role, turn.text)]
-    for part in [*(image.digest() for image in images), *earlier, prompt, chosen, rejected]:
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+    parts = [*(image.digest() for image in images), *earlier, prompt, chosen, rejected, ""]
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def same_prompt(first: PreferencePair, second: PreferencePair) -> bool:
@@ -275,8 +275,9 @@ def check_pair(pair: PreferencePair) -> PreferencePair:
         )
     if not pair.images:
         raise UserError(f"pair {pair.id} has no picture. Give it at least one.")
-    try:
-        check_places([*pair.history, Turn("user", pair.prompt)], len(pair.images))
-    except UserError as error:
-        raise UserError(f"pair {pair.id}: {error}") from error
+    if pair.history or IMAGE in pair.prompt:
+        try:
+            check_places([*pair.history, Turn("user", pair.prompt)], len(pair.images))
+        except UserError as error:
+            raise UserError(f"pair {pair.id}: {error}") from error
     return pair

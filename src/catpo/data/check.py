@@ -74,8 +74,8 @@ class DataReport:
         return [(group[0], len(group)) for group in groups.values()]
 
 
-def _hash(*parts: Any) -> bytes:
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def check_data(data: str | Path, *, family: Any = None, max_length: int | None = None, limit: int | None = None) -> DataReport:
@@ -142,8 +142,8 @@ class _Checker:
         return digest
 
     def _find_duplicate(self, where: str, pair: PreferencePair, digests: Sequence[str]) -> None:
-        asked = (*digests, pair.history, pair.prompt)
-        chosen, rejected = (_hash(side, *asked, pair.response(side)) for side in SIDES)
+        asked = repr((digests, pair.history, pair.prompt))
+        chosen, rejected = (_hash(f"{side} {asked}{pair.response(side)}") for side in SIDES)
         keys = {"pair": chosen + rejected, "chosen response": chosen, "rejected response": rejected}
         for what, key in keys.items():
             first = self.first_places.setdefault(key, where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def scan(text: str | Path) -> Iterator[Scanned]:
     Raises:
         UserError: there is no such data set, or it cannot be read at all.
     """
-    request = _request(text)
+    request = _request(text).streamed()
     return islice(
         (row for row in request.scan() if isinstance(row[1], UserError) or request.part.has(row[1])), request.part.limit
     )
@@ -208,6 +208,13 @@ class _Request:
         if isinstance(dataset, RowDataset):
             dataset.read_with(self.fields)
         return dataset
+
+    def streamed(self) -> _Request:
+        """The same rows; those of Parquet files are read once, a few at a time."""
+        is_on_disk = bool(self.source) and Path(self.source[0]).exists()
+        if not is_on_disk or "streaming" not in keyword_options(self.plugin):
+            return self
+        return replace(self, options={**self.options, "streaming": True})
 
     def scan(self) -> Iterator[Scanned]:
         fields = {"fields": self.fields} if issubclass(self.plugin, RowDataset) else {}

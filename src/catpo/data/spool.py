@@ -167,8 +167,9 @@ class _File:
             file = tempfile.TemporaryFile(prefix="catpo-pairs-")  # noqa: SIM115 (until the last reader is gone)
             writer = pa.ipc.new_file(file, SCHEMA)
         for block in _blocks(_numbered(pairs)):
-            rows = [{**_row(pair, loads), "prompt_number": number} for number, pair in block]
-            batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
+            rows = [(*_row(pair, loads), number) for number, pair in block]
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+            batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
             with _disk_errors():
                 writer.write_batch(batch)
         with _disk_errors():
@@ -240,35 +241,34 @@ def _blocks(pairs: Iterable[tuple[int, PreferencePair]]) -> Iterator[list[tuple[
         yield block
 
 
-def _row(pair: PreferencePair, loads: list[Callable[..., bytes]]) -> dict[str, Any]:
-    return {
-        "id": pair.id,
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "labels": json.dumps(
-            {side: [(span.start, span.end, span.label) for span in spans] for side, spans in pair.labels.items()}
-        ),
-        "meta": json.dumps(dict(pair.meta), default=str),
-        "history": json.dumps([(turn.role, turn.text) for turn in pair.history]),
-        "images": [_described(picture, loads) for picture in pair.images],
-    }
+def _row(pair: PreferencePair, loads: list[Callable[..., bytes]]) -> tuple[Any, ...]:
+    """A pair's cells in the order of `SCHEMA`, but for its prompt's number."""
+    return (
+        pair.id,
+        pair.prompt,
+        pair.chosen,
+        pair.rejected,
+        _text({side: [(span.start, span.end, span.label) for span in spans] for side, spans in pair.labels.items()}),
+        _text(dict(pair.meta)),
+        _text([(turn.role, turn.text) for turn in pair.history]),
+        [_described(picture, loads) for picture in pair.images],
+    )
 
 
-def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> dict[str, Any]:
-    """A picture without its pixels, unless it has no other place; `loads` gets the functions that read pictures."""
+def _text(value: dict[str, Any] | list[Any]) -> str:
+    return json.dumps(value, default=str) if value else str(value)
+
+
+def _described(picture: Picture, loads: list[Callable[..., bytes]]) -> tuple[Any, ...]:
+    """A picture in the order of `PICTURE`, without its pixels, unless it has no other place; `loads` gets the functions that
+    read pictures.
+    """
     number = None
     if picture.load is not None:
         number = next((number for number, known in enumerate(loads) if known is picture.load), len(loads))
         loads[number:] = [picture.load]
-    return {
-        "name": _encoded(picture.name),
-        "path": None if picture.path is None else _encoded(str(picture.path)),
-        "data": picture.data,
-        "load": number,
-        "at": json.dumps(picture.at),
-        "expected": picture.expected,
-    }
+    path = None if picture.path is None else _encoded(str(picture.path))
+    return _encoded(picture.name), path, picture.data, number, _text(list(picture.at)), picture.expected
 
 
 def _picture(row: dict[str, Any], loads: Sequence[Callable[..., bytes]]) -> Picture:

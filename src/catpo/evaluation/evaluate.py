@@ -26,6 +26,10 @@ from catpo.runtime.work_group import WorkGroup
 
 PART = ".answers-{}.jsonl"
 """What each of several processes has answered: one row per batch."""
+SHORT = 32
+"""Tokens of a short answer: yes or no, a letter."""
+TOGETHER = 2
+"""Short answers about one picture that take the room of one in a batch."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ def _answer(
     group: WorkGroup,
 ) -> None:
     """Answer every open batch. Batches depend neither on what is done nor on who does it, so neither do answers."""
-    batches = _batches(tasks, options.batch_size, options.max_new_tokens)
+    shares = isinstance(model, Family) and reading.can_share(model)
+    batches = _batches(tasks, options.batch_size, options.max_new_tokens, per_place=TOGETHER if shares else 1)
     keys = [[(task.name, item.id) for task, item in batch] for _, batch in batches]
     blocks = Blocks(
         group,
@@ -219,9 +224,12 @@ def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: 
     return most_likely(family, samples, options)
 
 
-def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None) -> list[tuple[int, list[tuple[Task, Item]]]]:
+def _batches(
+    tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None, *, per_place: int = 1
+) -> list[tuple[int, list[tuple[Task, Item]]]]:
     """Longest answer and items of each batch: those with the same longest answer and about the same pictures together.
 
+    So many short answers about one picture as `per_place` says count as one: it is read once, and is most of what they need.
     More tokens than the benchmark's own limit are for a model that thinks before it answers: then questions get them, too.
     """
     batches = []
@@ -231,6 +239,8 @@ def _batches(tasks: Sequence[Task], batch_size: int, max_new_tokens: int | None)
         lengths = [longest if thinks else min(item.max_new_tokens or longest, longest) for item in task.items]
         for tokens in dict.fromkeys(lengths):
             alike = [(task, item) for item, length in zip(task.items, lengths, strict=True) if length == tokens]
-            for groups in reading.batches([item.sample for _, item in alike], batch_size):
+            is_short = tokens <= SHORT and all(item.options is None for _, item in alike)
+            samples = [item.sample for _, item in alike]
+            for groups in reading.batches(samples, batch_size, per_place=per_place if is_short else 1):
                 batches.append((tokens, [alike[number] for number in chain.from_iterable(groups)]))
     return batches

@@ -32,11 +32,11 @@ def can_share(family: Family) -> bool:
     return True
 
 
-def batches(samples: Sequence[Sample], most: int, texts: Sequence[str] = ()) -> Iterator[list[Group]]:
+def batches(samples: Sequence[Sample], most: int, texts: Sequence[str] = (), *, per_place: int = 1) -> Iterator[list[Group]]:
     """Groups of together at most `most` samples, in the order in which their pictures first come up.
 
-    A group is kept in one batch where it fits. With `texts`, the groups with the longest come first, and of a group those
-    with the same text stand together.
+    So many samples of one group as `per_place` says count as one. A group is kept in one batch where it fits. With `texts`,
+    the groups with the longest come first, and of a group those with the same text stand together.
     """
     by_pictures: dict[Hashable, Group] = {}
     for number, sample in enumerate(samples):
@@ -52,7 +52,7 @@ def batches(samples: Sequence[Sample], most: int, texts: Sequence[str] = ()) -> 
         found.sort(key=lambda group: (-max(len(texts[number]) for number in group), group))
     batch: list[Group] = []
     for group in found:
-        if batch and sum(map(len, batch)) + len(group) > most:
+        if batch and sum(-(-len(each) // per_place) for each in (*batch, group)) > most:
             yield batch
             batch = []
         batch.append(group)

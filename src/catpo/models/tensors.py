@@ -23,10 +23,8 @@ def pad_indices(rows: Sequence[Sequence[int]], *, fill: int = PAD) -> Int[Tensor
             [ 3, -1]])
     """
     longest = max((len(row) for row in rows), default=0)
-    table = torch.full((len(rows), longest), fill, dtype=torch.long)
-    for row, values in enumerate(rows):
-        table[row, : len(values)] = torch.as_tensor(values, dtype=torch.long)
-    return table
+    padded = [[*row, *[fill] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).view(len(rows), longest)
 
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from catpo.core.errors import UserError
 from catpo.core.types import SIDES, PreferencePair
 from catpo.data.check import Lengths
 from catpo.data.read import dev_split
-from catpo.data.spool import ids_of, spread
+from catpo.data.spool import ids_of, prompt_numbers, spread
 from catpo.models import devices, loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
@@ -33,6 +34,7 @@ from catpo.scoring.reference_cache import Cache, store_bytes
 from catpo.training import train
 from catpo.training.arguments import passed_on
 from catpo.training.config import check_store, needs_store
+from catpo.training.length_sampler import prompts_together
 from catpo.training.pair_stats import kl_need, reads_reference, requirements, view_needs
 from catpo.training.run_folder import free_output
 
@@ -51,7 +53,8 @@ class Plan:
     pairs: int
     eval_pairs: int
     tokens: Mapping[str, Lengths]
-    """prompt (image tokens included), image, chosen, rejected, row: what one pair takes in a batch."""
+    """prompt (image tokens included), image, chosen, rejected, row: what one pair takes in a batch; its part of the row that
+    pairs of one prompt share."""
     steps: int
     """Optimiser steps, or batches of scoring."""
     token_passes: float
@@ -90,10 +93,11 @@ def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes
         raise UserError(f"processes={count} must be 1 or more.")
     if isinstance(options, ScoreOptions):
         scoring = score.prepare(options, _blueprint)
-        return _plan_scoring(scoring, _sample(scoring.family, scoring.pairs, scoring.skip_log, options.max_length), count)
+        batches = _scoring_batches(scoring.pairs, options.batch_size)
+        return _plan_scoring(scoring, _sample(scoring.family, batches, scoring.skip_log, options.max_length), count)
     free_output(options.output, options.resume)
     training = train.prepare(options, _blueprint, processes=count)
-    sample = _sample(training.family, training.pairs, training.skip_log, options.max_length)
+    sample = _sample(training.family, _training_batches(training), training.skip_log, options.max_length)
     return _TrainingPlan(training, sample, engine, count).plan()
 
 
@@ -123,28 +127,65 @@ def _blueprint(options: ScoreOptions | TrainOptions) -> Family:
     return family
 
 
-def _sample(family: Family, pairs: Sequence[PreferencePair], skip_log: SkipLog, max_length: int | None) -> list[Encoded]:
-    """Some pairs, encoded, without those that the command would skip."""
-    encoded = []
-
-    def encode(pair: PreferencePair) -> None:
-        encoded.append(family.encode(pair, max_length=max_length))
-
-    skip_log.usable(spread(pairs, SAMPLE), encode, lambda pair: f"pair {pair.id}")
-    return encoded
+Batches = list[list[list[Encoded]]]
+"""Of each batch, the pairs of each prompt."""
 
 
-def _plan_scoring(scoring: score.Scoring, sample: Sequence[Encoded], processes: int) -> Plan:
+def _sample(family: Family, batches: Sequence[Sequence[PreferencePair]], skip_log: SkipLog, max_length: int | None) -> Batches:
+    """The pairs of some batches, encoded and put together by prompt, without those that the command would skip."""
+    encoded: dict[tuple[int, int], list[Encoded]] = {}
+
+    def encode(numbered: tuple[int, int, PreferencePair]) -> None:
+        batch, prompt, pair = numbered
+        encoded.setdefault((batch, prompt), []).append(family.encode(pair, max_length=max_length))
+
+    every = [
+        (number, prompt, pair)
+        for number, batch in enumerate(batches)
+        for prompt, pair in zip(prompt_numbers(batch), batch, strict=True)
+    ]
+    skip_log.usable(every, encode, lambda numbered: f"pair {numbered[2].id}")
+    return [[pairs for _, pairs in groups] for _, groups in groupby(encoded.items(), lambda item: item[0][0])]
+
+
+def _batches(pairs: Sequence[PreferencePair], order: Sequence[int] | None, size: int) -> list[list[PreferencePair]]:
+    """Some batches, spread evenly; without an order each pair is one, since it shares its row with no other."""
+    if order is None:
+        return [[pair] for pair in spread(pairs, SAMPLE)]
+    starts = spread(range(0, len(order), size), max(1, SAMPLE // size))
+    return [[pairs[place] for place in order[start : start + size]] for start in starts]
+
+
+def _scoring_batches(pairs: Sequence[PreferencePair], size: int) -> list[list[PreferencePair]]:
+    """Pairs of one prompt follow one another, and are scored in one row."""
+    is_ranked = size > 1 and len(set(prompt_numbers(pairs))) < len(pairs)
+    return _batches(pairs, range(len(pairs)) if is_ranked else None, size)
+
+
+def _training_batches(training: train.Training) -> list[list[PreferencePair]]:
+    """As the trainer draws them in the first epoch."""
+    options = training.options
+    size, given = options.per_device_train_batch_size, passed_on(options)
+    pairs, _ = dev_split(training.pairs, options.eval_fraction, options.seed)
+    is_random = given.get("train_sampling_strategy", "random") == "random"
+    seed = given.get("data_seed")
+    together = prompts_together(pairs, size, options.seed if seed is None else seed) if is_random else None
+    return _batches(training.pairs, None, 1) if together is None else _batches(pairs, list(together), size)
+
+
+def _plan_scoring(scoring: score.Scoring, batches: Batches, processes: int) -> Plan:
     options, family, pairs = scoring.options, scoring.family, scoring.pairs
+    sample = _pairs_of(batches)
     for encoded in sample:
         scoring.settings.check_patches(encoded)
-    row = sizes.row_lengths(family, sample)
+    shares = sizes.shares(family, batches)
+    row = [share.tokens for share in shares]
     token_limit = options.batch_tokens or pass_tokens(family, devices.device_of(options.device))
     batch = max(1, min(options.batch_size, token_limit // max(row), len(pairs)))
     memory = {
         "weights": sizes.weight_bytes(family, options.quantization),
         "activations": batch * max(row) * DecoderMemory(family).largest_layer,
-        "attention mask": batch * max(row) ** 2,
+        "attention mask": batch * max(share.squares for share in shares),
         "head tile": sizes.head_tile_bytes(sample, batch),
     }
     signal_count = len(scoring.settings.signals)
@@ -161,18 +202,19 @@ def _plan_scoring(scoring: score.Scoring, sample: Sequence[Encoded], processes: 
         memory=memory,
         store=store_bytes(family, sample, len(pairs), signal_count, scoring.cache, options.attention_maps),
         processes=processes,
-        work=Work(len(pairs) * sizes.operations(family, sample, row).forward, 0.0),
+        work=Work(len(pairs) * sizes.operations(family, sample, shares).forward, 0.0),
     )
 
 
 class _TrainingPlan:
     """Memory, steps and operations of a training run, each by its own method."""
 
-    def __init__(self, training: train.Training, sample: Sequence[Encoded], engine: str, processes: int) -> None:
+    def __init__(self, training: train.Training, batches: Batches, engine: str, processes: int) -> None:
         self.options, self.family, self.objective = training.options, training.family, training.objective
-        self.pairs, self.sample, self.engine, self.processes = training.pairs, sample, engine, processes
+        self.pairs, self.sample, self.engine, self.processes = training.pairs, _pairs_of(batches), engine, processes
         self.train_pairs, self.eval_pairs = dev_split(training.pairs, self.options.eval_fraction, self.options.seed)
-        self.row = sizes.row_lengths(self.family, sample, self.options.prefix)
+        self.shares = sizes.shares(self.family, batches, self.options.prefix)
+        self.row = [share.tokens for share in self.shares]
         self.mean_row = sum(self.row) / len(self.row)
         self.computes_in = training.computes_in
         is_mixed = self.computes_in != torch.float32
@@ -259,7 +301,7 @@ class _TrainingPlan:
             "gradients": self.trained * self.computes_in.itemsize if self.has_own_masters else self.trained_bytes,
             "optimiser": self.moment_bytes + self.has_own_masters * self.trained_bytes,
             "activations": longest * batch * self.policy_rows * per_token,
-            "attention mask": batch * longest**2,
+            "attention mask": batch * max(share.squares for share in self.shares),
             "head tile": sizes.head_tile_bytes(self.sample, batch),
         }
         present = {name: size for name, size in memory.items() if size}
@@ -284,7 +326,7 @@ class _TrainingPlan:
 
     def _work(self, seen: float) -> Work:
         """Operations and bytes sent, for so many pairs seen."""
-        of_pair = sizes.operations(self.family, self.sample, self.row)
+        of_pair = sizes.operations(self.family, self.sample, self.shares)
         training = of_pair.training(
             adapter=2.0 * self.trained * self.mean_row if self.options.lora else None,
             is_checkpointed=self.options.gradient_checkpointing,
@@ -297,6 +339,10 @@ class _TrainingPlan:
         gradients = self.trained_bytes if self.engine == "ddp" else self.trained * min(4, self.computes_in.itemsize)
         sent = sent_bytes(self.engine, self.processes, gathered=gathered, gradients=gradients, batches=batches)
         return Work(seen * (self.policy_rows * training + self.reference_rows * of_pair.forward), sent)
+
+
+def _pairs_of(batches: Batches) -> list[Encoded]:
+    return [pair for groups in batches for group in groups for pair in group]
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:

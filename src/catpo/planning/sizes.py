@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from catpo.models.family import Encoded, Family
 from catpo.models.output_head import MIN_TILE_WIDTH, TILE
+from catpo.models.packing import row_length
 from catpo.planning.costs import Operations
 from catpo.training.lora import lora_config, wrapped
 
@@ -24,13 +27,35 @@ TILE_COPIES = 4
 """Temporaries of a tile of the head that live at once: logits, the reference's, their difference, probabilities."""
 
 
-def row_lengths(family: Family, encoded: Sequence[Encoded], prefix: str = "shared") -> list[int]:
-    """Tokens that each pair takes in a batch: one row for both responses, or two."""
-    lengths = []
-    for pair in encoded:
-        second_prompt = 0 if prefix == "shared" and _is_one_row(family) else len(pair.prompt_ids)
-        lengths.append(pair.length + second_prompt)
-    return lengths
+@dataclass(frozen=True)
+class Share:
+    """What one pair takes of the rows of its batch: its own row or rows, or a part of the one that it shares."""
+
+    tokens: int
+    squares: int
+    """Sum of the squares of the rows' lengths, of which attention is made."""
+
+
+def shares(family: Family, batches: Sequence[Sequence[Sequence[Encoded]]], prefix: str = "shared") -> list[Share]:
+    """What each pair takes, given the pairs of each prompt of each batch.
+
+    As `packing.pack` lays them out: a row per prompt, or per pair if that makes the batch shorter; or two per pair.
+    """
+    found = []
+    for groups in batches:
+        alone = [[pair] for group in groups for pair in group]
+        if prefix != "shared" or not _is_one_row(family):
+            lengths = [pair.length + len(pair.prompt_ids) for [pair] in alone]
+            found += [Share(length, length**2) for length in lengths]
+            continue
+        for group in min(groups, alone, key=_padded):
+            length = row_length(group)
+            found += [Share(math.ceil(length / len(group)), math.ceil(length**2 / len(group)))] * len(group)
+    return found
+
+
+def _padded(groups: Sequence[Sequence[Encoded]]) -> int:
+    return len(groups) * max(map(row_length, groups))
 
 
 def _is_one_row(family: Family) -> bool:
@@ -120,8 +145,8 @@ def head_tile_bytes(encoded: Sequence[Encoded], pairs: int) -> int:
     return TILE_COPIES * max(MIN_TILE_WIDTH * tokens, TILE["cuda"]) * 4
 
 
-def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -> Operations:
-    """Operations of a mean pair's forward pass; `row` are the tokens that each pair takes in a batch.
+def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[Share]) -> Operations:
+    """Operations of a mean pair's forward pass; `row` is what each pair takes of its batch.
 
     The tower's attention is left out, and layers that merge its patches are taken to read each of them.
     """
@@ -132,9 +157,9 @@ def operations(family: Family, encoded: Sequence[Encoded], row: Sequence[int]) -
     tower_weights = towers * sum(_weights(part) for part in family.frozen_parts())
     responses = [sum(map(len, pair.response_ids.values())) for pair in encoded]
     return Operations(
-        linear=2 * _weights(family.decoder) * _mean(row),
+        linear=2 * _weights(family.decoder) * _mean([share.tokens for share in row]),
         # two products, scores and sums, of half the square each
-        attention=2 * text.num_hidden_layers * width * _mean([length**2 for length in row]),
+        attention=2 * text.num_hidden_layers * width * _mean([share.squares for share in row]),
         head=2 * family.head.weight.numel() * _mean(responses),
         tower=2 * tower_weights * _mean([_patches(family, pair) for pair in encoded]),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from catpo.core.conversation import IMAGE, Turn, check_places, without_leading_places
 from catpo.core.errors import UserError
@@ -117,11 +117,11 @@ class Fields(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
-        return super().__getitem__(name)
+        return dict.__getitem__(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
-        return super().get(name, default)
+        return dict.get(self, name, default)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ class Row:
 
     def peek(self, field: str) -> Any:
         """What a field holds; does not count as reading it."""
-        return dict.get(cast("Fields", self.values), field)  # not that of `Fields`, which counts
+        values: Any = self.values
+        return dict.get(values, field)  # not that of `Fields`, which counts
 
     def text(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""

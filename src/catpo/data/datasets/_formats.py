@@ -84,6 +84,8 @@ FORMATS = {
 
 
 def _shape(row: Row, name: str) -> str:
+    if name == "auto" and MARKS.keys().isdisjoint(row.values):
+        return "plain"
     rejected = [field for field in MARKS if field.startswith("rejected_") and field in row.values]
     is_empty = rejected and not any(row.has(field) for field in (*rejected, "chosen"))  # its own format says so
     field = rejected[0] if is_empty else next(filter(row.has, MARKS), None)

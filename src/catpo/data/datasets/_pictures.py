@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -89,10 +89,10 @@ def _from_name(row: Row, field: str, name: str, root: Path) -> Picture:
                 field,
                 f"'{shown(name)}' leaves the folder {root}. Give a path inside it, or name the pictures' folder: images='DIR'",
             )
-        path = _inside(name, root)
+        path, mode = _followed(name, root)
         if path is None:
             raise row.error(field, f"'{shown(name)}' is a link that leads out of the folder. Put the picture inside")
-        if not path.is_file():
+        if not stat.S_ISREG(mode):
             raise row.error(field, f"'{shown(name)}' is not a file in {root}. Check the name")
     except (OSError, ValueError, RuntimeError) as error:  # NUL in the name, a name too long, a loop of links
         reason = getattr(error, "strerror", None) or error
@@ -100,26 +100,28 @@ def _from_name(row: Row, field: str, name: str, root: Path) -> Picture:
     return Picture(path=path, name=f"{name} ({row.where})")
 
 
-def _inside(name: str, root: Path) -> Path | None:
-    """The file of a name with all links followed; None if they lead out of the folder.
+def _followed(name: str, root: Path) -> tuple[Path | None, int]:
+    """The file of a name with all links followed, None if they lead out of the folder; and its mode, 0 if there is none.
 
     Links are followed where there are any: a folder of many pictures seldom has one.
     """
-    path = root
-    for part in PurePath(name).parts:
-        path /= part
-        if part == ".." or path == Path(part) or _is_link(path):  # the second: it is absolute
-            resolved = (root / name).resolve()
-            return resolved if resolved.is_relative_to(root) else None
-    return path
+    path, mode = os.fspath(root), stat.S_IFLNK if UNUSUAL.search(name) else 0
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    while parts and not stat.S_ISLNK(mode):
+        path = f"{path}/{parts.pop(0)}"
+        mode = _mode(path)
+    if not stat.S_ISLNK(mode):
+        return Path(path), mode
+    resolved = (root / name).resolve()
+    return (resolved, _mode(resolved)) if resolved.is_relative_to(root) else (None, 0)
 
 
-def _is_link(path: Path) -> bool:
-    """As `Path.is_symlink`, which says nothing of names that no file can have."""
+def _mode(path: str | Path) -> int:
+    """Kind and rights of a file or link; 0 if there is none."""
     try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
+        return os.lstat(path).st_mode
     except FileNotFoundError:
-        return False
+        return 0
 
 
 def _leaves(name: str, root: Path) -> bool:

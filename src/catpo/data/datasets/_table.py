@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import logging
 
 from catpo.core.checks import check_regular
@@ -33,6 +34,8 @@ METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "sta
 """Files that describe a data set, and hold none of its rows."""
 BLOCK = 16
 """Rows of a table that are in memory together."""
+BUFFER = 1 << 16
+"""Bytes of each column that are read together."""
 SPLITS = {
     "training": "train", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -46,7 +49,7 @@ class Table:
 
     name: str
     data: Any
-    """A `datasets.Dataset`, an `IterableDataset` when streaming, or a list of JSON or CSV files."""
+    """A `datasets.Dataset`; when streaming, an `IterableDataset` or `ParquetRows`; or a list of JSON or CSV files."""
     root: Path
     """Folder of pictures that are given by name; resolved."""
 
@@ -101,13 +104,34 @@ class Table:
         return Picture(load=self.read_cell, at=(number, column, index), name=name)
 
 
+class ParquetRows:
+    """Rows of Parquet files, a few in memory at a time; the `datasets` library would copy all of them to its cache first.
+
+    Raises:
+        ValueError: the files have different columns.
+        pyarrow.ArrowException: a file is not Parquet.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        names = [set(pq.read_schema(file).names) for file in files]
+        if any(others != names[0] for others in names):
+            raise ValueError(f"its files have different columns: {', '.join(sorted(set.union(*names)))}")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for file in self.files:
+            with pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as table:
+                for batch in table.iter_batches(batch_size=BLOCK):
+                    yield from batch.to_pylist()
+
+
 class TableDataset(RowDataset):
     """A data set of which each row is a row of a table.
 
     Args:
         source: Parquet, JSON or CSV file, folder of them, folder made by `save_to_disk`, or hub id.
         split: of a hub or saved data set, or of a folder whose files are named by it.
-        streaming: read a hub data set row by row instead of downloading it first.
+        streaming: read a hub data set or Parquet files row by row, instead of downloading or unpacking all rows first.
         images: folder of the pictures, for rows that name them instead of holding them; by default the file's own.
     """
 
@@ -172,6 +196,8 @@ def _load(path: Path, name: str, split: str, streaming: bool) -> Any:
     kind = kinds.pop()
     if kind in ("json", "csv"):
         return files
+    if kind == "parquet" and streaming:
+        return ParquetRows(files)
     literal = [glob.escape(str(file)) for file in files]  # the library takes names for patterns
     return datasets.load_dataset(kind, data_files={split: literal}, split=split, streaming=streaming)
 
@@ -198,7 +224,7 @@ def _has_rows(file: Path) -> bool:
 
 def undecoded(data: Any) -> Any:
     """The same rows as they are stored, with pictures, sounds and videos encoded."""
-    if isinstance(data, list):
+    if isinstance(data, list | ParquetRows):
         return data
     if isinstance(data, datasets.Dataset):
         return data.with_format("arrow")

@@ -30,6 +30,7 @@ from catpo.files.json_files import read_json
 
 DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "history", "labels", "meta", "references", "truth")
+KNOWN = frozenset(FIELDS)
 USUAL_FILES = (ROWS, "data.jsonl")
 LABELS = ("grounded", "hallucinated")
 
@@ -113,8 +114,9 @@ class Dataset(datasets.RowDataset):
     def _scanned(self) -> Iterator[datasets.Scanned]:
         """Each line's pair or sample, or what is wrong with it; blank lines are skipped."""
         seen: dict[str, int] = {}
+        name = str(self.file)
         for number, line in numbered_lines(self.file):
-            where = f"{self.file}:{number}"
+            where = f"{name}:{number}"
             try:
                 row = _Row(where, line_object(where, line), self.root, is_ours=self.is_ours)
                 [item] = row.made(partial(_Row.items, prompt=self.prompt, number=number), self.fields)
@@ -168,13 +170,14 @@ class _Row(Row):
         chosen, rejected = self.text("chosen"), self.text("rejected")
         earlier = self.values.get("history") or []
         turns = [message.turn for message in dialogue(self, "history", earlier, is_history=True)] if earlier else []
-        *history, question = self.placed("prompt", [*turns, Turn("user", prompt)], len(images))
-        prompt = question.text if IMAGE in prompt else prompt
+        history: list[Turn] = []
+        if turns or IMAGE in prompt:
+            *history, question = self.placed("prompt", [*turns, Turn("user", prompt)], len(images))
+            prompt = question.text if IMAGE in prompt else prompt
         labels = self.labels({"chosen": chosen, "rejected": rejected})
         meta = {**self.mapping("meta"), **self.unknown()}
-        with self.named():
-            name = self.identity() or pair_id(images, prompt, chosen, rejected, history)
-            return check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta, tuple(history)))
+        name = self.identity() or pair_id(images, prompt, chosen, rejected, history)
+        return check_pair(PreferencePair(name, images, prompt, chosen, rejected, labels, meta, tuple(history)))
 
     def sample(self, prompt: str, number: int) -> Sample:
         images, text = self.images(), self.text("prompt", prompt)
@@ -221,6 +224,8 @@ class _Row(Row):
 
     def labels(self, texts: Mapping[str, str]) -> dict[str, tuple[Span, ...]]:
         """Labelled spans of each side's text: {side: [[start, end, "grounded" or "hallucinated"], ...]}."""
+        if "labels" not in self.values:
+            return {}
         spans = {}
         for side, rows in self.mapping("labels").items():
             field = f"labels.{side}"
@@ -243,7 +248,9 @@ class _Row(Row):
 
     def unknown(self) -> dict[str, Any]:
         """Fields that are not ours; one that looks like a typing error is refused."""
-        extra = {key: value for key, value in self.values.items() if key not in FIELDS}
+        if self.values.keys() <= KNOWN:
+            return {}
+        extra = {key: value for key, value in self.values.items() if key not in KNOWN}
         for key in extra:
             close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.8)
             if close and close[0] not in self.values:

@@ -34,7 +34,7 @@ class Dataset(TableDataset):
         format: refuse rows of another: llama-factory, ms-swift, povid, trl or rlhf-v.
         images: folder of the pictures; by default the file's own. Absolute paths must lie inside it, too.
         split: of a hub or saved data set, or of a folder whose files are named by it.
-        streaming: read a hub data set row by row instead of downloading it first.
+        streaming: read a hub data set or Parquet files row by row, instead of downloading or unpacking all rows first.
         prompt: question of rows that have none.
         seed: draws one of several chosen and rejected texts (HA-DPO has three of each).
         min_gap: two ranked answers make a pair if their scores differ by more than this.
