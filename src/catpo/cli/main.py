@@ -14,7 +14,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from catpo import __version__
-from catpo.cli import streams
+from catpo.cli import detect, streams
 from catpo.cli.flags import explained, from_recipe
 from catpo.cli.interrupted import interrupted
 from catpo.cli.messages import TRACEBACK, explain, taken
@@ -261,6 +261,8 @@ def compare(
 
     print(show(compare(evaluations, limit=limit), format))
 
+
+detect.register(app, group=LOOK, sort_key=5)
 
 data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
 app.command(data)
