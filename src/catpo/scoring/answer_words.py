@@ -29,6 +29,16 @@ ALMOST_CERTAIN = 0.999
 
 
 @dataclass(frozen=True)
+class Named:
+    """An object word of a text, `text[start:end]`, and the question about it."""
+
+    start: int
+    end: int
+    object: str
+    question: str
+
+
+@dataclass(frozen=True)
 class AnswerWord:
     """An object that an answer names: `text[start:end]`."""
 
@@ -64,41 +74,51 @@ class WordJudge:
 
     def words(self, samples: Sequence[Sample], texts: Sequence[str]) -> list[list[AnswerWord]]:
         """The object words of each text in their order; an object is judged once per text."""
-        found = [mentions(text, self.forms) for text in texts]
-        objects = [list(dict.fromkeys(mention.object for mention in each)) for each in found]
-        logits = self._asked(samples, objects) if self.probe is None else self._probed(self.probe, samples, texts, objects)
+        found = [self.find(text) for text in texts]
+        judged_by = self._asked if self.probe is None else self._probed
+        logits = judged_by(samples, texts, [{word.object: word.question for word in each} for each in found])
         judged = []
-        for mentioned, of_text in zip(found, logits, strict=True):
-            judged.append([_judged(each.start, each.end, each.object, of_text.get(each.object)) for each in mentioned])
+        for named, of_text in zip(found, logits, strict=True):
+            judged.append([_judged(word, of_text.get(word.object)) for word in named])
         return judged
 
-    def _asked(self, samples: Sequence[Sample], objects: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-        """Object -> logit of yes less that of no."""
-        asked = []
-        for sample, names in zip(samples, objects, strict=True):
-            asked.append((sample.images, [self.question.replace("{}", name_object(name, 1, self.forms)) for name in names]))
+    def find(self, text: str) -> list[Named]:
+        """The object words of a text, each with its question: the one place that decides what is asked about."""
+        named = []
+        for mention in mentions(text, self.forms):
+            question = self.question.replace("{}", name_object(mention.object, 1, self.forms))
+            named.append(Named(mention.start, mention.end, mention.object, question))
+        return named
+
+    def _asked(
+        self, samples: Sequence[Sample], texts: Sequence[str], questions: Sequence[Mapping[str, str]]
+    ) -> list[dict[str, float]]:
+        """Of each text: object -> logit of yes less that of no."""
+        asked = [(sample.images, list(of_text.values())) for sample, of_text in zip(samples, questions, strict=True)]
         margins = yes_less_no(self.family, asked, batch_size=self.batch_size)
-        return [dict(zip(names, of_text, strict=True)) for names, of_text in zip(objects, margins, strict=True)]
+        return [dict(zip(of_text, answers, strict=True)) for of_text, answers in zip(questions, margins, strict=True)]
 
     def _probed(
-        self, probe: Probe, samples: Sequence[Sample], texts: Sequence[str], objects: Sequence[Sequence[str]]
+        self, samples: Sequence[Sample], texts: Sequence[str], questions: Sequence[Mapping[str, str]]
     ) -> list[dict[str, float]]:
-        """Object -> log-odds by the probe; those that no token of their own begins are left out."""
-        features = self._features(probe, samples, texts, objects)
+        """Of each text: object -> log-odds by the probe; those that no token of their own begins are left out."""
+        assert self.probe is not None
+        if self.probe.features == (SELF_QUESTION,):
+            asked = self._asked(samples, texts, questions)
+            features = [_as_features(of_text) for of_text in asked]
+        else:
+            features = self._features(self.probe, samples, texts, questions)
         logits = []
         for of_text in features:
-            columns = {name: np.array([row[name] for row in of_text.values()]) for name in probe.features}
-            values = probe.logits(columns).tolist() if of_text else []
+            columns = {name: np.array([row[name] for row in of_text.values()]) for name in self.probe.features}
+            values = self.probe.logits(columns).tolist() if of_text else []
             logits.append(dict(zip(of_text, values, strict=True)))
         return logits
 
     def _features(
-        self, probe: Probe, samples: Sequence[Sample], texts: Sequence[str], objects: Sequence[Sequence[str]]
+        self, probe: Probe, samples: Sequence[Sample], texts: Sequence[str], questions: Sequence[Mapping[str, str]]
     ) -> list[dict[str, Mapping[str, float]]]:
         """Of each text: object -> what the probe reads of it, in the pass of `catpo score` with the text as both responses."""
-        if probe.features == (SELF_QUESTION,):
-            asked = self._asked(samples, objects)
-            return [{name: {SELF_QUESTION: logit} for name, logit in of_text.items()} for of_text in asked]
         words = _Settings(probe.features, ALMOST_CERTAIN, self.question, None, self.forms)
         bound = pass_tokens(self.family, self.family.device)
         scorer = PairScorer(self.family, ScoreSettings((), "last", "mean", "token", "all", words), batch_tokens=bound)
@@ -112,7 +132,7 @@ class WordJudge:
             for batch in preparation(window)[1]:
                 scored = scorer.score_batch(batch, [pairs[place] for place in batch.places], preparation.others)
                 for row in (row for response in scored for row in response.words):
-                    if row.word in objects[int(row.pair_id)]:
+                    if row.word in questions[int(row.pair_id)]:
                         found[int(row.pair_id)][row.word] = row.features
         return found
 
@@ -128,8 +148,12 @@ class _Settings(WordSettings):
         return self.given
 
 
-def _judged(start: int, end: int, name: str, logit: float | None) -> AnswerWord:
+def _as_features(logits: Mapping[str, float]) -> dict[str, Mapping[str, float]]:
+    return {name: {SELF_QUESTION: logit} for name, logit in logits.items()}
+
+
+def _judged(word: Named, logit: float | None) -> AnswerWord:
     if logit is None:
-        return AnswerWord(start, end, name, None, None)
+        return AnswerWord(word.start, word.end, word.object, None, None)
     grounded = 0.5 * (1 + math.tanh(logit / 2))  # the logistic function, for any logit
-    return AnswerWord(start, end, name, round(logit, 6), round(grounded, 6))
+    return AnswerWord(word.start, word.end, word.object, round(logit, 6), round(grounded, 6))
