@@ -90,13 +90,15 @@ def test_a_base_hands_down_its_licence_and_origin(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\n---\nA model.\n")
     first = origin(str(tmp_path / "base"))
-    assert first == {"bases": ["base"], "licence": {"license": "other", "license_name": "llama2"}}
+    licence = {"license": "other", "license_name": "llama2"}
+    assert first == {"bases": ["base"], "base_on_hub": None, "licence": licence}
     (tmp_path / "next").mkdir()
     write_card(tmp_path / "next", first)
-    assert origin(str(tmp_path / "next")) == {"bases": ["next", "base"], "licence": first["licence"]}
+    assert origin(str(tmp_path / "next")) == {"bases": ["next", "base"], "base_on_hub": None, "licence": licence}
     assert "next ← base. Licence of the base: llama2" in card_of(tmp_path, origin(str(tmp_path / "next")))
-    assert origin("nobody/knows") == {"bases": ["nobody/knows"], "licence": {}}
-    assert "licence is not known here" in card_of(tmp_path, origin("nobody/knows"))
+    assert origin("nobody/knows") == {"bases": ["nobody/knows"], "base_on_hub": "nobody/knows", "licence": {}}
+    card = card_of(tmp_path, origin("nobody/knows"))
+    assert "licence is not known here" in card and "base_model: nobody/knows" in card
 
 
 def test_what_is_pushed_is_the_model_with_its_card_and_loads_again(ours, folder, tmp_path, monkeypatch, capsys):

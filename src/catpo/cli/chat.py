@@ -96,6 +96,8 @@ def _picture(path: Path) -> Any:
 
 def _lines(is_typed: bool) -> Iterator[str]:
     """Lines of standard input that are not blank, until it ends; with a prompt on a terminal only."""
+    if not is_typed and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")  # whatever the locale is
     if is_typed:
         try:
             import readline  # noqa: F401 (arrow keys and history, where Python has it)

@@ -15,8 +15,10 @@ from catpo.config.options import DetectOptions
 
 SHOWN = 20
 """Texts printed; words.jsonl and the report have more."""
-MARKS = {True: ("✓", Style(color="blue")), False: ("✗", Style(color="dark_orange", bold=True, underline=True))}
-"""Whether a word is as likely as the threshold -> its mark and style."""
+STYLES = (Style(color="blue"), Style(color="dark_orange", bold=True, underline=True))
+"""Of words that are as likely as the threshold, and of others."""
+MARKS, ASCII_MARKS = "✓✗", "+!"
+"""Behind such words; where the terminal cannot show the former, the latter."""
 
 
 def register(app: App, **place: Any) -> None:
@@ -31,24 +33,25 @@ def detect(options: Annotated[DetectOptions, Parameter(name="*")]) -> None:
 
     found = detect(**vars(options))
     console = Console(highlight=False)
+    marks = MARKS if console.encoding.lower().startswith("utf") else ASCII_MARKS
     shown = [found.rows[number] for number in doubtful_first(found.rows, options.threshold)[:SHOWN]]
     for row in shown:
-        console.print(marked(row, options.threshold), soft_wrap=True)
+        console.print(marked(row, options.threshold, marks), soft_wrap=True)
     if len(found.rows) > len(shown):
         say(f"… and {len(found.rows) - len(shown):,} more: see {found.path / 'words.jsonl'}.")
-    say(_counts(found.rows, options.threshold))
+    say(_counts(found.rows, options.threshold, marks))
     if auroc := found.about.get("auroc"):
         say(*_truth_lines(auroc))
     page = write_page(found, options.output, threshold=options.threshold, max_pictures=options.max_pictures)
     say(f"Words: {found.path / 'words.jsonl'}", f"Report: {page}")
 
 
-def marked(row: Mapping[str, Any], threshold: float) -> Text:
+def marked(row: Mapping[str, Any], threshold: float, marks: str = MARKS) -> Text:
     """A text with a mark and the probability behind each of its object words."""
     from catpo.text.words import plain  # imports NumPy, which help needs not
 
-    text, shown, end = row["text"], Text(plain(row["picture"]).replace("\n", " "), Style(bold=True)), 0
-    shown.append("\n", Style(bold=False))
+    text, shown, end = row["text"], Text(), 0
+    shown.append(plain(row["picture"]).replace("\n", " "), Style(bold=True)).append("\n")
     for word in row["words"]:
         shown.append(plain(text[end : word["start"]]))
         end = word["end"]
@@ -56,17 +59,17 @@ def marked(row: Mapping[str, Any], threshold: float) -> Text:
         if word["grounded"] is None:
             shown.append(name)
             continue
-        mark, style = MARKS[word["grounded"] >= threshold]
-        shown.append(name, style).append(f"{mark}({word['grounded']:.2f})", Style(dim=True))
+        is_doubtful = word["grounded"] < threshold
+        shown.append(name, STYLES[is_doubtful]).append(f"{marks[is_doubtful]}({word['grounded']:.2f})", Style(dim=True))
     return shown.append(plain(text[end:]) + "\n")
 
 
-def _counts(rows: Any, threshold: float) -> str:
+def _counts(rows: Any, threshold: float, marks: str) -> str:
     judged = [word for row in rows for word in row["words"] if word["grounded"] is not None]
     marked_count = sum(word["grounded"] < threshold for word in judged)
     return (
         f"{len(rows):,} texts, {len(judged):,} object words; {marked_count:,} are likely not in the picture "
-        f"(✗, less than {threshold:g})."
+        f"({marks[1]}, less than {threshold:g})."
     )
 
 

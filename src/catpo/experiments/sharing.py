@@ -90,7 +90,7 @@ def prepared(
             if name.endswith(PUSHED) and name not in PRIVATE and name != CARD:
                 files[name] = stay_inside(folder / name, folder)
         if ADAPTER in files:
-            files[ADAPTER] = _based(folder / ADAPTER, changed / ADAPTER, base)
+            files[ADAPTER] = _based(folder / ADAPTER, changed / ADAPTER, facts)
         names = {name: listed["files"][name] for name in files if name != CARD}
         if ADAPTER in names:
             names[ADAPTER] = describe_file(files[ADAPTER])
@@ -177,24 +177,28 @@ def _facts(folder: Path, base: str | None, licence: str | None) -> dict[str, Any
         config = read_json(folder / ADAPTER) if (folder / ADAPTER).is_file() else {}
         facts = origin(str(config.get("base_model_name_or_path") or "unknown"))
     if base is not None:
-        facts |= {"bases": [base], "licence": licence_of(base) or facts["licence"]}
+        facts |= {"bases": [base], "base_on_hub": base, "licence": licence_of(base) or facts["licence"]}
     return facts if licence is None else {**facts, "licence": {"license": licence}}
 
 
-def _based(config: Path, changed: Path, base: str | None) -> Path:
+def _based(config: Path, changed: Path, facts: Mapping[str, Any]) -> Path:
     """The adapter's configuration, with a base that others can load.
 
     Raises:
         UserError: it names a folder of this machine.
     """
     fields = json.loads(config.read_text(encoding="utf-8"))
-    named = base or str(fields.get("base_model_name_or_path") or "")
-    if named != BUILTIN and (not HUB_ID.fullmatch(named) or Path(named).exists()):
+    named = str(fields.get("base_model_name_or_path") or "")
+    if named == BUILTIN:
+        return config
+    if facts["base_on_hub"] is None:
         raise UserError(
             f"The adapter was trained on '{shown(named, length=300)}', which others do not have. Give the base's name on the "
             "hub with --base, or push what `catpo merge` makes."
         )
-    changed.write_text(json.dumps({**fields, "base_model_name_or_path": named}, indent=2, sort_keys=True), encoding="utf-8")
+    changed.write_text(
+        json.dumps({**fields, "base_model_name_or_path": facts["base_on_hub"]}, indent=2, sort_keys=True), encoding="utf-8"
+    )
     return changed
 
 

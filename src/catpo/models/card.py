@@ -20,7 +20,7 @@ from catpo.text.tables import for_markdown, markdown_table
 
 FACTS = "catpo-model.json"
 """What the card says of the training, for the cards of models that are made of this one."""
-FIELDS = {"bases": list[str], "licence": dict[str, str]}
+FIELDS = {"bases": list[str], "base_on_hub": str | None, "licence": dict[str, str]}
 NAME = "YOUR-NAME/THIS-MODEL"
 """Stands in a card where the model's name on the hub goes, until it has one."""
 BEGIN, END = "<!-- catpo: evaluations -->", "<!-- catpo: end of evaluations -->"
@@ -62,14 +62,18 @@ def card_of(folder: Path, facts: Mapping[str, Any], *, name: str = NAME, evaluat
         evaluation: Markdown of `catpo.experiments.sharing`.
     """
     chain, licence = facts["bases"], facts["licence"]
-    is_adapter = (folder / "adapter_config.json").is_file()
+    config, adapted = folder / "adapter_config.json", None
+    if config.is_file():
+        named = shared_name(read_json(config, may_link=True).get("base_model_name_or_path"))
+        adapted = named if named in chain else chain[0]
+    is_adapter = adapted is not None
     template = resources.files("catpo.models").joinpath("card.md.j2").read_text(encoding="utf-8")
     card = ModelCard.from_template(
-        _metadata(facts, chain, licence, is_adapter),
+        _metadata(facts, licence, is_adapter),
         template_str=template,
         title=_title(facts, chain),
         summary=_summary(facts, chain, is_adapter),
-        code=_code(chain[0] if is_adapter else None, facts.get("revision"), name),
+        code=_code(adapted, facts.get("revision"), name),
         method=_method(facts),
         data=_data(facts.get("data") or {}),
         base=_base(chain, licence),
@@ -81,14 +85,32 @@ def card_of(folder: Path, facts: Mapping[str, Any], *, name: str = NAME, evaluat
 
 
 def origin(base: str) -> dict[str, Any]:
-    """`bases` and `licence` of a model made of `base`: that one, what it was made of if that is known, and so on."""
+    """`bases`, `base_on_hub` and `licence` of a model made of `base`: that one, what it was made of if known, and so on.
+
+    What is a name on the hub is decided here and now: later, or elsewhere, a folder of that name may be gone.
+    """
     try:
         of_base = read_facts(Path(base))
     except UserError:  # in somebody else's folder
         of_base = None
     if of_base is not None:
-        return {"bases": [shared_name(base), *of_base["bases"]], "licence": of_base["licence"]}
-    return {"bases": [shared_name(base)], "licence": licence_of(base)}
+        return {**{name: of_base[name] for name in FIELDS}, "bases": [shared_name(base), *of_base["bases"]]}
+    return {"bases": [shared_name(base)], "base_on_hub": base if is_on_hub(base) else None, "licence": licence_of(base)}
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is one of the hub, as far as can be told here."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def datasets_in(text: str) -> list[str]:
+    """Data sets of the hub that options name.
+
+    >>> datasets_in("rlhf_v(source='openbmb/RLHF-V-Dataset', limit=10)")
+    ['openbmb/RLHF-V-Dataset']
+    """
+    quoted = re.findall(r"'([\w.-]+/[\w.-]+)'", text)
+    return [name for name in dict.fromkeys(quoted) if is_on_hub(name)]
 
 
 def licence_of(base: str) -> dict[str, str]:
@@ -121,9 +143,9 @@ def shared_name(text: object) -> str:
     return FOLDERS.sub("", str(text))
 
 
-def _metadata(facts: Mapping[str, Any], chain: Sequence[str], licence: Mapping[str, str], is_adapter: bool) -> ModelCardData:
+def _metadata(facts: Mapping[str, Any], licence: Mapping[str, str], is_adapter: bool) -> ModelCardData:
     objective = str(facts.get("objective", "")).partition("(")[0]
-    base = next((name for name in chain if _is_on_hub(name)), None)
+    base = facts.get("base_on_hub")
     more: dict[str, Any] = dict(licence)
     if base:
         more["base_model_relation"] = "adapter" if is_adapter else "finetune"
@@ -132,20 +154,9 @@ def _metadata(facts: Mapping[str, Any], chain: Sequence[str], licence: Mapping[s
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=[*TAGS, *([objective] if objective else []), *(["lora"] if is_adapter else [])],
-        datasets=_datasets(facts.get("data") or {}) or None,
+        datasets=(facts.get("data") or {}).get("on_hub") or None,
         **more,
     )
-
-
-def _is_on_hub(name: str) -> bool:
-    """Whether a name is one of the hub, as far as can be told here."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
-
-
-def _datasets(data: Mapping[str, Any]) -> list[str]:
-    """Data sets of the hub that the source names."""
-    quoted = re.findall(r"'([\w.-]+/[\w.-]+)'", " ".join(str(data.get(name, "")) for name in ("source", "made_of")))
-    return [name for name in dict.fromkeys(quoted) if _is_on_hub(name)]
 
 
 def _called(model: str) -> str:

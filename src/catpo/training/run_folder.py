@@ -19,7 +19,7 @@ from catpo.data.spool import ids_of
 from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json, read_rows
 from catpo.files.provenance import check_same, versions
-from catpo.models.card import origin, shared_name, write_card
+from catpo.models.card import datasets_in, origin, shared_name, write_card
 from catpo.models.family import Family
 from catpo.models.saved import list_files
 from catpo.rewards.word_rewards import WordReward
@@ -182,6 +182,7 @@ def facts_of(options: TrainOptions, family: Family, needs: Needs, manifest: Mapp
         made = read_json(about, made_by="catpo pair")
         data |= {"method": made.get("method"), "made_of": shared_name(made.get("data") or "")}
     data |= {"hash": manifest["data_hash"], "skipped": (manifest.get("skipped") or {}).get("count")}
+    data["on_hub"] = datasets_in(f"{data['source']} {data.get('made_of', '')}")
     settings = {name: shared_name(value) if isinstance(value, str) else value for name, value in manifest["settings"].items()}
     known = {name: manifest.get(name) for name in CARD_FACTS}
     if Quantity("weights") not in needs:
