@@ -25,7 +25,7 @@ from catpo.files.json_files import append_rows, read_json, read_rows, repair_row
 from catpo.files.lock import lock
 from catpo.judges._replies import Replies
 from catpo.models import loading
-from catpo.models.saved import LIST, check_files, list_files
+from catpo.models.saved import CARD, LIST, check_files, list_files
 from catpo.rewards.store import RewardStore
 from catpo.training.checkpoints import MARK, damage, last_whole
 from catpo.training.run_folder import read_manifest
@@ -67,7 +67,8 @@ def read_evaluation(folder: Path) -> Any:
 
 def read_model(folder: Path) -> Any:
     check_files(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LIST and not path.name.startswith(".")}
+    files = [path for path in folder.iterdir() if path.name not in (LIST, CARD) and not path.name.startswith(".")]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def read_checkpoint(folder: Path) -> Any:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from contextlib import contextmanager
 from dataclasses import fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -30,6 +27,7 @@ from catpo.training.arguments import config_of
 from catpo.training.config import CatPOConfig
 from catpo.training.length_sampler import lengths_of
 from catpo.training.trainer import CatPOTrainer
+from fake_hub import fake_hub
 from tiny import pairs
 from tiny_families import build
 from training_runs import interrupted_and_resumed, logged, training
@@ -354,45 +352,6 @@ def test_training_goes_on_with_an_adapter_by_name(folder, tmp_path):
     files = [load_file(run.model / "adapter_model.safetensors") for run in (first, by_name, by_folder)]
     assert all(torch.equal(files[1][key], files[2][key]) for key in files[1])
     assert not all(torch.equal(files[0][key], files[1][key]) for key in files[0])
-
-
-@contextmanager
-def fake_hub(monkeypatch, *, takes_uploads=True):
-    """A hub on this machine; yields the paths it was asked for, with what was sent."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            sent = self.rfile.read(int(self.headers["Content-Length"]))
-            asked.append((self.path, sent))
-            if "preupload" in self.path:
-                files = [
-                    {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in json.loads(sent)["files"]
-                ]
-                answer = {"files": files}
-            elif "/commit/" in self.path:
-                answer = {"commitUrl": f"{url}/me/mine/commit/1", "commitOid": "1" * 40}
-            else:
-                answer = {"url": f"{url}/me/mine", "name": "me/mine"}
-            body = json.dumps(answer).encode()
-            self.send_response(200 if takes_uploads or "create" in self.path else 403)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    yield asked
-    server.shutdown()
 
 
 def test_the_trained_model_is_pushed_once(folder, store, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-GO_ON = ("pair", "score", "train", "evaluate", "rounds", "demo", "study")
+GO_ON = ("pair", "score", "train", "evaluate", "rounds", "demo", "study", "detect")
 """Commands, besides `data convert`, that go on where they stopped."""
 
 

@@ -14,7 +14,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from catpo import __version__
-from catpo.cli import streams
+from catpo.cli import chat, detect, push, streams
 from catpo.cli.flags import explained, from_recipe
 from catpo.cli.interrupted import interrupted
 from catpo.cli.messages import TRACEBACK, explain, taken
@@ -261,6 +261,10 @@ def compare(
 
     print(show(compare(evaluations, limit=limit), format))
 
+
+detect.register(app, group=LOOK, sort_key=5)
+push.register(app, group=STEPS, sort_key=9)
+chat.register(app, group=LOOK, sort_key=6)
 
 data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
 app.command(data)

@@ -291,6 +291,51 @@ class ReportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectOptions(Options):
+    """`catpo detect`: a model and pictures in, the words of its answers that are in doubt out."""
+
+    model: Source
+    """Model that answers and is asked: hub id, folder, or `builtin`."""
+    output: File
+    """Folder for words.jsonl and report.html."""
+    images: File | None = None
+    """Folder of pictures, or one picture."""
+    captions: File | None = None
+    """Judge these instead of the model's own answers: a .jsonl file with image and caption in each line."""
+    data: Source | None = None
+    """Data set with pictures and prompts instead of --images, e.g. scenes(count=100)."""
+    truth: Annotated[bool, Parameter(negative=())] = False
+    """Compare with the objects that the data set (or the captions' truth) lists, and print the AUROC."""
+    probe: File | None = None
+    """Let a probe judge (`catpo probe`) instead of the model's answer alone."""
+    question: Text = "Is there {} in the image?"
+    """What the model is asked about each word; {} stands for the word with its article."""
+    vocabulary: File | None = None
+    """JSON file of words and the objects they name (default: the data set's, or the built-in words)."""
+    prompt: Text | None = None
+    """What is asked about each picture (default: "Describe the image.", or the data set's own)."""
+    threshold: Probability = 0.5
+    """Words less likely than this to be in the picture are marked."""
+    limit: Limit = None
+    max_new_tokens: Count = 256
+    """Maximum length of an answer, in tokens."""
+    batch_size: Count = 32
+    """Texts per forward pass."""
+    max_pictures: Whole = 100
+    """Maximum texts shown in report.html; those with the most marked words come first."""
+    adapter: Adapter = None
+    on_error: OnError = "stop"
+    revision: Revision = None
+    dtype: Dtype = "auto"
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
+    quantization: Quantization = None
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    progress: Progress = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundsOptions(Options):
     """`catpo rounds`: pair, score and train in turn, each round with the model of the round before."""
 

@@ -220,6 +220,8 @@ class Sample:
     """Human (or ground-truth) answers, if any."""
     truth: Mapping[str, Any] = field(default_factory=dict)
     """What is known of the picture, e.g. {"present": [...], "tempting": [...]}; the keys depend on the data set."""
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of a conversation, which come before the prompt; `catpo chat` has them."""
 
 
 @dataclass(frozen=True)

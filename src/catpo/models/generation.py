@@ -183,7 +183,9 @@ class Generation(ChatTemplate):
         return {self.tokenizer.convert_tokens_to_ids(marker): marker for marker in THOUGHT_MARKERS if marker in special}
 
     def _prompts(self, samples: Sequence[Sample]) -> list[str]:
-        return [self.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
+        return [
+            self.prompt_text(each.prompt, len(each.images), history=each.history, name=f"sample {each.id}") for each in samples
+        ]
 
     @torch.inference_mode()
     def _written(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json, write_json
 from catpo.files.lock import lock
 from catpo.files.provenance import check_same, versions
 from catpo.models import loading, memory
+from catpo.models.card import origin, read_facts, write_card
 from catpo.models.saved import list_files
 from catpo.runtime import disk_errors
 from catpo.runtime.progress import tell_complete
@@ -52,6 +54,17 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
             family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
         write_json(part / MANIFEST, {"format": 1, "settings": settings, "versions": versions()})
+        write_card(part, {**_facts(model, adapter), "merged": True})
         list_files(part)
         part.rename(folder)
     return folder
+
+
+def _facts(model: str | Path, adapter: str | Path | None) -> dict[str, Any]:
+    """What the adapter's own card says, or at least what it was made for."""
+    folder = Path(model if adapter is None else adapter)
+    if (facts := read_facts(folder)) is not None:
+        return facts
+    if adapter is not None:
+        return origin(str(model))
+    return origin(str(read_json(folder / "adapter_config.json", may_link=True)["base_model_name_or_path"]))

@@ -157,7 +157,7 @@ def _asked(family: Family, item: PreferencePair | Sample, questions: Sequence[st
 
 def _before(item: PreferencePair | Sample) -> tuple[Turn, ...]:
     """What is said before the question: the system message of a pair."""
-    return tuple(turn for turn in getattr(item, "history", ()) if turn.role == "system")
+    return tuple(turn for turn in item.history if turn.role == "system")
 
 
 def with_questions(family: Family, pair: PreferencePair, encoded: Encoded, questions: Sequence[str]) -> Encoded:

@@ -67,10 +67,13 @@ class ServedModel:
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
-    """One message: pictures and prompt in their order."""
+    """Earlier turns, pictures and prompt in their order."""
     pictures = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in sample.images]
-    [(role, parts)] = arranged((), sample.prompt, pictures)
-    return [{"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}]
+    turns = []
+    for role, parts in arranged(sample.history, sample.prompt, pictures):
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        turns.append({"role": role, "content": content})
+    return turns
 
 
 def data_url(picture: Picture) -> str:

@@ -10,11 +10,13 @@ from catpo.files.json_files import read_json, write_json
 
 LIST = "catpo-files.json"
 WEIGHTS = ".safetensors"
+CARD = "README.md"
 
 
 def list_files(folder: Path) -> None:
-    """Write the list, when every file is saved; other tools need not know it."""
+    """Write the list, when every file is saved; other tools need not know it. The card is left out: people edit it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = [file for file in files if file != folder / CARD]
     named = {file.relative_to(folder).as_posix(): describe_file(file) for file in files}
     write_json(folder / LIST, {"format": 1, "files": named})
 
@@ -30,6 +32,8 @@ def check_files(folder: Path, *, with_weights: bool = True) -> None:
         return
     files = read_json(path, fields={"files": dict}, may_link=True)["files"]
     for name, written in files.items():
+        if name == CARD:  # listed by older versions
+            continue
         problem = problem_with(folder, name, written) if with_weights or not name.endswith(WEIGHTS) else ""
         if problem:
             raise UserError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -15,15 +13,13 @@ from markupsafe import Markup
 from catpo import __version__
 from catpo.config.command import command
 from catpo.config.options import ReportOptions
-from catpo.core.errors import UserError
 from catpo.data.read import open_data
 from catpo.data.spool import SpooledPairs, spread
 from catpo.evaluation.folder import Evaluation, load_evaluation
-from catpo.files.atomic import make_folder, remove_unfinished, write_atomic
 from catpo.files.json_files import read_json
 from catpo.reporting.changed_answers import Changes, changed_answers
 from catpo.reporting.evaluations import BenchmarkTable, benchmark_tables
-from catpo.reporting.page import embed, render
+from catpo.reporting.page import embed, render, replace_report
 from catpo.reporting.pairs import NO_PAIRS, plain_pairs, read_pairs, stored_pairs
 from catpo.reporting.pictures import Album
 from catpo.reporting.plots import SERIES_COUNT
@@ -34,10 +30,6 @@ from catpo.rewards.description import flat_fields
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.quality import MEASURED_PAIRS
 from catpo.rewards.store import RewardStore
-from catpo.runtime.progress import tell_complete
-
-MADE_BY = '<p class="note">Written by catpo '
-"""Stands in every report (page.html.j2)."""
 
 
 @command(ReportOptions)
@@ -206,24 +198,5 @@ def _write(content: _Content, output: Path) -> Path:
         has_weights=data["can_fuse"],
         fusion=data["fusion"],
     )
-    _replace(path, page.encode("utf-8", "replace"))
+    replace_report(path, page.encode("utf-8", "replace"))
     return path
-
-
-def _replace(path: Path, page: bytes) -> None:
-    """Write the page; an earlier report is replaced, and anything else is not.
-
-    Raises:
-        UserError: the file is there and is no report.
-    """
-    make_folder(path.parent)
-    remove_unfinished(path)
-    if os.path.exists(path):  # which is False for a name too long
-        before = path.read_bytes() if path.is_file() else b""
-        if before == page:
-            tell_complete(path)
-            return
-        if MADE_BY.encode() not in before:
-            raise UserError(f"{path} is there already and is no report of catpo. Choose another --output, or remove it.")
-        print(f"catpo: the report in {path} was another; it is replaced.", file=sys.stderr)
-    write_atomic(path, page)

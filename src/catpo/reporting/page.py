@@ -6,15 +6,23 @@ import base64
 import hashlib
 import json
 import math
+import os
+import sys
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from catpo.core.errors import UserError
+from catpo.files.atomic import make_folder, remove_unfinished, write_atomic
 from catpo.reporting.verdicts import number, signed
+from catpo.runtime.progress import tell_complete
 
+MADE_BY = '<p class="note">Written by catpo '
+"""Stands in every report (page.html.j2, detections.html.j2)."""
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -76,3 +84,22 @@ def _static(*names: str) -> Markup:
     """Files that are inlined as they are, not rendered."""
     folder = resources.files("catpo.reporting").joinpath("templates")
     return Markup("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names))
+
+
+def replace_report(path: Path, page: bytes) -> None:
+    """Write the page; an earlier report is replaced, and anything else is not.
+
+    Raises:
+        UserError: the file is there and is no report.
+    """
+    make_folder(path.parent)
+    remove_unfinished(path)
+    if os.path.exists(path):  # which is False for a name too long
+        before = path.read_bytes() if path.is_file() else b""
+        if before == page:
+            tell_complete(path)
+            return
+        if MADE_BY.encode() not in before:
+            raise UserError(f"{path} is there already and is no report of catpo. Choose another --output, or remove it.")
+        print(f"catpo: the report in {path} was another; it is replaced.", file=sys.stderr)
+    write_atomic(path, page)

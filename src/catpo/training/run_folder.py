@@ -14,20 +14,25 @@ from catpo.config.command import hints
 from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair
+from catpo.data.pair_folder import ABOUT
 from catpo.data.spool import ids_of
 from catpo.files.checksums import checksum
 from catpo.files.json_files import read_json, read_rows
 from catpo.files.provenance import check_same, versions
+from catpo.models.card import datasets_in, origin, shared_name, write_card
+from catpo.models.family import Family
 from catpo.models.saved import list_files
 from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
 from catpo.training.checkpoints import last_whole
-from catpo.training.pair_stats import kl_need
+from catpo.training.pair_stats import Needs, Quantity, kl_need
 from catpo.training.precision import as_loaded
 from catpo.training.trainer import CatPOTrainer
 
 RUN = "catpo.json"
+CARD_FACTS = ("objective", "objective_options", "fusion", "learned_fusion", "processes", "versions")
+"""What the card of a trained model takes from it as it is."""
 NOT_SETTINGS = frozenset(
     {
         "output", "resume", "pairs", "dataloader_num_workers", "report_to", "progress", "device", "on_error",
@@ -168,8 +173,25 @@ def describe_run(
     }
 
 
-def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] | None) -> None:
-    """Weights (or adapter) and processor, complete or not at all.
+def facts_of(options: TrainOptions, family: Family, needs: Needs, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card of the trained model says, of what `catpo.json` says: without paths of this machine."""
+    pairs = options.pairs
+    data = {"source": shared_name(pairs) if isinstance(pairs, str | Path) else "pairs in memory", **manifest["pairs"]}
+    about = Path(str(pairs)) / ABOUT
+    if isinstance(pairs, str | Path) and about.is_file():
+        made = read_json(about, made_by="catpo pair")
+        data |= {"method": made.get("method"), "made_of": shared_name(made.get("data") or "")}
+    data |= {"hash": manifest["data_hash"], "skipped": (manifest.get("skipped") or {}).get("count")}
+    data["on_hub"] = datasets_in(f"{data['source']} {data.get('made_of', '')}")
+    settings = {name: shared_name(value) if isinstance(value, str) else value for name, value in manifest["settings"].items()}
+    known = {name: manifest.get(name) for name in CARD_FACTS}
+    if Quantity("weights") not in needs:
+        known["fusion"] = None
+    return {**origin(family.model_id), "revision": options.revision, **known, "data": data, "settings": settings}
+
+
+def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    """Weights (or adapter), processor and card, complete or not at all.
 
     `weights` are given where each process holds only its part of them (FSDP, ZeRO-3).
     """
@@ -182,6 +204,7 @@ def save_model(trainer: CatPOTrainer, folder: Path, weights: Mapping[str, Any] |
     weights = as_loaded(model, trainer.loaded_dtypes, weights)
     type(model).save_pretrained(model, part, state_dict=weights)  # with the usual key names, unlike the checkpoints
     trainer.family.processor.save_pretrained(part)
+    write_card(part, facts)
     list_files(part)
     if folder.exists():
         folder.rename(old)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -44,6 +45,7 @@ from catpo.training.run_folder import (
     check_rewards,
     complete_so_far,
     describe_run,
+    facts_of,
     free_output,
     hash_of,
     is_finished,
@@ -155,8 +157,11 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
         check_rewards(output, trainer)
 
     def write_manifest(*, complete: bool) -> None:
+        write_json(output / RUN, {**manifest(), "complete": complete})
+
+    def manifest() -> dict[str, Any]:
         facts = describe_run(trainer, options, len(train_pairs), len(eval_pairs), training.skip_log)
-        write_json(output / RUN, {**facts, "data_hash": data_hash, "complete": complete})
+        return {**facts, "data_hash": data_hash}
 
     if group.is_main:
         write_manifest(complete=False)
@@ -166,7 +171,8 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
         with memory.explained("gathering the trained weights", trainer.model, trainer.optimizer, advice=memory.TRAINING):
             weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:
-            save_model(trainer, output / "model", weights)
+            facts = facts_of(options, training.family, trainer.needs, manifest())
+            save_model(trainer, output / "model", weights, facts)
             write_manifest(complete=True)  # with coefficients as they were learned
             hub.push(options, output / "model")
     group.barrier("saved")

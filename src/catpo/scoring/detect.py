@@ -1,0 +1,252 @@
+"""`catpo detect`: which words of answers about pictures are in doubt, by asking the model itself about each. Trains nothing.
+
+Knows nothing of how the result is shown; `catpo.reporting.detections` and the terminal do that.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catpo.config.command import command
+from catpo.config.options import DetectOptions
+from catpo.core.errors import UserError
+from catpo.core.intervals import auroc, bootstrap_auroc, interval
+from catpo.core.spec import Spec
+from catpo.core.types import Picture, Sample
+from catpo.data.picture_folder import DEFAULT_PROMPT, pictures_in
+from catpo.data.read import open_data
+from catpo.files.atomic import check_path
+from catpo.files.checksums import checksum
+from catpo.files.json_files import append_rows, read_json, repair_rows, write_json, write_rows
+from catpo.files.lock import lock
+from catpo.files.provenance import check_same, versions
+from catpo.models import loading
+from catpo.models.family import Family
+from catpo.models.remote import PREFIX
+from catpo.rewards.word_rewards import Probe
+from catpo.runtime.progress import tell_complete, track
+from catpo.runtime.sigterm import on_sigterm
+from catpo.runtime.skip_log import SkipLog
+from catpo.scoring.answer_words import WordJudge
+from catpo.scoring.words import WordSettings
+
+ABOUT, ROWS = "detect.json", "words.jsonl"
+ROW = {"picture": str, "text": str, "words": list[dict]}
+"""What every row of words.jsonl has."""
+SETTINGS = {"settings": dict, "complete": bool}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A finished detection."""
+
+    path: Path
+    """Its folder."""
+    rows: Sequence[Mapping[str, Any]]
+    """Of words.jsonl: picture, text, and its words with start, end, object, logit, grounded, and with a truth in_picture."""
+    items: Sequence[Item]
+    about: Mapping[str, Any]
+    """detect.json."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Pictures, what is asked about them, and the answer if it is given."""
+
+    name: str
+    """Of its pictures, or of their row."""
+    sample: Sample
+    text: str | None = None
+
+
+@command(DetectOptions)
+def detect(options: DetectOptions) -> Detection:
+    """Find the words of a model's answers, or of given captions, that are likely not in the picture.
+
+    Every object word is judged by what the model itself says when it is asked for it ("Is there a dog in the image?"), or by a
+    probe. A killed run resumes when the same command is given again, and writes the same file.
+
+    Raises:
+        UserError: an option, picture, caption or model cannot be used; the output was begun with other options, or another
+            process is writing it.
+    """
+    _check(options)
+    probe = Probe.read(options.probe) if options.probe else None
+    items, forms = _items(options)
+    skipped = SkipLog(options.on_error)
+    items = skipped.usable(items, _use, lambda item: item.name)
+    if options.truth and not all("present" in item.sample.truth for item in items):
+        source = options.data or options.captions
+        raise UserError(f"{source} does not list the objects of all its pictures (truth['present']). Leave --truth out.")
+    with lock(options.output) as folder:
+        family = loading.opened(options)
+        judge = WordJudge(family, forms, options.question, probe, options.batch_size)
+        about = _begin(folder, _settings(options, family, items, judge))
+        rows = _resume(folder, items, options.batch_size)
+        if about["complete"] and len(rows) == len(items):
+            tell_complete(folder)
+        else:
+            skipped.write(folder)
+            rows = _judged(folder, items, rows, judge, options)
+            about = {**about, **_summary(rows, options), "complete": True}
+            write_json(folder / ABOUT, about)
+    return Detection(folder, rows, items, about)
+
+
+def _check(options: DetectOptions) -> None:
+    """What can be refused at once."""
+    check_path(options.output)
+    loading.check_options(options)
+    if isinstance(options.model, str) and options.model.startswith(PREFIX):
+        raise UserError(f"{options.model}: a server does not tell how sure its model is of yes and no. Name a model to load.")
+    if (options.images is None and options.captions is None) == (options.data is None):
+        raise UserError("Give pictures, either as --images FOLDER (with --captions, if there are answers) or as --data.")
+    if options.truth and options.data is None and options.captions is None:
+        raise UserError("--truth compares with a data set's own: name it with --data, e.g. scenes(count=300).")
+
+
+def _items(options: DetectOptions) -> tuple[list[Item], Mapping[str, str]]:
+    """What is judged, and the words that are looked for: surface form -> object."""
+    vocabulary = None if options.vocabulary is None else str(options.vocabulary)
+    forms = WordSettings.of(Spec("words", {"question": options.question, "vocabulary": vocabulary})).forms
+    if options.captions is not None:
+        return _captioned(options), forms
+    if options.data is not None:
+        dataset = open_data(options.data)
+        samples = list(islice(dataset.samples(), options.limit))
+        if options.prompt is not None:
+            samples = [replace(each, prompt=options.prompt) for each in samples]
+        names = [", ".join(picture.name for picture in each.images if picture.name) or each.id for each in samples]
+        items = [Item(name, sample) for name, sample in zip(names, samples, strict=True)]
+        return items, forms if vocabulary or not dataset.vocabulary else dataset.vocabulary
+    assert options.images is not None
+    pictures, other_count = pictures_in(options.images)
+    if other_count:
+        print(f"catpo: {other_count:,} files of {options.images} are no pictures by name; left out.", file=sys.stderr)
+    prompt = options.prompt or DEFAULT_PROMPT
+    return [Item(picture.name, Sample(picture.name, (picture,), prompt)) for picture in pictures[: options.limit]], forms
+
+
+def _captioned(options: DetectOptions) -> list[Item]:
+    """One item per row of a file of captions, which are read as rows of a folder are."""
+    assert options.captions is not None
+    folder = options.images or options.captions.parent
+    columns = {"columns": {"prompt": "caption"}, "ignore": ["prompt"]}
+    given = open_data(Spec("folder", {"source": str(options.captions), "images": str(folder), **columns}))
+    prompt, items = options.prompt or DEFAULT_PROMPT, []
+    for row in islice(given.samples(), options.limit):
+        paths = [picture.path for picture in row.images if picture.path is not None]
+        name = ", ".join(path.relative_to(folder.resolve()).as_posix() for path in paths) or f"row {row.id}"
+        items.append(Item(name, replace(row, prompt=prompt), row.prompt))
+    return items
+
+
+def _use(item: Item) -> None:
+    for picture in item.sample.images:
+        picture.open()
+
+
+def _settings(options: DetectOptions, family: Family, items: Sequence[Item], judge: WordJudge) -> dict[str, Any]:
+    """Everything that changes a number."""
+    asked = [[*map(Picture.digest, item.sample.images), item.sample.prompt, item.text] for item in items]
+    return {
+        "model": family.model_id,
+        "model_hash": family.model_hash,
+        "precision": family.precision,
+        "adapter": str(options.adapter) if options.adapter else None,
+        "items": checksum(repr(asked).encode()),
+        **judge.provenance(),
+        "decoding": {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size},
+        "truth": options.truth,
+    }
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """detect.json, written or compared."""
+    path = folder / ABOUT
+    if path.is_file():
+        about = read_json(path, made_by="catpo detect", fields=SETTINGS)
+        check_same(about["settings"], settings, where=folder)
+        return about
+    if (folder / ROWS).exists():
+        raise UserError(f"{folder} holds {ROWS} without {ABOUT}, so its options are unknown. Choose another --output.")
+    about = {"format": 1, "settings": dict(settings), "versions": versions(), "complete": False}
+    write_json(path, about)
+    return about
+
+
+def _resume(folder: Path, items: Sequence[Item], batch_size: int) -> list[dict[str, Any]]:
+    """The rows of whole batches; the rest, of a killed process, is cut off."""
+    rows = repair_rows(folder / ROWS, ROW)
+    for number, (row, item) in enumerate(zip(rows, items, strict=False), start=1):
+        if row["picture"] != item.name:
+            raise UserError(f"{folder / ROWS}:{number} is not about '{item.name}', whose turn it is. Remove {folder}.")
+    count = len(rows) if len(rows) >= len(items) else len(rows) // batch_size * batch_size
+    if count > len(items):
+        raise UserError(f"{folder / ROWS} has {count} rows for {len(items)} texts. Remove {folder} and start again.")
+    if count < len(rows):
+        write_rows(folder / ROWS, rows[:count])
+    return rows[:count]
+
+
+def _judged(
+    folder: Path, items: Sequence[Item], rows: list[dict[str, Any]], judge: WordJudge, options: DetectOptions
+) -> list[dict[str, Any]]:
+    """All rows: those that are there, and those of the items that are left."""
+    done, rows = len(rows), list(rows)
+    with track(len(items), "Detecting", "texts", done=done, enabled=options.progress) as bar, on_sigterm() as stop:
+        for start in range(done, len(items), options.batch_size):
+            stop.leave_if_asked(f"{start} of {len(items)} texts are judged in {folder}.")
+            batch = items[start : start + options.batch_size]
+            new = _rows(batch, judge, options)
+            append_rows(folder / ROWS, new)
+            rows += new
+            bar.advance(len(batch))
+    return rows
+
+
+def _rows(batch: Sequence[Item], judge: WordJudge, options: DetectOptions) -> list[dict[str, Any]]:
+    unanswered = [item.sample for item in batch if item.text is None]
+    longest = options.max_new_tokens
+    answers = iter(judge.family.generate(unanswered, max_new_tokens=longest, batch_size=len(batch)) if unanswered else [])
+    texts = [next(answers) if item.text is None else item.text for item in batch]
+    rows = []
+    for item, text, words in zip(batch, texts, judge.words([item.sample for item in batch], texts), strict=True):
+        found = [dict(vars(word)) for word in words]
+        if options.truth:
+            for word in found:
+                word["in_picture"] = word["object"] in item.sample.truth["present"]
+        rows.append({"picture": item.name, "text": text, "words": found})
+    return rows
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], options: DetectOptions) -> dict[str, Any]:
+    """How many words were judged, and with a truth how well."""
+    counts = {"texts": len(rows), "words": sum(len(row["words"]) for row in rows)}
+    return {"counts": counts, **({"auroc": judged_by_truth(rows)} if options.truth else {})}
+
+
+def judged_by_truth(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """AUROC of the words' logits for being in the picture, with its 95 % interval over pictures; each object counts once per
+    text. Null where all words are in their pictures, or none.
+    """
+    logits, labels, texts = [], [], []
+    for number, row in enumerate(rows):
+        once = {word["object"]: word for word in row["words"] if word["logit"] is not None}
+        logits += [word["logit"] for word in once.values()]
+        labels += [int(word["in_picture"]) for word in once.values()]
+        texts += [number] * len(once)
+    area, ends = math.nan, (math.nan, math.nan)
+    if 0 < sum(labels) < len(labels):
+        area, ends = auroc(logits, labels), interval(bootstrap_auroc(logits, labels, np.array(texts)))
+    figures = dict(zip(("value", "low", "high"), (area, *ends), strict=True))
+    known = {name: None if math.isnan(figure) else figure for name, figure in figures.items()}
+    return {**known, "in_picture": sum(labels), "not_in_picture": len(labels) - sum(labels)}
