@@ -197,7 +197,7 @@ def test_the_reference_has_every_command_and_every_name(docs_site: ModuleType) -
 
 @pytest.mark.parametrize("page", PLUGIN_PAGES, ids=relative)
 def test_each_example_of_a_plugin_works_as_a_package_of_its_own(
-    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     site = workplace / "site"
     kind, plugins = entry_points(page)
@@ -213,6 +213,8 @@ def test_each_example_of_a_plugin_works_as_a_package_of_its_own(
     lines = [f"{name} = {module}" for name, module in plugins.items()]
     (site / "lookout-0.1.dist-info" / "entry_points.txt").write_text(f"[{kind}]\n" + "\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(site)
+    registry.entry_points_of.cache_clear()
+    request.addfinalizer(registry.entry_points_of.cache_clear)
     for name in plugins:
         assert name in registry.names(kind.removeprefix("catpo."))
     assert programs

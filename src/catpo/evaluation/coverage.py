@@ -99,13 +99,13 @@ class AtCover:
     chair_i: list[float]
     """Hallucinated share of the objects kept, in percent, of each run; NaN where whole captions cover less."""
     ratio: Estimate | None
-    """Mean over runs, divided by that of the first model, resampled together; None for the first, and where a run covers less."""
+    """Mean over runs divided by the first model's, resampled together; None for the first and where a run covers less."""
 
 
 def at_cover_over_runs(
     runs: Sequence[Sequence[Evaluation]], cover: float, *, resamples: int = 1000, seed: int = 0
 ) -> list[AtCover]:
-    """CHAIRi of each model when its captions are cut at a Cover of `cover` percent, on the first benchmark with captions.
+    """CHAIRi of each model with captions cut at a Cover of `cover` percent, on the first benchmark with captions.
 
     As `at_equal_coverage_over_runs`, at a Cover that does not depend on who else is compared. Draws of pictures on which a model
     covers a little less than `cover` take its whole captions.
