@@ -31,7 +31,7 @@ from catpo.rewards.store import ResponseRow
 from catpo.rewards.words import WordRow
 from catpo.scoring.batches import Prepared, with_another
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
-from catpo.scoring.signals import Evidence
+from catpo.scoring.signals import Evidence, tokens_of
 from catpo.scoring.words import Read, WordReader
 
 
@@ -172,6 +172,9 @@ class TeacherForced:
             read_view_logps=lambda view: self._view_logps(view)[at][:count].float(),
             read_hidden=read_hidden,
             read_answers=lambda words: self._answers(index, words),
+            make_yes_no=lambda yes, no: YesNo.of(self.family, yes, no),
+            response=self.pairs[index].response(side),
+            pieces=self.prepared.pieces[index][side],
         )
 
     def _answers(self, index: int, words: YesNo | None) -> dict[str, Tensor]:
@@ -179,7 +182,11 @@ class TeacherForced:
         start = sum(len(item.questions) for item in self.encoded[:index])
         texts = [question.text for question in self.encoded[index].questions]
         hidden = self.asked_hidden[start : start + len(texts)]
-        return dict(zip(texts, (words or YesNo.of(self.family)).margins(hidden, self.head).float(), strict=True))
+        return dict(zip(texts, (words or self._yes_no).margins(hidden, self.head).float(), strict=True))
+
+    @cached_property
+    def _yes_no(self) -> YesNo:
+        return YesNo.of(self.family)
 
     def predicting(self, index: int, side: Side) -> Float[Tensor, "tokens width"]:
         """Final hidden states that predict the response's tokens."""
@@ -254,16 +261,8 @@ class TeacherForced:
 def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) -> np.ndarray:
     """Labels of tokens from labels of characters: 1 grounded, 0 hallucinated, -1 if the token overlaps no labelled span."""
     labels = np.full(len(pieces), -1, dtype=np.int8)
-    text = "".join(pieces)
-    # the tokens' text may begin or end with other white space than the response
-    offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
-    start = 0
-    for token, piece in enumerate(pieces):
-        end = start + len(piece)
-        for span in spans:
-            if piece.strip() and start < span.end + offset and end > span.start + offset:
-                labels[token] = 1 if span.label == "grounded" else 0
-        start = end
+    for span in spans:
+        labels[tokens_of(pieces, response, span.start, span.end)] = 1 if span.label == "grounded" else 0
     return labels
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -47,6 +48,25 @@ class ScoreSettings:
         choose_heads(self.heads)
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
+        self.facts()
+
+    def facts(self) -> dict[str, Any]:
+        """What signals say of themselves for the provenance, by their module's `found_with`."""
+        said: dict[str, Any] = {}
+        for signal in self.signals:
+            facts = _beside_score(signal, "found_with")
+            said |= {str(signal): facts(**signal.options)} if facts else {}
+        return said
+
+    def questions(self, pair: PreferencePair) -> list[str]:
+        """What signals ask about a pair's pictures, by their module's `asked_beside`; each question once."""
+        asking = [(signal, _beside_score(signal, "asked_beside")) for signal in self.signals]
+        return [*dict.fromkeys(text for signal, ask in asking if ask for text in ask(pair, **signal.options))]
+
+    @property
+    def asks(self) -> bool:
+        """Whether a signal asks anything."""
+        return any(_beside_score(signal, "asked_beside") for signal in self.signals)
 
     def check_patches(self, encoded: Encoded) -> None:
         """Raises UserError if the pair has no picture of the number asked for."""
@@ -56,6 +76,12 @@ class ScoreSettings:
                 f"pair {encoded.pair_id}: patches={self.patches!r} asks for a picture it does not have ({count} here). "
                 "Give a lower number, or all."
             )
+
+
+def _beside_score(signal: Spec, name: str) -> Callable[..., Any] | None:
+    """A function of the module that defines a signal's `score`; None if it has none."""
+    module = inspect.getmodule(registry.load("signals", signal.name))
+    return getattr(module, name, None)
 
 
 PAPER_SETTINGS = ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
@@ -79,6 +105,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
         "hidden": cache.hidden,
         **({"topk": cache.k} if cache.k else {}),
         **({"words": settings.words.provenance()} if settings.words else {}),
+        **({"found": facts} if (facts := settings.facts()) else {}),
         "maps": maps,
         "versions": versions(),
     }

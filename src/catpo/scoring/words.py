@@ -19,13 +19,13 @@ from torch import Tensor
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair
-from catpo.files.json_files import read_json
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.questions import Asked, yes_less_no
 from catpo.models.tensors import common_length
 from catpo.rewards.word_rewards import FEATURES
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
+from catpo.scoring.claims import read_forms
 from catpo.text.caption_edits import name_object
 from catpo.text.object_words import default_vocabulary, mentions
 
@@ -68,10 +68,7 @@ class WordSettings:
         """Surface form -> object."""
         if self.vocabulary is None:
             return default_vocabulary()
-        forms = read_json(self.vocabulary, made_by="you")
-        if not forms or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
-            raise UserError(f'{self.vocabulary} must map words to objects, e.g. {{"dog": "dog", "puppies": "dog"}}.')
-        return forms
+        return read_forms(self.vocabulary)
 
 
 def _options(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from catpo.models.output_head import OutputHead
-from catpo.models.questions import YesNo
+from catpo.models.questions import NO, YES, YesNo
 
 
 @dataclass
@@ -26,6 +27,11 @@ class Evidence:
     read_view_logps: Callable[[str], Tensor]
     read_hidden: Callable[[int], tuple[Tensor, Tensor]]
     read_answers: Callable[[YesNo | None], Mapping[str, Tensor]] = lambda words: {}
+    make_yes_no: Callable[[Sequence[str], Sequence[str]], YesNo] | None = None
+    response: str = ""
+    """The response's text."""
+    pieces: Sequence[str] = ()
+    """The text of each of its tokens."""
 
     @cached_property
     def attention(self) -> Float[Tensor, "tokens patches"]:
@@ -58,6 +64,16 @@ class Evidence:
         """
         return self.read_answers(words)
 
+    def answers_by(self, yes: Sequence[str], no: Sequence[str]) -> Mapping[str, Float[Tensor, ""]]:
+        """`answers` where these texts count as yes and as no; empty ones are the default."""
+        if self.make_yes_no is None or not (yes or no):
+            return self.answers()
+        return self.answers(self.make_yes_no(yes or YES, no or NO))
+
+    def tokens_of(self, start: int, end: int) -> list[int]:
+        """The tokens that overlap `response[start:end]`."""
+        return tokens_of(self.pieces, self.response, start, end)
+
     def hidden(self, layer: int) -> Float[Tensor, "tokens width"]:
         """Hidden states of the response tokens after decoder layer `layer` (-1: the last, normalised as the head reads it)."""
         return self.read_hidden(layer)[0]
@@ -65,3 +81,18 @@ class Evidence:
     def patch_hidden(self, layer: int = -1) -> Float[Tensor, "patches width"]:
         """Hidden states of the patches after decoder layer `layer`."""
         return self.read_hidden(layer)[1]
+
+
+def tokens_of(pieces: Sequence[str], response: str, start: int, end: int) -> list[int]:
+    """The tokens, by the text of each, that overlap `response[start:end]`; white space alone overlaps nothing.
+
+    >>> tokens_of([" A", " um", "brella", ".", ""], "An umbrella."[:1] + " umbrella.", 2, 10)
+    [1, 2]
+    """
+    text = "".join(pieces)
+    # the tokens' text may begin or end with other white space than the response
+    offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
+    ends = [*accumulate(map(len, pieces))]
+    begins = [last - len(piece) for last, piece in zip(ends, pieces, strict=True)]
+    places = enumerate(zip(pieces, begins, ends, strict=True))
+    return [token for token, (piece, first, last) in places if piece.strip() and first < end + offset and last > start + offset]
