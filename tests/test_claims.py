@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.tiny import llava, pairs
 
 from catpo.core.errors import UserError
 from catpo.core.spec import parse
@@ -18,6 +17,7 @@ from catpo.scoring.claims import Asker
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.text import things
+from tiny import llava, pairs
 
 ALL = ("objects", "attributes", "counts", "relations")
 TEXT = "A small brown dog sits next to two cats, and there is a loaf of bread on the wooden table in the background."

@@ -48,7 +48,13 @@ class ScoreSettings:
         choose_heads(self.heads)
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
+        self.head_layers(depth)
         self.facts()
+
+    def head_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers whose heads `head_attention` reads one by one."""
+        layers = {signal.options.get("layer", -1) for signal in self.signals if signal.name == "head_attention"}
+        return choose_layers(sorted(layers), depth) if layers else ()
 
     def facts(self) -> dict[str, Any]:
         """What signals say of themselves for the provenance, by their module's `found_with`."""

@@ -10,8 +10,10 @@ from itertools import accumulate
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from catpo.core.errors import UserError
 from catpo.models.output_head import OutputHead
 from catpo.models.questions import NO, YES, YesNo
+from catpo.text.words import words
 
 
 @dataclass
@@ -27,6 +29,9 @@ class Evidence:
     read_view_logps: Callable[[str], Tensor]
     read_hidden: Callable[[int], tuple[Tensor, Tensor]]
     read_answers: Callable[[YesNo | None], Mapping[str, Tensor]] = lambda words: {}
+    read_predicting: Callable[[], Tensor] | None = None
+    read_lens_hidden: Callable[[int], Tensor] | None = None
+    read_head_masses: Callable[[int], Tensor] | None = None
     make_yes_no: Callable[[Sequence[str], Sequence[str]], YesNo] | None = None
     response: str = ""
     """The response's text."""
@@ -70,6 +75,28 @@ class Evidence:
             return self.answers()
         return self.answers(self.make_yes_no(yes or YES, no or NO))
 
+    @cached_property
+    def predicting(self) -> Float[Tensor, "tokens width"]:
+        """Final hidden states that predict each token, as the head reads them; in the model's precision."""
+        return _needed(self.read_predicting)()
+
+    def patch_lens_hidden(self, layer: int = -1) -> Float[Tensor, "patches width"]:
+        """Hidden states of the patches after decoder layer `layer`, normalised as the head reads the last layer's."""
+        return _needed(self.read_lens_hidden)(layer)
+
+    def head_masses(self, layer: int) -> Float[Tensor, "heads tokens"]:
+        """What each head of decoder layer `layer` gives to all patches together; only of layers that `head_attention` names."""
+        return _needed(self.read_head_masses)(layer)
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """For every token the first token of its word that is more than white space."""
+        firsts: list[int] = []
+        for word in words(self.pieces, [not piece for piece in self.pieces]):
+            tokens = range(word.first, word.end)
+            firsts += [next((token for token in tokens if self.pieces[token].strip()), word.first)] * len(tokens)
+        return firsts
+
     def tokens_of(self, start: int, end: int) -> list[int]:
         """The tokens that overlap `response[start:end]`."""
         return tokens_of(self.pieces, self.response, start, end)
@@ -81,6 +108,12 @@ class Evidence:
     def patch_hidden(self, layer: int = -1) -> Float[Tensor, "patches width"]:
         """Hidden states of the patches after decoder layer `layer`."""
         return self.read_hidden(layer)[1]
+
+
+def _needed(read: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    if read is None:
+        raise UserError("This response was not read through `catpo score`, so its signals have less to read.")
+    return read
 
 
 def tokens_of(pieces: Sequence[str], response: str, start: int, end: int) -> list[int]:
