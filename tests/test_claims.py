@@ -16,6 +16,7 @@ from catpo.scoring import claims
 from catpo.scoring.claims import Asker
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
+from catpo.scoring.words import WordSettings
 from catpo.text import things
 from tiny import llava, pairs
 
@@ -44,6 +45,23 @@ def test_a_tagger_finds_things_attributes_counts_and_places():
     ]
 
 
+def test_nltks_tagger_finds_them_too_where_its_data_is(shared, monkeypatch):
+    nltk = pytest.importorskip("nltk", reason="needs the extra 'eval'")
+    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(shared / "benchmarks/data/nltk")])
+    found = asked("The image shows a black bear near a wooden bench, and three people are behind the traffic light.", "nltk")
+    assert found == [
+        ("bear", "Is there a bear in the image?"),
+        ("black", "Is the bear black?"),
+        ("near", "Is the bear near the bench?"),
+        ("bench", "Is there a bench in the image?"),
+        ("wooden", "Is the bench wooden?"),
+        ("people", found[5][1]),  # its singular depends on whether WordNet is there
+        ("three", "Are there three people in the image?"),
+        ("behind", "Are the people behind the traffic light?"),
+        ("traffic light", "Is there a traffic light in the image?"),
+    ]
+
+
 def test_a_vocabulary_finds_its_own_words_only_and_no_adjectives():
     kinds = ("objects", "counts", "relations")
     assert asked("Two cups are on the sofa near an ox.", "builtin", kinds, objects="Can you see {}?") == [
@@ -54,6 +72,19 @@ def test_a_vocabulary_finds_its_own_words_only_and_no_adjectives():
     ]
     with pytest.raises(UserError, match="knows no adjectives"):
         Asker.of("builtin", ALL, {})
+
+
+def test_words_can_be_the_nouns_of_the_pairs():
+    settings = WordSettings.of("words(vocabulary='textblob')")
+    texts = [replace(pair, chosen="Two zebras stand by a fence.", rejected="A giraffe drinks water.") for pair in pairs(1)]
+    forms = settings.of_pairs(texts).forms
+    assert {name: forms.get(name) for name in ("zebras", "zebra", "fence", "water")} == {
+        **{"zebras": "zebra", "zebra": "zebra"},
+        **{"fence": "fence", "water": "water"},
+    }
+    assert any(name.startswith("giraffe") for name in forms)  # without WordNet it is "giraffe drinks"
+    with pytest.raises(UserError, match="finds no noun"):
+        settings.of_pairs([replace(pair, chosen="So.", rejected="No.") for pair in texts])
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def score_pairs(
     `ask` gives yes/no questions about a pair's pictures, which are read beside its responses, for signals that look at
     `Evidence.answers`; worker processes need one that can be pickled.
     """
-    settings = settings or PAPER_SETTINGS
+    settings = (settings or PAPER_SETTINGS).of_pairs(pairs)
     kept = Cache.of(cache)
     kept.check(family)
     family.check_packable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from catpo.config.options import ScoreOptions
@@ -50,6 +50,10 @@ class ScoreSettings:
             check_options(registry.load("signals", signal.name), signal)
         self.head_layers(depth)
         self.facts()
+
+    def of_pairs(self, pairs: Sequence[PreferencePair]) -> ScoreSettings:
+        """What the settings are for these pairs: words may be those that they name."""
+        return self if self.words is None else replace(self, words=self.words.of_pairs(pairs))
 
     def head_layers(self, depth: int) -> tuple[int, ...]:
         """The layers whose heads `head_attention` reads one by one."""

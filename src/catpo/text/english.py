@@ -107,7 +107,8 @@ class English:
                 if path.is_file():
                     with zipfile.ZipFile(path) as archive:
                         return path, _Weights(io.BytesIO(archive.read(f"{OLD_TAGGER}/{OLD_TAGGER}.pickle"))).load()
-        raise _missing("The part-of-speech tagger", "averaged_perceptron_tagger_eng", f"put {OLD_TAGGER}.zip into DIR/nltk")
+        otherwise = f"put {OLD_TAGGER}.zip into such a place, or into DIR/nltk of --data DIR"
+        raise _missing("The part-of-speech tagger", "averaged_perceptron_tagger_eng", otherwise)
 
     # ---- WordNet ----
 
@@ -172,7 +173,7 @@ class English:
         try:
             import nltk
         except ImportError as error:
-            raise UserError("This benchmark reads texts with NLTK: pip install 'catpo[eval]'") from error
+            raise UserError("Texts are read with NLTK: pip install 'catpo[eval]'") from error
         nltk.data.path += [str(root) for root in self.roots if str(root) not in nltk.data.path]
         return nltk
 

@@ -39,6 +39,7 @@ MASS = _words("""
     juice furniture luggage clothing jewelry equipment wood metal glass paper smoke fire traffic hair sky vegetation foliage
 """)
 """Nouns without an article: "any grass"."""
+PLURALS = ("NNS", "NNPS")
 ONE, ANY = ("a", "an"), ("some", "any")
 DEFINITE = ("the", "his", "her", "its", "their", "this", "that", "these", "those", "each", "every")
 COUNTED = {word: count for count, word in enumerate(NUMBERS) if count > 1}
@@ -74,6 +75,11 @@ class Thing:
     bare: str
     """Without an article, in the number of the text: "dogs"."""
     is_plural: bool
+
+    @property
+    def name(self) -> str:
+        """The thing itself, one of it: "dog"."""
+        return self.phrase.split(" ", 1)[1]
 
     @property
     def count(self) -> Token | None:
@@ -191,12 +197,13 @@ def _singular(noun: str) -> str:
 
 
 def _noun_runs(tokens: Sequence[Token]) -> Iterator[list[int]]:
-    """Numbers of nouns that stand together."""
+    """Numbers of nouns that stand together; a plural ends a run, as in "a giraffe drinks water" with its verb taken for one."""
     run: list[int] = []
     for number, token in enumerate(tokens):
-        if token.tag.startswith("NN") and token.text not in COUNTED and token.text[0].isalpha():
+        is_noun = token.tag.startswith("NN") and token.text not in COUNTED and token.text[0].isalpha()
+        if is_noun:
             run.append(number)
-        elif run:
+        if run and (not is_noun or token.tag in PLURALS):
             yield run
             run = []
     if run:
@@ -214,7 +221,7 @@ def _thing(tokens: Sequence[Token], run: Sequence[int], nouns: _Nouns) -> Thing 
     head = words[-1].text
     lemma = nouns.singular(head)
     before = _before(tokens, run[0], _describes)
-    is_plural = words[-1].tag in ("NNS", "NNPS") or lemma != head or any(token.text in COUNTED for token in before)
+    is_plural = words[-1].tag in PLURALS or lemma != head or any(token.text in COUNTED for token in before)
     first = [token.text for token in words[:-1]]
     one = " ".join([*first, lemma])
     is_mass = lemma in MASS or not (is_plural or any(token.text in (*ONE, *DEFINITE, "one") for token in before))
