@@ -78,10 +78,7 @@ def test_words_can_be_the_nouns_of_the_pairs():
     settings = WordSettings.of("words(vocabulary='textblob')")
     texts = [replace(pair, chosen="Two zebras stand by a fence.", rejected="A giraffe drinks water.") for pair in pairs(1)]
     forms = settings.of_pairs(texts).forms
-    assert {name: forms.get(name) for name in ("zebras", "zebra", "fence", "water")} == {
-        **{"zebras": "zebra", "zebra": "zebra"},
-        **{"fence": "fence", "water": "water"},
-    }
+    assert [forms.get(name) for name in ("zebras", "zebra", "fence", "water")] == ["zebra", "zebra", "fence", "water"]
     assert any(name.startswith("giraffe") for name in forms)  # without WordNet it is "giraffe drinks"
     with pytest.raises(UserError, match="finds no noun"):
         settings.of_pairs([replace(pair, chosen="So.", rejected="No.") for pair in texts])
