@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import training_runs
 from catpo.cli.main import main
 from catpo.core.errors import UserError
 from catpo.core.types import Span
@@ -71,3 +72,9 @@ def test_pairs_without_known_words_and_mixed_options_are_refused(tmp_path, monke
     for options in ({"search": True}, {"pairs": "p"}, {"search": True, "pairs": "p", "model": "m", "features": ("a",)}):
         with pytest.raises(UserError, match="--search"):
             probe(None, **options)
+
+
+def test_training_without_a_store_scores_what_its_fusion_reads(tmp_path):
+    objective = "catpo(signals={'log_prob': 1.0, 'patch_lens(layer=0)': 1.0}, normalise='zscore', activation='sigmoid')"
+    made = training_runs.trainer(llava(), tmp_path, pairs(4), objective=objective, max_steps=1)
+    assert {"log_prob", "patch_lens(layer=0)"} <= {*made.rewards.signals}

@@ -54,4 +54,5 @@ def _search(pairs: str, model: str, truth: str | None, nouns: str, limit: int | 
 
     found = search(pairs, model, truth=truth, nouns=nouns, limit=limit, output=output)
     Console().print(search_table(found))
-    say(f'Best: {found[0].signal}. Score with it: catpo score --pairs {pairs} --model {model} --signals "{found[0].signal}"')
+    best = found[0].signal
+    say(f'Best: {best}. Score with it: catpo score --pairs {pairs} --model {model} --output rewards --signals "{best}"')
