@@ -5,16 +5,21 @@ A peer that begins with `alone` reads every pair, or every question, in a row of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from bench.shapes import WORDS, Shape, make_pairs, make_ranked
+from catpo.core.spec import Spec
 from catpo.core.types import PreferencePair, Side
 from catpo.models import questions
 from catpo.models.family import Encoded, Family
 from catpo.scoring.forward import PairScorer, TeacherForced
+from catpo.scoring.settings import PAPER_SETTINGS, ScoreSettings
 
 ALONE = "alone"
 RANKED_PAIRS = 6
@@ -31,6 +36,18 @@ def pairs_for(work: str, shape: Shape, count: int) -> list[PreferencePair]:
 def questions_of(pair: PreferencePair) -> list[str]:
     """Different ones of about 15 tokens with what the template puts behind them, as "Is there a dog in the image?" has."""
     return [" ".join(WORDS[number : number + 4]) for number in range(QUESTIONS)]
+
+
+OBJECTS = 8
+"""Words that the signal self_question asks about; a pair of the built-in pictures names six things, on average."""
+
+
+def self_question(folder: Path) -> ScoreSettings:
+    """The paper's signals and the model's answers about a pair's objects, in questions of about 15 tokens."""
+    file = folder / "objects.json"
+    file.write_text(json.dumps({word: word for word in WORDS[:OBJECTS]}))
+    options = {"nouns": str(file), "wordings": {"objects": f"{WORDS[0]} {WORDS[1]} {{}}"}}
+    return replace(PAPER_SETTINGS, signals=(*PAPER_SETTINGS.signals, Spec("self_question", options)))
 
 
 @contextmanager

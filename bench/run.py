@@ -120,6 +120,7 @@ CASES = [
         "questions-llava-576", "llava-576", 1, Side("asked"), (Side("score"),), {"time": 1.45},
         (Side("asked"), Side("asked", ALONE)),
     ),
+    Case("self-question-llava-576", "llava-576", 1, Side("self_asked"), (Side("score"),), {"time": 1.5}),
     answering("answer-amber", "llava-576", 2, "answers", 14, {"time": 0.22, "memory": 1.2}),
     answering("answer-pope", "llava-576", 1, "answers", 18, {"time": 0.18}),
     answering("answer-qwen", "qwen-1200", 1, "answers", 14, {"time": 0.15}),

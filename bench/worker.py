@@ -281,6 +281,14 @@ def asked(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return result | {"losses": answers}
 
 
+def self_asked(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """All of `catpo score` with the signal self_question."""
+    family, pairs = opened(options, options.pairs * options.steps)
+    settings = leaves.self_question(output)
+    score_pairs(pairs[:1], family, output / "warm", settings, progress=False)
+    return measured(lambda: score_pairs(pairs, family, output / "rewards", settings, progress=False), CLOCKS[options.clock])
+
+
 def forward(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """The same packed rows in the same batches through the plain model, and the log-probs of their response tokens."""
     family, pairs = opened(options, options.pairs * options.steps)
@@ -410,7 +418,10 @@ def csr(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return answering.csr_tree(options, lambda run: measured(run, CLOCKS[options.clock]))
 
 
-WORK = {each.__name__: each for each in (train, ranked, score, asked, forward, eager, epoch, signals, answers, draws, csr)}
+WORK = {
+    each.__name__: each
+    for each in (train, ranked, score, asked, self_asked, forward, eager, epoch, signals, answers, draws, csr)
+}
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,9 @@ import pytest
 
 from catpo.cli.main import main
 from catpo.evaluation.benchmarks import amber
-from catpo.evaluation.benchmarks._english import English
 from catpo.evaluation.grade import grade_answers
 from catpo.files.json_files import read_rows
+from catpo.text.english import English
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,12 @@ from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings
 from tiny import llava, pairs, picture
 
-ALL = (*PAPER_SIGNALS, "image_contrast", "patch_logit", "semantic(embedding='hidden', layer=1)")
+ONE_HEAD, ONE_LAYER = "head_attention(layer=1, head=1)", "head_attention(layer=0)"
+LENS, OWN_LENS = "patch_lens(layer=0)", "patch_lens(layer=0, token='own')"
+ALL = (
+    *(*PAPER_SIGNALS, "image_contrast", "patch_logit", "semantic(embedding='hidden', layer=1)"),
+    *("log_prob", "entropy", ONE_HEAD, ONE_LAYER, LENS, OWN_LENS),
+)
 
 
 def settings(signals=ALL, layers="all", heads="mean", query="token", patches="all"):
@@ -46,7 +51,14 @@ def whole_pass(family, encoded, side):
     model.set_attn_implementation("sdpa")
     start = len(encoded.prompt_ids)
     logps = out.logits[0].log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
-    return torch.stack(out.attentions)[:, 0], embeddings[start:], features, [h[0] for h in out.hidden_states], logps, start
+    hidden = [h[0] for h in out.hidden_states]
+    return torch.stack(out.attentions)[:, 0], embeddings[start:], features, hidden, logps, start, out.logits[0]
+
+
+def first_tokens(family, ids):
+    """Of each token the first one of its word: here every token is a word, but for white space before one."""
+    pieces = family.pieces(ids[:-1])
+    return [*(token + (not piece.strip()) for token, piece in enumerate(pieces)), len(pieces)]
 
 
 @pytest.mark.parametrize("query", ["token", "predictor"])
@@ -57,7 +69,7 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
         encoded = family.encode(pair)
         other = family.encode(replace(pair, images=OtherPictures(data).of(pair)))
         for side in SIDES:
-            attentions, tokens, features, hidden, logps, start = whole_pass(family, encoded, side)
+            attentions, tokens, features, hidden, logps, start, logits = whole_pass(family, encoded, side)
             count = len(encoded.response_ids[side])
             rows = slice(start, start + count) if query == "token" else slice(start - 1, start + count - 1)
             attention = attentions.mean((0, 1))[rows][:, encoded.patches].double()
@@ -66,12 +78,22 @@ def test_every_stored_number_equals_the_plain_eager_pass(family, tmp_path, query
             visual = share.float() @ features
             deep_visual = share.float() @ hidden[2][encoded.patches]
             head = family.unwrapped.lm_head.weight.detach()
+            probabilities = logits[start - 1 : -1].softmax(-1)
+            early = (family.decoder.norm(hidden[1][encoded.patches]) @ head.T).softmax(-1)
+            lens = early[:, encoded.response_ids[side]].amax(0).detach()
+            masses = attentions[:, :, rows][..., encoded.patches].sum(-1)
             patch_words = (hidden[-1][encoded.patches] @ head.T).softmax(-1)[:, encoded.response_ids[side]]
             expected = {
                 "global_attention": attention.sum(-1),
                 "patch_entropy": 1 - entropy / math.log(16),
                 "semantic": torch.cosine_similarity(tokens, visual),
                 "image_contrast": logps - whole_pass(family, other, side)[4],
+                "log_prob": logps,
+                "entropy": (probabilities * probabilities.log()).sum(-1),
+                ONE_HEAD: masses[1, 1],
+                ONE_LAYER: masses[0].mean(0),
+                OWN_LENS: lens,
+                LENS: lens[first_tokens(family, encoded.response_ids[side])],
                 "patch_logit": patch_words.amax(0),
                 "semantic(embedding='hidden', layer=1)": torch.cosine_similarity(hidden[2][start : start + count], deep_visual),
             }

@@ -18,6 +18,7 @@ from catpo.cli import chat, detect, push, streams
 from catpo.cli.flags import explained, from_recipe
 from catpo.cli.interrupted import interrupted
 from catpo.cli.messages import TRACEBACK, explain, taken
+from catpo.cli.probe import probe
 from catpo.cli.streams import say, warn
 from catpo.config import options as config
 from catpo.core import registry
@@ -201,25 +202,6 @@ def rounds(options: Annotated[config.RoundsOptions, Options], *, recipe: Recipe 
     rounds(**{**vars(options), "steps": None if recipe is None else recipes.read(recipe)})
 
 
-@app.command(group=STEPS, sort_key=8)
-def probe(
-    rewards: Annotated[Path, Parameter(help="Reward store with words (`catpo score --words words`).")],
-    /,
-    *,
-    output: Annotated[Path, Parameter(help="JSON file of the probe.")],
-    features: Annotated[
-        tuple[str, ...], Parameter(help="What it reads of each word (default: all that the store holds).")
-    ] = (),
-    truth: Annotated[str | None, Parameter(help="Data set with the objects in the same pictures, to judge by.")] = None,
-) -> None:
-    """Learn which words of a model are in the picture, for the reward of `tilt`."""
-    from catpo.cli.tables import probe_table
-    from catpo.scoring.probe import learn
-
-    Console().print(probe_table(learn(rewards, output, features=features, truth=truth)))
-    say(f"Probe: {output}")
-
-
 @app.command(group=STEPS, sort_key=7)
 def merge(
     model: Annotated[str, Parameter(help="Folder of a trained adapter, or a base model with --adapter.")],
@@ -268,6 +250,7 @@ chat.register(app, group=LOOK, sort_key=6)
 
 data = App(name="data", help="Check and convert data sets; find benchmarks' official files.", group=LOOK, sort_key=3)
 app.command(data)
+app.command(probe, group=STEPS, sort_key=8)
 
 
 @data.command

@@ -15,6 +15,7 @@ from catpo.text.words import plain
 
 if TYPE_CHECKING:
     from catpo.scoring.probe import Learned
+    from catpo.scoring.search import Found
 
 
 def table_of(*headings: str, texts: int = 1, title: str | None = None) -> Table:
@@ -51,6 +52,16 @@ def probe_table(learned: Learned) -> Table:
     for score in dict.fromkeys(row.score for row in learned.rows):
         cells = [f"{row.auroc:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in learned.rows if row.score == score]
         table.add_row(score, *(cell.replace("nan [nan, nan]", "-") for cell in cells))
+    return table
+
+
+def search_table(found: Sequence[Found]) -> Table:
+    """AUROC of a model's signals, the best first."""
+    first = found[0]
+    words = f"{first.grounded} grounded, {first.hallucinated} hallucinated words"
+    table = table_of("signal", "best of", "AUROC", "95 % interval", texts=2, title=f"Which signal tells them apart? {words}")
+    for row in found:
+        table.add_row(row.signal, row.chosen_from, f"{row.auroc:.3f}", f"{row.low:.3f} to {row.high:.3f}")
     return table
 
 

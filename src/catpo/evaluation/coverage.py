@@ -107,8 +107,8 @@ def at_cover_over_runs(
 ) -> list[AtCover]:
     """CHAIRi of each model with captions cut at a Cover of `cover` percent, on the first benchmark with captions.
 
-    As `at_equal_coverage_over_runs`, at a Cover that does not depend on who else is compared. Draws of pictures on which a model
-    covers a little less than `cover` take its whole captions.
+    As `at_equal_coverage_over_runs`, at a Cover that does not depend on who else is compared. In draws of pictures on which a
+    model covers a little less than `cover`, its captions stay whole.
 
     Args:
         runs: evaluations of each run (training seed), the same models in the same order.

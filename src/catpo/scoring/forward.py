@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from catpo.core import registry
@@ -31,8 +31,11 @@ from catpo.rewards.store import ResponseRow
 from catpo.rewards.words import WordRow
 from catpo.scoring.batches import Prepared, with_another
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings, patches_by_picture
-from catpo.scoring.signals import Evidence
+from catpo.scoring.signals import Evidence, tokens_of
 from catpo.scoring.words import Read, WordReader
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f", "layer_norm")
+"""What decoders call the norm after their last layer."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class TeacherForced:
         self.rows: Batch = {**prepared.rows, "patches": self._patch_positions(prepared.rows["patches"])}
         """The batch on the host: what is looked up there, nobody waits for."""
         self.batch = to_device(self.rows, family.device)
-        recorder = self._recorder()
+        self.recorder = recorder = self._recorder()
         # the last layer may skip all other positions, unless a signal of the user's reads the patches' last states
         reads_patches = settings.words is not None and "patch_lens" in settings.words.features
         is_paper = {str(signal) for signal in settings.signals} <= set(PAPER_SIGNALS) and not reads_patches
@@ -172,6 +175,12 @@ class TeacherForced:
             read_view_logps=lambda view: self._view_logps(view)[at][:count].float(),
             read_hidden=read_hidden,
             read_answers=lambda words: self._answers(index, words),
+            read_predicting=lambda: self.predicting(index, side),
+            read_lens_hidden=lambda layer: self._lens_hidden(layer)[row, patches].float(),
+            read_head_masses=lambda layer: self._head_masses(layer)[row, :, leaf, :count].float(),
+            make_yes_no=lambda yes, no: YesNo.of(self.family, yes, no),
+            response=self.pairs[index].response(side),
+            pieces=self.prepared.pieces[index][side],
         )
 
     def _answers(self, index: int, words: YesNo | None) -> dict[str, Tensor]:
@@ -179,7 +188,11 @@ class TeacherForced:
         start = sum(len(item.questions) for item in self.encoded[:index])
         texts = [question.text for question in self.encoded[index].questions]
         hidden = self.asked_hidden[start : start + len(texts)]
-        return dict(zip(texts, (words or YesNo.of(self.family)).margins(hidden, self.head).float(), strict=True))
+        return dict(zip(texts, (words or self._yes_no).margins(hidden, self.head).float(), strict=True))
+
+    @cached_property
+    def _yes_no(self) -> YesNo:
+        return YesNo.of(self.family)
 
     def predicting(self, index: int, side: Side) -> Float[Tensor, "tokens width"]:
         """Final hidden states that predict the response's tokens."""
@@ -208,6 +221,7 @@ class TeacherForced:
             keys=self.batch["patches"],
             layers=choose_layers(self.settings.layers, self.family.depth),
             heads=choose_heads(self.settings.heads),
+            mass_layers=self.settings.head_layers(self.family.depth),
         )
 
     @cached_property
@@ -246,24 +260,38 @@ class TeacherForced:
             raise UserError(f"layer={layer} does not exist in a decoder of {self.family.depth} layers.")
         return self._all_hidden[layer % self.family.depth + 1]
 
+    def _lens_hidden(self, layer: int) -> Tensor:
+        """All hidden states after a layer, as the head reads them."""
+        hidden = self._hidden(layer)
+        return hidden if hidden is self.last_hidden else final_norm(self.family)(hidden)
+
+    def _head_masses(self, layer: int) -> Float[Tensor, "rows heads leaves tokens"]:
+        masses = self.recorder.mass(layer % self.family.depth)
+        _, leaves, tokens = self.batch["leaf_tokens_at"].shape
+        return masses.unflatten(-1, (leaves, tokens))
+
     @cached_property
     def _all_hidden(self) -> tuple[Tensor, ...]:
         return run_backbone(self.family.unwrapped, self.batch, output_hidden_states=True).hidden_states
 
 
+def final_norm(family: Family) -> nn.Module:
+    """The norm that a decoder applies after its last layer.
+
+    Raises:
+        UserError: it has none of a known name.
+    """
+    for name in FINAL_NORMS:
+        if isinstance(norm := getattr(family.decoder, name, None), nn.Module):
+            return norm
+    raise UserError(f"{family.model_id}: the norm after the last layer is not found, so only layer=-1 can be read by the head.")
+
+
 def token_labels(pieces: Sequence[str], response: str, spans: Sequence[Span]) -> np.ndarray:
     """Labels of tokens from labels of characters: 1 grounded, 0 hallucinated, -1 if the token overlaps no labelled span."""
     labels = np.full(len(pieces), -1, dtype=np.int8)
-    text = "".join(pieces)
-    # the tokens' text may begin or end with other white space than the response
-    offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
-    start = 0
-    for token, piece in enumerate(pieces):
-        end = start + len(piece)
-        for span in spans:
-            if piece.strip() and start < span.end + offset and end > span.start + offset:
-                labels[token] = 1 if span.label == "grounded" else 0
-        start = end
+    for span in spans:
+        labels[tokens_of(pieces, response, span.start, span.end)] = 1 if span.label == "grounded" else 0
     return labels
 
 

@@ -147,7 +147,7 @@ def score_pairs(
     `ask` gives yes/no questions about a pair's pictures, which are read beside its responses, for signals that look at
     `Evidence.answers`; worker processes need one that can be pickled.
     """
-    settings = settings or PAPER_SETTINGS
+    settings = (settings or PAPER_SETTINGS).of_pairs(pairs)
     kept = Cache.of(cache)
     kept.check(family)
     family.check_packable()
@@ -155,7 +155,8 @@ def score_pairs(
         check_family(family, pairs[0], choose_layers(settings.layers, family.depth))
     bound = batch_tokens or pass_tokens(family, family.device)
     scorer = PairScorer(family, settings, top=kept.k, batch_tokens=bound)
-    preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length, ask)
+    asking = _Asking(settings, ask) if ask or settings.asks else None
+    preparation = Preparation(family.reader(), pairs, OtherPictures(pairs), batch_size, bound, max_length, asking)
     count = worker_count(dataloader_num_workers, family)
     run = _StoreRun(preparation, scorer, Path(output), kept, attention_maps, count, progress)
     with run.group.lock(output):
@@ -170,6 +171,17 @@ def score_pairs(
         run.group.broadcast("finished", lambda: writer.finish(elsewhere=missing, skipped=summary))
     run.group.leave()
     return RewardStore.open(output)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """The questions of signals, and the caller's."""
+
+    settings: ScoreSettings
+    more: Callable[[PreferencePair], Sequence[str]] | None
+
+    def __call__(self, pair: PreferencePair) -> list[str]:
+        return [*dict.fromkeys([*self.settings.questions(pair), *(self.more(pair) if self.more else ())])]
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from catpo.config.options import ScoreOptions
@@ -47,6 +48,35 @@ class ScoreSettings:
         choose_heads(self.heads)
         for signal in self.signals:
             check_options(registry.load("signals", signal.name), signal)
+        self.head_layers(depth)
+        self.facts()
+
+    def of_pairs(self, pairs: Sequence[PreferencePair]) -> ScoreSettings:
+        """What the settings are for these pairs: words may be those that they name."""
+        return self if self.words is None else replace(self, words=self.words.of_pairs(pairs))
+
+    def head_layers(self, depth: int) -> tuple[int, ...]:
+        """The layers whose heads `head_attention` reads one by one."""
+        layers = {signal.options.get("layer", -1) for signal in self.signals if signal.name == "head_attention"}
+        return choose_layers(sorted(layers), depth) if layers else ()
+
+    def facts(self) -> dict[str, Any]:
+        """What signals say of themselves for the provenance, by their module's `found_with`."""
+        said: dict[str, Any] = {}
+        for signal in self.signals:
+            facts = _beside_score(signal, "found_with")
+            said |= {str(signal): facts(**signal.options)} if facts else {}
+        return said
+
+    def questions(self, pair: PreferencePair) -> list[str]:
+        """What signals ask about a pair's pictures, by their module's `asked_beside`; each question once."""
+        asking = [(signal, _beside_score(signal, "asked_beside")) for signal in self.signals]
+        return [*dict.fromkeys(text for signal, ask in asking if ask for text in ask(pair, **signal.options))]
+
+    @property
+    def asks(self) -> bool:
+        """Whether a signal asks anything."""
+        return any(_beside_score(signal, "asked_beside") for signal in self.signals)
 
     def check_patches(self, encoded: Encoded) -> None:
         """Raises UserError if the pair has no picture of the number asked for."""
@@ -56,6 +86,12 @@ class ScoreSettings:
                 f"pair {encoded.pair_id}: patches={self.patches!r} asks for a picture it does not have ({count} here). "
                 "Give a lower number, or all."
             )
+
+
+def _beside_score(signal: Spec, name: str) -> Callable[..., Any] | None:
+    """A function of the module that defines a signal's `score`; None if it has none."""
+    module = inspect.getmodule(registry.load("signals", signal.name))
+    return getattr(module, name, None)
 
 
 PAPER_SETTINGS = ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
@@ -79,6 +115,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
         "hidden": cache.hidden,
         **({"topk": cache.k} if cache.k else {}),
         **({"words": settings.words.provenance()} if settings.words else {}),
+        **({"found": facts} if (facts := settings.facts()) else {}),
         "maps": maps,
         "versions": versions(),
     }

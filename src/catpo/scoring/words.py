@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,15 +19,16 @@ from torch import Tensor
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair
-from catpo.files.json_files import read_json
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.questions import Asked, yes_less_no
 from catpo.models.tensors import common_length
 from catpo.rewards.word_rewards import FEATURES
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
+from catpo.scoring.claims import read_forms
 from catpo.text.caption_edits import name_object
 from catpo.text.object_words import default_vocabulary, mentions
+from catpo.text.things import TAGGERS, finder
 
 SHORTEST = 3
 """Letters of the shortest token that stands for a word by itself: shorter beginnings are those of many words."""
@@ -43,7 +44,10 @@ class WordSettings:
     floor: float
     question: str
     vocabulary: str | None
-    """A JSON file of surface forms and their objects; None for the built-in one."""
+    """A JSON file of surface forms and their objects, `nltk` or `textblob` for the nouns that the pairs' responses name, or
+    None for the built-in one."""
+    nouns: tuple[tuple[str, str], ...] = ()
+    """Surface forms and objects of the pairs, once they are known."""
 
     @classmethod
     def of(cls, text: str | Spec) -> WordSettings:
@@ -57,6 +61,24 @@ class WordSettings:
             raise UserError(f"words='{spec}' is not of the form words(features=['self_question'], floor=0.02).")
         return cls(**_options(**check_options(_options, spec)))
 
+    def of_pairs(self, pairs: Iterable[PreferencePair]) -> WordSettings:
+        """With the nouns of these pairs' responses, if they are the vocabulary.
+
+        Raises:
+            UserError: the tagger is not there, or finds nothing.
+        """
+        if self.vocabulary not in TAGGERS:
+            return self
+        find, forms = finder(self.vocabulary), dict[str, str]()
+        for text in (text for pair in pairs for text in (pair.chosen, pair.rejected)):
+            for thing in find(text)[1]:
+                forms |= {thing.bare: thing.name, thing.name: thing.name}
+        if not forms:
+            raise UserError(
+                f"words(vocabulary='{self.vocabulary}') finds no noun in the pairs' responses. Give a file of words."
+            )
+        return replace(self, nouns=tuple(sorted(forms.items())))
+
     def provenance(self) -> dict[str, Any]:
         """As it stands in a store's `store.json`."""
         forms = sorted(self.forms.items())
@@ -66,12 +88,11 @@ class WordSettings:
     @cached_property
     def forms(self) -> Mapping[str, str]:
         """Surface form -> object."""
+        if self.vocabulary in TAGGERS:
+            return dict(self.nouns)
         if self.vocabulary is None:
             return default_vocabulary()
-        forms = read_json(self.vocabulary, made_by="you")
-        if not forms or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
-            raise UserError(f'{self.vocabulary} must map words to objects, e.g. {{"dog": "dog", "puppies": "dog"}}.')
-        return forms
+        return read_forms(self.vocabulary)
 
 
 def _options(
@@ -87,7 +108,7 @@ def _options(
         features: what is kept of each word, see `catpo.rewards.word_rewards.FEATURES`.
         floor: least probability of a word's first token, anywhere in a response, that makes it a candidate.
         question: asked about each candidate; {} stands for the word with its article.
-        vocabulary: JSON file of surface forms and their objects.
+        vocabulary: JSON file of surface forms and their objects, or `nltk` or `textblob`, whose tagger finds the pairs' nouns.
     """
     if isinstance(features, str) or not features:
         raise UserError(f"words(features={features!r}): give a list of {', '.join(FEATURES)}.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import parse
 from catpo.core.types import PreferencePair
 from catpo.data.spool import PairsAt, ids_of, joined
 from catpo.data.trl_rows import as_pairs
@@ -19,7 +20,7 @@ from catpo.models.family_check import check_family
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import is_main_process
 from catpo.scoring.score import score_pairs
-from catpo.scoring.settings import PAPER_SETTINGS
+from catpo.scoring.settings import PAPER_SETTINGS, PAPER_SIGNALS
 from catpo.training import other_trainers
 from catpo.training.collator import check_ranked
 from catpo.training.config import CatPOConfig, check_store, needs_store, words_read
@@ -204,7 +205,9 @@ def open_rewards(
         output = Path(args.output_dir or ".") / "rewards"
         cache = "hidden" if reads_hidden else "logps"
         most, count = args.max_length, args.dataloader_num_workers
-        settings = replace(PAPER_SETTINGS, words=words_read(objective))
+        more = tuple(parse(name) for name in objective.fusion.needs if name not in PAPER_SIGNALS)
+        settings = replace(PAPER_SETTINGS, signals=(*PAPER_SETTINGS.signals, *more), words=words_read(objective))
+        settings.check(family.depth)
         return score_pairs(pairs, family, output, settings, cache=cache, max_length=most, dataloader_num_workers=count)
     store = RewardStore.open(args.rewards)
     store.verify({name: getattr(family, name) for name in ("precision", "model_hash", "processor_hash", "template_hash")})

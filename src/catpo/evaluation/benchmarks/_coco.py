@@ -13,7 +13,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.evaluation.benchmarks import Folder, Grade, Pictures, Source, label_objects
-from catpo.evaluation.benchmarks._english import English
+from catpo.text.english import English
 
 PICTURES = Pictures(
     ("coco/val2014", "val2014", "images"),

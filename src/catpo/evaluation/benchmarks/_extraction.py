@@ -14,8 +14,8 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.evaluation.benchmarks._coco import Vocabulary
-from catpo.evaluation.benchmarks._english import English, load_spacy
 from catpo.judges import Judge
+from catpo.text.english import English, load_spacy
 
 SCRIPT = "eval_gpt_obj_halbench.py"
 ATTEMPTS = 3

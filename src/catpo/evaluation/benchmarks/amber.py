@@ -33,7 +33,7 @@ from catpo.evaluation.benchmarks import (
     percent,
     total,
 )
-from catpo.evaluation.benchmarks._english import English, load_spacy
+from catpo.text.english import English, load_spacy
 
 GENERATIVE = "generative"
 DIMENSIONS = {

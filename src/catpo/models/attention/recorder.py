@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,9 @@ class AttentionRecorder:
     memory: int | None = None
     """Elements of the largest temporary, rows x heads x tokens x length; by default `piece_elements` of the device."""
     by_layer: dict[int, Float[Tensor, "rows tokens patches"]] = field(default_factory=dict)
+    mass_layers: tuple[int, ...] = ()
+    """Layers of which each head's mass on all patches is kept, and no map."""
+    masses: dict[int, Float[Tensor, "rows heads tokens"]] = field(default_factory=dict)
 
     def __enter__(self) -> AttentionRecorder:
         self._token = _active.set(self)
@@ -123,30 +126,52 @@ class AttentionRecorder:
         Raises:
             UserError: a layer was not recorded, since it does not run the attention interface.
         """
-        silent = [layer for layer in self.layers if layer not in self.by_layer]
+        self._check(self.layers, self.by_layer)
+        return torch.stack([self.by_layer[layer] for layer in self.layers]).mean(0)
+
+    def mass(self, layer: int) -> Float[Tensor, "rows heads tokens"]:
+        """Post-softmax probability from each token to all patches together, by each head of one of `mass_layers`.
+
+        Raises:
+            UserError: the layer was not recorded.
+        """
+        self._check((layer,), self.masses)
+        return self.masses[layer]
+
+    def _check(self, layers: Sequence[int], recorded: Mapping[int, Tensor]) -> None:
+        silent = [layer for layer in layers if layer not in recorded]
         if silent:
             raise UserError(
                 f"Attention of decoder layer(s) {silent} could not be recorded: they do not run the attention interface "
                 "(cross-attention or linear-attention layers do not). Choose other `layers`, or a model whose decoder attends "
                 "to image tokens in its own sequence."
             )
-        return torch.stack([self.by_layer[layer] for layer in self.layers]).mean(0)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, mask: Mask, options: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
-        if layer not in self.layers or layer in self.by_layer:  # recorded: gradient checkpointing runs a layer twice
+        if layer is None:
+            return
+        is_mapped, is_weighed = layer in self.layers, layer in self.mass_layers
+        is_recorded = layer in self.by_layer or layer in self.masses  # gradient checkpointing runs a layer twice
+        if is_recorded or not (is_mapped or is_weighed):
             return
         rows, heads, length = query.shape[0], query.shape[1], key.shape[2]
         if self.memory is None:
             self.memory = piece_elements(query.device)
         step = max(1, self.memory // (rows * heads * length))
-        chunks = []
+        maps, masses = [], []
         for tokens in self.queries.split(step, dim=1):
-            chunks.append(self.heads(_probabilities(module, query, key, mask, tokens, self.keys, options)))
-        attention = torch.cat(chunks, dim=1)
-        present = (self.queries >= 0)[:, :, None] & (self.keys >= 0)[:, None, :]
-        self.by_layer[layer] = torch.where(present, attention, 0.0)  # where, not *: a fully masked row is NaN
+            attention = _probabilities(module, query, key, mask, tokens, self.keys, options)
+            present = (tokens >= 0)[:, :, None] & (self.keys >= 0)[:, None, :]
+            if is_mapped:
+                maps.append(torch.where(present, self.heads(attention), 0.0))  # where, not *: a fully masked row is NaN
+            if is_weighed:
+                masses.append(torch.where(present[:, None], attention, 0.0).sum(-1))
+        if is_mapped:
+            self.by_layer[layer] = torch.cat(maps, dim=1)
+        if is_weighed:
+            self.masses[layer] = torch.cat(masses, dim=2)
 
 
 def _probabilities(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from catpo.core.errors import UserError
 from catpo.models.output_head import OutputHead
-from catpo.models.questions import YesNo
+from catpo.models.questions import NO, YES, YesNo
+from catpo.text.words import words
 
 
 @dataclass
@@ -26,6 +29,14 @@ class Evidence:
     read_view_logps: Callable[[str], Tensor]
     read_hidden: Callable[[int], tuple[Tensor, Tensor]]
     read_answers: Callable[[YesNo | None], Mapping[str, Tensor]] = lambda words: {}
+    read_predicting: Callable[[], Tensor] | None = None
+    read_lens_hidden: Callable[[int], Tensor] | None = None
+    read_head_masses: Callable[[int], Tensor] | None = None
+    make_yes_no: Callable[[Sequence[str], Sequence[str]], YesNo] | None = None
+    response: str = ""
+    """The response's text."""
+    pieces: Sequence[str] = ()
+    """The text of each of its tokens."""
 
     @cached_property
     def attention(self) -> Float[Tensor, "tokens patches"]:
@@ -58,6 +69,38 @@ class Evidence:
         """
         return self.read_answers(words)
 
+    def answers_by(self, yes: Sequence[str], no: Sequence[str]) -> Mapping[str, Float[Tensor, ""]]:
+        """`answers` where these texts count as yes and as no; empty ones are the default."""
+        if self.make_yes_no is None or not (yes or no):
+            return self.answers()
+        return self.answers(self.make_yes_no(yes or YES, no or NO))
+
+    @cached_property
+    def predicting(self) -> Float[Tensor, "tokens width"]:
+        """Final hidden states that predict each token, as the head reads them; in the model's precision."""
+        return _needed(self.read_predicting)()
+
+    def patch_lens_hidden(self, layer: int = -1) -> Float[Tensor, "patches width"]:
+        """Hidden states of the patches after decoder layer `layer`, normalised as the head reads the last layer's."""
+        return _needed(self.read_lens_hidden)(layer)
+
+    def head_masses(self, layer: int) -> Float[Tensor, "heads tokens"]:
+        """What each head of decoder layer `layer` gives to all patches together; only of layers that `head_attention` names."""
+        return _needed(self.read_head_masses)(layer)
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """For every token the first token of its word that is more than white space."""
+        firsts: list[int] = []
+        for word in words(self.pieces, [not piece for piece in self.pieces]):
+            tokens = range(word.first, word.end)
+            firsts += [next((token for token in tokens if self.pieces[token].strip()), word.first)] * len(tokens)
+        return firsts
+
+    def tokens_of(self, start: int, end: int) -> list[int]:
+        """The tokens that overlap `response[start:end]`."""
+        return tokens_of(self.pieces, self.response, start, end)
+
     def hidden(self, layer: int) -> Float[Tensor, "tokens width"]:
         """Hidden states of the response tokens after decoder layer `layer` (-1: the last, normalised as the head reads it)."""
         return self.read_hidden(layer)[0]
@@ -65,3 +108,24 @@ class Evidence:
     def patch_hidden(self, layer: int = -1) -> Float[Tensor, "patches width"]:
         """Hidden states of the patches after decoder layer `layer`."""
         return self.read_hidden(layer)[1]
+
+
+def _needed(read: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    if read is None:
+        raise UserError("This response was not read through `catpo score`, so its signals have less to read.")
+    return read
+
+
+def tokens_of(pieces: Sequence[str], response: str, start: int, end: int) -> list[int]:
+    """The tokens, by the text of each, that overlap `response[start:end]`; white space alone overlaps nothing.
+
+    >>> tokens_of([" A", " um", "brella", ".", ""], "An umbrella."[:1] + " umbrella.", 2, 10)
+    [1, 2]
+    """
+    text = "".join(pieces)
+    # the tokens' text may begin or end with other white space than the response
+    offset = max(text.find(response.strip()), 0) - (len(response) - len(response.lstrip()))
+    ends = [*accumulate(map(len, pieces))]
+    begins = [last - len(piece) for last, piece in zip(ends, pieces, strict=True)]
+    places = enumerate(zip(pieces, begins, ends, strict=True))
+    return [token for token, (piece, first, last) in places if piece.strip() and first < end + offset and last > start + offset]

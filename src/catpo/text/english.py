@@ -59,6 +59,10 @@ class English:
             self.known_lemmas[key] = self._shortest(word, pos)
         return self.known_lemmas[key]
 
+    def kinds_of_noun(self, lemma: str, senses: int = 1) -> list[int]:
+        """WordNet's lexicographer files of a noun's most frequent senses, e.g. 5 of animals; none of a word that is no noun."""
+        return self._noun_kinds.get(lemma, [])[:senses]
+
     def has_wordnet(self) -> bool:
         """Whether `lemma` works here."""
         return self._wordnet_reader() is not None
@@ -103,7 +107,8 @@ class English:
                 if path.is_file():
                     with zipfile.ZipFile(path) as archive:
                         return path, _Weights(io.BytesIO(archive.read(f"{OLD_TAGGER}/{OLD_TAGGER}.pickle"))).load()
-        raise _missing("The part-of-speech tagger", "averaged_perceptron_tagger_eng", f"put {OLD_TAGGER}.zip into DIR/nltk")
+        otherwise = f"put {OLD_TAGGER}.zip into such a place, or into DIR/nltk of --data DIR"
+        raise _missing("The part-of-speech tagger", "averaged_perceptron_tagger_eng", otherwise)
 
     # ---- WordNet ----
 
@@ -118,9 +123,7 @@ class English:
     @cached_property
     def _wordnet(self) -> dict[str, tuple[set[str], dict[str, list[str]], list[tuple[str, str]]]]:
         """Part of speech -> its lemmas, its inflected forms that follow no rule, and the rules: ending and what replaces it."""
-        read = self._wordnet_reader()
-        if read is None:
-            raise _missing("WordNet", "wordnet", "on Debian and Ubuntu: apt-get install wordnet-base")
+        read = self._needed_wordnet()
         from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
         parts = {}
@@ -133,6 +136,24 @@ class English:
                     exceptions[inflected] = bases
             parts[pos] = (lemmas, exceptions, WordNetCorpusReader.MORPHOLOGICAL_SUBSTITUTIONS[pos])
         return parts
+
+    @cached_property
+    def _noun_kinds(self) -> dict[str, list[int]]:
+        """Noun -> the lexicographer files of its senses, the most frequent first."""
+        read = self._needed_wordnet()
+        files = {line[:8]: int(line[9:11]) for line in read("data.noun").splitlines() if not line.startswith(" ")}
+        kinds = {}
+        for line in read("index.noun").splitlines():
+            if not line.startswith(" "):
+                lemma, *_ = fields = line.split()
+                kinds[lemma] = [files[sense] for sense in fields[-int(fields[2]) :]]
+        return kinds
+
+    def _needed_wordnet(self) -> Callable[[str], str]:
+        read = self._wordnet_reader()
+        if read is None:
+            raise _missing("WordNet", "wordnet", "on Debian and Ubuntu: apt-get install wordnet-base")
+        return read
 
     def _wordnet_reader(self) -> Callable[[str], str] | None:
         """Reads a file of the first WordNet that is found."""
@@ -152,7 +173,7 @@ class English:
         try:
             import nltk
         except ImportError as error:
-            raise UserError("This benchmark reads texts with NLTK: pip install 'catpo[eval]'") from error
+            raise UserError("Texts are read with NLTK: pip install 'catpo[eval]'") from error
         nltk.data.path += [str(root) for root in self.roots if str(root) not in nltk.data.path]
         return nltk
 
