@@ -50,7 +50,7 @@ NOT_HERE = {
 }
 """Arguments of transformers that would have no effect, or the wrong one -> why."""
 
-LAUNCHED = "the engine is the launcher's: accelerate launch --config_file recipes/accelerate/…"
+LAUNCHED = "the engine is the launcher's: `catpo init --recipe fsdp2` writes a configuration for accelerate launch"
 MODEL_ONLY = "a checkpoint is to resume from, and holds all that takes"
 CHECKPOINTING = "write gradient_checkpointing, gradient_checkpointing_kwargs"
 NOT_OPTIONS = {

@@ -78,7 +78,7 @@ def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes
 
     Args:
         options: of the command.
-        engine: one of recipes/accelerate.
+        engine: one of `SHARDED`.
         processes: the launcher's if None.
 
     Raises:

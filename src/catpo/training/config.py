@@ -288,8 +288,8 @@ def check_values(options: TrainOptions) -> None:
         raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
     if options.quantization is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError(
-            "quantization='4bit' is not offered under FSDP, which would cut packed weights apart. Use "
-            "recipes/accelerate/ddp.yaml, or leave quantization out."
+            "quantization='4bit' is not offered under FSDP, which would cut packed weights apart. Use DDP "
+            "(`catpo init --recipe ddp`), or leave quantization out."
         )
     if options.lora is not None:
         plain_lora(options.lora)
