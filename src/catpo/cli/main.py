@@ -14,7 +14,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from catpo import __version__
-from catpo.cli import streams
+from catpo.cli import quiet, streams
 from catpo.cli.flags import explained, from_recipe
 from catpo.cli.init import init
 from catpo.cli.interrupted import interrupted
@@ -42,6 +42,7 @@ START = Group("Start", sort_key=2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
     streams.prepare()
+    quiet.prepare()
     words, with_traceback = taken(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -162,7 +163,9 @@ def train(
     from catpo.training.train import train
 
     result = train(**vars(options))
-    say(f"Trained model: {result.model}")
+    from catpo.training.screen import closing_lines
+
+    say(f"Trained model: {result.model}", *closing_lines(result.output))
 
 
 @app.command(group=STEPS, sort_key=4)

@@ -30,7 +30,7 @@ from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.score import worker_count
 from catpo.training import hub
 from catpo.training.arguments import check_arguments, config_of, passed_on
-from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
+from catpo.training.callbacks import CLOSING, MetricsFile
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
 from catpo.training.config import check_reference, check_rescoring, check_values
 from catpo.training.lora import lora_config
@@ -50,6 +50,7 @@ from catpo.training.run_folder import (
     last_metrics,
     save_model,
 )
+from catpo.training.screen import StepProgress, Trackers
 from catpo.training.trainer import CatPOTrainer
 
 
@@ -185,6 +186,7 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Trackers(trainer, options.output))
     return trainer
 
 
