@@ -374,10 +374,12 @@ def study(
     jobs: Annotated[int, Parameter(help="Cells run in parallel, each in its own process.")] = 1,
 ) -> None:
     """Run a grid of methods, options and seeds, with tables and figures; exit with 1 if a cell failed."""
+    from catpo.experiments.study.results import footnotes, results_table
     from catpo.experiments.study.run import study
 
     outcome = study(file, output=output, jobs=jobs)
-    print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    Console().print(results_table(outcome.results))
+    say(*footnotes(outcome.results))
     say(f"Tables and figures: {outcome.folder}")
     for called, reason in outcome.failed.items():
         warn(f"{called} failed: {reason}")

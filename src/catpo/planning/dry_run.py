@@ -24,7 +24,7 @@ from catpo.models import devices, loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.planning import sizes
-from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes
+from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes, with_context
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
@@ -68,6 +68,9 @@ class Plan:
 
     awaited: str = ""
     """The reward store that is still to be scored, if the command names one."""
+
+    precision: str = ""
+    """Of the weights, and of what is computed with them."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -158,7 +161,8 @@ def _plan_scoring(scoring: score.Scoring, sample: Sequence[Encoded], processes: 
         tokens=_tokens(sample, row),
         steps=math.ceil(len(pairs) / batch),
         token_passes=len(pairs) * sum(row) / len(row),
-        memory=memory,
+        memory=with_context(memory, devices.device_of(options.device).type),
+        precision=_name(family.head.weight.dtype),
         store=store_bytes(family, sample, len(pairs), signal_count, scoring.cache, options.attention_maps),
         processes=processes,
         work=Work(len(pairs) * sizes.operations(family, sample, row).forward, 0.0),
@@ -214,7 +218,8 @@ class _TrainingPlan:
             tokens=_tokens(self.sample, self.row),
             steps=steps,
             token_passes=seen * self.mean_row * (self.policy_rows + self.reference_rows),
-            memory=self._memory(),
+            memory=with_context(self._memory(), devices.device_of(self.options.device).type),
+            precision=self._precision(),
             store=store,
             processes=self.processes,
             engine=self.engine,
@@ -222,6 +227,12 @@ class _TrainingPlan:
             awaited=str(rewards) if is_awaited else "",
             checkpoint=saved_weights + self.moment_bytes,
         )
+
+    def _precision(self) -> str:
+        stored, computed = _name(self.family.head.weight.dtype), _name(self.computes_in)
+        if self.options.quantization:
+            stored = f"{self.options.quantization} and {stored}"
+        return stored if stored == computed == "float32" else f"{stored}, computed in {computed}, what trains in float32"
 
     def _check_rewards(self, store: RewardStore) -> None:
         """What training asks of a store, but for the model's weights, which are not at hand."""
@@ -297,6 +308,10 @@ class _TrainingPlan:
         gradients = self.trained_bytes if self.engine == "ddp" else self.trained * min(4, self.computes_in.itemsize)
         sent = sent_bytes(self.engine, self.processes, gathered=gathered, gradients=gradients, batches=batches)
         return Work(seen * (self.policy_rows * training + self.reference_rows * of_pair.forward), sent)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:
