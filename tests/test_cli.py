@@ -45,7 +45,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     results = {
         "pair": "12 pairs",
         "score": [],
-        "train": types.SimpleNamespace(model="out/model"),
+        "train": types.SimpleNamespace(output=Path("out"), model="out/model"),
         "evaluate": {"benchmarks": {}},
     }
     for name, module in ENGINES.items():
@@ -244,6 +244,21 @@ def test_only_a_command_that_goes_on_says_so(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["tain"], 'Did you mean "train"'),
+        (["recipe.yaml"], "`catpo train --config recipe.yaml`"),
+        (["train", "recipe.yaml"], "`catpo train --config recipe.yaml`"),
+        (["train", *REQUIRED["train"], "recipe.yml"], "`catpo train --config recipe.yml`"),
+        (["score", "--recipe", "recipe.yaml"], "`catpo score --config recipe.yaml`"),
+        (["init", "llava-1.5-7b"], "`catpo init --recipe llava-1.5-7b`"),
+        (["train", *REQUIRED["train"], "--lr", "1"], "write learning_rate"),
+        (["train", *REQUIRED["train"], "--per-device-batch-size", "1"], "write per_device_train_batch_size"),
+        (["train", *REQUIRED["train"], "--train_micro_batch_size_per_gpu", "1"], "write per_device_train_batch_size"),
+        (["train", *REQUIRED["train"], "--loss_type", "ipo"], "the loss is the objective"),
+        (["train", *REQUIRED["train"], "--pref-loss", "orpo"], "the loss is the objective"),
+        (["train", *REQUIRED["train"], "--pref-beta", "0.1"], "give it in the objective"),
+        (["train", *REQUIRED["train"], "--lora-rank", "8"], "write lora="),
+        (["train", *REQUIRED["train"], "--cutoff-len", "100"], "nothing is cut off"),
+        (["train", *REQUIRED["train"], "--torch-dtype", "bfloat16"], "write dtype"),
+        (["train", *REQUIRED["train"], "--dataset", "x"], "write pairs"),
         (["train", *REQUIRED["train"], "--learning-rat", "1"], "Did you mean --learning-rate"),
         (["train", *REQUIRED["train"], "--num-train-epochs", "six"], "six"),
         (["train", *REQUIRED["train"], "--reference", "stored"], "stored"),

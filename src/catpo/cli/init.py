@@ -25,9 +25,11 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe to start from."""
-    from catpo.config.recipes import starter
+    from catpo.config.recipes import shipped, starter
     from catpo.files.atomic import make_folder, remove_unfinished, write_atomic
 
+    if recipe is None and str(folder) in shipped():
+        raise UserError(f"'{folder}' is a recipe, and would be a folder: `catpo init --recipe {folder}`.")
     path = folder / f"{recipe or 'recipe'}.yaml"
     files = {path: starter()} if recipe is None else _shipped(recipe, folder)
     is_there = all(each.is_file() and each.read_bytes() == text.encode() for each, text in files.items())

@@ -160,11 +160,10 @@ def train(
     if dry_run:
         _show_plan(options, engine=engine, processes=processes)
         return
+    from catpo.training.run_lines import closing_lines
     from catpo.training.train import train
 
     result = train(**vars(options))
-    from catpo.training.screen import closing_lines
-
     say(f"Trained model: {result.model}", *closing_lines(result.output))
 
 

@@ -38,7 +38,8 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         UserError: no such file, not YAML, a key twice, an unknown option, a value of another type; names file and key.
     """
     path = Path(path)
-    advice = f"`catpo init --recipe {path.stem}` writes it." if path.stem in shipped() else ADVICE
+    name = path.name.removesuffix(".yaml")
+    advice = f"`catpo init --recipe {name}` writes it." if name in shipped() else ADVICE
     recipe = strict_yaml.mapping(strict_yaml.load(path, what="recipe", advice=advice), str(path))
     shared = {key: value for key, value in recipe.items() if key not in COMMANDS}
     known_shared = {name for command in COMMANDS for name in _known(command)} - OWN_KEYS
