@@ -53,7 +53,10 @@ def together(count: int, function: Callable[[], Any], **environment: str) -> lis
 
 def environment_of(recipe: str | Path) -> dict[str, str]:
     """Environment that `accelerate launch --config_file RECIPE` sets for its processes, changed to run on CPUs."""
-    arguments = launch.launch_command_parser().parse_args(["--config_file", str(recipe), "--num_processes", "2", "-m", "catpo"])
+    given = ["--config_file", str(recipe), "--num_processes", "2", "-m", "catpo"]
+    if (beside := Path(recipe).with_suffix(".json")).is_file():
+        given = ["--deepspeed_config_file", str(beside), *given]
+    arguments = launch.launch_command_parser().parse_args(given)
     arguments, defaults, _ = launch._validate_launch_command(arguments)
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

@@ -31,6 +31,7 @@ from bench.run import CATPO, Case, Side, prepared, worker
 from bench.shapes import SHAPES, Shape, make_pairs, write_model
 from bench.worker import LORA
 from catpo.config import options as config
+from catpo.config.recipes import SHIPPED
 from catpo.core.types import PreferencePair
 from catpo.data.pair_folder import write_pairs
 from catpo.models import loading
@@ -42,7 +43,7 @@ from catpo.training.lora import lora_config
 from catpo.training.train import train
 from catpo.training.trainer import CatPOTrainer
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+RECIPES = SHIPPED / "accelerate"
 TIMED = ("llava-144", "llava-576", "qwen-300", "qwen-1200")
 CALIBRATION = "full, llava-576"
 """The case that calibrates the machine's operations per second; its own time is not a prediction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import catpo
 from catpo.cli import main
-from catpo.config import options
+from catpo.cli.init import init
+from catpo.cli.interrupted import interrupted
+from catpo.config import options, recipes
 from catpo.config.command import hints
 from catpo.core import registry
 from catpo.core.errors import UserError
@@ -41,7 +45,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     results = {
         "pair": "12 pairs",
         "score": [],
-        "train": types.SimpleNamespace(model="out/model"),
+        "train": types.SimpleNamespace(output=Path("out"), model="out/model"),
         "evaluate": {"benchmarks": {}},
     }
     for name, module in ENGINES.items():
@@ -213,10 +217,48 @@ def test_an_interruption_is_exit_code_130(
     assert capsys.readouterr().err.endswith("catpo: interrupted.\n")  # there is nothing to go on with
 
 
+def test_only_a_command_that_goes_on_says_so(tmp_path: Path) -> None:
+    (tmp_path / "once.yaml").write_text("train: {resume: false}\n")
+    (tmp_path / "again.yaml").write_text("model: builtin\n")
+    once, again = (f"--config={tmp_path / name}.yaml" for name in ("once", "again"))
+    for words in (
+        ["train"],
+        ["train", again],
+        ["train", "--resume", once],
+        ["score", once],
+        ["data", "convert", "x"],
+        ["demo"],
+    ):
+        assert interrupted(words).endswith("Give the same command again to go on."), words
+    for words in (
+        ["train", once],
+        ["train", "--no-resume"],
+        ["train", "--config", once[9:]],
+        ["train", "--dry-run"],
+        ["probe"],
+    ):
+        assert interrupted(words) == "interrupted.", words
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tain"], 'Did you mean "train"'),
+        (["recipe.yaml"], "`catpo train --config recipe.yaml`"),
+        (["train", "recipe.yaml"], "`catpo train --config recipe.yaml`"),
+        (["train", *REQUIRED["train"], "recipe.yml"], "`catpo train --config recipe.yml`"),
+        (["score", "--recipe", "recipe.yaml"], "`catpo score --config recipe.yaml`"),
+        (["init", "llava-1.5-7b"], "`catpo init --recipe llava-1.5-7b`"),
+        (["train", *REQUIRED["train"], "--lr", "1"], "write learning_rate"),
+        (["train", *REQUIRED["train"], "--per-device-batch-size", "1"], "write per_device_train_batch_size"),
+        (["train", *REQUIRED["train"], "--train_micro_batch_size_per_gpu", "1"], "write per_device_train_batch_size"),
+        (["train", *REQUIRED["train"], "--loss_type", "ipo"], "the loss is the objective"),
+        (["train", *REQUIRED["train"], "--pref-loss", "orpo"], "the loss is the objective"),
+        (["train", *REQUIRED["train"], "--pref-beta", "0.1"], "give it in the objective"),
+        (["train", *REQUIRED["train"], "--lora-rank", "8"], "write lora="),
+        (["train", *REQUIRED["train"], "--cutoff-len", "100"], "nothing is cut off"),
+        (["train", *REQUIRED["train"], "--torch-dtype", "bfloat16"], "write dtype"),
+        (["train", *REQUIRED["train"], "--dataset", "x"], "write pairs"),
         (["train", *REQUIRED["train"], "--learning-rat", "1"], "Did you mean --learning-rate"),
         (["train", *REQUIRED["train"], "--num-train-epochs", "six"], "six"),
         (["train", *REQUIRED["train"], "--reference", "stored"], "stored"),
@@ -248,6 +290,37 @@ def test_init_writes_a_recipe_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_init_writes_each_recipe_that_comes_with_catpo(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "deep", "--recipe", name) == 0
+    path = Path("deep") / f"{name}.yaml"
+    assert f"Wrote: {path}. Next: " in (shown := capsys.readouterr().out) and str(path) in shown + str(path)
+    if name.startswith("zero"):  # accelerate looks for it from where it runs
+        assert yaml.safe_load(path.read_text())["deepspeed_config"]["deepspeed_config_file"] == f"deep/{name}.json"
+        assert Path(f"deep/{name}.json").is_file()
+    else:
+        assert path.read_bytes() == recipes.shipped()[name].read_bytes()
+    assert run("init", "deep", "--recipe", name) == 0
+    assert f"There already: {path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [*recipes.SHIPPED.glob("*.yaml"), None], ids=lambda path: path.stem if path else "starter")
+def test_a_recipe_says_what_it_was_planned_for(path: Path | None) -> None:
+    comment = re.sub(r"\n# ?", " ", (path.read_text() if path else recipes.starter()).split("\n\n")[0])
+    assert re.search(r"Planned.*\d GB (on (each|the) GPU|of memory).*(about \d+ h|min on 8|minutes on)", comment)
+
+
+def test_a_wrong_name_of_a_recipe_leads_to_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"'llava-1\.5' is not a recipe that comes with catpo\. Did you mean 'llava-1\.5-7b"):
+        init(recipe="llava-1.5")
+    with pytest.raises(UserError, match=r"`catpo init --recipe llava-1\.5-7b` writes it"):
+        recipes.read("llava-1.5-7b.yaml")
+
+
 def test_list_shows_plugins_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list", "objectives") == 0
     shown = capsys.readouterr().out
@@ -255,7 +328,8 @@ def test_list_shows_plugins_with_their_first_line(capsys: pytest.CaptureFixture[
     assert "  dpo " in shown
     assert run("list") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line for line in shown if not line.startswith(" ")] == list(registry.PLACES)
+    assert [line for line in shown if not line.startswith(" ")] == [*registry.PLACES, "recipes"]
+    assert "  llava-1.5-7b        LLaVA-1.5-7B on RLHF-V, on one GPU with 40 GB or more." in shown
 
 
 def test_catpo_runs_as_a_module_and_ends_quietly_in_a_pipe() -> None:

@@ -29,7 +29,7 @@ ENGINES = {
     "evaluate": ("catpo.evaluation.evaluate", "evaluate"),
     "report": ("catpo.reporting.build", "report"),
 }
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted(recipes.SHIPPED.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("command", ENGINES)

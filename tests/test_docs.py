@@ -71,7 +71,7 @@ def test_every_command_in_the_documents_is_understood(
     main.app.parse_args(tokens, exit_on_error=False, print_error=False)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("recipes/*.yaml")], ids=relative)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("src/catpo/config/shipped/**/*.yaml")], ids=relative)
 def test_every_command_named_in_a_text_exists(page: Path) -> None:
     named = re.findall(r"(?:`|^#\s+|\$ |-m )catpo ([a-z]+)\b(?!=)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(named) <= COMMANDS

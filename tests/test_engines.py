@@ -1,6 +1,6 @@
 """Training engines in two processes give the loss curve and the weights of one process: DDP, FSDP2, DeepSpeed ZeRO-2 and -3.
 
-The environment of each is what `accelerate launch --config_file recipes/accelerate/….yaml` sets. The run folder says which
+The environment of each is what `accelerate launch` with the file of `catpo init --recipe …` sets. The run folder says which
 engine really ran: accelerate leaves FSDP out on CPUs without a word, unless told as `bench.launching` does.
 """
 
@@ -20,6 +20,7 @@ from bench.launching import environment_of, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from catpo.config.recipes import SHIPPED
 from catpo.files.json_files import read_rows
 from catpo.models import loading
 from catpo.runtime.work_group import WorkGroup
@@ -28,7 +29,7 @@ from catpo.training.callbacks import MetricsFile
 from catpo.training.train import train
 from tiny import pairs
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+RECIPES = SHIPPED / "accelerate"
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 LORA = "lora(r=4, alpha=8)"
 CASES = {
@@ -206,7 +207,7 @@ def late(run):
 
 def test_learned_coefficients_are_refused_where_no_optimiser_takes_them(folder, store, tmp_path):
     run = partial(trained, folder, store, tmp_path / "run", objective="catpo(learned=True)", per_device_train_batch_size=2)
-    with pytest.raises(AssertionError, match=r"learned=True is not offered under FSDP[^\n]*ddp\.yaml"):
+    with pytest.raises(AssertionError, match=r"learned=True is not offered under FSDP[^\n]*--recipe ddp"):
         together(2, run, **environment_of(RECIPES / "fsdp2.yaml"))
 
 

@@ -162,28 +162,36 @@ def test_a_finished_run_given_again_says_so_and_is_left_as_it_is(folder, store, 
 # ---- SIGTERM --------------------------------------------------------------------------------------------------------------
 
 
-def terminating(monkeypatch, owner, name, number):
-    """Sends SIGTERM to this process when `owner.name` is called for the `number`-th time."""
+def terminating(monkeypatch, owner, name, number, what=signal.SIGTERM):
+    """Sends a signal to this process when `owner.name` is called for the `number`-th time."""
     original, calls = getattr(owner, name), []
 
     def calls_it(*args, **kwargs):
         calls.append(1)
         if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), what)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, calls_it)
 
 
-@pytest.mark.parametrize("lora", ["lora(r=4, alpha=8)", None], ids=["lora", "full"])
-def test_training_resumes_exactly_from_the_checkpoint_of_a_sigterm(folder, store, tmp_path, lora, monkeypatch):
+@pytest.mark.parametrize(
+    ("lora", "asked"), [("lora(r=4, alpha=8)", signal.SIGTERM), (None, signal.SIGINT)], ids=["lora, SIGTERM", "full, Ctrl-C"]
+)
+def test_training_resumes_exactly_from_the_checkpoint_of_a_signal(folder, store, tmp_path, lora, asked, monkeypatch, capfd):
     whole = training(folder, store, tmp_path / "whole", lora=lora)
     with monkeypatch.context() as patch:
-        terminating(patch, CatPOTrainer, "training_step", 10)  # within step 5
-        with pytest.raises(Stopped, match=r"step 5 of 6 is done, with a checkpoint.*Give the same command again"):
+        terminating(patch, CatPOTrainer, "training_step", 10, asked)  # within step 5
+        cause = "SIGTERM" if asked == signal.SIGTERM else "Ctrl-C"
+        with pytest.raises(
+            Stopped, match=rf"^{cause}: step 5 of 6 is done, with a checkpoint.*the same command again"
+        ) as stopped:
             training(folder, store, tmp_path / "left", lora=lora)
+        assert stopped.value.exit_code == 128 + asked
+    assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (cause == "Ctrl-C")
     assert last_whole(tmp_path / "left" / "checkpoints").name == "checkpoint-5" and not (tmp_path / "left" / "model").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = training(folder, store, tmp_path / "left", lora=lora)
     assert files(resumed.model) == files(whole.model)
     assert [row["step"] for row in rows(tmp_path / "left")] == [2, 3, 3, 4, 5, 6, 6, 6]  # one row more than undisturbed
@@ -229,6 +237,20 @@ def test_a_process_stopped_by_sigterm_has_exit_code_143(monkeypatch, capsys):
         main.main([])
     assert left.value.code == 143
     assert "SIGTERM: 2 shards are there. Give the same command again to go on." in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    stop = sigterm.Stop()
+
+    def insists():
+        with sigterm.on_ctrl_c(stop, "this step"):
+            signal.raise_signal(signal.SIGINT)
+            assert stop.is_asked
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        insists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_sigterm_ends_at_once_and_the_users_own_handler_stays():

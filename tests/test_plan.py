@@ -32,7 +32,7 @@ from tiny import pairs
 from tiny_families import BUILDERS, build
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
+RECIPES = sorted(path for path in recipes.SHIPPED.glob("*.yaml") if path.stem != "demo")
 
 
 def options(command, **given):

@@ -13,7 +13,7 @@ from catpo.cli.demo import OBJECTIVES, DemoSettings
 from catpo.config import recipes
 from catpo.rewards.store import RewardStore
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+RECIPE = recipes.SHIPPED / "demo.yaml"
 FEWER = {
     "pair": ["--limit", "24"],
     "score": ["--limit", "6"],

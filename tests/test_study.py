@@ -19,6 +19,7 @@ import yaml
 
 from catpo.cli import main
 from catpo.config.options import COMMANDS
+from catpo.config.recipes import SHIPPED as SHIPPED_FILES
 from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
 from catpo.evaluation.coverage import at_equal_coverage
@@ -32,7 +33,7 @@ from catpo.files.json_files import read_json, write_json
 from catpo.training import objectives
 from report_fixtures import make_evaluation, make_run
 
-SHIPPED = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.yaml"))
+SHIPPED = sorted((SHIPPED_FILES / "studies").glob("*.yaml"))
 SAME_CELLS = ("model", "data", "benchmarks", "seeds", "rate_factors", "tuning", "score", "train", "probe")
 BASIC = """
 title: Two methods
@@ -76,7 +77,7 @@ def test_a_shipped_study_can_be_read_and_all_it_names_exists(path: Path) -> None
         check_figure(path.name, name, text)
     for named in re.findall(r"(?:rows=\[|baseline=|row=|against=)[^\])]*", " ".join(plan.figures.values())):
         assert set(re.findall(r"'([^']+)'", named)) <= set(plan.rows)
-    assert f"catpo study recipes/studies/{path.name}" in path.read_text()
+    assert f"catpo study {path.name}" in path.read_text()
 
 
 def test_shipped_studies_share_their_cells() -> None:

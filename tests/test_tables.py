@@ -12,18 +12,19 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from catpo.cli import doctor
+from catpo.cli.demo import COLUMNS, DemoSettings, results_table
 from catpo.cli.tables import data_tables, official_lines, quality_table, scores_table
 from catpo.data.check import Problem
 from catpo.evaluation.bootstrap import Estimate
 from catpo.evaluation.compare import SideBySide, show
 from catpo.evaluation.paired import Difference
 from catpo.rewards.quality import Separation, SignalQuality
-from catpo.text.tables import for_csv, for_latex, for_markdown, for_terminal, latex_table, markdown_table
+from catpo.text.tables import fitting, for_csv, for_latex, for_markdown, for_terminal, latex_table, markdown_table
 from catpo.text.words import plain
 
 
@@ -100,6 +101,48 @@ def test_no_name_breaks_a_line_or_acts_on_what_shows_it(name: str) -> None:
         assert form == "terminal" or tables[-1].count("\n") == harmless.count("\n")
     for table in tables:
         assert plain(table) == table
+
+
+FILE_NAMES = st.text(st.sampled_from("abcxyz019-_./"), min_size=1, max_size=34)
+
+
+@settings(max_examples=20, deadline=None)
+@given(names=st.lists(FILE_NAMES, min_size=2, max_size=5), long=st.text(st.sampled_from("ab /"), max_size=200))
+def test_nothing_is_cut_on_80_columns(names: list[str], long: str) -> None:
+    difference = Difference("adversarial", names[0], -33.5, 2.0, Estimate(-33.5, -40.5, -26.5), 9)
+    sides = SideBySide(names, [("object_halbench", "adversarial/precision", [difference] * (len(names) - 1))], [])
+    figures = {name: {"value": 100.0, "low": 100.0, "high": 100.0} for name in names}
+    problems = [(Problem("a kind of problem", name, long), 1) for name in names]
+    checked = SimpleNamespace(
+        name="n", rows=1, pairs=0, samples=0, pictures=0, lengths={}, problems=problems, grouped=lambda: problems
+    )
+    seeds = {name: {column: [31.86, 26.27, 22.63] for column in COLUMNS} for name in names}
+    console = Console(width=80, color_system=None)
+    with console.capture() as captured, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        console.print(show(sides, "terminal"))
+        console.print(fitting([names[0], *names], [[name] * (len(names) + 1) for name in names], title=long[:70]))
+        console.print(scores_table({"benchmarks": {name: {"metrics": figures} for name in names}}))
+        console.print(doctor.table([doctor.Finding(name, "note", long) for name in names]))
+        console.print(results_table(seeds, DemoSettings()), *data_tables(checked), sep="\n")
+        compared = show(sides, "terminal")
+    text = captured.get()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(any(name in line for line in compared.splitlines()) for name in names)
+    assert "-33.50 [-40.50, -26.50]*" in compared
+
+
+def test_the_lightest_table_that_fits_is_not_chosen_before_the_others() -> None:
+    rows = [["name", "-33.50 [-40.50, -26.50]*"]]
+    shown = {}
+    for width in (60, 33, 20):
+        console = Console(width=width, color_system=None)
+        with console.capture() as captured:
+            console.print(fitting(["a", "b"], rows))
+        shown[width] = captured.get()
+    assert shown[60].startswith("┏") and "┏" not in shown[33] and "─" in shown[33]
+    assert shown[20].splitlines()[0].strip() == "name"
 
 
 def finding(text: str) -> doctor.Finding:

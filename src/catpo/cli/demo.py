@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from catpo.cli.tables import quality_table
 from catpo.evaluation.coverage import at_equal_coverage
@@ -24,7 +23,7 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime.progress import clock
 from catpo.scoring.score import score
 from catpo.scoring.settings import PAPER_SIGNALS
-from catpo.text.tables import for_terminal, markdown_table
+from catpo.text.tables import Fitting, fitting, for_terminal, markdown_table
 from catpo.text.words import plain
 from catpo.training.train import train
 
@@ -143,15 +142,10 @@ def scores_of(evaluations: Sequence[Path]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSettings) -> Table:
+def results_table(rows: dict[str, dict[str, list[float]]], settings: DemoSettings) -> Fitting:
     """The comparison; with several seeds, mean ± standard deviation over seeds."""
-    table = Table(title=f"{settings.held_out} held-out scenes, greedy answers (percent; Cover and yes/no: higher is better)")
-    table.add_column("model", no_wrap=True, min_width=max(map(len, rows)))
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for cells in _cells(rows):
-        table.add_row(*cells)
-    return table
+    title = f"{settings.held_out} held-out scenes, greedy answers (percent; Cover and yes/no: higher is better)"
+    return fitting(["model", *COLUMNS], _cells(rows), title=title)
 
 
 def as_markdown(rows: dict[str, dict[str, list[float]]]) -> str:

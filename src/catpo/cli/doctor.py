@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from packaging.requirements import Requirement
 from rich.table import Table
@@ -19,13 +19,11 @@ from rich.table import Table
 from catpo.core import registry
 from catpo.core.errors import first_line
 from catpo.files.json_files import read_json
-from catpo.text.tables import for_terminal
+from catpo.text.tables import for_terminal, table_of
 
 Verdict = Literal["ok", "note", "missing"]
 COLOURS = {"ok": "green", "note": "yellow", "missing": "red"}
 GIGABYTE = 1e9
-ADAMW_COPIES = 4
-"""Full training in float32 holds weights, gradients and two moments."""
 USES = {
     "vlm": " (for Qwen-VL, InternVL and others)",
     "quant": " (for 4-bit models)",
@@ -55,7 +53,7 @@ def examine(model: str | None = None) -> list[Finding]:
 
 def table(findings: list[Finding]) -> Table:
     """The findings for the terminal."""
-    shown = Table("part", "verdict", "finding")
+    shown = table_of("part", "verdict", "finding", texts=3)
     for finding in findings:
         shown.add_row(
             for_terminal(finding.part), f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]", for_terminal(finding.text)
@@ -177,7 +175,6 @@ def _model(model: str) -> Iterator[Finding]:
     else:
         known = f"Known: {', '.join(families)}. See docs/how-to/plugins/family.md"
         yield Finding("model", "missing", f"{name} ({config.model_type}) has no family. {known}")
-    yield _size(empty)
     if getattr(empty, "_supports_attention_backend", False):
         yield Finding("attention", "ok", "can be recorded")
     else:
@@ -192,16 +189,33 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding("processor", "ok", f"{name}, with a chat template")
     else:
         yield Finding("processor", "missing", f"{name} has no chat template, so prompts cannot be built")
+        return
+    if config.model_type in families:
+        yield _size(model)
 
 
-def _size(empty: Any) -> Finding:
-    count = sum(parameter.numel() for parameter in empty.parameters())
-    half, full = 2 * count / GIGABYTE, ADAMW_COPIES * 4 * count / GIGABYTE
-    needs = f"{count / 1e6:,.1f} M parameters: {half:.2g} GB in bfloat16; full training in float32 {full:.2g} GB"
+def _size(model: str) -> Finding:
+    """What the weights take as `--dry-run` counts them, with what CUDA takes itself where there is such a GPU."""
+    from catpo.models.devices import device_of
+    from catpo.models.loading import blueprint
+    from catpo.models.memory import readable
+    from catpo.planning import sizes
+    from catpo.planning.costs import with_context
+
+    family = blueprint(model)
+    stored = sizes.weight_bytes(family, None)
+    dtype = str(family.head.weight.dtype).removeprefix("torch.")
+    states = 1 + sizes.moments(None)  # gradients and moments
+    trained = sizes.trained_count(family, None)
+    full = sizes.weight_bytes_in_training(family, None, None) + int(states * sizes.MASTER * trained)
+    kind = device_of(None).type
+    half, whole = (sum(with_context({"weights": size}, kind).values()) for size in (stored, full))
+    count = sizes.parameter_count(family.unwrapped)
+    needs = f"{count / 1e6:,.1f} M parameters: {readable(half)} in {dtype}, as saved; {readable(whole)} to train all in float32"
     free = largest_memory()
-    if free is None or free / GIGABYTE > full:
+    if free is None or free > whole:
         return Finding("size", "ok", needs)
-    needs += f", of {free / GIGABYTE:.0f} GB free: "
-    if free / GIGABYTE > half:
-        return Finding("size", "note", f"{needs}train with --lora, in bfloat16")
+    needs += f", of {readable(free)} free: "
+    if free > half:
+        return Finding("size", "note", f"{needs}train with --lora; `catpo train --dry-run` says what that takes")
     return Finding("size", "missing", f"{needs}it does not fit")

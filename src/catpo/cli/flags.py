@@ -44,6 +44,10 @@ def explained(error: CycloptsError) -> Any:
 
     if isinstance(error.__cause__, ValidationError) and error.argument is not None:
         raise UserError(f"{error.argument.field_info.name} {problem(error.__cause__)}")
+    for word in getattr(error, "unused_tokens", None) or ():
+        if word.endswith((".yaml", ".yml")):
+            command = error.command_chain[-1] if error.command_chain else "train"
+            raise UserError(f"A command takes a recipe with --config: `catpo {command} --config {word}`.")
     if isinstance(error, UnknownOptionError) and error.command_chain:
         command = error.command_chain[-1]
         name = (error.token.keyword or error.token.value).lstrip("-").partition("=")[0].replace("-", "_")

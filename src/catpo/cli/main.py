@@ -14,8 +14,9 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 from catpo import __version__
-from catpo.cli import chat, detect, push, streams
+from catpo.cli import chat, detect, push, quiet, streams
 from catpo.cli.flags import explained, from_recipe
+from catpo.cli.init import init
 from catpo.cli.interrupted import interrupted
 from catpo.cli.messages import TRACEBACK, explain, taken
 from catpo.cli.probe import probe
@@ -31,7 +32,7 @@ DryRun = Annotated[bool, Parameter(negative=(), help="Load no weights; print tok
 SHARED = ("pair", "score", "train", "evaluate")
 """Commands that several processes can share."""
 Engine = Annotated[
-    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: engine, one of recipes/accelerate.")
+    Literal["ddp", "fsdp2", "zero2", "zero3"], Parameter(help="For --dry-run: engine; `catpo init --recipe fsdp2` sets it up.")
 ]
 Processes = Annotated[int | None, Parameter(help="For --dry-run: number of GPUs (default: WORLD_SIZE).")]
 STEPS = Group("Pipeline", sort_key=0)
@@ -42,6 +43,7 @@ START = Group("Start", sort_key=2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 2 with a message where the user can act, 130 when interrupted, 143 after SIGTERM."""
     streams.prepare()
+    quiet.prepare()
     words, with_traceback = taken(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except Stopped as stopped:
         warn(stopped)
-        sys.exit(143)
+        sys.exit(stopped.exit_code)
     except BrokenPipeError:  # `catpo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -159,10 +161,11 @@ def train(
     if dry_run:
         _show_plan(options, engine=engine, processes=processes)
         return
+    from catpo.training.run_lines import closing_lines
     from catpo.training.train import train
 
     result = train(**vars(options))
-    say(f"Trained model: {result.model}")
+    say(f"Trained model: {result.model}", *closing_lines(result.output))
 
 
 @app.command(group=STEPS, sort_key=4)
@@ -348,7 +351,7 @@ def demo(
 
 @app.command(group=START, sort_key=2)
 def study(
-    file: Annotated[Path, Parameter(help="Study file, YAML; see recipes/studies.")],
+    file: Annotated[Path, Parameter(help="Study file, YAML, or the name of one that comes with catpo, e.g. table1.")],
     /,
     *,
     output: Annotated[Path, Parameter(help="Folder of all studies, which share pairs, scores and cells.")] = Path(
@@ -357,10 +360,12 @@ def study(
     jobs: Annotated[int, Parameter(help="Cells run in parallel, each in its own process.")] = 1,
 ) -> None:
     """Run a grid of methods, options and seeds, with tables and figures; exit with 1 if a cell failed."""
+    from catpo.experiments.study.results import footnotes, results_table
     from catpo.experiments.study.run import study
 
     outcome = study(file, output=output, jobs=jobs)
-    print((outcome.folder / "table.md").read_text(encoding="utf-8"))
+    Console().print(results_table(outcome.results))
+    say(*footnotes(outcome.results))
     say(f"Tables and figures: {outcome.folder}")
     for called, reason in outcome.failed.items():
         warn(f"{called} failed: {reason}")
@@ -368,23 +373,7 @@ def study(
         sys.exit(1)
 
 
-@app.command(group=START, sort_key=3)
-def init(
-    folder: Annotated[Path, Parameter(help="Where to write recipe.yaml.")] = Path(),
-    /,
-) -> None:
-    """Write a commented recipe to start from."""
-    from catpo.config.recipes import starter
-    from catpo.files.atomic import make_folder, remove_unfinished, write_atomic
-
-    path = folder / "recipe.yaml"
-    is_there = path.is_file() and path.read_bytes() == starter().encode()
-    if path.exists() and not is_there:
-        raise UserError(f"{path} exists already. Give another folder: `catpo init FOLDER`.")
-    make_folder(folder)
-    remove_unfinished(path)
-    write_atomic(path, starter())
-    say(f"{'There already' if is_there else 'Wrote'}: {path}. Next: catpo pair --config {path}")
+app.command(init, group=START, sort_key=3)
 
 
 @app.command(group=START, sort_key=4)
@@ -404,16 +393,23 @@ def doctor(
 @app.command(name="list", group=LOOK, sort_key=4)
 def list_plugins(
     kind: Annotated[
-        str | None, Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges or scorers.")
+        str | None,
+        Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges, scorers or recipes."),
     ] = None,
     /,
 ) -> None:
     """List what can be named in options: signals, objectives, data sets and so on."""
-    if kind is not None and kind not in registry.PLACES:
-        raise UserError(f"'{kind}' is not a kind of plugin. {did_you_mean(kind, registry.PLACES)}")
-    for each in [kind] if kind else registry.PLACES:
+    from catpo.config import recipes
+
+    kinds = [*registry.PLACES, "recipes"]
+    if kind is not None and kind not in kinds:
+        raise UserError(f"'{kind}' is not a kind of plugin. {did_you_mean(kind, kinds)}")
+    for each in [kind] if kind else kinds:
         say(each)
-        plugins = registry.plugins(each)
-        width = max((len(plugin.name) for plugin in plugins), default=0)
-        for plugin in plugins:
-            say(f"  {plugin.name:{width}}  {plugin.summary}")
+        if each == "recipes":
+            listed = {name: recipes.summary(file) for name, file in recipes.shipped().items()}
+        else:
+            listed = {plugin.name: plugin.summary for plugin in registry.plugins(each)}
+        width = max(map(len, listed), default=0)
+        for name, summary in listed.items():
+            say(f"  {name:{width}}  {summary}")

@@ -10,20 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from catpo.rewards.quality import Separation, SignalQuality, measured
-from catpo.text.tables import for_terminal, one_line
+from catpo.text.tables import Fitting, fitting, for_terminal, one_line, table_of
 from catpo.text.words import plain
 
 if TYPE_CHECKING:
     from catpo.scoring.probe import Learned
     from catpo.scoring.search import Found
-
-
-def table_of(*headings: str, texts: int = 1, title: str | None = None) -> Table:
-    """An empty table whose first `texts` columns are texts, the others numbers."""
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < texts else "right")
-    return table
 
 
 def quality_table(rows: Sequence[SignalQuality], pair_count: int) -> Table:
@@ -43,16 +35,16 @@ def _separation(auroc: Separation) -> str:
     return "-" if math.isnan(auroc.value) else f"{auroc.value:.2f} [{auroc.low:.2f}, {auroc.high:.2f}]"
 
 
-def probe_table(learned: Learned) -> Table:
+def probe_table(learned: Learned) -> Fitting:
     """AUROC of each feature and of the probe, on pictures that the probe did not see, by kinds of words."""
     kinds = list(dict.fromkeys(row.words for row in learned.rows))
     counts = {row.words: f"{row.present + row.absent} {row.words}" for row in learned.rows}
     title = f"Do they tell words that are in the picture from others? AUROC over {learned.pictures} pictures not learned from"
-    table = table_of("score", *(counts[kind] for kind in kinds), title=title)
+    rows = []
     for score in dict.fromkeys(row.score for row in learned.rows):
         cells = [f"{row.auroc:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in learned.rows if row.score == score]
-        table.add_row(score, *(cell.replace("nan [nan, nan]", "-") for cell in cells))
-    return table
+        rows.append([score, *(cell.replace("nan [nan, nan]", "-") for cell in cells)])
+    return fitting(["score", *(counts[kind] for kind in kinds)], rows, title=title)
 
 
 def search_table(found: Sequence[Found]) -> Table:
@@ -170,11 +162,11 @@ def data_tables(report: Any) -> list[Table | Text | str]:
     counts = f"{report.rows} rows: {report.pairs} pairs, {report.samples} samples, {report.pictures} different pictures"
     shown: list[Table | Text | str] = [for_terminal(f"{report.name}: {counts}")]
     if report.lengths:
-        lengths = Table("", "least", "median", "most", "")
+        lengths = table_of("", "least", "median", "most", "", texts=5)
         for name, length in report.lengths.items():
             lengths.add_row(for_terminal(name), str(length.least), f"{length.median:g}", str(length.most), length.unit)
         shown.append(lengths)
-    problems = Table("problem", "rows", "first", "what", title=f"{len(report.problems)} problems")
+    problems = table_of("problem", "rows", "first", "what", texts=4, title=f"{len(report.problems)} problems")
     for problem, count in report.grouped():
         problems.add_row(problem.kind, f"{count:,}", for_terminal(problem.where), for_terminal(problem.what))
     return [*shown, problems if report.problems else "No problems found."]

@@ -50,7 +50,7 @@ NOT_HERE = {
 }
 """Arguments of transformers that would have no effect, or the wrong one -> why."""
 
-LAUNCHED = "the engine is the launcher's: accelerate launch --config_file recipes/accelerate/…"
+LAUNCHED = "the engine is the launcher's: `catpo init --recipe fsdp2` writes a configuration for accelerate launch"
 MODEL_ONLY = "a checkpoint is to resume from, and holds all that takes"
 CHECKPOINTING = "write gradient_checkpointing, gradient_checkpointing_kwargs"
 NOT_OPTIONS = {
@@ -89,24 +89,57 @@ NOT_OPTIONS = {
     "hub_always_push": "the trained model is pushed, once, when it is complete",
 }
 """Arguments of transformers that are no options of `catpo train` -> what to do instead, or why."""
+BATCH = "write per_device_train_batch_size"
+ACCUMULATION = "write gradient_accumulation_steps"
+LORA = "write lora='lora(r=16, alpha=32)'"
+DATA = "write pairs: a folder, a file, or a data set such as rlhf_v(source='openbmb/RLHF-V-Dataset')"
+BETA = "give it in the objective: objective='dpo(beta=0.1)'"
 ELSEWHERE = {
     **OPTIONS,
     **NOT_HERE,
     **NOT_OPTIONS,
-    "beta": "give it in the objective: objective='dpo(beta=0.1)'",
+    **dict.fromkeys(["beta", "pref_beta", "dpo_beta"], BETA),
+    **dict.fromkeys(["loss", "pref_loss", "stage", "rlhf_type"], OPTIONS["loss_type"]),
+    "pref_ftx": OPTIONS["rpo_alpha"],
     "lr": "write learning_rate",
-    "epochs": "write num_train_epochs",
-    "batch_size": "write per_device_train_batch_size",
+    **dict.fromkeys(["epochs", "num_epochs", "max_epochs"], "write num_train_epochs"),
+    **dict.fromkeys(
+        [
+            "batch_size",
+            "train_batch_size",
+            "micro_batch_size",
+            "per_device_batch_size",
+            "per_gpu_train_batch_size",
+            "train_micro_batch_size_per_gpu",
+        ],
+        BATCH,
+    ),
+    "global_batch_size": f"{BATCH} and gradient_accumulation_steps; their product with the number of GPUs",
+    **dict.fromkeys(["grad_accum", "accumulation", "gradient_accumulation", "grad_accumulation_steps"], ACCUMULATION),
+    **dict.fromkeys(["scheduler", "lr_scheduler"], "write lr_scheduler_type"),
+    **dict.fromkeys(["workers", "num_workers", "preprocessing_num_workers"], "write dataloader_num_workers"),
+    **dict.fromkeys(["dataset", "datasets", "dataset_name", "dataset_dir", "data", "data_path", "train_data"], DATA),
+    **dict.fromkeys(["image_folder", "image_dir", "media_dir"], f"pictures are named in the rows; {DATA}"),
+    **dict.fromkeys(["val_size", "dev_share", "split_dataset_ratio"], "write eval_fraction"),
+    **dict.fromkeys(["torch_dtype", "precision", "model_dtype"], "write dtype (--dtype bfloat16)"),
+    **dict.fromkeys(["cutoff_len", "max_seq_length", "model_max_length"], OPTIONS["max_prompt_length"]),
+    **dict.fromkeys(["template", "chat_template"], "the chat template is the processor's"),
+    **dict.fromkeys(["image_max_pixels", "video_max_pixels"], "write max_pixels (--max-pixels)"),
+    **dict.fromkeys(["flash_attn", "use_flash_attention_2"], "write attn_implementation"),
+    **dict.fromkeys(["quantization_bit", "bits", "load_in_8bit"], "write quantization='4bit' (--quantization 4bit)"),
+    **dict.fromkeys(["finetuning_type", "train_type", "tuner_type"], f"{LORA}, or lora none to train the whole decoder"),
+    **dict.fromkeys(["freeze_vision_tower", "freeze_vit", "freeze_multi_modal_projector"], "write train_vision"),
+    **dict.fromkeys(["ref_model", "reference_model"], "the reference is the model as it begins; `catpo rounds` starts anew"),
+    "device_map": "write device; several GPUs are the launcher's, e.g. torchrun --nproc_per_node 8 -m catpo train",
+    "config_file": "write config (--config recipe.yaml)",
     "train_device": "write device",
     "model_init_kwargs": "see dtype, quantization, attn_implementation, revision and trust_remote_code",
-    "model_name_or_path": "write model",
-    "use_peft": "write lora",
-    "lora_r": "write lora='lora(r=16, alpha=32)'",
-    "lora_alpha": "write lora='lora(r=16, alpha=32)'",
+    **dict.fromkeys(["model_name_or_path", "model_name", "model_id"], "write model"),
+    **dict.fromkeys(["use_peft", "use_lora", "lora_r", "lora_rank", "lora_alpha"], LORA),
     "lora_dropout": "write lora='lora(dropout=0.1)'",
+    "lora_target": "write lora=\"lora(target_modules=['up_proj', 'down_proj'])\"",
     "lora_target_modules": "write lora=\"lora(target_modules=['up_proj', 'down_proj'])\"",
     "load_in_4bit": "write quantization='4bit' (--quantization 4bit)",
-    "per_gpu_train_batch_size": "write per_device_train_batch_size",
     "no_cuda": "write device='cpu' (--device cpu)",
 }
 """Name that users of other trainers know -> what `catpo train` has in its place."""

@@ -225,7 +225,7 @@ class TrainOptions(Options):
     self_check: bool = True
     """Check loss, KL and gradient of the first step."""
     report_to: str = "none"
-    """Experiment tracker: tensorboard, wandb, … or none."""
+    """Experiment trackers: tensorboard, wandb, …, several with commas, or none."""
     trust_remote_code: TrustRemoteCode = False
     device: Device = None
     progress: Progress = True

@@ -27,6 +27,8 @@ FOR_BUILTIN = {
 }
 """How the built-in model is trained, as in the demo."""
 ADVICE = "`catpo init` writes a recipe to start from."
+SHIPPED = Path(__file__).parent / "shipped"
+"""Recipes that come with catpo; `accelerate` has configurations of its launcher, `studies` those of `catpo study`."""
 
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -36,7 +38,9 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         UserError: no such file, not YAML, a key twice, an unknown option, a value of another type; names file and key.
     """
     path = Path(path)
-    recipe = strict_yaml.mapping(strict_yaml.load(path, what="recipe", advice=ADVICE), str(path))
+    name = path.name.removesuffix(".yaml")
+    advice = f"`catpo init --recipe {name}` writes it." if name in shipped() else ADVICE
+    recipe = strict_yaml.mapping(strict_yaml.load(path, what="recipe", advice=advice), str(path))
     shared = {key: value for key, value in recipe.items() if key not in COMMANDS}
     known_shared = {name for command in COMMANDS for name in _known(command)} - OWN_KEYS
     for key in shared:
@@ -45,6 +49,17 @@ def read(path: str | Path) -> dict[str, dict[str, Any]]:
         if key not in known_shared:
             raise UserError(f"{path}: '{key}' is not an option. {did_you_mean(str(key), known_shared | set(COMMANDS))}")
     return {command: _section(path, command, recipe.get(command), shared) for command in COMMANDS}
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of what `catpo init --recipe` can write."""
+    folders = (SHIPPED, SHIPPED / "accelerate", SHIPPED / "studies")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def summary(file: Path) -> str:
+    """What a shipped recipe is for: the first line of its comment."""
+    return file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def starter(folder: str | Path = "runs/first") -> str:
@@ -64,6 +79,8 @@ def starter(folder: str | Path = "runs/first") -> str:
     lines = [
         "# Every command reads its section:  catpo pair --config recipe.yaml, then score, train, evaluate, report.",
         "# What is given on the command line wins. Paths count from where the command is run.",
+        "# Planned as it stands, on built-in pictures: 3 GB of memory, minutes on two CPU cores, no GPU.",
+        "# Recipes of larger models come with catpo: `catpo list recipes`, `catpo init --recipe llava-1.5-7b`.",
         "",
         "# For all sections: a hub id, a folder, or the small model that comes with catpo.",
         "model: builtin",

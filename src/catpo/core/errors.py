@@ -16,7 +16,11 @@ class Unforeseen(UserError):
 
 
 class Stopped(Exception):
-    """The process received SIGTERM and stopped where nothing is lost; says how far it got. Exit code 143."""
+    """The process was asked to stop (SIGTERM, Ctrl-C) and did where nothing is lost; says how far it got."""
+
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def shown(text: str, *, length: int = 80) -> str:

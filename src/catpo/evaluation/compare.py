@@ -19,7 +19,7 @@ from catpo.core.checks import check_positive
 from catpo.core.errors import UserError
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.evaluation.paired import Difference, incomparable, paired_differences
-from catpo.text.tables import for_markdown, for_terminal, latex_table, markdown_table, one_line
+from catpo.text.tables import Fitting, for_markdown, for_terminal, latex_table, markdown_table, one_line, table_of
 
 Format = Literal["terminal", "markdown", "latex"]
 CLEAR = "* the interval excludes 0"
@@ -92,14 +92,12 @@ def show(sides: SideBySide, format: Format) -> str:
     if format == "markdown":
         notes = [f"\n{for_markdown(note)}" for note in sides.notes]
         return "\n".join([markdown_table(headings, rows, left=2), "", f"\\{CLEAR}", *notes])
-    table = Table(*headings[:2])
-    for heading in headings[2:]:
-        table.add_column(for_terminal(heading), justify="right")
+    wide = table_of(*headings, texts=2)
     for row in rows:
-        table.add_row(*map(for_terminal, row))
+        wide.add_row(*map(for_terminal, row))
     console = Console()
     with console.capture() as captured:
-        console.print(table)
+        console.print(Fitting(wide, _narrow(sides, rows)))
     return captured.get() + "\n".join([CLEAR, *map(one_line, sides.notes)])
 
 
@@ -117,6 +115,18 @@ def _cells(sides: SideBySide) -> tuple[list[str], list[list[str]]]:
             row += ["-", "-"] if difference is None else [_number(difference.other), _change(difference)]
         rows.append(row)
     return headings, rows
+
+
+def _narrow(sides: SideBySide, rows: list[list[str]]) -> Table:
+    """A block for each metric, with a line for each evaluation: its value, and the difference from the base."""
+    base, *others = sides.names
+    table = table_of("", "", f"difference from {base}", is_plain=True)
+    for benchmark, metric, of_base, *cells in rows:
+        table.add_row(for_terminal(f"{benchmark} {metric}"), style="bold")
+        table.add_row(for_terminal(f"  {base}"), of_base)
+        for name, value, change in zip(others, cells[::2], cells[1::2], strict=True):
+            table.add_row(for_terminal(f"  {name}"), value, for_terminal(change))
+    return table
 
 
 def _number(value: float) -> str:

@@ -19,6 +19,8 @@ SHARDED: Mapping[str, frozenset[str]] = {
 """Parts of the memory of which each process holds its share only."""
 GATHERED_LAYERS = 2
 """Layers whose weights are whole at a time: the one that runs, and the next, which is fetched meanwhile."""
+CUDA_CONTEXT, CUDA_CONTEXT_NAME = 600_000_000, "CUDA context"
+"""Bytes of an NVIDIA GPU that CUDA and its libraries' kernels take: roughly, by card and version."""
 ATTENTION_BACKWARD = 2.5
 """Fused attention, of its forward pass: scores again, and gradients of four instead of two products."""
 
@@ -75,6 +77,11 @@ def per_process(memory: Mapping[str, int], engine: str, processes: int, *, layer
     shared = SHARDED[engine]
     divided = {name: -(-size // processes) if name in shared else size for name, size in memory.items()}
     return {**divided, "gathered layers": GATHERED_LAYERS * layer + head} if "weights" in shared else divided
+
+
+def with_context(memory: Mapping[str, int], device: str) -> dict[str, int]:
+    """What a device holds besides, on the kind of it that has such."""
+    return {**memory, CUDA_CONTEXT_NAME: CUDA_CONTEXT} if device == "cuda" else dict(memory)
 
 
 def sent_bytes(engine: str, processes: int, *, gathered: int, gradients: int, batches: int) -> float:

@@ -25,7 +25,7 @@ from catpo.models import devices, loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
 from catpo.planning import sizes
-from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes
+from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes, with_context
 from catpo.rewards.store import RewardStore
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
@@ -72,6 +72,9 @@ class Plan:
     awaited: str = ""
     """The reward store that is still to be scored, if the command names one."""
 
+    precision: str = ""
+    """Of the weights, and of what is computed with them."""
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -81,7 +84,7 @@ def plan(options: ScoreOptions | TrainOptions, *, engine: str = "ddp", processes
 
     Args:
         options: of the command.
-        engine: one of recipes/accelerate.
+        engine: one of `SHARDED`.
         processes: the launcher's if None.
 
     Raises:
@@ -199,7 +202,8 @@ def _plan_scoring(scoring: score.Scoring, batches: Batches, processes: int) -> P
         tokens=_tokens(sample, row),
         steps=math.ceil(len(pairs) / batch),
         token_passes=len(pairs) * sum(row) / len(row),
-        memory=memory,
+        memory=with_context(memory, devices.device_of(options.device).type),
+        precision=_name(family.head.weight.dtype),
         store=store_bytes(family, sample, len(pairs), signal_count, scoring.cache, options.attention_maps),
         processes=processes,
         work=Work(len(pairs) * sizes.operations(family, sample, shares).forward, 0.0),
@@ -256,7 +260,8 @@ class _TrainingPlan:
             tokens=_tokens(self.sample, self.row),
             steps=steps,
             token_passes=seen * self.mean_row * (self.policy_rows + self.reference_rows),
-            memory=self._memory(),
+            memory=with_context(self._memory(), devices.device_of(self.options.device).type),
+            precision=self._precision(),
             store=store,
             processes=self.processes,
             engine=self.engine,
@@ -264,6 +269,12 @@ class _TrainingPlan:
             awaited=str(rewards) if is_awaited else "",
             checkpoint=saved_weights + self.moment_bytes,
         )
+
+    def _precision(self) -> str:
+        stored, computed = _name(self.family.head.weight.dtype), _name(self.computes_in)
+        if self.options.quantization:
+            stored = f"{self.options.quantization} and {stored}"
+        return stored if stored == computed == "float32" else f"{stored}, computed in {computed}, what trains in float32"
 
     def _check_rewards(self, store: RewardStore) -> None:
         """What training asks of a store, but for the model's weights, which are not at hand."""
@@ -343,6 +354,10 @@ class _TrainingPlan:
 
 def _pairs_of(batches: Batches) -> list[Encoded]:
     return [pair for groups in batches for group in groups for pair in group]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:

@@ -65,6 +65,14 @@ class Track:
             note = f", {self.note}" if self.note else ""
             self._print(f"{self.count}/{self.total} {self.unit}{self._rate()}{self._left()}{note}")
 
+    def tell(self, text: str) -> None:
+        """A line that stays: above the bar, or with the others."""
+        if self.bar is not None:
+            self.bar.console.print(f"{self.count}/{self.total} {self.unit}: {text}", highlight=False, markup=False)
+        elif self.enabled:
+            self.last_line = time.monotonic()
+            self._print(f"{self.count}/{self.total} {self.unit}{self._left()}, {text}")
+
     def _seconds_each(self) -> float:
         """Of what this run did, since an earlier run's part took no time now; 0 before anything is done."""
         done = self.count - self.before

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from catpo.text.words import plain
@@ -75,6 +80,54 @@ def for_csv(text: str) -> str:
     ("'=1+1", 'dpo')
     """
     return _no_formula(one_line(text), "=+-@")
+
+
+WIDEST = 10_000
+"""Columns of a screen on which every table fits."""
+
+
+def table_of(*headings: str, texts: int = 1, title: str | None = None, is_plain: bool = False) -> Table:
+    """An empty table for the terminal whose first `texts` columns are texts, the others numbers; no cell is ever cut.
+
+    A plain one has no lines.
+    """
+    table = Table(title=title)
+    if is_plain:
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=any(headings))
+    for number, heading in enumerate(headings):
+        table.add_column(for_terminal(heading), justify="left" if number < texts else "right", overflow="fold")
+    return table
+
+
+class Fitting:
+    """A table that is shown as it is where the screen is wide enough, and otherwise in a narrower way."""
+
+    def __init__(self, wide: Table, narrow: Table) -> None:
+        self.wide, self.narrow = wide, narrow
+        self.light = copy(wide)
+        """The same with fewer lines."""
+        self.light.box, self.light.show_edge, self.light.pad_edge = box.SIMPLE_HEAD, False, False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in (self.wide, self.light):
+            if Measurement.get(console, options.update(max_width=WIDEST), table).maximum <= options.max_width:
+                yield table
+                return
+        yield self.narrow
+
+
+def fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1, title: str | None = None) -> Fitting:
+    """A table of numbers; on a narrow screen each row is a block, with a line for each of its numbers."""
+    wide = table_of(*headings, texts=texts, title=title)
+    narrow = table_of("", "", is_plain=True)
+    if title:
+        narrow.add_row(for_terminal(title))
+    for row in rows:
+        wide.add_row(*map(for_terminal, row))
+        narrow.add_row(for_terminal(" ".join(row[:texts])), style="bold")
+        for heading, cell in zip(headings[texts:], row[texts:], strict=True):
+            narrow.add_row(for_terminal(f"  {heading}"), for_terminal(cell))
+    return Fitting(wide, narrow)
 
 
 def for_terminal(text: str) -> Text:

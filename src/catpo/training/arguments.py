@@ -13,12 +13,12 @@ from catpo.config.command import hints
 from catpo.config.options import TrainOptions
 from catpo.core.errors import UserError
 from catpo.models import devices
-from catpo.training.config import CatPOConfig, check_optimiser
+from catpo.training.config import CatPOConfig, check_optimiser, trackers
 
 SAME_NAME = (
     "objective", "rescore_every", "reference", "max_length", "learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay",
-    "max_grad_norm", "seed", "logging_steps", "dataloader_num_workers", "report_to", "prefix", "train_vision", "self_check",
+    "max_grad_norm", "seed", "logging_steps", "dataloader_num_workers", "prefix", "train_vision", "self_check",
 )  # fmt: skip
 """Options that `CatPOConfig` has under the same name."""
 OF_EVALUATION = frozenset(
@@ -63,6 +63,7 @@ def config_of(options: TrainOptions, *, has_eval: bool, computes_in: torch.dtype
         "eval_strategy": how_often if has_eval else "no",
         "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
         "disable_tqdm": True,
+        "report_to": trackers(options.report_to),
         "train_device": str(devices.device_of(options.device)),
         "bf16": computes_in == torch.bfloat16,
         "fp16": computes_in == torch.float16,

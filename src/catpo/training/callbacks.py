@@ -1,4 +1,4 @@
-"""Callbacks beside the training steps: new draws, learned coefficients, the metrics file, progress. Knows no objective."""
+"""Callbacks beside the training steps: new draws, learned coefficients, the metrics file. Knows no objective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json, write_rows
-from catpo.runtime.progress import track
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.view_passes import ViewPasses
 
@@ -118,17 +117,3 @@ def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float:
             total += row["loss"] * (row["step"] - last)
             last = row["step"]
     return total / max(last, 1)
-
-
-class StepProgress(TrainerCallback):
-    """Steps done, rate and remaining time."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = track(state.max_steps, "Training", "steps", done=state.global_step, enabled=state.is_world_process_zero)
-        self.bar.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.advance()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.__exit__(None)

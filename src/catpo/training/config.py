@@ -288,8 +288,8 @@ def check_values(options: TrainOptions) -> None:
         raise UserError("quantization='4bit' trains an adapter: 4-bit weights take no gradient. Set lora, e.g. --lora lora.")
     if options.quantization is not None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError(
-            "quantization='4bit' is not offered under FSDP, which would cut packed weights apart. Use "
-            "recipes/accelerate/ddp.yaml, or leave quantization out."
+            "quantization='4bit' is not offered under FSDP, which would cut packed weights apart. Use DDP "
+            "(`catpo init --recipe ddp`), or leave quantization out."
         )
     if options.lora is not None:
         plain_lora(options.lora)
@@ -301,11 +301,21 @@ def check_values(options: TrainOptions) -> None:
 
 
 def _check_tracker(name: str) -> None:
-    """Raise UserError unless the tracker is known and its library installed; the Trainer looks only after the scoring."""
+    """Raise UserError unless the trackers are known and their libraries installed; the Trainer looks only after the scoring."""
     if name in ("none", "all"):
         return
-    check_word("train", "report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
-    try:
-        INTEGRATION_TO_CALLBACK[name]()
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"report_to='{name}' cannot be used: {error} Or choose report_to='none'.") from error
+    for each in trackers(name):
+        check_word("train", "report_to", each, ["none", "all", *INTEGRATION_TO_CALLBACK])
+        try:
+            INTEGRATION_TO_CALLBACK[each]()
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"report_to='{each}' cannot be used: {error} Or choose report_to='none'.") from error
+
+
+def trackers(names: str) -> list[str]:
+    """The trackers that `report_to` names.
+
+    >>> trackers("tensorboard, wandb")
+    ['tensorboard', 'wandb']
+    """
+    return [name.strip() for name in names.split(",")]

@@ -25,13 +25,13 @@ from catpo.rewards.store import RewardStore
 from catpo.runtime import disk_errors, workers
 from catpo.runtime.launcher import process_count
 from catpo.runtime.progress import tell_complete
-from catpo.runtime.sigterm import Stop, on_sigterm
+from catpo.runtime.sigterm import AGAIN, Stop, on_ctrl_c, on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.runtime.work_group import WorkGroup
 from catpo.scoring.score import worker_count
 from catpo.training import hub
 from catpo.training.arguments import check_arguments, config_of, passed_on
-from catpo.training.callbacks import CLOSING, MetricsFile, StepProgress
+from catpo.training.callbacks import CLOSING, MetricsFile
 from catpo.training.checkpoints import AllTrained, AtomicCheckpoints, damage
 from catpo.training.config import check_reference, check_rescoring, check_values
 from catpo.training.lora import lora_config
@@ -52,6 +52,7 @@ from catpo.training.run_folder import (
     last_metrics,
     save_model,
 )
+from catpo.training.screen import StepProgress, Trackers
 from catpo.training.trainer import CatPOTrainer
 
 
@@ -167,7 +168,7 @@ def _train(options: TrainOptions, checkpoint: Path | None, group: WorkGroup) -> 
         write_manifest(complete=False)
     explained = disk_errors.explained(lambda: complete_so_far(output)), workers.explained(trainer.args.dataloader_num_workers)
     with loading.quiet(), on_sigterm() as stop, explained[0], explained[1]:
-        _run(trainer, checkpoint, stop, passed_on(options).get("save_total_limit", 1))
+        _run(trainer, checkpoint, stop, passed_on(options).get("save_total_limit", 1), resume=options.resume)
         with memory.explained("gathering the trained weights", trainer.model, trainer.optimizer, advice=memory.TRAINING):
             weights = trainer.whole_weights()  # a collective call: every process takes part
         if group.is_main:
@@ -191,6 +192,7 @@ def _trainer(training: Training, train_pairs: Sequence[PreferencePair], eval_pai
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Trackers(trainer, options.output))
     return trainer
 
 
@@ -199,7 +201,7 @@ def _is_on_cpu(device: str | None) -> bool:
     return devices.device_of(device).type == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) -> None:
+def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int, *, resume: bool) -> None:
     """All remaining steps; leaves with a checkpoint after the next one when asked to. Keeps so many checkpoints."""
     accelerator = trainer.accelerator
 
@@ -213,7 +215,7 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) 
     checkpoints = AtomicCheckpoints(stop, asked, accelerator.wait_for_everyone, keep=keep)
     trainer.add_callback(checkpoints)
     try:
-        with checkpoints.reading(checkpoint) if checkpoint else nullcontext():
+        with on_ctrl_c(stop, "this step and a checkpoint"), checkpoints.reading(checkpoint) if checkpoint else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except AllTrained:  # the checkpoint is the run's last step
         trainer.load_best()
@@ -221,7 +223,7 @@ def _run(trainer: CatPOTrainer, checkpoint: Path | None, stop: Stop, keep: int) 
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     state = trainer.state
     if state.global_step < state.max_steps:
-        raise Stopped(
-            f"SIGTERM: step {state.global_step} of {state.max_steps} is done, with a checkpoint in {trainer.args.output_dir}. "
-            "Give the same command again to go on."
-        )
+        done = f"step {state.global_step} of {state.max_steps} is done, with a checkpoint in {trainer.args.output_dir}."
+        advice = AGAIN if resume else "Give the command with --resume to go on."
+        stop.leave_if_asked(done, advice)
+        raise Stopped(f"{done} {advice}")  # another process was asked

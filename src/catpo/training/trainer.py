@@ -198,7 +198,7 @@ class CatPOTrainer(Trainer):
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise UserError(
                     "learned=True is not offered under FSDP and DeepSpeed, whose optimisers take the model's parameters only. "
-                    "Train with recipes/accelerate/ddp.yaml, or in one process."
+                    "Train with DDP (`catpo init --recipe ddp`), or in one process."
                 )
             self.learned_fusion.to(self.args.device)
             self.add_callback(KeepFusion(self.learned_fusion, self.accelerator.reduce))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from catpo.config import strict_yaml
 from catpo.config.command import hints
 from catpo.config.options import COMMANDS, TrainOptions
-from catpo.config.recipes import FOR_BUILTIN
+from catpo.config.recipes import FOR_BUILTIN, SHIPPED
 from catpo.config.validation import Specs, validated
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import parse
@@ -26,7 +26,7 @@ SET_BY_STUDY = {
     "evaluate": frozenset({"model", "benchmarks", "answers", "output", "limit", "base_url", "adapter", "shuffled"}),
 }
 """Command -> its options that the study sets itself; the others can stand in the section of this name."""
-ADVICE = "See recipes/studies for examples and docs/how-to/studies.md for all keys."
+ADVICE = "`catpo study table1` is an example, and docs/how-to/studies.md has all keys."
 Kind = TypeVar("Kind")
 
 
@@ -126,14 +126,20 @@ class Study:
         return {**usual, **self.train, **row.train}
 
 
+def _found(path: Path) -> Path:
+    """The file itself, or the study of this name that comes with catpo."""
+    shipped = SHIPPED / "studies" / f"{path.name.removesuffix('.yaml')}.yaml"
+    return shipped if len(path.parts) == 1 and shipped.is_file() and not path.exists() else path
+
+
 def read(path: str | Path) -> Study:
-    """The study in a file.
+    """The study in a file, or of a name such as `table1`.
 
     Raises:
         UserError: no such file, not YAML, an unknown or repeated key, a value of another type, or a reference to a row that
             does not exist; names file, key and line.
     """
-    path = Path(path)
+    path = _found(Path(path))
     file = _Section(path, "", strict_yaml.mapping(strict_yaml.load(path, what="study", advice=ADVICE), str(path)))
     rows = file.child("rows")
     read_already: dict[str, Any] = {"name": path.stem, "rows": {str(name): _row(rows, name) for name in rows.values}}

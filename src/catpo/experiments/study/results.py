@@ -27,7 +27,7 @@ from catpo.experiments.study.cells import DONE, Cell
 from catpo.experiments.study.file import Study
 from catpo.files.atomic import write_atomic
 from catpo.files.json_files import read_json
-from catpo.text.tables import for_csv, for_markdown, latex_table, markdown_table
+from catpo.text.tables import Fitting, fitting, for_csv, for_markdown, latex_table, markdown_table
 
 EQUAL, EQUAL_HEADING = "equal_coverage", "CHAIRi at equal Cover"
 LEAST_COVER = 0.5
@@ -254,6 +254,12 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
         cells += [_ratio(row.ratios.get(cover)) for cover in covers]
         rows.append(cells)
     return headings, rows
+
+
+def results_table(results: Results) -> Fitting:
+    """The same for the terminal."""
+    headings, rows = table_of(results)
+    return fitting(headings, rows, title=results.study.title)
 
 
 def footnotes(results: Results) -> list[str]:
