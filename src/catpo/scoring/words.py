@@ -183,14 +183,15 @@ class WordReader:
             digest = digest_of(pair.images)
             of_pictures = new.setdefault(digest, (pair.images, {}))[1]
             of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
-        asked = [(images, [self._question(word) for word in words]) for images, words in new.values()]
+        asked = [(images, [self.question(word) for word in words]) for images, words in new.values()]
         for (digest, (_, words)), answers in zip(new.items(), self._answers(asked), strict=True):
             self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
 
     def _answers(self, asked: Sequence[Asked]) -> list[list[float]]:
         return yes_less_no(self.family, asked, batch_tokens=self.batch_tokens)
 
-    def _question(self, word: str) -> str:
+    def question(self, word: str) -> str:
+        """What is asked about a word."""
         return self.settings.question.replace("{}", name_object(word, 1, self.settings.forms))
 
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
