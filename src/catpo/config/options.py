@@ -125,6 +125,7 @@ class ScoreOptions(Options):
     """What the store keeps of the reference for the KL: hidden (exact), topk(k=64) (approximate, smaller) or logps (no KL)."""
     words: Text | None = None
     """Keep what the model says of words that it might name, e.g. words(features=['self_question']), for `tilt` and `probe`."""
+    judge: Judge = None
     attention_maps: bool = True
     """Store each token's attention map for the report."""
     batch_size: Count = 32

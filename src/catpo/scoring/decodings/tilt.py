@@ -49,6 +49,8 @@ class Decoding(decodings.Decoding):
         self.reward, spec = WordReward.of(reward), parse(words)
         if not self.reward.reads:
             raise UserError(f"tilt(reward={reward!r}): no pairs are at hand to learn from. Give probe(file='probe.json').")
+        if "judge" in self.reward.reads:
+            raise UserError(f"tilt(reward={reward!r}): a judge is not asked while an answer is written. Give self_question.")
         if "features" in spec.options:
             raise UserError(f"tilt(words={words!r}): the reward says what is read of words. Leave features out.")
         self.settings = WordSettings.of(Spec(spec.name, {**spec.options, "features": list(self.reward.reads)}))
