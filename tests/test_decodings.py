@@ -194,8 +194,8 @@ def test_scores_are_tilted_by_what_is_asked_of_each_word_that_comes_up(monkeypat
     largest, known = {}, {}
     for numbers, scores, made in seen:
         for number, plain, found in zip(numbers, scores, made, strict=True):
-            expected, logps = plain.double().clone(), plain.double().log_softmax(-1)
-            now = {word: max(float(logps[token]) for token in tokens) for word, tokens in first_tokens.items()}
+            expected, logps = plain.double().clone(), plain.double().log_softmax(-1).tolist()
+            now = {word: max(logps[token] for token in tokens) for word, tokens in first_tokens.items()}
             words = known.setdefault(number, set())
             if any(value >= math.log(FLOOR) and word not in words for word, value in now.items()):
                 words |= {word for word, value in now.items() if value >= math.log(FLOOR / 10)}

@@ -188,7 +188,7 @@ class WordReader:
             if margins is not None:
                 return margins
             said = ask(judge, "verify", sample, as_verdicts(len(words)), questions="\n".join(questions))
-            return None if said is None else [SURE if is_there else -SURE for is_there in said]
+            return said and [SURE if is_there else -SURE for is_there in said]
 
         with ThreadPoolExecutor(judge.workers) as pool:
             answers = list(pool.map(verdicts, pairs, map(list, found)))
