@@ -15,8 +15,10 @@ from unittest import mock
 
 from bench.shapes import WORDS, Shape, make_pairs
 from catpo.core.types import Sample
+from catpo.data.read import open_data
 from catpo.models import loading, reading
 from catpo.models.family import Family
+from catpo.models.steering import open_decoding
 from catpo.pairing.methods import Candidate, Decoding, csr
 
 PLAIN = "plain"
@@ -67,6 +69,20 @@ def csr_tree(options: argparse.Namespace, measured: Measured) -> dict[str, Any]:
     with one_by_one(options.trainer):
         result = measured(lambda: found.extend(grow(samples_of(options.shape, options.pairs, 1))))
     return result | {"losses": [float(len(found[0]))]}
+
+
+def decoded(options: argparse.Namespace, measured: Measured) -> dict[str, Any]:
+    """Captions of as many built-in pictures by a decoding, or by none; seconds for 1,000 tokens of theirs."""
+    family = loading.load(str(options.model))
+    samples = list(open_data(f"scenes(count={options.pairs + 2})").samples())
+    decoding = None if options.trainer == PLAIN else open_decoding(options.trainer)
+    said: list[str] = []
+    write = lambda some: said.extend(family.generate(some, decoding=decoding))
+    write(samples[:2])
+    said.clear()
+    result = measured(lambda: write(samples[2:]))
+    tokens = sum(len(family.token_ids(text)) + 1 for text in said)
+    return result | {"seconds": [1000 * each / tokens for each in result["seconds"]]}
 
 
 def _run(

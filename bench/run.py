@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,18 @@ from rich.table import Table
 
 from bench.answering import PLAIN
 from bench.leaves import ALONE, RANKED_PAIRS, pairs_for
-from bench.shapes import SHAPES, write_model
+from bench.shapes import SHAPES, WORDS, write_model
 from catpo.models import loading
 from catpo.scoring.score import score_pairs
+from catpo.scoring.settings import PAPER_SETTINGS
+from catpo.scoring.words import WordSettings
 
 NOTES = Path(__file__).parent.parent / "docs" / "explanation" / "lab-notes.md"
 CATPO, DPO = "catpo(preset='paper')", "dpo"
+TILT = "tilt(answers='both')"
+"""On both answers, which are those of DPO: a step of either learns from the same tokens."""
+UNPREPARED = {"signals": "none", "decoded": "builtin"}
+"""Kind of work -> the model it takes in place of one of its shape."""
 Run = dict[str, Any]
 
 
@@ -104,6 +110,8 @@ CASES = [
     ),
     Case("kl-llava-576", "llava-576", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
     Case("kl-qwen-1200", "qwen-1200", 1, Side(trainer=CATPO), (Side(trainer=DPO),), {"time": 1.10}),
+    Case("tilt-llava-576", "llava-576", 1, Side(trainer=TILT), (Side(trainer=DPO),), {"time": 1.10}),
+    Case("tilt-llava-576-4", "llava-576", 4, Side(trainer=TILT), (Side(trainer=DPO),), {"time": 1.10}),
     Case("score-llava-576", "llava-576", 2, Side("score"), (Side("forward"),), {"time": 1.15, "memory": 1.10}),
     *(Case(f"score-llava-{size}", f"llava-{size}", 1, Side("score"), (Side("forward"),)) for size in (144, 1156, 2916)),
     Case("eager-llava-576", "llava-576", 2, Side("score"), (Side("eager"),), {"time": 0.35}),
@@ -126,6 +134,8 @@ CASES = [
     answering("answer-qwen", "qwen-1200", 1, "answers", 14, {"time": 0.15}),
     answering("draws", "llava-576", 1, "draws", 10, {"time": 0.50}),
     Case("csr", "llava-576", 1, Side("csr"), (Side("csr", PLAIN),), {"time": 0.35}),  # their trees differ: see the worker
+    Case("decode-vcd", "llava-144", 32, Side("decoded", "vcd"), (Side("decoded", PLAIN),)),
+    Case("decode-tilt", "llava-144", 32, Side("decoded", "tilt"), (Side("decoded", PLAIN),)),
     Case("loading-llava-576", "llava-576", 4, Side(trainer=CATPO, workers=2), (), {"waiting": 0.10}),
     Case("signals-of-11000-responses", "llava-576", 5500, Side("signals"), (), {"seconds": 1.0}),
 ]  # fmt: skip
@@ -158,17 +168,26 @@ def main() -> None:
 
 def prepared(case: Case, folder: Path, steps: int) -> list[str]:
     """Write model and reward store of a case's shape once; return them as worker arguments."""
-    if case.ours.work == "signals":
-        return ["--shape", case.shape, "--model", "none", "--pairs", str(case.pairs)]
-    model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{case.ours.work}-{case.pairs}"
+    if case.ours.work in UNPREPARED:
+        return ["--shape", case.shape, "--model", UNPREPARED[case.ours.work], "--pairs", str(case.pairs)]
+    words = with_words(folder) if case.ours.trainer == TILT else None
+    kind = "words" if words else case.ours.work
+    model, rewards = folder / case.shape / "model", folder / case.shape / f"rewards-{kind}-{case.pairs}"
     if not model.exists():
         write_model(SHAPES[case.shape], model)
     reads_store = case.ours.work not in ("answers", "draws", "csr")
     reads_store &= any(side.trainer not in ("trl", "trl-responses") for side in (case.ours, *case.peers))
     if reads_store and not rewards.exists():
         pairs = pairs_for(case.ours.work, SHAPES[case.shape], case.pairs * (steps + 1))
-        score_pairs(pairs, loading.load(model), rewards, progress=False)
+        score_pairs(pairs, loading.load(model), rewards, replace(PAPER_SETTINGS, words=words), progress=False)
     return ["--shape", case.shape, "--model", str(model), "--rewards", str(rewards), "--pairs", str(case.pairs)]
+
+
+def with_words(folder: Path) -> WordSettings:
+    """Every word of the benchmark's texts is a candidate for its pictures."""
+    vocabulary = folder / "words.json"
+    vocabulary.write_text(json.dumps({word: word for word in WORDS}))
+    return WordSettings.of(f"words(floor=1e-9, vocabulary='{vocabulary}')")
 
 
 def run_case(case: Case, place: list[str], options: argparse.Namespace, speed: float) -> list[Run]:

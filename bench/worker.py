@@ -418,10 +418,13 @@ def csr(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     return answering.csr_tree(options, lambda run: measured(run, CLOCKS[options.clock]))
 
 
-WORK = {
-    each.__name__: each
-    for each in (train, ranked, score, asked, self_asked, forward, eager, epoch, signals, answers, draws, csr)
-}
+def decoded(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Captions by a decoding."""
+    return answering.decoded(options, lambda run: measured(run, CLOCKS[options.clock]))
+
+
+KINDS = (train, ranked, score, asked, self_asked, forward, eager, epoch, signals, answers, draws, csr, decoded)
+WORK = {each.__name__: each for each in KINDS}
 
 if __name__ == "__main__":
     main()

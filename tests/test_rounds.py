@@ -18,6 +18,7 @@ from catpo.experiments import rounds as loop
 from catpo.experiments.rounds import rounds
 from catpo.models import loading
 from catpo.models.merging import merge
+from catpo.rewards.store import RewardStore
 
 TRAIN = (
     "max_steps=1, learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1, "
@@ -103,6 +104,23 @@ def test_a_full_disk_leaves_no_merged_model(whole, tmp_path, monkeypatch):
 
 class Killed(Exception):
     pass
+
+
+@pytest.mark.slow
+def test_tilt_learns_on_policy_from_words_asked_of_each_rounds_model(folder, tmp_path):
+    words, objective = (
+        "attention_maps=False, words='words(floor=0.0005)'",
+        "tilt(answers='both', reward='self_question(labels=False)')",
+    )
+    options = {"method": "sampled", "score": words, "objective": objective, "pair": "max_new_tokens=8, block_size=2"}
+    _, second = run(folder, tmp_path / "out", data="scenes(count=2)", lora="'none'", **options)
+    stores = [RewardStore.open(tmp_path / "out" / f"round-{number}" / "rewards") for number in (1, 2)]
+    assert all(store.word_features == ["self_question", "log_prob"] for store in stores)
+    assert (
+        stores[0].provenance["model_hash"]
+        != stores[1].provenance["model_hash"]
+        == manifest(second.folder / "pairs")["model_hash"]
+    )
 
 
 @pytest.mark.parametrize("step", ["train_model", "_merged"])

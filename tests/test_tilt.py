@@ -14,8 +14,11 @@ import torch
 import training_runs
 from catpo.core.errors import UserError
 from catpo.data.read import read_samples
+from catpo.judges import Judge, as_verdicts, ask, open_judge
+from catpo.judges._requests import request_of
 from catpo.models import loading
 from catpo.models.output_head import token_stats
+from catpo.models.questions import yes_less_no
 from catpo.models.tilt import Tilt, TiltedHead
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import Probe, WordReward
@@ -276,6 +279,52 @@ def test_unranked_pairs_teach_only_objectives_that_do_not_rank(scored, tmp_path)
     training_runs.trainer(
         llava(), tmp_path / "run", unranked, objective="tilt(answers='both')", rewards=str(store.path), max_steps=1
     ).train()
+
+
+class Likes(Judge):
+    """Says yes to words with a t; of the second pair nothing that can be read."""
+
+    identity = {}
+
+    def ask(self, messages, *, key, attempt=1):
+        if key.startswith(pairs(6)[1].id):
+            return "Who knows?"
+        return "\n".join(
+            "yes" if "t" in line.split()[3] else "no" for line in request_of(messages).sections["Questions"].splitlines()
+        )
+
+
+def test_a_judge_says_which_words_are_there_and_what_cannot_be_read_is_no_reward(tmp_path, monkeypatch):
+    (tmp_path / "words.json").write_text(json.dumps(WORDS))
+    monkeypatch.setattr("catpo.scoring.words.open_judge", lambda text: Likes())
+    settings = WordSettings.of(f"words(features=['judge'], floor=0.002, vocabulary='{tmp_path}/words.json')", judge="likes")
+    store = score_pairs(pairs(6), llava(), tmp_path / "store", replace(PAPER_SETTINGS, words=settings), progress=False)
+    assert store.provenance["words"]["judge"] == "likes"
+    tables = [store.words(pair) for pair in pairs(6)]
+    assert tables[0].words and not tables[1].words
+    for table in tables:
+        assert table.features.get("judge", np.array([])).tolist() == [4.0 if "t" in word else -4.0 for word in table.words]
+    reward = WordReward.of("judge(labels=False)").of_words(tables[0])
+    assert {round(float(each), 2) for each in reward} <= {-8.0, -0.04}
+    for text, judge in (("words(features=['judge'])", None), ("words", "likes")):
+        with pytest.raises(UserError, match="needs a --judge"):
+            WordSettings.of(text, judge)
+
+
+def test_a_local_judge_is_a_teacher_and_answers_what_any_judge_is_asked():
+    judge, family, sample = (
+        open_judge("local(model='builtin', max_new_tokens=4)"),
+        llava(),
+        read_samples("scenes(count=1)", SkipLog("stop"))[0][0],
+    )
+    vars(judge)["_family"] = family
+    questions = ["Is there a cat in the image?", "Is there a dog in the image?", "Is it red?"]
+    margins = judge.margins(sample, questions)
+    assert margins == yes_less_no(family, [(sample.images, questions)])[0]
+    said = ask(judge, "verify", sample, as_verdicts(3), questions="\n".join(questions))
+    assert said == [margin > 0 for margin in margins]
+    assert ask(judge, "restyle", sample, str, answer="A cat.") is not None
+    assert judge.identity["version"] == family.model_hash
 
 
 # ---- the probe ------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ Limit = Annotated[Count | None, _help("Use only the first N items.")]
 MaxLength = Annotated[Count | None, _help("Maximum tokens of prompt and response; longer pairs are refused, never truncated.")]
 Adapter = Annotated[File | None, _help("LoRA adapter to load onto the model.")]
 Judge = Annotated[Text | None, _help("Judge, for what needs one, e.g. openai(model='gpt-4-0314'); see `catpo list judges`.")]
+Decoding = Annotated[Text | None, _help("Decode otherwise, without training, e.g. vcd(alpha=1.0); see `catpo list decodings`.")]
 OnError = Annotated[
     Literal["stop", "skip"],
     _help("On unusable rows or pictures: stop at the first, or skip them and list them in skipped.jsonl."),
@@ -83,6 +84,7 @@ class PairOptions(Options):
     """Sample from the smallest set of tokens with this probability."""
     max_new_tokens: Count = 96
     """Maximum length of an answer, in tokens."""
+    decoding: Decoding = None
     batch_size: Count = 32
     """Pictures per forward pass."""
     block_size: Count = 64
@@ -123,6 +125,7 @@ class ScoreOptions(Options):
     """What the store keeps of the reference for the KL: hidden (exact), topk(k=64) (approximate, smaller) or logps (no KL)."""
     words: Text | None = None
     """Keep what the model says of words that it might name, e.g. words(features=['self_question']), for `tilt` and `probe`."""
+    judge: Judge = None
     attention_maps: bool = True
     """Store each token's attention map for the report."""
     batch_size: Count = 32
@@ -254,6 +257,7 @@ class EvaluateOptions(Options):
     """Items answered per forward pass."""
     max_new_tokens: Count | None = None
     """Maximum length of an answer, in tokens (default: the benchmark's own; above it, yes/no answers may be as long)."""
+    decoding: Decoding = None
     shuffled: bool = False
     """Control: answer each item with another item's picture; a model that looks must fail."""
     on_error: OnError = "stop"

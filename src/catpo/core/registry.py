@@ -25,6 +25,7 @@ PLACES = {
     "pairings": ("catpo.pairing.methods", "make"),
     "benchmarks": ("catpo.evaluation.benchmarks", "Benchmark"),
     "judges": ("catpo.judges", "Judge"),
+    "decodings": ("catpo.scoring.decodings", "Decoding"),
     "scorers": ("catpo.pairing.scorers", "Scorer"),
 }
 """Kind of plugin -> the package whose modules are plugins, and the public name that each defines."""

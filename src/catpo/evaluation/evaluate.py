@@ -18,6 +18,7 @@ from catpo.models import loading, reading
 from catpo.models.family import Family
 from catpo.models.likelihood import most_likely
 from catpo.models.remote import PREFIX, ServedModel
+from catpo.models.steering import Decoding, open_decoding
 from catpo.runtime.blocks import Blocks, Rows
 from catpo.runtime.progress import tell_complete, track
 from catpo.runtime.sigterm import on_sigterm
@@ -40,6 +41,7 @@ class Asking:
     tasks: list[Task]
     manifest: dict[str, Any]
     server: ServedModel | None
+    steered: Decoding | None
     skip_log: SkipLog
 
 
@@ -60,15 +62,22 @@ def prepare(options: EvaluateOptions) -> Asking:
         is_answered_here=True,
         skipped=skip_log,
     )
-    decoding = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    decoding: dict[str, Any] = {
+        "temperature": 0.0,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+    }
     server = _server(options)
+    steered = _steered(options, tasks)
+    if steered is not None:
+        decoding["steered"] = steered.identity
     if server is None:
         loading.check_options(options)
     if not skip_log.goes_on:
         _check_pictures(tasks)
     if options.judge is not None:
         open_judges(tasks, options.judge)  # a mistake in it is reported before hours of answering, not after
-    return Asking(options, tasks, manifest_of(tasks, options, decoding), server, skip_log)
+    return Asking(options, tasks, manifest_of(tasks, options, decoding), server, steered, skip_log)
 
 
 @command(EvaluateOptions)
@@ -98,7 +107,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             _begin(folder, asking, model)
         group.barrier("begun")
         tasks = without_skipped(asking.tasks, folder.read_manifest().get("skipped") or {})
-        _answer(folder, tasks, model, options, group)
+        _answer(folder, tasks, model, asking, group)
         if asking.server:
             folder.note_server(asking.server.server.url, asking.server.answered_by)
         scores = group.broadcast("scores", lambda: write_scores(folder, asking.tasks, options.judge, options.progress))
@@ -143,6 +152,21 @@ def _server(options: EvaluateOptions) -> ServedModel | None:
     return ServedModel(model, base_url=options.base_url)
 
 
+def _steered(options: EvaluateOptions, tasks: Sequence[Task]) -> Decoding | None:
+    """How answers are decoded, if not plainly."""
+    if options.decoding is None:
+        return None
+    if str(options.model).startswith(PREFIX):
+        raise UserError(f"decoding={options.decoding}: {options.model} is decoded by its server. Leave decoding out.")
+    for task, item in each_item(tasks):
+        if item.options is not None:
+            raise UserError(
+                f"decoding={options.decoding}: {task.name} has the model choose among given answers, which are not decoded. "
+                "Leave the benchmark out, or choose a protocol in which the model writes."
+            )
+    return open_decoding(options.decoding)
+
+
 def _unusable(tasks: Sequence[Task], skipped: SkipLog) -> dict[str, str]:
     """Item -> why its picture cannot be opened."""
     opened: dict[int, UserError | None] = {}  # many questions are about one picture
@@ -179,10 +203,11 @@ def _answer(
     folder: EvaluationFolder,
     tasks: Sequence[Task],
     model: Family | ServedModel,
-    options: EvaluateOptions,
+    asking: Asking,
     group: WorkGroup,
 ) -> None:
     """Answer every open batch. Batches depend neither on what is done nor on who does it, so neither do answers."""
+    options = asking.options
     shares = isinstance(model, Family) and reading.can_share(model)
     batches = _batches(tasks, options.batch_size, options.max_new_tokens, per_place=TOGETHER if shares else 1)
     keys = [[(task.name, item.id) for task, item in batch] for _, batch in batches]
@@ -204,19 +229,23 @@ def _answer(
         def answered(number: int) -> Rows:
             stop.leave_if_asked(f"{bar.count} of {total} answers are in {folder.path}.")
             tokens, batch = batches[number]
-            answers = _asked(model, [item for _, item in batch], tokens)
+            answers = _asked(model, [item for _, item in batch], tokens, asking.steered)
             bar.advance(done + group.add("answered", len(batch)) - bar.count)
             return [answer_row(task, item, answer) for (task, item), answer in zip(batch, answers, strict=True)]
 
         blocks.run(answered, lambda _, rows: folder.append_answers(rows))
 
 
-def _asked(family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int) -> list[str]:
+def _asked(
+    family: Family | ServedModel, items: Sequence[Item], max_new_tokens: int, steered: Decoding | None = None
+) -> list[str]:
     """Answers to one batch: written, or chosen where there are options."""
     samples = [item.sample for item in items]
     options = [item.options for item in items if item.options is not None]
     if not options:
-        return family.generate(samples, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=len(items))
+        if isinstance(family, ServedModel):
+            return family.generate(samples, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=len(items))
+        return family.generate(samples, max_new_tokens=max_new_tokens, batch_size=len(items), decoding=steered)
     if isinstance(family, ServedModel):
         raise UserError(
             "A server does not tell how likely it finds given answers. Choose a protocol in which the model writes."

@@ -84,6 +84,8 @@ def grade_answers(options: EvaluateOptions) -> dict[str, Any]:
         UserError: an answer is missing (where the benchmark cannot do without), given twice, or for no item; names the items.
     """
     files = options.answers
+    if options.decoding is not None:
+        raise UserError(f"decoding={options.decoding}: the answers of {files[0]} are written already. Leave decoding out.")
     if options.judge is not None:
         parse(options.judge)
     whole = open_tasks(options.benchmarks, data=options.data)

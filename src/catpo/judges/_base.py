@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from catpo.core import registry
 from catpo.core.spec import Spec, check_options, parse
+from catpo.core.types import Sample
 
 QUOTED = 300
 """Characters of a reply in a message."""
@@ -43,6 +44,10 @@ class Judge(ABC):
         Raises:
             UserError: there is no reply; names the item.
         """
+
+    def margins(self, sample: Sample, questions: Sequence[str]) -> Sequence[float] | None:
+        """Logit of yes less that of no of each question about a sample's pictures; None from a judge that writes only."""
+        return None
 
     def note_unreadable(self, key: str, reply: str, form: str) -> None:
         """Called where no attempt gave a reply of the form that was asked for; only `CountingJudge` does something about it."""

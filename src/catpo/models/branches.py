@@ -13,7 +13,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from catpo.models.decoding import forbidding, longest_forbidden
 from catpo.models.forest import FIRST_PROMPT, NOBODY, Forest
+from catpo.models.steering import Steering
 from catpo.models.tensors import pad_indices, text_hash
+from catpo.models.views import View
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Writing:
     top_p: float
     seed: int | str
     batch_size: int
+    steering: Steering | None = None
+    """Makes of the model's scores those from which tokens are chosen."""
+    view: View | None = None
+    """Of the pictures, behind which the steering reads the same answers."""
 
     def seed_of(self, name: str) -> int:
         """The seed of a batch whose first sample is called so."""
@@ -38,13 +44,15 @@ class Branch:
 
     before: Sequence[int]
     """The tokens that it follows, the prompt's first; the last one has not been read yet."""
+    number: int = 0
+    """Of its sample, among those that are answered."""
     parent: int = FIRST_PROMPT
     """The node of the tokens before, in the row's tree."""
     node: int = NOBODY
     """The answer's own node, once it is being written."""
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    """The model's own log-prob of each token, before temperature and top-p."""
+    """The model's own log-prob of each token, before steering, temperature and top-p."""
 
     @property
     def last(self) -> int:
@@ -69,7 +77,8 @@ def write(forest: Forest, branches: Sequence[Sequence[Branch]], writing: Writing
             branch.node = node
     pick = _Picker(forest, [*chain.from_iterable(branches)], writing, seed)
     for _ in range(writing.max_new_tokens):
-        pick([*chain.from_iterable(rows)], _grown(forest, rows))
+        beside = None if forest.beside is None else _grown(forest.beside, rows)
+        pick([*chain.from_iterable(rows)], _grown(forest, rows), beside)
         rows = [[branch for branch in row if branch.ids[-1] not in pick.stops] for row in rows]
         if not any(rows):
             break
@@ -116,7 +125,7 @@ class _Picker:
 
     def __init__(self, forest: Forest, branches: Sequence[Branch], writing: Writing, seed: int) -> None:
         model = forest.family.unwrapped
-        self.stops = {*writing.stops}
+        self.stops, self.steering = {*writing.stops}, writing.steering
         self.shown = longest_forbidden(model)
         self.forbidding = forbidding(model, begin=self.shown, stops=[*writing.stops])
         self.warping = LogitsProcessorList()
@@ -127,11 +136,15 @@ class _Picker:
         self.generator = None if writing.temperature == 0 else torch.Generator(forest.owner.device).manual_seed(seed)
         self.number = {id(branch): number for number, branch in enumerate(branches)}
 
-    def __call__(self, branches: Sequence[Branch], logits: Float[Tensor, "branches vocabulary"]) -> None:
-        """Append a token to each branch."""
+    def __call__(
+        self, branches: Sequence[Branch], logits: Float[Tensor, "branches vocabulary"], beside: Tensor | None = None
+    ) -> None:
+        """Append a token to each branch; `beside` are the logits behind another view of the pictures."""
         shown = torch.tensor([branch.context(self.shown) for branch in branches] if self.forbidding else [[]])
         scores = self.forbidding(shown.to(logits.device), logits)
         logps = scores.log_softmax(-1)
+        if self.steering is not None:
+            scores = self.steering([branch.number for branch in branches], scores, beside)
         ids = scores.argmax(-1) if self.generator is None else self._drawn(branches, self.warping(shown, scores).softmax(-1))
         of_ids = logps.gather(1, ids[:, None])[:, 0]
         for branch, token, logp in zip(branches, ids.tolist(), of_ids.tolist(), strict=True):

@@ -70,10 +70,14 @@ def tree_of(family: Family, prompts: Sequence[Encoded]) -> Tree | None:
 
 
 class Forest:
-    """Trees of a batch. `node` numbers are a row's own; all tensors of bookkeeping are [rows, …]."""
+    """Trees of a batch. `node` numbers are a row's own; all tensors of bookkeeping are [rows, …].
 
-    def __init__(self, family: Family, trees: Sequence[Tree]) -> None:
+    The same trees with other pixels may stand beside them: what is done to these is done to those.
+    """
+
+    def __init__(self, family: Family, trees: Sequence[Tree], beside: Sequence[Tree] = ()) -> None:
         self.family, self.cache = family, Cache(layer_class_to_replicate=_RoomyLayer)
+        self.beside = Forest(family, beside) if beside else None
         device = family.device
         nodes = FIRST_PROMPT + max(len(tree.prompts) for tree in trees)
         self.lineage: Bool[Tensor, "rows nodes nodes"] = torch.eye(nodes, dtype=torch.bool).repeat(len(trees), 1, 1).to(device)
@@ -138,6 +142,8 @@ class Forest:
 
     def branch(self, parents: Int[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
         """New nodes that follow these ones; what follows nobody is padding."""
+        if self.beside:
+            self.beside.branch(parents)
         columns, before = parents.shape[1], self.lineage.shape[1]
         rows = torch.arange(len(self), device=parents.device)[:, None]
         inherited = F.pad(self.lineage[rows, parents], (0, columns))
@@ -181,6 +187,8 @@ class Forest:
 
     def prune(self, nodes: Bool[Tensor, "rows nodes"]) -> None:
         """Forget the tokens that none of these nodes sees."""
+        if self.beside:
+            self.beside.prune(nodes)
         seen = (self.lineage & nodes[:, :, None]).any(1)
         kept = seen.gather(1, self.owner) & (self.owner != NOBODY)
         length = int(kept.sum(1).max())
@@ -194,6 +202,8 @@ class Forest:
         """Go on with these rows only; one that is named several times is copied."""
         if list(rows) == list(range(len(self))):
             return
+        if self.beside:
+            self.beside.keep_rows(rows)
         chosen = torch.tensor(rows, device=self.owner.device)
         self.cache.batch_select_indices(chosen)
         for name in ("lineage", "count", "position", "owner", "index"):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from catpo.core.errors import border
+from catpo.core.errors import UserError, border
 from catpo.core.types import Sample
 from catpo.models import devices, memory, reading
 from catpo.models.branches import Branch, Writing
 from catpo.models.chat_template import ChatTemplate
 from catpo.models.decoding import changed_by_config, plain_decoding
 from catpo.models.kept import Kept
+from catpo.models.steering import Decoding, Steering
+from catpo.models.views import View
 from catpo.text.thoughts import THOUGHT_MARKERS, begun_thought
 
 if TYPE_CHECKING:
@@ -65,6 +67,16 @@ class _LogProbs(LogitsProcessor):
         return logps
 
 
+class _Steered(LogitsProcessor):
+    """Makes of the model's scores those from which tokens are chosen; `numbers` are those of the rows' samples."""
+
+    def __init__(self, steering: Steering, numbers: Sequence[int]) -> None:
+        self._steering, self._numbers = steering, numbers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._steering(self._numbers, scores.float(), None)
+
+
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -96,17 +108,21 @@ class Generation(ChatTemplate):
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 32,
+        decoding: Decoding | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
         """Answers in the order of `samples`, thoughts and all; temperature 0 is greedy.
 
         Nothing else decides: penalties, beams and the like of the checkpoint's generation_config are off (`changed_by_config`).
-        Pictures, and what prompts about the same ones begin with, are read once. `progress` is called with the number of
-        samples just finished.
+        Pictures, and what prompts about the same ones begin with, are read once. `decoding` changes the scores from which
+        tokens are chosen (`open_decoding`). `progress` is called with the number of samples just finished.
+
+        Raises:
+            UserError: the processor refuses a picture, or the family cannot be decoded so.
         """
         answers = [""] * len(samples)
         prompts = self._prompts(samples)
-        writing = Writing(max_new_tokens, self._stops, temperature, top_p, seed, batch_size)
+        writing = self._steered(Writing(max_new_tokens, self._stops, temperature, top_p, seed, batch_size), samples, decoding)
         for batch, written in self._written(samples, prompts, writing):
             for index, branch in zip(batch, written, strict=True):
                 answers[index] = (begun_thought(prompts[index]) + self._answer_text(branch.ids)).strip()
@@ -125,6 +141,7 @@ class Generation(ChatTemplate):
         seed: int | str = 0,
         batch_size: int = 32,
         kept: Kept | None = None,
+        decoding: Decoding | None = None,
     ) -> list[Sentence]:
         """The next sentence after each of `starts`, the beginning of an answer, which may be empty.
 
@@ -133,7 +150,7 @@ class Generation(ChatTemplate):
         with empty `starts`: sentences then follow those that were written before, without reading them again.
         """
         stops = sorted({*self._stops, *self._sentence_ends})
-        writing = Writing(max_new_tokens, stops, temperature, top_p, seed, batch_size)
+        writing = self._steered(Writing(max_new_tokens, stops, temperature, top_p, seed, batch_size), samples, decoding)
         if kept is not None and (found := self._continued(samples, starts, writing, kept)) is not None:
             return found
         texts = self._prompts(samples)
@@ -145,6 +162,25 @@ class Generation(ChatTemplate):
             for index, branch in zip(batch, written, strict=True):
                 sentences[index] = self._sentence(starts[index], branch)
         return [sentences[index] for index in range(len(samples))]
+
+    def _steered(self, writing: Writing, samples: Sequence[Sample], decoding: Decoding | None) -> Writing:
+        """How answers are written with a decoding."""
+        if decoding is None:
+            return writing
+        if decoding.view is not None and not reading.can_share(cast("Family", self)):
+            self._refuse(decoding.view)
+        for sample in samples:
+            if decoding.view is not None and not sample.images:
+                raise UserError(
+                    f"sample {sample.id} has no picture to show as {decoding.view.spec}. Leave it out, or --decoding."
+                )
+        return replace(writing, steering=decoding.steering(cast("Family", self), samples), view=decoding.view)
+
+    def _refuse(self, view: View) -> NoReturn:
+        raise UserError(
+            f"{self.model_id} ({type(self.unwrapped).__name__}) cannot be decoded beside {view.spec}: its prompts cannot be "
+            "read as trees, which a second view of the pictures needs. Choose another --decoding."
+        )
 
     def keeping(self) -> Kept:
         """An empty `kept` of `next_sentences`."""
@@ -199,8 +235,9 @@ class Generation(ChatTemplate):
         self, samples: Sequence[Sample], texts: Sequence[str], writing: Writing
     ) -> Iterator[tuple[list[int], list[Branch]]]:
         family, alone = cast("Family", self), {*range(len(samples))}
+        read = partial(reading.read, family, samples, texts, view=writing.view)
         for groups in reading.batches(samples, writing.batch_size, texts) if reading.can_share(family) else ():
-            shared = [each for each in (reading.read(family, samples, texts, group) for group in groups) if each is not None]
+            shared = [each for each in (read(group) for group in groups) if each is not None]
             if shared:
                 reading.answer(family, shared, writing, writing.seed_of(samples[shared[0].group[0]].id))
                 done = [*chain.from_iterable(each.group for each in shared)]
@@ -209,7 +246,7 @@ class Generation(ChatTemplate):
         order = sorted(alone, key=lambda index: (-len(texts[index]), index))
         for start in range(0, len(order), writing.batch_size):
             batch = order[start : start + writing.batch_size]
-            yield batch, self._one_by_one([samples[index] for index in batch], [texts[index] for index in batch], writing)
+            yield batch, self._one_by_one(samples, texts, batch, writing)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -221,17 +258,23 @@ class Generation(ChatTemplate):
         finally:
             self.model.train(was_training)
 
-    def _one_by_one(self, samples: Sequence[Sample], texts: Sequence[str], writing: Writing) -> list[Branch]:
-        """What was written for samples that share nothing, each in a row of its own."""
+    def _one_by_one(
+        self, all_samples: Sequence[Sample], all_texts: Sequence[str], batch: Sequence[int], writing: Writing
+    ) -> list[Branch]:
+        """What was written for those of the samples that share nothing, each in a row of its own."""
+        if writing.view is not None:
+            self._refuse(writing.view)
+        samples, texts = [all_samples[number] for number in batch], [all_texts[number] for number in batch]
         recorder, pad = _LogProbs(), self.tokenizer.pad_token_id
+        steered = [] if writing.steering is None else [_Steered(writing.steering, batch)]
         options = {
             "max_new_tokens": writing.max_new_tokens,
             "eos_token_id": list(writing.stops),
             "pad_token_id": self.eos_token_id if pad is None else pad,
-            "logits_processor": LogitsProcessorList([recorder]),
+            "logits_processor": LogitsProcessorList([recorder, *steered]),
             **_sampling(writing.temperature, writing.top_p),
         }
-        inputs = self.process([sample.images for sample in samples], list(texts), padding=True, padding_side="left")
+        inputs = self.process([sample.images for sample in samples], texts, padding=True, padding_side="left")
         first, length = samples[0].id, inputs["input_ids"].shape[1]
         self.check_positions(length, f"sample {first}")
         own_randomness = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])

@@ -42,13 +42,13 @@ class Kept:
     ) -> list[Branch] | None:
         """What follows each beginning of an answer; None if these have not been written here, or share no prompt."""
         if self._forest is None and not any(starts):
-            self._read(family, samples, texts)
+            self._read(family, samples, texts, writing)
         keys = [(sample.id, start) for sample, start in zip(samples, starts, strict=True)]
         if self._forest is None or any(key not in self._places for key in keys):
             return None
         self._forget_all_but(keys)
         places = [self._places[key] for key in keys]
-        branches = [Branch(place.before, place.node) for place in places]
+        branches = [Branch(place.before, number, place.node) for number, place in enumerate(places)]
         rows: list[list[Branch]] = [[] for _ in range(len(self._forest))]
         for place, branch in zip(places, branches, strict=True):
             rows[place.row].append(branch)
@@ -62,17 +62,17 @@ class Kept:
         row = self._places[sample.id, before].row
         self._places.setdefault((sample.id, text), _Place(row, branch.node, [*branch.before, *branch.ids]))
 
-    def _read(self, family: Family, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+    def _read(self, family: Family, samples: Sequence[Sample], texts: Sequence[str], writing: Writing) -> None:
         if not reading.can_share(family):
             return
         (groups,) = reading.batches(samples, len(samples))
-        found = [reading.read(family, samples, texts, group) for group in groups]
+        found = [reading.read(family, samples, texts, group, writing.view) for group in groups]
         readings = [each for each in found if each is not None]
         if len(readings) < len(found):
             return
         doing = f"reading the prompts of {len(groups)} pictures at once"
         with memory.explained(doing, family.model, advice=memory.ANSWERING), family.recordable_attention():
-            self._forest = Forest(family, [each.tree for each in readings])
+            self._forest = reading.forest_of(family, readings)
         for row, each in enumerate(readings):
             for number, branch in zip(each.group, each.branches, strict=True):
                 self._places[samples[number].id, ""] = _Place(row, branch.parent, branch.before)

@@ -103,7 +103,7 @@ def ask(
     was_training = family.model.training
     family.model.eval()
     encoded = (_asked(family, item, texts) for item, texts in zip(items, questions, strict=True))
-    for group in _batches(encoded, batch_size, batch_tokens or pass_tokens(family, family.device)):
+    for group in in_passes(encoded, batch_size, batch_tokens or pass_tokens(family, family.device)):
         counts = [len(item.questions) for item in group]
         doing = f"asking {sum(counts)} questions at once"
         with memory.explained(doing, family.model, advice=memory.ANSWERING), torch.inference_mode():
@@ -133,7 +133,8 @@ def asked_hidden(last_hidden: Float[Tensor, "rows length width"], batch: Batch) 
     return last_hidden.flatten(0, 1)[batch["asked_at"]]
 
 
-def _batches(encoded: Iterator[Encoded], batch_size: int, batch_tokens: int) -> Iterator[list[Encoded]]:
+def in_passes(encoded: Iterator[Encoded], batch_size: int, batch_tokens: int) -> Iterator[list[Encoded]]:
+    """Parts of at most `batch_size` pairs, and of as many tokens, padding included."""
     batch: list[Encoded] = []
     for item in encoded:
         longest = max(each.length for each in [*batch, item])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from catpo.core.errors import UserError
@@ -13,6 +13,7 @@ from catpo.models import memory
 from catpo.models.attention.recorder import check_implementation
 from catpo.models.branches import Branch, Writing, write
 from catpo.models.forest import FIRST_PROMPT, Forest, Tree, tree_of
+from catpo.models.views import View
 
 if TYPE_CHECKING:
     from catpo.models.family import Family
@@ -73,9 +74,18 @@ class Reading:
     tree: Tree
     branches: list[Branch]
     """Each sample's answer, which is still to be written."""
+    beside: Tree | None = None
+    """The tree with a view of the pictures."""
 
 
-def read(family: Family, samples: Sequence[Sample], texts: Sequence[str], group: Group) -> Reading | None:
+def forest_of(family: Family, readings: Sequence[Reading]) -> Forest:
+    """The trees of groups, read."""
+    return Forest(family, [each.tree for each in readings], [each.beside for each in readings if each.beside is not None])
+
+
+def read(
+    family: Family, samples: Sequence[Sample], texts: Sequence[str], group: Group, view: View | None = None
+) -> Reading | None:
     """The group's prompts as a tree, or None if they cannot share their beginning.
 
     Raises:
@@ -91,8 +101,25 @@ def read(family: Family, samples: Sequence[Sample], texts: Sequence[str], group:
         family.check_positions(len(prompts[-1].prompt_ids), name)
     tree = tree_of(family, prompts)
     numbers = [names.index(texts[number]) for number in group]
-    branches = [Branch(prompts[number].prompt_ids, FIRST_PROMPT + number) for number in numbers]
-    return None if tree is None else Reading(group, tree, branches)
+    branches = [
+        Branch(prompts[name].prompt_ids, number, FIRST_PROMPT + name) for number, name in zip(group, numbers, strict=True)
+    ]
+    if tree is None:
+        return None
+    beside = None if view is None else _viewed(family, samples[group[0]], names[0], tree, view)
+    return Reading(group, tree, branches, beside)
+
+
+def _viewed(family: Family, sample: Sample, text: str, tree: Tree, view: View) -> Tree:
+    """The tree with a view of the sample's pictures, which is the same wherever they are."""
+    generator = view.generator(*(picture.digest() for picture in sample.images))
+    first, *others = tree.prompts
+    if view.acts_on == "pixels":
+        seen = replace(first, pixels=view.of_pixels(first.pixels, generator))
+    else:
+        shown = [view.of_picture(picture.open(), generator) for picture in sample.images]
+        seen = replace(first, pixels=family.encode_prompt(text, shown, name=f"sample {sample.id}").pixels)
+    return replace(tree, prompts=[seen, *others])
 
 
 def answer(family: Family, readings: Sequence[Reading], writing: Writing, seed: int) -> None:
@@ -100,7 +127,7 @@ def answer(family: Family, readings: Sequence[Reading], writing: Writing, seed: 
     branches = [each.branches for each in readings]
     doing = f"answering {sum(map(len, branches))} questions at once"
     with memory.explained(doing, family.model, advice=memory.ANSWERING), family.recordable_attention():
-        write(Forest(family, [each.tree for each in readings]), branches, writing, seed)
+        write(forest_of(family, readings), branches, writing, seed)
 
 
 def _looking_once(family: Family) -> Family:

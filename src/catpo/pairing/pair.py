@@ -36,6 +36,7 @@ from catpo.files.strict_json import fits
 from catpo.judges import CountingJudge, Judge, open_judge
 from catpo.models import loading
 from catpo.models.family import Family
+from catpo.models.steering import open_decoding
 from catpo.pairing.methods import Candidate, Decoding, Dropped
 from catpo.runtime.blocks import Blocks, Rows
 from catpo.runtime.progress import tell_complete, track
@@ -119,10 +120,13 @@ def prepare(options: PairOptions) -> Pairing:
     if skip_log.goes_on:
         samples = skip_log.usable(samples, lambda sample: [image.open() for image in sample.images], lambda sample: sample.id)
     samples = _repeated(samples, options.answers)
-    decoding = Decoding(options.seed, options.temperature, options.top_p, options.max_new_tokens, options.batch_size)
+    steered = None if options.decoding is None else open_decoding(options.decoding)
+    decoding = Decoding(options.seed, options.temperature, options.top_p, options.max_new_tokens, options.batch_size, steered)
     method = _Method(spec, vocabulary, decoding, None if options.judge is None else open_judge(options.judge))
     method.check(samples[0])  # a wrong option or missing truth shows before any answer is paid for
-    drawn = {name: value for name, value in vars(decoding).items() if name != "seed"}
+    drawn = {name: value for name, value in vars(decoding).items() if name not in ("seed", "decoding")}
+    if steered is not None:
+        drawn["steered"] = steered.identity
     manifest: dict[str, Any] = {
         "format": 1,
         "method": str(spec),

@@ -16,10 +16,10 @@ from catpo.core.spec import check_options, parse
 from catpo.files.json_files import read_json, write_json
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordTable
 
-FEATURES = ("self_question", "patch_lens", "log_prob")
+FEATURES = ("self_question", "patch_lens", "log_prob", "judge")
 """What a store can keep of a word: the reference's logit of yes less that of no when it is asked for the word; the largest
 log-prob that the output head gives the word at the last hidden state of a patch; the largest log-prob of the word at any token
-of the responses.
+of the responses; what a judge answers, as a logit.
 """
 PROBE_FIELDS = {"features": list[str], "means": list[float], "scales": list[float], "weights": list[float], "intercept": float}
 

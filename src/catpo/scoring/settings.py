@@ -39,7 +39,9 @@ class ScoreSettings:
     def of(cls, options: ScoreOptions) -> ScoreSettings:
         """The settings among the options of `catpo score`."""
         signals = tuple(parse(signal) for signal in options.signals)
-        words = None if options.words is None else WordSettings.of(options.words)
+        if options.judge is not None and options.words is None:
+            raise UserError(f"judge={options.judge} is asked about words. Give --words \"words(features=['judge'])\" too.")
+        words = None if options.words is None else WordSettings.of(options.words, options.judge)
         return cls(signals, options.layers, options.heads, options.query, options.patches, words)
 
     def check(self, depth: int) -> None:

@@ -7,7 +7,9 @@ a response names it.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
-from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair
+from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair, Sample
+from catpo.judges import Judge, as_verdicts, ask, open_judge
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.questions import Asked, yes_less_no
@@ -30,8 +33,11 @@ from catpo.text.caption_edits import name_object
 from catpo.text.object_words import default_vocabulary, mentions
 from catpo.text.things import TAGGERS, finder
 
+_logger = logging.getLogger(__name__)
 SHORTEST = 3
 """Letters of the shortest token that stands for a word by itself: shorter beginnings are those of many words."""
+SURE = 4.0
+"""Logit of a judge's yes: it is right in 98 of 100 cases."""
 LEAD = "There is the"
 """Words are tokenised behind this, as inside an answer."""
 
@@ -44,22 +50,31 @@ class WordSettings:
     floor: float
     question: str
     vocabulary: str | None
+    """A JSON file of surface forms and their objects; None for the built-in one."""
+    judge: str | None = None
+    """Who is asked about words for the feature `judge`."""
     """A JSON file of surface forms and their objects, `nltk` or `textblob` for the nouns that the pairs' responses name, or
     None for the built-in one."""
     nouns: tuple[tuple[str, str], ...] = ()
     """Surface forms and objects of the pairs, once they are known."""
 
     @classmethod
-    def of(cls, text: str | Spec) -> WordSettings:
+    def of(cls, text: str | Spec, judge: str | None = None) -> WordSettings:
         """The settings that `words(option=value, …)` stands for; the options are those of `_options`.
 
         Raises:
-            UserError: an option is unknown or out of its range.
+            UserError: an option is unknown or out of its range; a judge is named but not asked, or asked but not named.
         """
         spec = parse(text)
         if spec.name != "words":
             raise UserError(f"words='{spec}' is not of the form words(features=['self_question'], floor=0.02).")
-        return cls(**_options(**check_options(_options, spec)))
+        settings = cls(**_options(**check_options(_options, spec)), judge=judge)
+        if ("judge" in settings.features) != (judge is not None):
+            raise UserError(
+                f"words='{spec}' with judge={judge}: a judge is asked for the feature 'judge', and needs a --judge. Give both, "
+                "e.g. --words \"words(features=['judge'])\" --judge \"local(model='FOLDER')\"."
+            )
+        return settings
 
     def of_pairs(self, pairs: Iterable[PreferencePair]) -> WordSettings:
         """With the nouns of these pairs' responses, if they are the vocabulary.
@@ -83,7 +98,8 @@ class WordSettings:
         """As it stands in a store's `store.json`."""
         forms = sorted(self.forms.items())
         digest = hashlib.blake2b(repr(forms).encode(), digest_size=16).hexdigest()
-        return {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
+        own = {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
+        return own | ({"judge": self.judge} if self.judge else {})
 
     @cached_property
     def forms(self) -> Mapping[str, str]:
@@ -105,7 +121,7 @@ def _options(
     """Options of `words(…)`.
 
     Args:
-        features: what is kept of each word, see `catpo.rewards.word_rewards.FEATURES`.
+        features: what is kept of each word, see `catpo.rewards.word_rewards.FEATURES`; judge asks the one that --judge names.
         floor: least probability of a word's first token, anywhere in a response, that makes it a candidate.
         question: asked about each candidate; {} stands for the word with its article.
         vocabulary: JSON file of surface forms and their objects, or `nltk` or `textblob`, whose tagger finds the pairs' nouns.
@@ -142,6 +158,7 @@ class WordReader:
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
         self._asked: dict[tuple[str, str], float] = {}
+        self._judge = None if settings.judge is None else open_judge(settings.judge)
 
     def forget(self) -> None:
         """Ask anew from here on: what a shard holds must not depend on the shards before."""
@@ -157,7 +174,31 @@ class WordReader:
         pairs = [read.pair for read in reads]
         if "self_question" in self.settings.features:
             self._ask(pairs, found)
+        if self._judge is not None:
+            self._judged(self._judge, pairs, found)
         return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
+
+    def _judged(self, judge: Judge, pairs: Sequence[PreferencePair], found: Sequence[dict[str, dict[str, float]]]) -> None:
+        """What the judge says of each pair's words; words of which it cannot be read are no candidates."""
+
+        def verdicts(pair: PreferencePair, words: Sequence[str]) -> Sequence[float] | None:
+            sample = Sample(pair.id, pair.images, pair.prompt)
+            questions = [self.question(word) for word in words]
+            margins = judge.margins(sample, questions) if words else ()
+            if margins is not None:
+                return margins
+            said = ask(judge, "verify", sample, as_verdicts(len(words)), questions="\n".join(questions))
+            return said and [SURE if is_there else -SURE for is_there in said]
+
+        with ThreadPoolExecutor(judge.workers) as pool:
+            answers = list(pool.map(verdicts, pairs, map(list, found)))
+        for pair, words, logits in zip(pairs, found, answers, strict=True):
+            if logits is None:
+                _logger.warning("pair %s: the judge's reply cannot be read; its words get no reward.", pair.id)
+                words.clear()
+            else:
+                for features, logit in zip(words.values(), logits, strict=True):
+                    features["judge"] = float(logit)
 
     def _found(self, read: Read, head: OutputHead) -> dict[str, dict[str, float]]:
         """Candidate -> the features that need no question."""
@@ -183,14 +224,15 @@ class WordReader:
             digest = digest_of(pair.images)
             of_pictures = new.setdefault(digest, (pair.images, {}))[1]
             of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
-        asked = [(images, [self._question(word) for word in words]) for images, words in new.values()]
+        asked = [(images, [self.question(word) for word in words]) for images, words in new.values()]
         for (digest, (_, words)), answers in zip(new.items(), self._answers(asked), strict=True):
             self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
 
     def _answers(self, asked: Sequence[Asked]) -> list[list[float]]:
         return yes_less_no(self.family, asked, batch_tokens=self.batch_tokens)
 
-    def _question(self, word: str) -> str:
+    def question(self, word: str) -> str:
+        """What is asked about a word."""
         return self.settings.question.replace("{}", name_object(word, 1, self.settings.forms))
 
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from catpo.core.errors import UserError
 from catpo.core.types import PreferencePair, Sample, Span, pair_id
+from catpo.models import steering
 from catpo.text.object_words import mentions
 
 
@@ -36,6 +37,8 @@ class Decoding:
     top_p: float = 1.0
     max_new_tokens: int = 96
     batch_size: int = 32
+    decoding: steering.Decoding | None = None
+    """Changes the scores from which tokens are drawn."""
 
 
 def label(text: str, present: Collection[str], vocabulary: Mapping[str, str] | None = None) -> tuple[Span, ...]:

@@ -195,6 +195,7 @@ class _Search:
             seed=f"{self.decoding.seed}/{depth}",
             batch_size=self.decoding.batch_size,
             kept=kept,
+            decoding=self.decoding.decoding,
         )
         siblings = [drawn[start : start + branches] for start in range(0, len(drawn), branches)]
         usable = [_usable(sentences) for sentences in siblings]
