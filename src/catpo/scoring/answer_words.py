@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ class WordJudge:
         self, probe: Probe, samples: Sequence[Sample], texts: Sequence[str], questions: Sequence[Mapping[str, str]]
     ) -> list[dict[str, Mapping[str, float]]]:
         """Of each text: object -> what the probe reads of it, in the pass of `catpo score` with the text as both responses."""
-        words = _Settings(probe.features, ALMOST_CERTAIN, self.question, None, self.forms)
+        words = _Settings(probe.features, ALMOST_CERTAIN, self.question, None, given=self.forms)
         bound = pass_tokens(self.family, self.family.device)
         scorer = PairScorer(self.family, ScoreSettings((), "last", "mean", "token", "all", words), batch_tokens=bound)
         pairs = [
@@ -141,7 +141,7 @@ class WordJudge:
 class _Settings(WordSettings):
     """Settings with words at hand."""
 
-    given: Mapping[str, str]
+    given: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def forms(self) -> Mapping[str, str]:

@@ -50,13 +50,12 @@ class WordSettings:
     floor: float
     question: str
     vocabulary: str | None
-    """A JSON file of surface forms and their objects; None for the built-in one."""
-    judge: str | None = None
-    """Who is asked about words for the feature `judge`."""
     """A JSON file of surface forms and their objects, `nltk` or `textblob` for the nouns that the pairs' responses name, or
     None for the built-in one."""
     nouns: tuple[tuple[str, str], ...] = ()
     """Surface forms and objects of the pairs, once they are known."""
+    judge: str | None = None
+    """Who is asked about words for the feature `judge`."""
 
     @classmethod
     def of(cls, text: str | Spec, judge: str | None = None) -> WordSettings:
