@@ -347,6 +347,19 @@ def test_a_failing_cell_is_named_and_the_others_go_on(engines: Engines, capsys: 
     assert "out of luck" in (output / "mine" / "table.md").read_text()
 
 
+def test_a_row_may_be_a_decoding_of_the_untrained_or_of_a_trained_model(engines: Engines) -> None:
+    added = "  vcd: {evaluate: {decoding: vcd}}\n"
+    added += "  both: {objective: dpo, tuned_as: dpo, evaluate: {decoding: vcd}}\n"
+    rows = engines.study(BASIC.replace("  dpo: dpo\n", f"  dpo: dpo\n{added}")).results.rows
+    assert [row.name for row in rows] == ["base", "dpo", "vcd", "both", "catpo"]
+    cells = {row.name: row.cells[0] for row in rows}
+    assert (
+        cells["vcd"].evaluate["decoding"] == cells["both"].evaluate["decoding"] == "vcd"
+        and "decoding" not in cells["dpo"].evaluate
+    )
+    assert cells["vcd"].objective is None and cells["both"].name != cells["dpo"].name
+
+
 def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(engines: Engines) -> None:
     outcome = engines.study(BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, method: unheard_of,"))
     assert [row.name for row in outcome.results.rows] == ["base", "dpo"]

@@ -212,7 +212,8 @@ def cell_of(study: Study, row: Row, rate: float, *, seed: int, tuning: Tuning | 
     """A row's cell at a learning rate and seed; with `tuning`, on the pictures that rates are chosen by."""
     benchmarks = study.benchmarks if tuning is None else tuning.benchmarks
     common: dict[str, Any] = {
-        "model": study.model, "benchmarks": benchmarks, "evaluate": study.evaluate, "measure": study.measure,
+        "model": study.model, "benchmarks": benchmarks, "measure": study.measure,
+        "evaluate": {**study.evaluate, **row.evaluate},
     }  # fmt: skip
     if row.objective is None:  # the same for all seeds
         return Cell(shared=None, objective=None, learning_rate=None, seed=0, **common)

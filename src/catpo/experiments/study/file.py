@@ -40,6 +40,8 @@ class Row:
     """How its pairs are made. Default: the study's method."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Options of `catpo train` for this row only."""
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `catpo evaluate` for this row only, such as `decoding`."""
     rounds: int = 1
     """On-policy: the pictures are split among this many rounds, each answered by the model that the last one trained."""
     tuned_as: str | None = None
@@ -184,7 +186,7 @@ def _row(rows: _Section, name: Any) -> Row:
     if value is None or isinstance(value, str):
         return Row(objective=value)
     row = rows.child(name)
-    return _filled(Row, row, **_command_options(row, ["train"]))
+    return _filled(Row, row, **_command_options(row, ["train", "evaluate"]))
 
 
 def _command_options(section: _Section, commands: Collection[str]) -> dict[str, dict[str, Any]]:
