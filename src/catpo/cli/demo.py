@@ -31,9 +31,12 @@ OBJECTIVES = {
     "dpo": "dpo",
     "dpo-kl": "dpo(kl_weight=0.03)",
     "catpo": "catpo(preset='paper')",
-    "catpo-neutral": "catpo(preset='paper', shared_prefix='neutral')",
+    "tilt": "tilt",
 }
-"""Name of the run -> objective. Every objective gets the same pairs, steps and learning rate."""
+"""Name of the run -> objective. Every objective gets the same pairs and steps."""
+RATES = {"tilt": 1e-3}
+"""Learning rates other than that of the settings: a divergence summed over few rewarded words has small gradients."""
+WORDS = "words(features=['self_question'])"
 SIGNALS = (*PAPER_SIGNALS, "image_contrast", "patch_logit")
 METRICS = {
     "CHAIRi": "chair_i",
@@ -92,7 +95,7 @@ def demo(
 def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) -> dict[str, dict[str, float]]:
     """One seed: pairs, rewards, a run and an evaluation per objective, a report. Finished parts are not repeated."""
     pair(model="builtin", data=f"scenes(count={settings.pictures}, seed={seed})", output=folder / "pairs", seed=seed)
-    score(pairs=folder / "pairs", model="builtin", output=folder / "rewards", signals=SIGNALS, batch_size=16)
+    score(pairs=folder / "pairs", model="builtin", output=folder / "rewards", signals=SIGNALS, words=WORDS, batch_size=16)
     store = RewardStore.open(folder / "rewards")
     console.print(quality_table(signal_quality(store), len(store)))
     models = {"base": "builtin"}
@@ -104,7 +107,7 @@ def run_once(folder: Path, seed: int, settings: DemoSettings, console: Console) 
             output=folder / "runs" / name,
             rewards=folder / "rewards",
             objective=objective,
-            learning_rate=settings.learning_rate,
+            learning_rate=RATES.get(name, settings.learning_rate),
             num_train_epochs=settings.num_train_epochs,
             per_device_train_batch_size=settings.per_device_train_batch_size,
             gradient_accumulation_steps=1,
