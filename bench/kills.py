@@ -210,7 +210,7 @@ def contents(output: Path) -> dict[str, str]:
         name = path.relative_to(output).as_posix()
         if path.is_dir() or name.endswith(".lock"):
             continue
-        if name.startswith("checkpoints/"):
+        if "checkpoints/" in name:
             found[name] = ""
         else:
             own = str(output).encode()
