@@ -251,6 +251,7 @@ def test_rows_are_compared_at_each_cover_that_they_reach(finished: Outcome) -> N
     assert row.ratios[20].value == pytest.approx(
         row.mean("chair_i_at_20").value / finished.results.rows[0].mean("chair_i_at_20").value
     )
+    assert any("catpo does not reach Cover 99 with seed 0, 1" in note for note in finished.results.notes)
     assert "÷ base at Cover 20" in (finished.folder / "table.md").read_text()
     assert "ratio_at_20_low" in (finished.folder / "table.csv").read_text()
 

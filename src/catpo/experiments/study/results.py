@@ -94,7 +94,7 @@ def collect(study: Study, output: Path, cells: Mapping[str, Mapping[int, Cell]],
     for name, by_seed in cells.items():
         evaluations[name] = {seed: evaluation_of(cell, output, name) for seed, cell in by_seed.items() if cell.benchmarks}
     equal, differences, notes = _equal_coverage(study, evaluations)
-    fixed, ratios = _at_covers(study, evaluations)
+    fixed, ratios, short = _at_covers(study, evaluations)
     rows = []
     for name, by_seed in cells.items():
         values: dict[str, dict[int, float]] = {}
@@ -106,7 +106,7 @@ def collect(study: Study, output: Path, cells: Mapping[str, Mapping[int, Cell]],
             values[EQUAL] = equal[name]
         values |= fixed.get(name, {})
         rows.append(Result(name, rates.get(name), by_seed, values, differences.get(name), ratios.get(name, {})))
-    return Results(study, rows, notes)
+    return Results(study, rows, notes + short)
 
 
 def evaluation_of(cell: Cell, output: Path, name: str) -> Evaluation:
@@ -163,21 +163,29 @@ def _at(cover: float) -> str:
 
 def _at_covers(
     study: Study, evaluations: Mapping[str, Mapping[int, Evaluation]]
-) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, dict[float, Estimate]]]:
-    """Row -> metric -> seed -> CHAIRi at each Cover asked for; row -> Cover -> ratio to the reference row."""
+) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, dict[float, Estimate]], list[str]]:
+    """Row -> metric -> seed -> CHAIRi at each Cover asked for; row -> Cover -> ratio to the reference row; who falls short.
+
+    A row has a value only where all of its seeds reach the Cover: a mean over those that do would favour rows that lose it.
+    """
     names = [name for name, by_seed in evaluations.items() if by_seed.keys() >= set(study.seeds)]
     if study.compared_with not in names:
-        return {}, {}
+        return {}, {}, []
     names = [study.compared_with, *(name for name in names if name != study.compared_with)]
     runs = [[evaluations[name][seed] for name in names] for seed in study.seeds]
     values: dict[str, dict[str, dict[int, float]]] = {}
     ratios: dict[str, dict[float, Estimate]] = {}
+    notes = []
     for cover in study.at_cover:
         for row in at_cover_over_runs(runs, cover):
+            short = [str(seed) for seed, value in zip(study.seeds, row.chair_i, strict=True) if math.isnan(value)]
+            if short:
+                notes.append(f"{row.model} does not reach Cover {cover:g} with seed {', '.join(short)} and has no value there.")
+                continue
             values.setdefault(row.model, {})[_at(cover)] = dict(zip(study.seeds, row.chair_i, strict=True))
-            if row.ratio is not None and not math.isnan(row.ratio.value):
+            if row.ratio is not None:
                 ratios.setdefault(row.model, {})[cover] = row.ratio
-    return values, ratios
+    return values, ratios, notes
 
 
 def first_captions(rows: Sequence[Coverage]) -> list[Coverage]:
