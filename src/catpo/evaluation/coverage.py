@@ -134,9 +134,10 @@ def at_cover_over_runs(
 
 
 def _ratio(values: Floats, others: Floats) -> Estimate | None:
-    """None where a model covers less, or nothing is hallucinated."""
-    ratios = np.divide(values, others, out=np.full_like(values, np.nan), where=others > 0)
-    return None if np.isnan(ratios).any() else estimate(ratios)
+    """None where a model covers less, or the others hallucinate nothing; draws in which they do not are left out."""
+    if np.isnan(values).any() or np.isnan(others).any() or others[0] == 0:
+        return None
+    return estimate(values[others > 0] / others[others > 0])
 
 
 def _cut_at(draws: Draws, curve: _Curve, cover: float) -> Floats:
