@@ -12,7 +12,7 @@ import pytest
 from catpo.core.errors import UserError
 from catpo.data.datasets.scenes import PROMPTS, Dataset, truth
 from catpo.data.scenes.captions import true_caption, web_caption
-from catpo.data.scenes.draw import draw
+from catpo.data.scenes.draw import draw, encode
 from catpo.data.scenes.plan import CANVAS, MAX_OBJECTS, scene
 from catpo.data.scenes.questions import SPLITS
 from catpo.text.object_words import classes, contexts, mentions
@@ -173,3 +173,11 @@ def test_scenes_need_no_torch():
     code = "import sys, catpo.data.datasets.scenes as s; next(s.Dataset().samples()).images[0].open(); "
     code += "exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("size", [48, CANVAS, 2 * CANVAS])
+def test_a_picture_that_several_models_look_at_is_drawn_once_if_it_is_small(size: int) -> None:
+    first, second = (next(Dataset(count=1, size=size).samples()).images[0] for _ in range(2))
+    plainly = encode(draw(scene(split="train", seed=0, index=0), size=size))
+    assert first.read() == second.read() == plainly
+    assert (first.read() is second.read()) == (size <= CANVAS)

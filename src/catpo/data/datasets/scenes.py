@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,20 @@ class Dataset(datasets.Dataset):
 
 @dataclass(frozen=True)
 class ScenePicture(Picture):
-    """A scene that is drawn on every read and kept nowhere, so that a million of them fit in memory."""
+    """A scene that is drawn when it is read, so that a million of them fit in memory."""
 
     scene: Scene | None = None
     size: int = CANVAS
 
     def read(self) -> bytes:
         assert self.scene is not None
-        return encode(draw(self.scene, size=self.size))
+        return _drawn(self.scene, self.size) if self.size <= CANVAS else encode(draw(self.scene, size=self.size))
+
+
+@lru_cache(maxsize=1024)
+def _drawn(scene: Scene, size: int) -> bytes:
+    """A small picture, 8 kB on average, kept for the next model that answers questions about it."""
+    return encode(draw(scene, size=size))
 
 
 def truth(planned: Scene, *, questions_per_answer: int = 3) -> dict[str, Any]:
