@@ -13,6 +13,7 @@ from catpo.core.types import Sample
 from catpo.evaluation.conversation import Conversation
 from catpo.models import loading
 from catpo.models.remote import messages
+from catpo.models.steering import open_decoding
 from commands import run
 
 
@@ -50,6 +51,18 @@ def test_each_answer_is_that_of_generate_after_the_earlier_turns(family):
     assert second == family.tokenizer.decode(written, skip_special_tokens=True).strip()
     assert [turn.text for turn in conversation.turns] == [*(text for _, text in turns), second]
     assert conversation.begun_with(tiny.picture(1)).asked("Describe the image.")[1].turns[0].text == "Describe the image."
+
+
+def test_answers_are_decoded_as_is_said(picture, family, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: family)
+    given = ["chat", "builtin", "--image", picture, "--max-new-tokens", 8, "--decoding", "vcd(alpha=3.0)"]
+    typed(monkeypatch, "Describe the image.\n")
+    assert run(*given) == 0
+    sample = Sample("any", (tiny.picture(0),), "Describe the image.")
+    expected = family.generate([sample], max_new_tokens=8, decoding=open_decoding("vcd(alpha=3.0)"))
+    assert [capsys.readouterr().out.strip()] == expected != family.generate([sample], max_new_tokens=8)
+    assert run("chat", "openai:any", *given[2:]) == 2
+    assert "openai:any is decoded by its server" in capsys.readouterr().err
 
 
 def test_a_pipe_gets_one_answer_per_question_and_fails_where_one_cannot_be_asked(picture, family, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import torch
 from catpo.core.errors import UserError
 from catpo.core.spec import parse
 from catpo.core.types import SIDES
+from catpo.models import loading
 from catpo.models.questions import YesNo
 from catpo.rewards.fusion import Fusion
 from catpo.scoring import claims
@@ -70,6 +71,7 @@ def test_a_vocabulary_finds_its_own_words_only_and_no_adjectives():
         ("on", "Are the cups on the sofa?"),
         ("sofa", "Can you see a couch?"),
     ]
+    assert [word for word, _ in asked("The dog's kite.", "builtin", ("objects",))] == ["dog", "kite"]
     with pytest.raises(UserError, match="knows no adjectives"):
         Asker.of("builtin", ALL, {})
 
@@ -113,6 +115,13 @@ def test_without_a_tagger_the_built_in_words_are_asked_about_and_that_is_said(mo
         assert "only the" in (said := capsys.readouterr().err) and "nltk is not here. textblob is not here." in said
     finally:
         claims._finder_here.cache_clear()
+
+
+def test_a_space_says_neither_yes_nor_no(builtin):
+    family = loading.load(builtin, device="cpu")
+    told = YesNo.of(family)
+    assert family.token_ids(" yes")[0] not in told.yes  # it is the space alone
+    assert {family.tokenizer.decode([token]).strip().lower() for token in (*told.yes, *told.no)} <= {"yes", "y", "no", "n"}
 
 
 WORDS = {"cat": "cat", "mat": "mat", "circle": "circle", "square": "square", "table": "table", "laptop": "laptop", "dog": "dog"}

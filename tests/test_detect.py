@@ -11,14 +11,17 @@ import pytest
 
 import tiny
 from catpo.cli.detect import marked
+from catpo.config.options import DetectOptions
 from catpo.core.errors import UserError
 from catpo.data.read import open_data
 from catpo.models import loading
 from catpo.models.questions import yes_less_no
+from catpo.models.steering import open_decoding
 from catpo.reporting.detections import doubted_words, doubtful_first, parts
 from catpo.rewards.word_rewards import Probe
 from catpo.scoring.answer_words import WordJudge
-from catpo.scoring.detect import detect, judged_by_truth
+from catpo.scoring.claims import Asker
+from catpo.scoring.detect import chosen_asker, detect, judged_by_truth
 from catpo.text.object_words import classes, default_vocabulary
 from commands import run
 
@@ -138,13 +141,59 @@ def test_what_cannot_be_judged_is_refused_by_name(family, pictures, tmp_path, ca
 def test_a_probe_judges_by_what_it_reads(family, whole, tmp_path):
     samples, texts = list(open_data(SCENES).samples()), [row["text"] for row in whole.rows]
     of_question = Probe(("self_question",), (0.0,), (2.0,), (3.0,), 1.0)
-    judged = WordJudge(family, default_vocabulary(), "Is there {} in the image?", of_question, 2).words(samples, texts)
+    judged = WordJudge(family, Asker.of("builtin", ("objects",), {}), of_question, 2).words(samples, texts)
     asked = [word["logit"] for row in whole.rows for word in row["words"]]
     assert [word.logit for words in judged for word in words] == pytest.approx([1.5 * each + 1 for each in asked], abs=1e-3)
     of_writing = Probe(("self_question", "log_prob"), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0), 0.0)
-    judged = WordJudge(family, default_vocabulary(), "Is there {} in the image?", of_writing, 2).words(samples, texts)
+    judged = WordJudge(family, Asker.of("textblob", ("objects",), {}), of_writing, 2).words(samples, texts)
     known = [word.logit for words in judged for word in words if word.logit is not None]
     assert known and all(logit <= 0 for logit in known)  # log-probs
+
+
+def test_things_outside_the_vocabulary_are_found_by_a_tagger_with_what_is_said_of_them(family, pictures, tmp_path, capsys):
+    captions = pictures / "captions.jsonl"
+    captions.write_text(json.dumps({"image": "b.png", "caption": "A brown zebra by the fence near a dog."}) + "\n")
+    given = {"images": pictures, "captions": captions, "kinds": "objects, attributes"}
+    out = found(family, tmp_path / "out", nouns="textblob", **given)
+    assert "words are found with textblob." in capsys.readouterr().err
+    text, words = out.rows[0]["text"], out.rows[0]["words"]
+    said = [(text[word["start"] : word["end"]], word["object"], word["question"]) for word in words]
+    assert said == [
+        ("brown", "zebra", "Is the zebra brown?"),
+        ("zebra", "zebra", "Is there a zebra in the image?"),
+        ("fence", "fence", "Is there a fence in the image?"),
+        ("dog", "dog", "Is there a dog in the image?"),
+    ]
+    [alone] = yes_less_no(family, [([tiny.picture(0)], [question for *_, question in said])])
+    assert [word["logit"] for word in words] == pytest.approx(alone, abs=1e-3)
+    assert {word for word, *_ in doubted_words(out.rows, 0.5)} == {"Is the zebra brown?", "zebra", "fence", "dog"}
+    with pytest.raises(UserError, match="was begun with nouns='textblob', now it is 'builtin'"):
+        found(family, tmp_path / "out", nouns="builtin", images=pictures, captions=captions)
+    with pytest.raises(UserError, match="knows no adjectives"):
+        found(family, tmp_path / "none", nouns="builtin", **given)
+    with pytest.raises(UserError, match="a probe judges objects only"):
+        found(family, tmp_path / "none", probe=tmp_path / "probe.json", **given)
+    with pytest.raises(UserError, match="the captions are given, nothing is decoded"):
+        found(family, tmp_path / "none", decoding="vcd", images=pictures, captions=captions)
+
+
+def test_the_finder_is_what_knows_the_words_of_the_model_and_the_data(family, whole, tmp_path):
+    asked_of = lambda family, **options: chosen_asker(
+        DetectOptions(**{"model": "m", "output": tmp_path} | options), family, None
+    )
+    assert whole.about["settings"]["nouns"] == "data"  # scenes(…) has words of its own
+    assert asked_of(family).nouns == "builtin" and asked_of(tiny.llava(), truth=True).nouns == "builtin"
+    assert asked_of(tiny.llava()).nouns == "auto" and asked_of(family, nouns="textblob").nouns == "textblob"
+
+
+def test_answers_are_decoded_as_is_said_and_the_folder_says_how(family, tmp_path):
+    decoding = "tilt(reward='self_question')"
+    out = found(family, tmp_path / "out", data=SCENES, limit=1, decoding=decoding)
+    sample = next(iter(open_data(SCENES).samples()))
+    assert [out.rows[0]["text"]] == family.generate([sample], max_new_tokens=16, decoding=open_decoding(decoding))
+    assert out.about["settings"]["decoding"]["steered"]["name"] == "tilt"
+    with pytest.raises(UserError, match="was begun with"):
+        found(family, tmp_path / "out", data=SCENES, limit=1)
 
 
 def test_marks_parts_and_counts_agree():

@@ -18,7 +18,7 @@ from catpo.judges import Judge, as_verdicts, ask, open_judge
 from catpo.judges._requests import request_of
 from catpo.models import loading
 from catpo.models.output_head import token_stats
-from catpo.models.questions import yes_less_no
+from catpo.models.questions import YesNo, yes_less_no
 from catpo.models.tilt import Tilt, TiltedHead
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import Probe, WordReward
@@ -215,11 +215,8 @@ def test_the_features_of_words_are_those_of_whole_logits(scored):
         assert table.features["log_prob"][row] == pytest.approx(float(probabilities[:, ids].max().log()), abs=1e-4)
         assert table.features["patch_lens"][row] == pytest.approx(float(lens[:, ids].max()), abs=1e-4)
         question = replace(pair, prompt=f"Is there a {word} in the image?", chosen="Yes", rejected="No")
-        first = {side: logits_of(family, question, side)[0][0] for side in ("chosen", "rejected")}
-        yes, no = (family.encode(question).response_ids[side][0] for side in ("chosen", "rejected"))
-        lower = replace(question, chosen="yes", rejected="no")
-        more = [family.encode(lower).response_ids[side][0] for side in ("chosen", "rejected")]
-        expected = first["chosen"][[yes, more[0]]].max() - first["chosen"][[no, more[1]]].max()
+        first, told = logits_of(family, question, "chosen")[0][0], YesNo.of(family)
+        expected = first[list(told.yes)].max() - first[list(told.no)].max()
         assert table.features["self_question"][row] == pytest.approx(float(expected), abs=1e-4)
 
 

@@ -33,6 +33,7 @@ def chat(
     temperature: Annotated[Measure, Parameter(help="Sampling temperature; 0: greedy, as in `catpo evaluate`.")] = 0.0,
     top_p: Annotated[Probability, Parameter(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
     seed: Annotated[Seed, Parameter(help="Sampling seed.")] = 0,
+    decoding: config.Decoding = None,
     base_url: Annotated[str | None, Parameter(help="Address of the server of openai:NAME, up to /v1.")] = None,
     revision: config.Revision = None,
     dtype: config.Dtype = "auto",
@@ -43,14 +44,15 @@ def chat(
     device: config.Device = None,
 ) -> None:
     """Talk with a model about a picture; each line of standard input is a question, and each answer is printed."""
-    from catpo.evaluation.conversation import Conversation, opened_model
+    from catpo.evaluation.conversation import Conversation, opened_decoding, opened_model
 
     picture = _picture(image)
+    steered = opened_decoding(model, decoding)
     loading = {"adapter": adapter, "revision": revision, "dtype": dtype, "min_pixels": min_pixels, "max_pixels": max_pixels}
     loading |= {"quantization": quantization, "trust_remote_code": trust_remote_code, "device": device}
-    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     answering, warnings = opened_model(model, base_url, loading)
-    conversation = Conversation(answering, picture, decoding)
+    conversation = Conversation(answering, picture, {**options, "decoding": steered})
     is_typed = sys.stdin.isatty()
     for warning in warnings:
         warn(warning)

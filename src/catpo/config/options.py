@@ -314,8 +314,11 @@ class DetectOptions(Options):
     """Let a probe judge (`catpo probe`) instead of the model's answer alone."""
     question: Text = "Is there {} in the image?"
     """What the model is asked about each word; {} stands for the word with its article."""
-    vocabulary: File | None = None
-    """JSON file of words and the objects they name (default: the data set's, or the built-in words)."""
+    nouns: Text | None = None
+    """What finds the words: nltk, textblob, builtin, a JSON file of words and objects, or auto (default: the data set's words,
+    or the built-in ones for the built-in model and with --truth; else auto)."""
+    kinds: Specs = ("objects",)
+    """What is asked about: objects, attributes, counts, relations."""
     prompt: Text | None = None
     """What is asked about each picture (default: "Describe the image.", or the data set's own)."""
     threshold: Probability = 0.5
@@ -323,6 +326,7 @@ class DetectOptions(Options):
     limit: Limit = None
     max_new_tokens: Count = 256
     """Maximum length of an answer, in tokens."""
+    decoding: Decoding = None
     batch_size: Count = 32
     """Texts per forward pass."""
     max_pictures: Whole = 100

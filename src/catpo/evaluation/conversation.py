@@ -12,6 +12,7 @@ from catpo.core.types import Picture, Sample
 from catpo.models import loading
 from catpo.models.family import Family
 from catpo.models.remote import PREFIX, ServedModel
+from catpo.models.steering import Decoding, open_decoding
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Conversation:
         return replace(self, picture=picture, turns=())
 
 
+def opened_decoding(model: str, decoding: str | None) -> Decoding | None:
+    """How answers are decoded, if not plainly.
+
+    Raises:
+        UserError: no such decoding or option, or a server decodes.
+    """
+    if decoding is not None and model.startswith(PREFIX):
+        raise UserError(f"decoding={decoding}: {model} is decoded by its server. Leave decoding out.")
+    return open_decoding(decoding) if decoding is not None else None
+
+
 def opened_model(model: str, base_url: str | None, options: Mapping[str, Any]) -> tuple[Family | ServedModel, list[str]]:
     """The model, here or on a server, and what a user should know of it.
 
@@ -59,5 +71,4 @@ def opened_model(model: str, base_url: str | None, options: Mapping[str, Any]) -
     if base_url is not None:
         raise UserError(f"base_url is for a model of a server. Name it so: {PREFIX}NAME.")
     family = loading.load(model, **options)
-    known = "the built-in model knows nothing but the built-in scenes: what it says of other pictures means nothing."
-    return family, [known] if loading.is_builtin(family) else []
+    return family, [loading.SCENES_ONLY] if loading.is_builtin(family) else []

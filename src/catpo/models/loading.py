@@ -279,6 +279,9 @@ def family_of(model: Any, processor: Any, *, model_id: str = "in memory", model_
     return registry.load("families", name if name in known else "generic")(model, processor, model_id=model_id)
 
 
+SCENES_ONLY = "the built-in model knows nothing but the built-in scenes: what it says of other pictures means nothing."
+
+
 def is_builtin(family: Family) -> bool:
     """Whether it is the packaged model or was trained from it: their tokenizer and picture processor are the same."""
     processor = AutoProcessor.from_pretrained(BUILTIN)

@@ -41,7 +41,8 @@ class YesNo:
 
     @classmethod
     def of(cls, family: Family, yes: Sequence[str] = YES, no: Sequence[str] = NO) -> YesNo:
-        """First tokens of the words, alone and as the chat template's answer; those that begin a yes and a no count as neither.
+        """First tokens of the words, alone and as the chat template's answer; those that begin a yes and a no count as neither,
+        nor do spaces.
 
         Raises:
             UserError: nothing is left of one of the two.
@@ -49,7 +50,8 @@ class YesNo:
         begins = []
         for words in (yes, no):
             alone = {family.token_ids(word)[0] for word in words}
-            begins.append(alone | _as_answers(family, words))
+            tokens = alone | _as_answers(family, words)
+            begins.append({token for token in tokens if family.tokenizer.decode([token]).strip()})
         both = begins[0] & begins[1]
         ours = cls(*(tuple(sorted(tokens - both)) for tokens in begins))
         if not ours.yes or not ours.no:
@@ -118,13 +120,10 @@ def ask(
 def yes_less_no(
     family: Family, asked: Sequence[Asked], *, batch_size: int = 32, batch_tokens: int | None = None
 ) -> list[list[float]]:
-    """For each question about some pictures the logit of yes less that of no, by their first tokens as the chat template's
-    answer; see `ask`.
-    """
-    words = YesNo(*(tuple(sorted(_as_answers(family, texts))) for texts in (("Yes", "yes"), ("No", "no"))))
+    """For each question about some pictures the logit of yes less that of no; see `ask`."""
     samples = [Sample("pictures", tuple(pictures), "") for pictures, questions in asked if questions]
     texts = [questions for _, questions in asked if questions]
-    margins = iter(ask(family, samples, texts, words=words, batch_size=batch_size, batch_tokens=batch_tokens))
+    margins = iter(ask(family, samples, texts, batch_size=batch_size, batch_tokens=batch_tokens))
     return [next(margins).tolist() if questions else [] for _, questions in asked]
 
 

@@ -75,12 +75,15 @@ def parts(row: Row, threshold: float) -> list[Part]:
 
 
 def doubted_words(rows: Sequence[Row], threshold: float) -> list[tuple[str, int, int]]:
-    """(object, how often it is named, how often it is below the threshold), the most doubted first."""
+    """(object, how often it is named, how often it is below the threshold), the most doubted first; for what is said of an
+    object its question stands.
+    """
     counts: dict[str, list[int]] = {}
     for row in rows:
         for word in row["words"]:
             if word["grounded"] is not None:
-                named = counts.setdefault(word["object"], [0, 0])
+                is_object = word.get("kind", "objects") == "objects"
+                named = counts.setdefault(word["object"] if is_object else word["question"], [0, 0])
                 named[0] += 1
                 named[1] += word["grounded"] < threshold
     ordered = sorted(counts.items(), key=lambda item: (-item[1][1], item[0]))

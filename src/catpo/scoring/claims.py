@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json
-from catpo.text.object_words import classes
+from catpo.text.object_words import classes, default_vocabulary
 from catpo.text.things import TAGGERS, Finder, Thing, Token, finder
 
 KINDS = ("objects", "attributes", "counts", "relations")
@@ -42,6 +42,8 @@ class Claim:
     end: int
     kind: str
     question: str
+    object: str
+    """The thing it is about, as the vocabulary calls it."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ class Asker:
             forms and objects, or `auto`, the first of the three that can be had here.
         kinds: which claims count, of `KINDS`.
         wordings: kind -> question, in place of `WORDINGS`.
+        given: surface forms and objects of a data set, whose words `nouns` then names.
     """
 
     nouns: str = AUTO
     kinds: tuple[str, ...] = ("objects",)
     wordings: tuple[tuple[str, str], ...] = ()
+    given: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, nouns: str, kinds: Sequence[str], wordings: Mapping[str, str]) -> Asker:
+    def of(cls, nouns: str, kinds: Sequence[str], wordings: Mapping[str, str], given: Mapping[str, str] | None = None) -> Asker:
         """The asker of these options.
 
         Raises:
@@ -72,7 +76,7 @@ class Asker:
             check_word("self_question", "kinds", kind, KINDS)
         for kind, wording in wordings.items():
             _check_wording(kind, wording)
-        return _known(cls(nouns, tuple(kinds), tuple(sorted(wordings.items()))))
+        return _known(cls(nouns, tuple(kinds), tuple(sorted(wordings.items())), tuple((given or {}).items())))
 
     def claims(self, text: str) -> list[Claim]:
         """The claims of a text, in the order of its things."""
@@ -85,7 +89,16 @@ class Asker:
         return self._chosen[0]
 
     @cached_property
+    def forms(self) -> Mapping[str, str]:
+        """Surface form -> object of the words that can be found; of a tagger, which finds any noun, the built-in ones."""
+        if self.given:
+            return dict(self.given)
+        return default_vocabulary() if self.found_by in (*TAGGERS, BUILTIN) else read_forms(self.found_by)
+
+    @cached_property
     def _chosen(self) -> tuple[str, Finder]:
+        if self.given:
+            return self.nouns, finder(self.nouns, self.forms)
         return _finder_here() if self.nouns == AUTO else (self.nouns, _finder(self.nouns))
 
     @property
@@ -95,29 +108,30 @@ class Asker:
     def _of_thing(self, text: str, tokens: Sequence[Token], things: Sequence[Thing], number: int) -> Iterator[Claim]:
         thing = things[number]
         if "objects" in self.kinds:
-            yield self._claim("objects", thing.words, self._wording("objects").replace("{}", thing.phrase))
+            yield self._claim("objects", thing, thing.words, self.wording("objects").replace("{}", thing.phrase))
         if "counts" in self.kinds and thing.count is not None:
             counted = f"{thing.count.text} {thing.bare}"
-            yield self._claim("counts", [thing.count], self._wording("counts").replace("{}", counted))
+            yield self._claim("counts", thing, [thing.count], self.wording("counts").replace("{}", counted))
         if "attributes" in self.kinds:
             for attribute in thing.attributes:
-                yield self._claim("attributes", [attribute], self._about("attributes", thing, attribute.text))
+                yield self._claim("attributes", thing, [attribute], self._about("attributes", thing, attribute.text))
         if "relations" in self.kinds and number + 1 < len(things):
             other = things[number + 1]
             between = _between(tokens, thing, other)
             if between:
                 what = " ".join(text[between[0].start : between[-1].end].lower().split())
-                yield self._claim("relations", between, self._about("relations", thing, what, other.bare))
+                yield self._claim("relations", thing, between, self._about("relations", thing, what, other.bare))
 
-    def _claim(self, kind: str, words: Sequence[Token], question: str) -> Claim:
-        return Claim(words[0].start, words[-1].end, kind, question)
+    def _claim(self, kind: str, thing: Thing, words: Sequence[Token], question: str) -> Claim:
+        return Claim(words[0].start, words[-1].end, kind, question, thing.object)
 
-    def _wording(self, kind: str) -> str:
+    def wording(self, kind: str) -> str:
+        """How a kind is asked about."""
         return dict(self.wordings).get(kind, WORDINGS[kind])
 
     def _about(self, kind: str, thing: Thing, what: str, other: str = "") -> str:
         be = "Are" if thing.is_plural else "Is"
-        return self._wording(kind).format(be=be, thing=thing.bare, what=what, other=other)
+        return self.wording(kind).format(be=be, thing=thing.bare, what=what, other=other)
 
 
 def _between(tokens: Sequence[Token], thing: Thing, other: Thing) -> list[Token]:
@@ -148,16 +162,14 @@ def _known(asker: Asker) -> Asker:
     """One of all askers that are equal: what it finds with is loaded once."""
     if asker.found_by not in TAGGERS and "attributes" in asker.kinds:
         raise UserError(
-            f"self_question(nouns='{asker.found_by}') knows no adjectives, so it cannot ask about attributes. Leave them out "
+            f"nouns='{asker.found_by}' knows no adjectives, so it cannot ask about attributes. Leave them out "
             "of kinds, or use nouns='nltk' or 'textblob'."
         )
     return asker
 
 
 def _finder(nouns: str) -> Finder:
-    if nouns in TAGGERS:
-        return finder(nouns)
-    if nouns == BUILTIN:
+    if nouns in (*TAGGERS, BUILTIN):
         return finder(nouns)
     if not nouns.endswith(".json"):
         raise UserError(
@@ -184,7 +196,7 @@ def _finder_here() -> tuple[str, Finder]:
 
 
 def _tell(what: str) -> None:
-    print(f"catpo: self_question: {what}", file=sys.stderr)
+    print(f"catpo: {what}", file=sys.stderr)
 
 
 def read_forms(file: str) -> Mapping[str, str]:

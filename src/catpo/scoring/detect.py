@@ -31,14 +31,17 @@ from catpo.files.provenance import check_same, versions
 from catpo.models import loading
 from catpo.models.family import Family
 from catpo.models.remote import PREFIX
+from catpo.models.steering import Decoding, open_decoding
 from catpo.rewards.word_rewards import Probe
 from catpo.runtime.progress import tell_complete, track
 from catpo.runtime.sigterm import on_sigterm
 from catpo.runtime.skip_log import SkipLog
 from catpo.scoring.answer_words import WordJudge
-from catpo.scoring.words import WordSettings
+from catpo.scoring.claims import AUTO, BUILTIN, Asker
+from catpo.text.object_words import classes
 
 ABOUT, ROWS = "detect.json", "words.jsonl"
+OBJECTS, OF_DATA = "objects", "data"
 ROW = {"picture": str, "text": str, "words": list[dict]}
 """What every row of words.jsonl has."""
 SETTINGS = {"settings": dict, "complete": bool}
@@ -51,7 +54,8 @@ class Detection:
     path: Path
     """Its folder."""
     rows: Sequence[Mapping[str, Any]]
-    """Of words.jsonl: picture, text, and its words with start, end, object, logit, grounded, and with a truth in_picture."""
+    """Of words.jsonl: picture, text, and its words with start, end, object, kind, question, logit, grounded, and with a truth
+    in_picture."""
     items: Sequence[Item]
     about: Mapping[str, Any]
     """detect.json."""
@@ -69,10 +73,11 @@ class Item:
 
 @command(DetectOptions)
 def detect(options: DetectOptions) -> Detection:
-    """Find the words of a model's answers, or of given captions, that are likely not in the picture.
+    """Find the words of a model's answers, or of given captions, that are likely not true of the picture.
 
     Every object word is judged by what the model itself says when it is asked for it ("Is there a dog in the image?"), or by a
-    probe. A killed run resumes when the same command is given again, and writes the same file.
+    probe; `kinds` adds attributes, counts and relations. A killed run resumes when the same command is given again, and writes
+    the same file.
 
     Raises:
         UserError: an option, picture, caption or model cannot be used; the output was begun with other options, or another
@@ -80,7 +85,8 @@ def detect(options: DetectOptions) -> Detection:
     """
     _check(options)
     probe = Probe.read(options.probe) if options.probe else None
-    items, forms = _items(options)
+    steered = open_decoding(options.decoding) if options.decoding else None
+    items, vocabulary = _items(options)
     skipped = SkipLog(options.on_error)
     items = skipped.usable(items, _use, lambda item: item.name)
     if options.truth and not all("present" in item.sample.truth for item in items):
@@ -88,14 +94,14 @@ def detect(options: DetectOptions) -> Detection:
         raise UserError(f"{source} does not list the objects of all its pictures (truth['present']). Leave --truth out.")
     with lock(options.output) as folder:
         family = loading.opened(options)
-        judge = WordJudge(family, forms, options.question, probe, options.batch_size)
-        about = _begin(folder, _settings(options, family, items, judge))
+        judge = WordJudge(family, chosen_asker(options, family, vocabulary), probe, options.batch_size)
+        about = _begin(folder, _settings(options, family, items, judge, steered))
         rows = _resume(folder, items, options.batch_size)
         if about["complete"] and len(rows) == len(items):
             tell_complete(folder)
         else:
             skipped.write(folder)
-            rows = _judged(folder, items, rows, judge, options)
+            rows = _judged(folder, items, rows, judge, options, steered)
             about = {**about, **_summary(rows, options), "complete": True}
             write_json(folder / ABOUT, about)
     return Detection(folder, rows, items, about)
@@ -111,28 +117,47 @@ def _check(options: DetectOptions) -> None:
         raise UserError("Give pictures, either as --images FOLDER (with --captions, if there are answers) or as --data.")
     if options.truth and options.data is None and options.captions is None:
         raise UserError("--truth compares with a data set's own: name it with --data, e.g. scenes(count=300).")
+    if options.captions is not None and options.decoding is not None:
+        raise UserError(f"decoding={options.decoding}: the captions are given, nothing is decoded. Leave one of them out.")
+    if options.probe is not None and options.kinds != (OBJECTS,):
+        raise UserError(f"kinds={', '.join(options.kinds)}: a probe judges objects only. Leave kinds or probe out.")
+    if options.question.count("{}") != 1:
+        raise UserError(f"question={options.question!r}: write {{}} where the word goes, once.")
+    Asker.of(options.nouns or BUILTIN, options.kinds, {})
 
 
-def _items(options: DetectOptions) -> tuple[list[Item], Mapping[str, str]]:
-    """What is judged, and the words that are looked for: surface form -> object."""
-    vocabulary = None if options.vocabulary is None else str(options.vocabulary)
-    forms = WordSettings.of(Spec("words", {"question": options.question, "vocabulary": vocabulary})).forms
+def chosen_asker(options: DetectOptions, family: Family, vocabulary: Mapping[str, str] | None) -> Asker:
+    """What finds the words: what is named; else the data set's own words, or what knows the model's; says which."""
+    wordings = {OBJECTS: options.question}
+    if options.nouns is None and vocabulary:
+        asker = Asker.of(OF_DATA, options.kinds, wordings, vocabulary)
+    else:
+        knows_builtin = options.truth or loading.is_builtin(family)
+        asker = Asker.of(options.nouns or (BUILTIN if knows_builtin else AUTO), options.kinds, wordings)
+    finder = {BUILTIN: f"the {len(classes())} built-in objects", OF_DATA: "the data set's own"}
+    print(f"catpo: words are found with {finder.get(asker.found_by, asker.found_by)}.", file=sys.stderr)
+    if options.images is not None and loading.is_builtin(family):
+        print(f"catpo: {loading.SCENES_ONLY}", file=sys.stderr)
+    return asker
+
+
+def _items(options: DetectOptions) -> tuple[list[Item], Mapping[str, str] | None]:
+    """What is judged, and the data set's own words, if it has any: surface form -> object."""
     if options.captions is not None:
-        return _captioned(options), forms
+        return _captioned(options), None
     if options.data is not None:
         dataset = open_data(options.data)
         samples = list(islice(dataset.samples(), options.limit))
         if options.prompt is not None:
             samples = [replace(each, prompt=options.prompt) for each in samples]
         names = [", ".join(picture.name for picture in each.images if picture.name) or each.id for each in samples]
-        items = [Item(name, sample) for name, sample in zip(names, samples, strict=True)]
-        return items, forms if vocabulary or not dataset.vocabulary else dataset.vocabulary
+        return [Item(name, sample) for name, sample in zip(names, samples, strict=True)], dataset.vocabulary
     assert options.images is not None
     pictures, other_count = pictures_in(options.images)
     if other_count:
         print(f"catpo: {other_count:,} files of {options.images} are no pictures by name; left out.", file=sys.stderr)
     prompt = options.prompt or DEFAULT_PROMPT
-    return [Item(picture.name, Sample(picture.name, (picture,), prompt)) for picture in pictures[: options.limit]], forms
+    return [Item(picture.name, Sample(picture.name, (picture,), prompt)) for picture in pictures[: options.limit]], None
 
 
 def _captioned(options: DetectOptions) -> list[Item]:
@@ -154,8 +179,13 @@ def _use(item: Item) -> None:
         picture.open()
 
 
-def _settings(options: DetectOptions, family: Family, items: Sequence[Item], judge: WordJudge) -> dict[str, Any]:
+def _settings(
+    options: DetectOptions, family: Family, items: Sequence[Item], judge: WordJudge, steered: Decoding | None
+) -> dict[str, Any]:
     """Everything that changes a number."""
+    decoding: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    if steered is not None:
+        decoding["steered"] = steered.identity
     asked = [[*map(Picture.digest, item.sample.images), item.sample.prompt, item.text] for item in items]
     return {
         "model": family.model_id,
@@ -164,7 +194,7 @@ def _settings(options: DetectOptions, family: Family, items: Sequence[Item], jud
         "adapter": str(options.adapter) if options.adapter else None,
         "items": checksum(repr(asked).encode()),
         **judge.provenance(),
-        "decoding": {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size},
+        "decoding": decoding,
         "truth": options.truth,
     }
 
@@ -178,7 +208,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return about
     if (folder / ROWS).exists():
         raise UserError(f"{folder} holds {ROWS} without {ABOUT}, so its options are unknown. Choose another --output.")
-    about = {"format": 1, "settings": dict(settings), "versions": versions(), "complete": False}
+    about = {"format": 2, "settings": dict(settings), "versions": versions(), "complete": False}
     write_json(path, about)
     return about
 
@@ -198,7 +228,12 @@ def _resume(folder: Path, items: Sequence[Item], batch_size: int) -> list[dict[s
 
 
 def _judged(
-    folder: Path, items: Sequence[Item], rows: list[dict[str, Any]], judge: WordJudge, options: DetectOptions
+    folder: Path,
+    items: Sequence[Item],
+    rows: list[dict[str, Any]],
+    judge: WordJudge,
+    options: DetectOptions,
+    steered: Decoding | None,
 ) -> list[dict[str, Any]]:
     """All rows: those that are there, and those of the items that are left."""
     done, rows = len(rows), list(rows)
@@ -206,23 +241,23 @@ def _judged(
         for start in range(done, len(items), options.batch_size):
             stop.leave_if_asked(f"{start} of {len(items)} texts are judged in {folder}.")
             batch = items[start : start + options.batch_size]
-            new = _rows(batch, judge, options)
+            new = _rows(batch, judge, options, steered)
             append_rows(folder / ROWS, new)
             rows += new
             bar.advance(len(batch))
     return rows
 
 
-def _rows(batch: Sequence[Item], judge: WordJudge, options: DetectOptions) -> list[dict[str, Any]]:
+def _rows(batch: Sequence[Item], judge: WordJudge, options: DetectOptions, steered: Decoding | None) -> list[dict[str, Any]]:
     unanswered = [item.sample for item in batch if item.text is None]
-    longest = options.max_new_tokens
-    answers = iter(judge.family.generate(unanswered, max_new_tokens=longest, batch_size=len(batch)) if unanswered else [])
+    how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "batch_size": len(batch), "decoding": steered}
+    answers = iter(judge.family.generate(unanswered, **how) if unanswered else [])
     texts = [next(answers) if item.text is None else item.text for item in batch]
     rows = []
     for item, text, words in zip(batch, texts, judge.words([item.sample for item in batch], texts), strict=True):
         found = [dict(vars(word)) for word in words]
         if options.truth:
-            for word in found:
+            for word in (word for word in found if word["kind"] == OBJECTS):
                 word["in_picture"] = word["object"] in item.sample.truth["present"]
         rows.append({"picture": item.name, "text": text, "words": found})
     return rows
@@ -240,7 +275,7 @@ def judged_by_truth(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     logits, labels, texts = [], [], []
     for number, row in enumerate(rows):
-        once = {word["object"]: word for word in row["words"] if word["logit"] is not None}
+        once = {word["object"]: word for word in row["words"] if "in_picture" in word and word["logit"] is not None}
         logits += [word["logit"] for word in once.values()]
         labels += [int(word["in_picture"]) for word in once.values()]
         texts += [number] * len(once)

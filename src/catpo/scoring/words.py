@@ -100,6 +100,10 @@ class WordSettings:
         own = {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
         return own | ({"judge": self.judge} if self.judge else {})
 
+    def asked(self, word: str) -> str:
+        """What is asked about a word."""
+        return self.question.replace("{}", name_object(word, 1, self.forms))
+
     @cached_property
     def forms(self) -> Mapping[str, str]:
         """Surface form -> object."""
@@ -232,7 +236,7 @@ class WordReader:
 
     def question(self, word: str) -> str:
         """What is asked about a word."""
-        return self.settings.question.replace("{}", name_object(word, 1, self.settings.forms))
+        return self.settings.asked(word)
 
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
         labels, digest, rows = self._labels(pair), digest_of(pair.images), []

@@ -75,6 +75,8 @@ class Thing:
     bare: str
     """Without an article, in the number of the text: "dogs"."""
     is_plural: bool
+    object: str
+    """What a vocabulary calls it; by a tagger its name."""
 
     @property
     def name(self) -> str:
@@ -120,10 +122,18 @@ def _mentioned(text: str, tokens: Sequence[Token], mention: Mention, forms: Mapp
     """What a word of a vocabulary names."""
     words = tuple(token for token in tokens if token.start < mention.end and token.end > mention.start)
     before = _before(tokens, tokens.index(words[0]), _describes)
+    named = tuple(_inside(token, mention) for token in words)
     surface = text[mention.start : mention.end].lower()
     plural = name_object(mention.object, None, forms, bare=True)
     is_plural = surface == plural or any(token.text in COUNTED for token in before)
-    return Thing(words, before, name_object(mention.object, 1, forms), plural if is_plural else surface, is_plural)
+    bare = plural if is_plural else surface
+    return Thing(named, before, name_object(mention.object, 1, forms), bare, is_plural, mention.object)
+
+
+def _inside(token: Token, mention: Mention) -> Token:
+    """The part of a token that is named: "dog" of "dog's"."""
+    start, end = max(token.start, mention.start), min(token.end, mention.end)
+    return Token(start, end, token.text[start - token.start : end - token.start], token.tag)
 
 
 def tokens_of(text: str) -> list[Token]:
@@ -226,7 +236,7 @@ def _thing(tokens: Sequence[Token], run: Sequence[int], nouns: _Nouns) -> Thing 
     one = " ".join([*first, lemma])
     is_mass = lemma in MASS or not (is_plural or any(token.text in (*ONE, *DEFINITE, "one") for token in before))
     phrase = f"any {one}" if is_mass else f"{'an' if one[0] in 'aeiou' else 'a'} {one}"
-    return Thing(words, before, phrase, " ".join([*first, head]), is_plural)
+    return Thing(words, before, phrase, " ".join([*first, head]), is_plural, one)
 
 
 def _describes(token: Token) -> bool:
