@@ -72,6 +72,9 @@ def test_pairs_without_known_words_and_mixed_options_are_refused(tmp_path, monke
     for options in ({"search": True}, {"pairs": "p"}, {"search": True, "pairs": "p", "model": "m", "features": ("a",)}):
         with pytest.raises(UserError, match="--search"):
             probe(None, **options)
+    for options in ({"nouns": "textblob"}, {"limit": 2}):
+        with pytest.raises(UserError, match="--nouns and --limit are for --search"):
+            probe(tmp_path, output=tmp_path / "p.json", **options)
 
 
 def test_training_without_a_store_scores_what_its_fusion_reads(tmp_path):

@@ -106,8 +106,17 @@ class WordSettings:
 
     @cached_property
     def forms(self) -> Mapping[str, str]:
-        """Surface form -> object."""
+        """Surface form -> object.
+
+        Raises:
+            UserError: they are the nouns of pairs, which are not known; or the file cannot be read.
+        """
         if self.vocabulary in TAGGERS:
+            if not self.nouns:
+                raise UserError(
+                    f"words(vocabulary='{self.vocabulary}') looks for the nouns of pairs, and there are none here. Give a JSON "
+                    "file of words."
+                )
             return dict(self.nouns)
         if self.vocabulary is None:
             return default_vocabulary()
