@@ -93,12 +93,12 @@ class WordSettings:
             )
         return replace(self, nouns=tuple(sorted(forms.items())))
 
-    def provenance(self) -> dict[str, Any]:
-        """As it stands in a store's `store.json`."""
+    def provenance(self, judge: Judge | None = None) -> dict[str, Any]:
+        """As it stands in a store's `store.json`, with who `judge` is: another model may answer to the same name."""
         forms = sorted(self.forms.items())
         digest = hashlib.blake2b(repr(forms).encode(), digest_size=16).hexdigest()
         own = {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
-        return own | ({"judge": self.judge} if self.judge else {})
+        return own | ({"judge": self.judge} if self.judge else {}) | ({"judged_by": judge.identity} if judge else {})
 
     def asked(self, word: str) -> str:
         """What is asked about a word."""
@@ -170,7 +170,7 @@ class WordReader:
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
         self._asked: dict[tuple[str, str], float] = {}
-        self._judge = None if settings.judge is None else open_judge(settings.judge)
+        self.judge = None if settings.judge is None else open_judge(settings.judge)
 
     def forget(self) -> None:
         """Ask anew from here on: what a shard holds must not depend on the shards before."""
@@ -186,8 +186,8 @@ class WordReader:
         pairs = [read.pair for read in reads]
         if "self_question" in self.settings.features:
             self._ask(pairs, found)
-        if self._judge is not None:
-            self._judged(self._judge, pairs, found)
+        if self.judge is not None:
+            self._judged(self.judge, pairs, found)
         return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
 
     def _judged(self, judge: Judge, pairs: Sequence[PreferencePair], found: Sequence[dict[str, dict[str, float]]]) -> None:
