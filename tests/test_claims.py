@@ -95,7 +95,12 @@ def test_words_can_be_the_nouns_of_the_pairs():
         ("builtin", ("colours",), {}, "has no kinds='colours'"),
         ("builtin", ("objects",), {"objects": "Is it there?"}, "write {} once"),
         ("builtin", ("objects",), {"relations": "Is the {thing} {what} it, {who}?"}, "are filled in"),
-        ("builtin", ("objects",), {"counts": "How about {}?"}, r"counts are not asked about. Name them in kinds=\['objects', 'counts'\]"),
+        (
+            "builtin",
+            ("objects",),
+            {"counts": "How about {}?"},
+            r"counts are not asked about. Name them in kinds=\['objects', 'counts'\]",
+        ),
         ("spacy", ("objects",), {}, "nouns='spacy' is not known"),
         ("nowhere.json", ("objects",), {}, "nowhere.json cannot be read"),
     ],

@@ -97,7 +97,9 @@ class _Truth:
         text, objects = pair.response(side), self.present.get(digest_of(pair.images))
         if objects is None:
             return []
-        found = [(claim, self.vocabulary.get(text[claim.start : claim.end].lower(), claim.object)) for claim in asker.claims(text)]
+        found = [
+            (claim, self.vocabulary.get(text[claim.start : claim.end].lower(), claim.object)) for claim in asker.claims(text)
+        ]
         return [(claim.start, claim.end, name in objects) for claim, name in found if name in self.known]
 
 
