@@ -78,6 +78,8 @@ def test_a_vocabulary_finds_its_own_words_only_and_no_adjectives():
 
 def test_words_can_be_the_nouns_of_the_pairs():
     settings = WordSettings.of("words(vocabulary='textblob')")
+    with pytest.raises(UserError, match="looks for the nouns of pairs, and there are none here"):
+        settings.provenance()
     texts = [replace(pair, chosen="Two zebras stand by a fence.", rejected="A giraffe drinks water.") for pair in pairs(1)]
     forms = settings.of_pairs(texts).forms
     assert [forms.get(name) for name in ("zebras", "zebra", "fence", "water")] == ["zebra", "zebra", "fence", "water"]
@@ -93,6 +95,12 @@ def test_words_can_be_the_nouns_of_the_pairs():
         ("builtin", ("colours",), {}, "has no kinds='colours'"),
         ("builtin", ("objects",), {"objects": "Is it there?"}, "write {} once"),
         ("builtin", ("objects",), {"relations": "Is the {thing} {what} it, {who}?"}, "are filled in"),
+        (
+            "builtin",
+            ("objects",),
+            {"counts": "How about {}?"},
+            r"counts are not asked about. Name them in kinds=\['objects', 'counts'\]",
+        ),
         ("spacy", ("objects",), {}, "nouns='spacy' is not known"),
         ("nowhere.json", ("objects",), {}, "nowhere.json cannot be read"),
     ],

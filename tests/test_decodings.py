@@ -153,6 +153,9 @@ def test_what_follows_kept_sentences_is_contrasted_with_the_same_sentences(monke
         ("vcd(view='noise')", "There is no view 'noise'"),
         ("tilt(reward='probe')", "no pairs are at hand to learn from"),
         ("tilt(words=\"words(features=['log_prob'])\")", "Leave features out"),
+        ("tilt(reward='log_prob')", r"'log_prob' rewards words only inside a probe. Write tilt\(reward='self_question'\)"),
+        ("tilt(reward='patch_lens(scale=1.0)')", "'patch_lens' rewards words only inside a probe"),
+        ("tilt(words=\"words(vocabulary='textblob')\")", "textblob names the nouns of pairs, and none are at hand"),
     ],
 )
 def test_a_decoding_that_cannot_be_made_is_refused_by_name(text, message):
@@ -267,6 +270,6 @@ def test_pairs_are_made_of_answers_by_a_decoding(tmp_path):
     assert about["decoding"]["steered"]["reward"]["source"] == "self_question"
     assert options["model"].options[0]["decoding"].reward.source == "self_question"
     with pytest.raises(UserError, match="begun with decoding="):
-        pair(**options, decoding="tilt(reward='log_prob')")
+        pair(**options, decoding="tilt(reward='self_question(scale=3.0)')")
     with pytest.raises(UserError, match="'tilt' has no option 'alpha'"):
         pair(**options, decoding="tilt(alpha=1.0)")

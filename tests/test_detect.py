@@ -120,10 +120,12 @@ def test_what_cannot_be_judged_is_refused_by_name(family, pictures, tmp_path, ca
         found(family, out, images=tmp_path / "missing")
     with pytest.raises(UserError, match="Give pictures, either as --images"):
         found(family, out)
-    with pytest.raises(UserError, match="--truth compares with a data set's"):
+    with pytest.raises(UserError, match="give --data, e.g. scenes.count=300., or --captions whose rows have a truth"):
         found(family, out, images=pictures, truth=True)
     with pytest.raises(UserError, match="a server does not tell"):
         detect(model="openai:gpt", output=out, images=pictures)
+    with pytest.raises(UserError, match=r"question='Is {} there\?' is for objects, of which kinds=counts asks nothing"):
+        found(family, out, images=pictures, question="Is {} there?", kinds="counts")
     with pytest.raises(UserError, match="write {} where the word goes"):
         found(family, out, images=pictures, question="Is it?")
     (pictures / "bad.jpg").write_bytes(b"no picture")
@@ -136,6 +138,19 @@ def test_what_cannot_be_judged_is_refused_by_name(family, pictures, tmp_path, ca
     (pictures / "out.png").symlink_to(tmp_path / "empty")
     with pytest.raises(UserError, match=r"out\.png leads out of"):
         found(family, tmp_path / "other", images=pictures)
+
+
+def test_rows_that_cannot_be_read_are_skipped_where_that_is_said(family, pictures, tmp_path):
+    good, missing = {"image": "b.png", "caption": "A kite."}, {"image": "nowhere.png", "caption": "A dog."}
+    captions, data = pictures / "captions.jsonl", pictures / "data.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in ({"image": "b.png"}, missing, good)))
+    data.write_text(captions.read_text().replace("caption", "prompt"))
+    for name, given in (("captions", {"images": pictures, "captions": captions}), ("data", {"data": str(data)})):
+        with pytest.raises(UserError, match=f"{name}.jsonl:1"):
+            found(family, tmp_path / name, **given)
+        out = found(family, tmp_path / name, on_error="skip", max_new_tokens=1, **given)
+        assert [row["picture"] for row in out.rows] == ["b.png"]
+        assert len((tmp_path / name / "skipped.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_probe_judges_by_what_it_reads(family, whole, tmp_path):

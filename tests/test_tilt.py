@@ -281,7 +281,12 @@ def test_unranked_pairs_teach_only_objectives_that_do_not_rank(scored, tmp_path)
 class Likes(Judge):
     """Says yes to words with a t; of the second pair nothing that can be read."""
 
-    identity = {}
+    def __init__(self, version="1"):
+        self.version = version
+
+    @property
+    def identity(self):
+        return {"name": "likes", "version": self.version, "decoding": {}}
 
     def ask(self, messages, *, key, attempt=1):
         if key.startswith(pairs(6)[1].id):
@@ -296,7 +301,11 @@ def test_a_judge_says_which_words_are_there_and_what_cannot_be_read_is_no_reward
     monkeypatch.setattr("catpo.scoring.words.open_judge", lambda text: Likes())
     settings = WordSettings.of(f"words(features=['judge'], floor=0.002, vocabulary='{tmp_path}/words.json')", judge="likes")
     store = score_pairs(pairs(6), llava(), tmp_path / "store", replace(PAPER_SETTINGS, words=settings), progress=False)
-    assert store.provenance["words"]["judge"] == "likes"
+    assert store.provenance["words"]["judge"] == "likes" and store.provenance["words"]["judged_by"]["version"] == "1"
+    with monkeypatch.context() as changed:
+        changed.setattr("catpo.scoring.words.open_judge", lambda text: Likes(version="2"))
+        with pytest.raises(UserError, match="words.judged_by.version is '1', now '2'"):
+            score_pairs(pairs(6), llava(), tmp_path / "store", replace(PAPER_SETTINGS, words=settings), progress=False)
     tables = [store.words(pair) for pair in pairs(6)]
     assert tables[0].words and not tables[1].words
     for table in tables:

@@ -33,6 +33,8 @@ def probe(
     if not search:
         if rewards is None or output is None or pairs or model:
             raise UserError("Give a reward store and --output, or --search with --pairs and --model.")
+        if nouns != "auto" or limit is not None:
+            raise UserError("--nouns and --limit are for --search: a probe learns from all words of the store. Leave them out.")
         _learn(rewards, output, features, truth)
         return
     if pairs is None or model is None or rewards is not None or features:

@@ -49,12 +49,17 @@ def probe_table(learned: Learned) -> Fitting:
 
 def search_table(found: Sequence[Found]) -> Table:
     """AUROC of a model's signals, the best first."""
-    first = found[0]
-    words = f"{first.grounded} grounded, {first.hallucinated} hallucinated words"
+    most = max(found, key=_word_count)
+    words = f"{most.grounded} grounded, {most.hallucinated} hallucinated words"
     table = table_of("signal", "best of", "AUROC", "95 % interval", texts=2, title=f"Which signal tells them apart? {words}")
     for row in found:
-        table.add_row(row.signal, row.chosen_from, f"{row.auroc:.3f}", f"{row.low:.3f} to {row.high:.3f}")
+        part = "" if _word_count(row) == _word_count(most) else f" ({_word_count(row)} of {_word_count(most)} words)"
+        table.add_row(row.signal + part, row.chosen_from, f"{row.auroc:.3f}", f"{row.low:.3f} to {row.high:.3f}")
     return table
+
+
+def _word_count(row: Found) -> int:
+    return row.grounded + row.hallucinated
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:

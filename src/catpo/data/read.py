@@ -87,7 +87,7 @@ def _unique_pairs(request: _Request, skip_log: SkipLog) -> Iterator[tuple[str, P
 
 
 def read_samples(
-    data: str | Path | Dataset, skip_log: SkipLog, limit: int | None = None
+    data: str | Path | Spec | Dataset, skip_log: SkipLog, limit: int | None = None
 ) -> tuple[list[Sample], Mapping[str, str] | None]:
     """The first `limit` samples, and the data set's object words; bad rows are left out if `skip_log` goes on.
 

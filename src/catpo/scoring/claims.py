@@ -76,6 +76,10 @@ class Asker:
             check_word("self_question", "kinds", kind, KINDS)
         for kind, wording in wordings.items():
             _check_wording(kind, wording)
+            if kind not in kinds:
+                raise UserError(
+                    f"wordings={{{kind!r}: {wording!r}}}: {kind} are not asked about. Name them in kinds={[*kinds, kind]} too."
+                )
         return _known(cls(nouns, tuple(kinds), tuple(sorted(wordings.items())), tuple((given or {}).items())))
 
     def claims(self, text: str) -> list[Claim]:

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from catpo.core.intervals import auroc, bootstrap_auroc, interval
 from catpo.core.spec import Spec
 from catpo.core.types import Picture, Sample
 from catpo.data.picture_folder import DEFAULT_PROMPT, pictures_in
-from catpo.data.read import open_data
+from catpo.data.read import read_samples
 from catpo.files.atomic import check_path
 from catpo.files.checksums import checksum
 from catpo.files.json_files import append_rows, read_json, repair_rows, write_json, write_rows
@@ -86,8 +85,8 @@ def detect(options: DetectOptions) -> Detection:
     _check(options)
     probe = Probe.read(options.probe) if options.probe else None
     steered = open_decoding(options.decoding) if options.decoding else None
-    items, vocabulary = _items(options)
     skipped = SkipLog(options.on_error)
+    items, vocabulary = _items(options, skipped)
     items = skipped.usable(items, _use, lambda item: item.name)
     if options.truth and not all("present" in item.sample.truth for item in items):
         source = options.data or options.captions
@@ -116,19 +115,26 @@ def _check(options: DetectOptions) -> None:
     if (options.images is None and options.captions is None) == (options.data is None):
         raise UserError("Give pictures, either as --images FOLDER (with --captions, if there are answers) or as --data.")
     if options.truth and options.data is None and options.captions is None:
-        raise UserError("--truth compares with a data set's own: name it with --data, e.g. scenes(count=300).")
+        raise UserError(
+            "--truth compares with the objects that are listed: give --data, e.g. scenes(count=300), or --captions whose rows "
+            'have a truth: {"present": ["dog", …]}.'
+        )
     if options.captions is not None and options.decoding is not None:
         raise UserError(f"decoding={options.decoding}: the captions are given, nothing is decoded. Leave one of them out.")
     if options.probe is not None and options.kinds != (OBJECTS,):
         raise UserError(f"kinds={', '.join(options.kinds)}: a probe judges objects only. Leave kinds or probe out.")
     if options.question.count("{}") != 1:
         raise UserError(f"question={options.question!r}: write {{}} where the word goes, once.")
+    if options.question != DetectOptions.question and OBJECTS not in options.kinds:
+        raise UserError(
+            f"question={options.question!r} is for objects, of which kinds={', '.join(options.kinds)} asks nothing."
+        )
     Asker.of(options.nouns or BUILTIN, options.kinds, {})
 
 
 def chosen_asker(options: DetectOptions, family: Family, vocabulary: Mapping[str, str] | None) -> Asker:
     """What finds the words: what is named; else the data set's own words, or what knows the model's; says which."""
-    wordings = {OBJECTS: options.question}
+    wordings = {OBJECTS: options.question} if OBJECTS in options.kinds else {}
     if options.nouns is None and vocabulary:
         asker = Asker.of(OF_DATA, options.kinds, wordings, vocabulary)
     else:
@@ -141,17 +147,16 @@ def chosen_asker(options: DetectOptions, family: Family, vocabulary: Mapping[str
     return asker
 
 
-def _items(options: DetectOptions) -> tuple[list[Item], Mapping[str, str] | None]:
+def _items(options: DetectOptions, skipped: SkipLog) -> tuple[list[Item], Mapping[str, str] | None]:
     """What is judged, and the data set's own words, if it has any: surface form -> object."""
     if options.captions is not None:
-        return _captioned(options), None
+        return _captioned(options, skipped), None
     if options.data is not None:
-        dataset = open_data(options.data)
-        samples = list(islice(dataset.samples(), options.limit))
+        samples, vocabulary = read_samples(options.data, skipped, options.limit)
         if options.prompt is not None:
             samples = [replace(each, prompt=options.prompt) for each in samples]
         names = [", ".join(picture.name for picture in each.images if picture.name) or each.id for each in samples]
-        return [Item(name, sample) for name, sample in zip(names, samples, strict=True)], dataset.vocabulary
+        return [Item(name, sample) for name, sample in zip(names, samples, strict=True)], vocabulary
     assert options.images is not None
     pictures, other_count = pictures_in(options.images)
     if other_count:
@@ -160,14 +165,14 @@ def _items(options: DetectOptions) -> tuple[list[Item], Mapping[str, str] | None
     return [Item(picture.name, Sample(picture.name, (picture,), prompt)) for picture in pictures[: options.limit]], None
 
 
-def _captioned(options: DetectOptions) -> list[Item]:
+def _captioned(options: DetectOptions, skipped: SkipLog) -> list[Item]:
     """One item per row of a file of captions, which are read as rows of a folder are."""
     assert options.captions is not None
     folder = options.images or options.captions.parent
     columns = {"columns": {"prompt": "caption"}, "ignore": ["prompt"]}
-    given = open_data(Spec("folder", {"source": str(options.captions), "images": str(folder), **columns}))
+    given = Spec("folder", {"source": str(options.captions), "images": str(folder), **columns})
     prompt, items = options.prompt or DEFAULT_PROMPT, []
-    for row in islice(given.samples(), options.limit):
+    for row in read_samples(given, skipped, options.limit)[0]:
         paths = [picture.path for picture in row.images if picture.path is not None]
         name = ", ".join(path.relative_to(folder.resolve()).as_posix() for path in paths) or f"row {row.id}"
         items.append(Item(name, replace(row, prompt=prompt), row.prompt))

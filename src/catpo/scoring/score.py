@@ -208,7 +208,9 @@ class _StoreRun:
         if self.group.is_main:
             check_place(self.output)
             family, settings = self.scorer.family, self.scorer.settings
-            facts = provenance(family, settings, self.cache, maps=self.keeps_maps) | {"labels_hash": hash_labels(self.pairs)}
+            judge = self.scorer.words.judge if self.scorer.words else None
+            facts = provenance(family, settings, self.cache, maps=self.keeps_maps, judge=judge)
+            facts["labels_hash"] = hash_labels(self.pairs)
             self.is_resumed = (self.output / "store.json").exists()
             if not self.is_resumed:  # before anything is written
                 self._tell_size()

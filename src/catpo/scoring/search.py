@@ -6,8 +6,10 @@ chosen, a layer or a head, is chosen on one half of the pictures, and every figu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +32,16 @@ from catpo.rewards.words import digest_of
 from catpo.runtime.progress import track
 from catpo.runtime.skip_log import SkipLog
 from catpo.scoring.batches import Preparation, Prepared, Window
-from catpo.scoring.claims import Asker
+from catpo.scoring.claims import AUTO, Asker
 from catpo.scoring.forward import TeacherForced
 from catpo.scoring.settings import PAPER_SIGNALS, ScoreSettings
-from catpo.text.object_words import mentions
+from catpo.scoring.signals import Evidence
 
 BATCH, SHARD = 8, 32
 """Pairs per forward pass and per window: all layers' states are in memory at once."""
 LENS, LAYERS, HEADS = "patch_lens, best layer", "attention, best layer", "attention, best head"
 """Groups of signals of which the best is chosen."""
+ASKING = "self_question"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,40 @@ class _Words:
     pictures: list[str] = field(default_factory=list)
     grounded: list[bool] = field(default_factory=list)
     values: list[NDArray[np.float32]] = field(default_factory=list)
-    """[signals] each."""
+    """[signals] each; NaN where the signal says nothing of the word: the model was not asked about it."""
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The objects in pictures, as a data set lists them."""
+
+    present: Mapping[str, set[str]]
+    """Digest of pictures -> the objects in them."""
+    vocabulary: Mapping[str, str]
+    """Surface form -> object, as the lists call it."""
+
+    @classmethod
+    def of(cls, data: str, asker: Asker) -> _Truth:
+        """What a data set lists, in its own words; in those of the asker if it has none."""
+        samples, vocabulary = read_samples(data, SkipLog("stop"))
+        listed = [sample for sample in samples if "present" in sample.truth]
+        present = {digest_of(sample.images): set(sample.truth["present"]) for sample in listed}
+        return cls(present, vocabulary or asker.forms)
+
+    @cached_property
+    def known(self) -> set[str]:
+        """What the lists would name if it were there; of other things they do not tell."""
+        return {*self.vocabulary.values()}.union(*self.present.values())
+
+    def labels(self, pair: PreferencePair, side: Side, asker: Asker) -> list[tuple[int, int, bool]]:
+        """Start and end of the words in a response that the asker finds, and whether they are in the pictures."""
+        text, objects = pair.response(side), self.present.get(digest_of(pair.images))
+        if objects is None:
+            return []
+        found = [
+            (claim, self.vocabulary.get(text[claim.start : claim.end].lower(), claim.object)) for claim in asker.claims(text)
+        ]
+        return [(claim.start, claim.end, name in objects) for claim, name in found if name in self.known]
 
 
 def search(
@@ -89,12 +125,12 @@ def search(
         progress: whether a progress bar is shown.
 
     Raises:
-        UserError: the pairs or the model cannot be read, or there are too few words of one kind.
+        UserError: the pairs or the model cannot be read, or there are too few words of one kind. A signal that says nothing of
+            most words is judged by the others, or left out.
     """
     data = read_pairs(pairs, SkipLog("stop"), limit)
-    present = None if truth is None else _present(truth)
     family = loading.load(model)
-    searching = _Searching.of(family, data, nouns, present)
+    searching = _Searching.of(family, data, nouns, truth)
     words = searching.read(progress)
     found = _judged([str(signal) for signal in searching.settings.signals], words)
     if output is not None:
@@ -111,22 +147,23 @@ class _Searching:
     settings: ScoreSettings
     labels: Mapping[tuple[str, Side], Sequence[tuple[int, int, bool]]]
     """(pair's id, side) -> start and end of words in the response, and whether they are grounded."""
+    asker: Asker
+    """What self_question asks about."""
 
     @classmethod
-    def of(
-        cls, family: Family, pairs: Sequence[PreferencePair], nouns: str, present: Mapping[str, set[str]] | None
-    ) -> _Searching:
+    def of(cls, family: Family, pairs: Sequence[PreferencePair], nouns: str, data: str | None) -> _Searching:
         family.check_packable()
         settings = ScoreSettings(signals_of(family, nouns), "paper", "mean", "token", "all")
         settings.check(family.depth)
         asker = Asker.of(nouns, ("objects",), {})
-        labels = {(pair.id, side): _labels(pair, side, asker, present) for pair in pairs for side in SIDES}
+        truth = None if data is None else _Truth.of(data, asker)
+        labels = {(pair.id, side): _labels(pair, side, asker, truth) for pair in pairs for side in SIDES}
         if not any(labels.values()):
             raise UserError(
                 "No word of these pairs is known to be in its picture or not. Give --truth, or pairs that are edits."
             )
         check_family(family, pairs[0])
-        return cls(family, pairs, settings, labels)
+        return cls(family, pairs, settings, labels, asker)
 
     def read(self, progress: bool) -> _Words:
         """The signals of all known words."""
@@ -161,9 +198,22 @@ class _Searching:
         firsts = [next(iter(evidence.tokens_of(start, end)), None) for start, end, _ in known]
         at = torch.tensor([token for token in firsts if token is not None], device=evidence.token_ids.device)
         rows = [self._score(signal)(evidence, **signal.options)[at].float() for signal in self.settings.signals]
-        words.values += [*torch.stack(rows, dim=1).cpu().numpy()]
+        values = torch.stack(rows, dim=1).cpu().numpy()
+        values[np.ix_(~self._is_asked(evidence, at.tolist()), self._asking)] = np.nan
+        words.values += [*values]
         words.grounded += [grounded for token, (_, _, grounded) in zip(firsts, known, strict=True) if token is not None]
         words.pictures += [digest_of(pair.images)] * len(at)
+
+    @property
+    def _asking(self) -> NDArray[np.bool_]:
+        """Which signals are the model's answers."""
+        return np.array([signal.name == ASKING for signal in self.settings.signals])
+
+    def _is_asked(self, evidence: Evidence, tokens: Sequence[int]) -> NDArray[np.bool_]:
+        """Whether the model is asked about the words of these tokens."""
+        claims = self.asker.claims(evidence.response)
+        asked = {token for claim in claims for token in evidence.tokens_of(claim.start, claim.end)}
+        return np.array([token in asked for token in tokens], dtype=bool)
 
     def _score(self, signal: Spec) -> Callable[..., torch.Tensor]:
         score: Callable[..., torch.Tensor] = registry.load("signals", signal.name)
@@ -175,7 +225,7 @@ def signals_of(family: Family, nouns: str) -> tuple[Spec, ...]:
     layers, heads = range(family.depth), range(family.text_config.num_attention_heads)
     return (
         *(Spec(name) for name in (*PAPER_SIGNALS, "log_prob", "entropy", "patch_logit")),
-        parse("self_question") if nouns == "auto" else Spec("self_question", {"nouns": nouns}),
+        Spec(ASKING) if nouns == AUTO else Spec(ASKING, {"nouns": nouns}),
         *(Spec("patch_lens", {"layer": layer}) for layer in layers),
         *(Spec("head_attention", {"layer": layer}) for layer in layers),
         *(Spec("head_attention", {"layer": layer, "head": head}) for layer in layers for head in heads),
@@ -190,26 +240,16 @@ def _group(signal: str) -> str:
     return "" if spec.name != "head_attention" else HEADS if "head" in spec.options else LAYERS
 
 
-def _labels(
-    pair: PreferencePair, side: Side, asker: Asker, present: Mapping[str, set[str]] | None
-) -> list[tuple[int, int, bool]]:
+def _labels(pair: PreferencePair, side: Side, asker: Asker, truth: _Truth | None) -> list[tuple[int, int, bool]]:
     """The words of a response that are known to be in the picture or not."""
-    text = pair.response(side)
-    if present is not None:
-        objects = present.get(digest_of(pair.images))
-        return [] if objects is None else [(word.start, word.end, word.object in objects) for word in mentions(text)]
+    if truth is not None:
+        return truth.labels(pair, side, asker)
     if pair.labels:
         return [(span.start, span.end, span.label == "grounded") for span in pair.labels.get(side, ())]
     if pair.meta.get(UNRANKED):
         return []
     kept = {claim.question for claim in asker.claims(pair.chosen)}
-    return [(claim.start, claim.end, claim.question in kept) for claim in asker.claims(text)]
-
-
-def _present(truth: str) -> dict[str, set[str]]:
-    """Digest of pictures -> the objects in them."""
-    samples = read_samples(truth, SkipLog("stop"))[0]
-    return {digest_of(sample.images): set(sample.truth["present"]) for sample in samples if "present" in sample.truth}
+    return [(claim.start, claim.end, claim.question in kept) for claim in asker.claims(pair.response(side))]
 
 
 def _judged(signals: Sequence[str], words: _Words) -> list[Found]:
@@ -222,12 +262,21 @@ def _judged(signals: Sequence[str], words: _Words) -> list[Found]:
             raise UserError("Too few words are known to be grounded, or to be hallucinated. Give more pairs.")
     rows = []
     for column, chosen_from in _columns(signals, values[~is_judged], grounded[~is_judged]):
-        scores, labels = values[is_judged, column], grounded[is_judged]
+        is_said = is_judged & ~np.isnan(values[:, column])
+        scores, labels = values[is_said, column], grounded[is_said]
+        if len({*labels.tolist()}) < 2:
+            _tell_silent(signals[column], len(labels), int(is_judged.sum()))
+            continue
         area = auroc(scores, labels)
-        low, high = interval(bootstrap_auroc(scores, labels, pictures[is_judged]))
+        low, high = interval(bootstrap_auroc(scores, labels, pictures[is_said]))
         counts = int(labels.sum()), int((1 - labels).sum())
         rows.append(Found(signals[column], chosen_from, area, low, high, *counts))
     return sorted(rows, key=lambda row: -row.auroc)
+
+
+def _tell_silent(signal: str, count: int, total: int) -> None:
+    what = f"asks about {count} of the {total} words, which are too few of one kind, so it is not judged"
+    print(f"catpo: {signal} {what}. Choose what finds words with --nouns.", file=sys.stderr)
 
 
 def _columns(signals: Sequence[str], values: NDArray[np.float32], grounded: NDArray[np.int64]) -> Iterator[tuple[int, str]]:

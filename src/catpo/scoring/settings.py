@@ -14,6 +14,7 @@ from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import SIDES, PreferencePair
 from catpo.files.provenance import versions
+from catpo.judges import Judge
 from catpo.models.attention.recorder import choose_heads, choose_layers
 from catpo.models.family import Encoded, Family
 from catpo.scoring.reference_cache import Cache
@@ -99,8 +100,10 @@ def _beside_score(signal: Spec, name: str) -> Callable[..., Any] | None:
 PAPER_SETTINGS = ScoreSettings(tuple(Spec(name) for name in PAPER_SIGNALS), "paper", "mean", "token", "all")
 
 
-def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: bool) -> dict[str, Any]:
-    """Everything that changes the numbers of a store, as it stands in its `store.json`."""
+def provenance(
+    family: Family, settings: ScoreSettings, cache: Cache, *, maps: bool, judge: Judge | None = None
+) -> dict[str, Any]:
+    """Everything that changes the numbers of a store, as it stands in its `store.json`; `judge` is asked about words."""
     return {
         "model": family.model_id,
         "precision": family.precision,
@@ -116,7 +119,7 @@ def provenance(family: Family, settings: ScoreSettings, cache: Cache, *, maps: b
         },
         "hidden": cache.hidden,
         **({"topk": cache.k} if cache.k else {}),
-        **({"words": settings.words.provenance()} if settings.words else {}),
+        **({"words": settings.words.provenance(judge)} if settings.words else {}),
         **({"found": facts} if (facts := settings.facts()) else {}),
         "maps": maps,
         "versions": versions(),

@@ -93,12 +93,12 @@ class WordSettings:
             )
         return replace(self, nouns=tuple(sorted(forms.items())))
 
-    def provenance(self) -> dict[str, Any]:
-        """As it stands in a store's `store.json`."""
+    def provenance(self, judge: Judge | None = None) -> dict[str, Any]:
+        """As it stands in a store's `store.json`, with who `judge` is: another model may answer to the same name."""
         forms = sorted(self.forms.items())
         digest = hashlib.blake2b(repr(forms).encode(), digest_size=16).hexdigest()
         own = {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
-        return own | ({"judge": self.judge} if self.judge else {})
+        return own | ({"judge": self.judge} if self.judge else {}) | ({"judged_by": judge.identity} if judge else {})
 
     def asked(self, word: str) -> str:
         """What is asked about a word."""
@@ -106,8 +106,17 @@ class WordSettings:
 
     @cached_property
     def forms(self) -> Mapping[str, str]:
-        """Surface form -> object."""
+        """Surface form -> object.
+
+        Raises:
+            UserError: they are the nouns of pairs, which are not known; or the file cannot be read.
+        """
         if self.vocabulary in TAGGERS:
+            if not self.nouns:
+                raise UserError(
+                    f"words(vocabulary='{self.vocabulary}') looks for the nouns of pairs, and there are none here. Give a JSON "
+                    "file of words."
+                )
             return dict(self.nouns)
         if self.vocabulary is None:
             return default_vocabulary()
@@ -161,7 +170,7 @@ class WordReader:
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
         self._asked: dict[tuple[str, str], float] = {}
-        self._judge = None if settings.judge is None else open_judge(settings.judge)
+        self.judge = None if settings.judge is None else open_judge(settings.judge)
 
     def forget(self) -> None:
         """Ask anew from here on: what a shard holds must not depend on the shards before."""
@@ -177,8 +186,8 @@ class WordReader:
         pairs = [read.pair for read in reads]
         if "self_question" in self.settings.features:
             self._ask(pairs, found)
-        if self._judge is not None:
-            self._judged(self._judge, pairs, found)
+        if self.judge is not None:
+            self._judged(self.judge, pairs, found)
         return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
 
     def _judged(self, judge: Judge, pairs: Sequence[PreferencePair], found: Sequence[dict[str, dict[str, float]]]) -> None:

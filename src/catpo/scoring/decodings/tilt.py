@@ -29,6 +29,7 @@ from catpo.rewards.words import UNKNOWN, WordTable, digest_of
 from catpo.scoring import decodings
 from catpo.scoring.decodings import Scores, Steering
 from catpo.scoring.words import WordReader, WordSettings
+from catpo.text.things import TAGGERS
 
 TOGETHER = 0.1
 """Where a picture's words are asked about, those that reach this share of the floor are asked with them."""
@@ -49,11 +50,21 @@ class Decoding(decodings.Decoding):
         self.reward, spec = WordReward.of(reward), parse(words)
         if not self.reward.reads:
             raise UserError(f"tilt(reward={reward!r}): no pairs are at hand to learn from. Give probe(file='probe.json').")
+        if self.reward.probe is None and self.reward.source in ("log_prob", "patch_lens"):
+            raise UserError(
+                f"tilt(reward={reward!r}): '{self.reward.source}' rewards words only inside a probe. Write "
+                "tilt(reward='self_question'), or tilt(reward=\"probe(file='probe.json')\")."
+            )
         if "judge" in self.reward.reads:
             raise UserError(f"tilt(reward={reward!r}): a judge is not asked while an answer is written. Give self_question.")
         if "features" in spec.options:
             raise UserError(f"tilt(words={words!r}): the reward says what is read of words. Leave features out.")
         self.settings = WordSettings.of(Spec(spec.name, {**spec.options, "features": list(self.reward.reads)}))
+        if self.settings.vocabulary in TAGGERS:
+            raise UserError(
+                f"tilt(words={words!r}): {self.settings.vocabulary} names the nouns of pairs, and none are at hand while an "
+                "answer is written. Give a JSON file of words, or leave vocabulary out for the built-in ones."
+            )
         self._reader: WordReader | None = None
         self._answers: dict[tuple[str, str], float] = {}
 
