@@ -13,7 +13,7 @@ from catpo.core.types import SIDES
 from catpo.models.questions import YesNo
 from catpo.rewards.fusion import Fusion
 from catpo.scoring import claims
-from catpo.scoring.claims import Asker
+from catpo.scoring.claims import Asker, read_forms
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.scoring.words import WordSettings
@@ -113,6 +113,14 @@ def test_without_a_tagger_the_built_in_words_are_asked_about_and_that_is_said(mo
         assert "only the" in (said := capsys.readouterr().err) and "nltk is not here. textblob is not here." in said
     finally:
         claims._finder_here.cache_clear()
+
+
+def test_a_file_of_words_that_cannot_be_read_names_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json cannot be read \(No such file or directory\)\. Check the path\.$"):
+        read_forms(str(tmp_path / "none.json"))
+    (tmp_path / "words.json").write_text("{")
+    with pytest.raises(UserError, match=r"Correct it\.$"):
+        read_forms(str(tmp_path / "words.json"))
 
 
 WORDS = {"cat": "cat", "mat": "mat", "circle": "circle", "square": "square", "table": "table", "laptop": "laptop", "dog": "dog"}
