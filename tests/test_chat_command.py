@@ -15,6 +15,7 @@ from catpo.models import loading
 from catpo.models.remote import messages
 from catpo.models.steering import open_decoding
 from commands import run
+from fake_chat import completion, serve
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +69,18 @@ def test_answers_are_decoded_as_is_said(picture, family, monkeypatch, capsys):
 def test_a_pipe_gets_one_answer_per_question_and_fails_where_one_cannot_be_asked(picture, family, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load", lambda *_, **__: family)
     given = ["chat", "builtin", "--image", picture, "--max-new-tokens", 8]
-    typed(monkeypatch, f"Describe the image.\n\n/image {picture.with_name('b.png')}\nDescribe the image.\n/exit\nno more\n")
+    typed(monkeypatch, f"Describe the image.\n\n/image {picture.with_name('b.png')}\nDescribe the image.\n/exit now\nno more\n")
     assert run(*given) == 0
     told = capsys.readouterr()
     samples = [Sample("any", (tiny.picture(number),), "Describe the image.") for number in (0, 1)]
     assert told.out.splitlines() == family.generate(samples, max_new_tokens=8)
     assert "means nothing" in told.err and ">" not in told.out
-    refused = {"/image none.png\n": "none.png", "/imge x\n": "is not a command. /image FILE", "<|user|>\n": "special token"}
+    refused = {
+        "/image none.png\n": "none.png",
+        "/imge x\n": "is not a command. /image FILE",
+        "/image\n": "/image FILE.",
+        "<|user|>\n": "special token",
+    }
     for line, words in refused.items():
         typed(monkeypatch, line)
         assert run(*given) == 2
@@ -101,6 +107,17 @@ def test_what_cannot_be_talked_about_is_refused_before_a_model_is_loaded(picture
     assert "is loaded by its server" in capsys.readouterr().err
     assert run("chat", "builtin", "--image", picture, "--base-url", "http://127.0.0.1:1/v1") == 2
     assert "base_url is for a model of a server" in capsys.readouterr().err
+
+
+def test_a_server_gets_how_to_decode(picture, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serve(reply=lambda _: completion("A dog.")) as chat:
+        given = ["chat", "openai:vlm", "--image", picture, "--base-url", chat.url]
+        for more in ([], ["--temperature", 1, "--top-p", 0.5, "--seed", 3]):
+            typed(monkeypatch, "A cat?\n")
+            assert run(*given, *more) == 0
+    decoding = [{name: request.get(name) for name in ("temperature", "top_p", "seed")} for request in chat.asked]
+    assert decoding == [{"temperature": 0.0, "top_p": None, "seed": None}, {"temperature": 1.0, "top_p": 0.5, "seed": 3}]
 
 
 def test_a_server_gets_the_earlier_turns():

@@ -14,7 +14,7 @@ from catpo.models import loading
 from catpo.models.questions import YesNo
 from catpo.rewards.fusion import Fusion
 from catpo.scoring import claims
-from catpo.scoring.claims import Asker
+from catpo.scoring.claims import Asker, read_forms
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.scoring.words import WordSettings
@@ -130,6 +130,14 @@ def test_a_space_says_neither_yes_nor_no(builtin):
     told = YesNo.of(family)
     assert family.token_ids(" yes")[0] not in told.yes  # it is the space alone
     assert {family.tokenizer.decode([token]).strip().lower() for token in (*told.yes, *told.no)} <= {"yes", "y", "no", "n"}
+
+
+def test_a_file_of_words_that_cannot_be_read_names_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json cannot be read \(No such file or directory\)\. Check the path\.$"):
+        read_forms(str(tmp_path / "none.json"))
+    (tmp_path / "words.json").write_text("{")
+    with pytest.raises(UserError, match=r"Correct it\.$"):
+        read_forms(str(tmp_path / "words.json"))
 
 
 WORDS = {"cat": "cat", "mat": "mat", "circle": "circle", "square": "square", "table": "table", "laptop": "laptop", "dog": "dog"}

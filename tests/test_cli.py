@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -288,6 +289,25 @@ def test_init_writes_a_recipe_once(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "recipe.yaml").write_text("mine")
     assert run("init") == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_init_goes_on_after_a_kill_between_two_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "a b", "--recipe", "zero2") == 0
+    command = capsys.readouterr().out.partition("Next: ")[2]
+    assert "a b/zero2.yaml" in shlex.split(command)
+    kept = Path("a b/zero2.json").read_bytes()
+    for name in ("json", "yaml"):
+        Path(f"a b/zero2.{name}").unlink()
+        assert run("init", "a b", "--recipe", "zero2") == 0
+        assert "Wrote: " in capsys.readouterr().out and Path("a b/zero2.json").read_bytes() == kept
+    Path("a b/zero2.yaml").unlink()
+    Path("a b/zero2.json").write_text("{}")
+    assert run("init", "a b", "--recipe", "zero2") == 2
+    assert "a b/zero2.json exists already, and is another" in capsys.readouterr().err
+    assert not Path("a b/zero2.yaml").exists()
 
 
 @pytest.mark.parametrize("name", recipes.shipped())

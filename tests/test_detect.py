@@ -114,7 +114,10 @@ def test_captions_of_a_file_are_judged_and_shown_with_marks_and_a_page(family, p
 def test_what_cannot_be_judged_is_refused_by_name(family, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no picture"):
+    with pytest.raises(UserError, match=r"empty is empty\. Give the folder"):
+        found(family, out, images=tmp_path / "empty")
+    (tmp_path / "empty" / "a.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"empty holds no picture .*, but 1 other file\."):
         found(family, out, images=tmp_path / "empty")
     with pytest.raises(UserError, match="is neither a folder nor a picture"):
         found(family, out, images=tmp_path / "missing")

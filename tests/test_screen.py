@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import shlex
 import warnings
 
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from catpo.cli import quiet
 from catpo.core.errors import UserError
 from catpo.data.pair_folder import write_pairs
+from catpo.files.json_files import write_rows
 from catpo.runtime.progress import track
 from catpo.training.config import trackers
+from catpo.training.run_lines import closing_lines
 from catpo.training.train import train
 from commands import run
 from tiny import pairs
@@ -41,6 +44,14 @@ def test_a_run_without_a_terminal_talks_in_plain_lines(folder, tmp_path, capfd, 
     assert trained == "Trained model: run/model"
     assert re.fullmatch(rf"At step 2: {figures}, lr \S+; validation {figures}", last)
     assert logs.startswith("Logs: run/metrics.jsonl or catpo report --runs run ") and logs.endswith("--logdir run/runs")
+
+
+def test_a_command_that_is_shown_can_be_pasted(tmp_path):
+    (tmp_path / "a b" / "runs").mkdir(parents=True)
+    write_rows(tmp_path / "a b" / "metrics.jsonl", [{"step": 1, "loss": 0.5}])
+    command, board = closing_lines(tmp_path / "a b")[-1].split(" or ")[1:]
+    assert shlex.split(command)[:4] == ["catpo", "report", "--runs", str(tmp_path / "a b")]
+    assert shlex.split(board)[2] == str(tmp_path / "a b" / "runs")
 
 
 def test_on_a_terminal_the_figures_stay_above_the_bar():

@@ -1,6 +1,7 @@
 """`catpo probe --search`: the table of a model's signals."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -29,11 +30,11 @@ def labelled(count):
 def test_the_table_has_every_kind_of_signal_and_its_choice_is_made_on_other_pictures(tmp_path, monkeypatch, capsys):
     family = llava()
     monkeypatch.setattr(search.loading, "load", lambda model: family)
-    write_pairs(tmp_path / "pairs", labelled(12), {})
+    write_pairs(tmp_path / "a b", labelled(12), {})
     (tmp_path / "forms.json").write_text(json.dumps({"a": "cat", "the": "cat", "two": "cat"}))  # and not "there"
     options = [
         "--pairs",
-        str(tmp_path / "pairs"),
+        str(tmp_path / "a b"),
         "--model",
         "tiny",
         "--nouns",
@@ -42,7 +43,9 @@ def test_the_table_has_every_kind_of_signal_and_its_choice_is_made_on_other_pict
         str(tmp_path / "t.json"),
     ]
     main(["probe", "--search", *options])
-    assert "Best: " in capsys.readouterr().out
+    best, _, command = capsys.readouterr().out.partition("Best: ")[2].partition(". Score with it: ")
+    given = ["--pairs", str(tmp_path / "a b"), "--model", "tiny", "--output", "rewards", "--signals", best]
+    assert shlex.split(command) == ["catpo", "score", *given]
     rows = json.loads((tmp_path / "t.json").read_text())["signals"]
     assert [row["auroc"] for row in rows] == sorted((row["auroc"] for row in rows), reverse=True)
     groups = {row["chosen_from"] for row in rows}

@@ -135,6 +135,32 @@ def test_what_is_pushed_is_the_model_with_its_card_and_loads_again(ours, folder,
     assert "after (this model) | before |" in text and NAME not in text and "'org/base'" in text
 
 
+def test_an_evaluation_is_of_this_model_only_by_its_base_and_adapter_and_their_weights(ours, folder, tmp_path, capsys):
+    model, merged = ours / "model", tmp_path / "whole"
+    merge(folder, merged, adapter=model)
+    made = {}
+    for name, pair in {"merged": (merged, None), "alone": (model, None), "pair": (folder, model)}.items():
+        family = loading.load(pair[0], adapter=pair[1], device="cpu")
+        about = {"adapter": pair[1] and str(pair[1]), "model_hash": family.model_hash}
+        made[name] = evaluation(tmp_path / name, pair[0], **about)
+        write_json(made[name] / "evaluation.json", {"precision": family.precision})
+    made |= {"base": evaluation(tmp_path / "base", folder), "odd": evaluation(tmp_path / "odd", "builtin", adapter=str(model))}
+    for place, own in ((merged, ["merged", "alone", "pair"]), (model, ["alone", "pair"])):
+        given = [made[name] for name in ("base", *own)]
+        with prepared(place, "me/mine", base="org/base", evaluations=given) as upload:
+            assert f"| base | {' | '.join(f'{name} (this model)' for name in own)} |" in upload.card
+        for name in made.keys() - set(own):
+            refused("No evaluation is of", place, base="org/base", evaluations=[made[name]])
+    assert capsys.readouterr().err == ""
+    for name, words in {"merged": "those in .*whole", "pair": "what .*whole was merged from"}.items():
+        write_json(made[name] / "scores.json", {**read_json(made[name] / "scores.json"), "model_hash": "another"})
+        refused(f"{name} is of other weights than {words}. Leave it out", merged, evaluations=[made["alone"], made[name]])
+    refused("pair is of other weights than those in .*model. Leave it out", model, base="org/base", evaluations=[made["pair"]])
+    write_json(made["alone"] / "evaluation.json", {"precision": "bfloat16"})
+    with prepared(merged, "me/mine", evaluations=[made["alone"]]):
+        assert "not compared: it was made in bfloat16, and merged in float32" in capsys.readouterr().err
+
+
 def test_a_card_that_somebody_edited_keeps_its_words(ours, tmp_path):
     card = ours / "model" / "README.md"
     card.write_text(card.read_text().replace("## Versions", "## Thanks\n\nTo all.\n\n## Versions"))

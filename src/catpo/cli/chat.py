@@ -32,7 +32,7 @@ def chat(
     max_new_tokens: Annotated[Count, Parameter(help="Maximum length of an answer, in tokens.")] = 256,
     temperature: Annotated[Measure, Parameter(help="Sampling temperature; 0: greedy, as in `catpo evaluate`.")] = 0.0,
     top_p: Annotated[Probability, Parameter(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
-    seed: Annotated[Seed, Parameter(help="Sampling seed.")] = 0,
+    seed: Annotated[Seed, Parameter(help="Sampling seed; a server is sent any but 0.")] = 0,
     decoding: config.Decoding = None,
     base_url: Annotated[str | None, Parameter(help="Address of the server of openai:NAME, up to /v1.")] = None,
     revision: config.Revision = None,
@@ -60,7 +60,7 @@ def chat(
         print(HELP, file=sys.stderr)
     for line in _lines(is_typed):
         try:
-            if line in EXIT:
+            if line.split()[0] in EXIT:
                 return
             conversation = _turned(conversation, line)
         except UserError as error:
@@ -73,6 +73,8 @@ def _turned(conversation: Any, line: str) -> Any:
     """The conversation after a line: a question, whose answer is printed, or a command."""
     command, _, rest = line.partition(" ")
     if command == "/image":
+        if not rest.strip():
+            raise UserError("/image needs the file of a picture: /image FILE.")
         return conversation.begun_with(_picture(Path(rest.strip()).expanduser()))
     if command == "/new":
         return conversation.begun_with(conversation.picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -172,9 +173,10 @@ def _cell(values: Sequence[float]) -> str:
 def next_commands(folder: Path) -> list[str]:
     """Three things to try with what the demo made."""
     store = RewardStore.open(folder / "rewards")
+    pairs, rewards = (shlex.quote(str(folder / name)) for name in ("pairs", "rewards"))
     return [
-        f"catpo inspect {folder / 'rewards'} --pair {store.pair_ids[0]}",
-        f"catpo train --pairs {folder / 'pairs'} --rewards {folder / 'rewards'} --model builtin --output my-run --lora none "
+        f"catpo inspect {rewards} --pair {store.pair_ids[0]}",
+        f"catpo train --pairs {pairs} --rewards {rewards} --model builtin --output my-run --lora none "
         "--objective \"catpo(alpha=0.2, shared_prefix='neutral')\" --learning-rate 5e-5 --num-train-epochs 1 "
         "--per-device-train-batch-size 8 --gradient-accumulation-steps 1",
         "catpo evaluate --model my-run/model --benchmarks 'scenes(count=500)' --output my-evaluation",

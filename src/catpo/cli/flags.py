@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from shlex import quote
 from typing import Any, get_args
 
 from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Token, UnknownOptionError
@@ -47,7 +48,7 @@ def explained(error: CycloptsError) -> Any:
     for word in getattr(error, "unused_tokens", None) or ():
         if word.endswith((".yaml", ".yml")):
             command = error.command_chain[-1] if error.command_chain else "train"
-            raise UserError(f"A command takes a recipe with --config: `catpo {command} --config {word}`.")
+            raise UserError(f"A command takes a recipe with --config: `catpo {command} --config {quote(word)}`.")
     if isinstance(error, UnknownOptionError) and error.command_chain:
         command = error.command_chain[-1]
         name = (error.token.keyword or error.token.value).lstrip("-").partition("=")[0].replace("-", "_")

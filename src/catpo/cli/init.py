@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,15 +33,15 @@ def init(
         raise UserError(f"'{folder}' is a recipe, and would be a folder: `catpo init --recipe {folder}`.")
     path = folder / f"{recipe or 'recipe'}.yaml"
     files = {path: starter()} if recipe is None else _shipped(recipe, folder)
-    is_there = all(each.is_file() and each.read_bytes() == text.encode() for each, text in files.items())
-    for each in files:
-        if each.exists() and not is_there:
-            raise UserError(f"{each} exists already. Give another folder: `catpo init FOLDER`.")
-    make_folder(folder)
+    missing = [each for each in files if not each.exists()]
     for each, text in files.items():
+        if each not in missing and not (each.is_file() and each.read_bytes() == text.encode()):
+            raise UserError(f"{each} exists already, and is another. Give another folder: `catpo init FOLDER`.")
+    make_folder(folder)
+    for each in missing:
         remove_unfinished(each)
-        write_atomic(each, text)
-    say(f"{'There already' if is_there else 'Wrote'}: {path}. Next: {_next_command(files[path], path)}")
+        write_atomic(each, files[each])
+    say(f"{'Wrote' if missing else 'There already'}: {path}. Next: {_next_command(files[path], path)}")
 
 
 def _shipped(name: str, folder: Path) -> dict[Path, str]:
@@ -62,4 +63,4 @@ def _next_command(text: str, path: Path) -> str:
     """The first command of the recipe's comment."""
     found = re.search(r"^#   (.+)$", text, flags=re.MULTILINE)
     command = re.sub(r" {2,}", " ", found[1]) if found else f"catpo pair --config {path.name}"
-    return command.replace(path.name, str(path))
+    return command.replace(path.name, shlex.quote(str(path)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
@@ -316,7 +317,8 @@ def lmms_eval(
     from catpo.evaluation.lmms_eval.tasks import export_tasks
 
     tasks = export_tasks(parse_list(benchmarks), output, data=data, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
-    say(f"Run them: lmms-eval --model catpo --model_args model=MODEL --include_path {output} --tasks {','.join(tasks)}")
+    given = f"--include_path {quote(str(output))} --tasks {','.join(tasks)}"
+    say(f"Run them: lmms-eval --model catpo --model_args model=MODEL {given}")
 
 
 @data.command

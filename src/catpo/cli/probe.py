@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,4 +58,5 @@ def _search(pairs: str, model: str, truth: str | None, nouns: str, limit: int | 
     found = search(pairs, model, truth=truth, nouns=nouns, limit=limit, output=output)
     Console().print(search_table(found))
     best = found[0].signal
-    say(f'Best: {best}. Score with it: catpo score --pairs {pairs} --model {model} --output rewards --signals "{best}"')
+    given = ["--pairs", pairs, "--model", model, "--output", "rewards", "--signals", best]
+    say(f"Best: {best}. Score with it: {shlex.join(['catpo', 'score', *given])}")

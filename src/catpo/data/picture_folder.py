@@ -40,8 +40,7 @@ def pictures_in(folder: Path) -> tuple[list[Picture], int]:
         else:
             other_count += 1
     if not pictures:
-        held = f"{other_count:,} other files" if other_count else "nothing"
-        raise UserError(
-            f"{folder} holds no picture (a file named .png, .jpg, .webp, …), but {held}. Give the folder that holds them."
-        )
+        held = f"{other_count:,} other file{'s' * (other_count > 1)}"
+        what = f"holds no picture (a file named .png, .jpg, .webp, …), but {held}" if other_count else "is empty"
+        raise UserError(f"{folder} {what}. Give the folder that holds the pictures.")
     return pictures, other_count

@@ -32,11 +32,7 @@ class Conversation:
             UserError: the question holds a special token, or all of it is longer than what the model reads.
         """
         sample = Sample("of the conversation", (self.picture,), question, history=self.turns)
-        if isinstance(self.model, ServedModel):
-            limits = {name: self.decoding[name] for name in ("max_new_tokens", "temperature")}
-            [answer] = self.model.generate([sample], batch_size=1, **limits)
-        else:
-            [answer] = self.model.generate([sample], batch_size=1, **self.decoding)
+        [answer] = self.model.generate([sample], batch_size=1, **self.decoding)
         if not answer:  # an empty turn would be lost in the chat template
             return "", self
         return answer, replace(self, turns=(*self.turns, Turn("user", question), Turn("assistant", answer)))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from catpo.core.errors import UserError
@@ -152,6 +153,11 @@ class Evaluation:
         return read_json(EvaluationFolder(self.path).manifest).get("data")
 
     @cached_property
+    def precision(self) -> str | None:
+        """That of the weights which answered, where it is known."""
+        return read_json(EvaluationFolder(self.path).manifest).get("precision")
+
+    @cached_property
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """(benchmark, item id) -> row of answers.jsonl."""
         return {(row["benchmark"], row["id"]): row for row in EvaluationFolder(self.path).read_answers()}
@@ -190,7 +196,8 @@ def load_evaluation(folder: str | Path, *, name: str | None = None) -> Evaluatio
     files = EvaluationFolder(folder)
     if not files.scores.is_file():
         raise UserError(
-            f"{folder} holds no finished evaluation (no {files.scores.name} in it). Run `catpo evaluate --output {folder}`."
+            f"{folder} holds no finished evaluation (no {files.scores.name} in it). Run `catpo evaluate "
+            f"--output {quote(str(folder))}`."
         )
     scores = read_json(files.scores, made_by="catpo evaluate")
     if not _is_scores(scores.get("benchmarks", {})):

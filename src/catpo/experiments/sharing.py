@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from catpo.core.errors import UserError, first_line, shown
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.evaluation.metric_names import metric_label
+from catpo.experiments.own_evaluations import evaluations_of
 from catpo.files.checksums import describe_file
 from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json, write_json
@@ -73,8 +74,8 @@ def prepared(
         is_public: whether everybody may see it.
 
     Raises:
-        UserError: the run is not finished, a file is not what was saved, an evaluation is not finished or none is of this
-            model, or a name cannot be used.
+        UserError: the run is not finished, a file is not what was saved, an evaluation is not finished or of other weights, or
+            none is of this model, or a name cannot be used.
     """
     _check_repository(repository)
     folder = _folder_of(Path(model))
@@ -207,7 +208,7 @@ def _based(config: Path, changed: Path, facts: Mapping[str, Any]) -> Path:
 
 def _card(folder: Path, facts: Mapping[str, Any], repository: str, evaluations: Sequence[Evaluation]) -> str:
     """The card with its name and figures; one that somebody edited keeps what stands around the figures."""
-    ours = _check_ours(folder, evaluations)
+    ours = evaluations_of(folder, evaluations, base=facts["base_on_hub"])
     figures = "\n\n".join(_tables(evaluations, ours)) if evaluations else ""
     path, before = folder / CARD, read_facts(folder)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -224,27 +225,6 @@ def _card(folder: Path, facts: Mapping[str, Any], repository: str, evaluations: 
         known = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
         card.data = ModelCardData(**known, model_name=repository.partition("/")[2], eval_results=results)
     return str(card)
-
-
-def _check_ours(folder: Path, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The evaluations of this model.
-
-    Raises:
-        UserError: there are evaluations, and none of them is.
-    """
-    places = {folder.resolve()}
-    if (folder / MANIFEST).is_file():
-        of_merge = read_json(folder / MANIFEST, fields={"settings": dict})["settings"]
-        places |= {Path(of_merge[name]).resolve() for name in ("model", "adapter") if of_merge.get(name)}
-    ours = [each for each in evaluations if places & {Path(name).resolve() for name in _models_of(each)}]
-    if evaluations and not ours:
-        names = ", ".join(f"{each.path} of '{shown(' + '.join(_models_of(each)))}'" for each in evaluations)
-        raise UserError(f"No evaluation is of {folder}: {names}. Evaluate it: `catpo evaluate --model {folder}`.")
-    return ours
-
-
-def _models_of(evaluation: Evaluation) -> list[str]:
-    return [str(evaluation.scores[name]) for name in ("model", "adapter") if evaluation.scores.get(name)]
 
 
 def _tables(evaluations: Sequence[Evaluation], ours: Sequence[Evaluation]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def read_json(
 
     Args:
         path: of the file.
-        made_by: the command that a message about a missing or damaged file names.
+        made_by: the command that a message about a missing or damaged file names; empty for a file that users write.
         fields: what the object must have.
         may_link: for files of models, which in the hub's cache are links into another folder.
 
@@ -43,11 +43,12 @@ def read_json(
     if not may_link:
         stay_inside(path, path.parent)
     check_regular(path)
+    advice = f"It is written by `{made_by}`." if made_by else "Check the path."
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). It is written by `{made_by}`.") from error
-    remedy = f"Write it again with `{made_by}`."
+        raise UserError(f"{path} cannot be read ({error.strerror}). {advice}") from error
+    remedy = f"Write it again with `{made_by}`." if made_by else "Correct it."
     value = unsealed(parse_object(content, place=str(path), remedy=remedy), place=str(path), remedy=remedy)
     check_fields(value, fields or {}, place=str(path), remedy=_start_again(path.parent))
     return value

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +94,8 @@ def check_base(base: str, adapter: Path) -> None:
     is_folder = Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1 or "\\" in base
     if is_folder and not Path(base).exists():
         raise UserError(
-            f"{adapter} holds an adapter of the model in {base}, which is not there. Give --model BASE --adapter {adapter}."
+            f"{adapter} holds an adapter of the model in {base}, which is not there. Give --model BASE --adapter "
+            f"{quote(str(adapter))}."
         )
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -306,7 +307,9 @@ def _adapter_base(adapter: Path, revision: str | None) -> tuple[str, str | None]
     about = read_json(adapter / "adapter_config.json", made_by="save_pretrained", may_link=True)
     base, own = about.get("base_model_name_or_path"), about.get("revision")
     if not base or not isinstance(base, str):
-        raise UserError(f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {adapter}.")
+        raise UserError(
+            f"{adapter} holds an adapter that does not name its base model. Give --model BASE --adapter {quote(str(adapter))}."
+        )
     check_base(base, adapter)
     return resolve(base), revision or (own if isinstance(own, str) and not Path(resolve(base)).exists() else None)
 

@@ -50,10 +50,11 @@ def merge(model: str | Path, output: str | Path, *, adapter: str | Path | None =
     with lock(part), loading.quiet(), left:
         for file in part.glob("[!.]*"):  # of a killed process
             file.unlink()
+        made_of = {"model_hash": family.model_hash, "precision": family.precision}
         with memory.explained("merging the adapter", family.model, advice=memory.LOADING):
             family.model.merge_and_unload().save_pretrained(part)
         family.processor.save_pretrained(part)
-        write_json(part / MANIFEST, {"format": 1, "settings": settings, "versions": versions()})
+        write_json(part / MANIFEST, {"format": 1, "settings": settings, "made_of": made_of, "versions": versions()})
         write_card(part, {**_facts(model, adapter), "merged": True})
         list_files(part)
         part.rename(folder)

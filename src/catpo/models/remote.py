@@ -42,17 +42,28 @@ class ServedModel:
         """Names of the models that answered, as the server gives them."""
 
     def generate(
-        self, samples: Sequence[Sample], *, max_new_tokens: int = 96, temperature: float = 0.0, batch_size: int = 32
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int = 96,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
     ) -> list[str]:
         """Answers in the order of `samples`, `batch_size` requests at once.
+
+        `top_p` and `seed` are sent only where they are not the defaults: some servers refuse requests with them.
 
         Raises:
             UserError: a picture cannot be read, or the server refuses; names the sample.
         """
+        decoding: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens}
+        decoding |= {name: value for name, value, usual in (("top_p", top_p, 1.0), ("seed", seed, 0)) if value != usual}
 
         def answer(sample: Sample) -> str:
             try:
-                reply = self.server.ask(messages(sample), temperature=temperature, max_tokens=max_new_tokens)
+                reply = self.server.ask(messages(sample), **decoding)
             except UserError as error:
                 raise UserError(f"sample {sample.id}: {error}") from error
             self.answered_by.add(reply.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from markupsafe import Markup
@@ -75,7 +76,9 @@ def load_run(folder: Path, name: str) -> Run:
     """
     log = folder / "metrics.jsonl"
     if not log.is_file():
-        raise UserError(f"{folder} holds no training run (no metrics.jsonl in it). `catpo train --output {folder}` makes one.")
+        raise UserError(
+            f"{folder} holds no training run (no metrics.jsonl in it). `catpo train --output {quote(str(folder))}` makes one."
+        )
     settings = read_json(folder / "catpo.json", made_by="catpo train") if (folder / "catpo.json").is_file() else {}
     rows = read_rows(log)
     for number, row in enumerate(rows, start=1):

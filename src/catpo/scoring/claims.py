@@ -209,7 +209,7 @@ def read_forms(file: str) -> Mapping[str, str]:
     Raises:
         UserError: it cannot be read, or maps no words to objects.
     """
-    forms = read_json(file, made_by="you")
+    forms = read_json(file, made_by="")
     if not forms or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
         raise UserError(f'{file} must map words to objects, e.g. {{"dog": "dog", "puppies": "dog"}}.')
     return forms

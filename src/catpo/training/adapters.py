@@ -5,6 +5,8 @@ An adapter is trained exactly if the model with it switched off is the reference
 
 from __future__ import annotations
 
+from shlex import quote
+
 from peft import PeftConfig
 
 from catpo.core.errors import UserError
@@ -31,7 +33,7 @@ def put_adapter(family: Family, config: PeftConfig | None, *, train_vision: bool
     if is_carried and config is not None:
         raise UserError(
             f"{family.model_id} holds an adapter, and training would put another on top of it. Train that one further with "
-            f"--lora none (no peft_config), or merge it first: `catpo merge {family.model_id} --output MERGED`."
+            f"--lora none (no peft_config), or merge it first: `catpo merge {quote(family.model_id)} --output MERGED`."
         )
     for each in [config] if config is not None else family.model.peft_config.values():
         _check_kind(each, is_carried)

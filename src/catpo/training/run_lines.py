@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from catpo.files.json_files import read_rows
@@ -36,6 +37,8 @@ def closing_lines(output: Path) -> list[str]:
     last = f"At step {rows[-1]['step']}: {figures(trained[-1])}" if trained else ""
     if validated:
         last += f"; validation {figures(validated[-1], EVALUATED)}"
-    boards = [f"tensorboard --logdir {output / BOARD}"] if (output / BOARD).is_dir() else []
-    where = " or ".join([f"{output / 'metrics.jsonl'}", f"catpo report --runs {output} --output report.html", *boards])
+    boards = [f"tensorboard --logdir {quote(str(output / BOARD))}"] if (output / BOARD).is_dir() else []
+    where = " or ".join(
+        [f"{output / 'metrics.jsonl'}", f"catpo report --runs {quote(str(output))} --output report.html", *boards]
+    )
     return [*([last] if last else []), f"Logs: {where}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -63,6 +64,6 @@ class Trackers(TrainerCallback):
     def lines(self) -> Iterator[str]:
         """One line for each tracker that has something to look at."""
         for board in self.boards:
-            yield f"tensorboard --logdir {board.logging_dir}"
+            yield f"tensorboard --logdir {quote(str(board.logging_dir))}"
         if url := getattr(getattr(sys.modules.get("wandb"), "run", None), "url", None):
             yield f"Weights & Biases: {url}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from catpo.core.conversation import IMAGE, Turn, check_places, without_leading_places
@@ -53,7 +54,9 @@ class Dataset:
         Raises:
             UserError: this data set has none.
         """
-        raise UserError(f"{self.name} has no preference pairs. Make some: `catpo pair --data {self.name} --output pairs`.")
+        raise UserError(
+            f"{self.name} has no preference pairs. Make some: `catpo pair --data {quote(self.name)} --output pairs`."
+        )
 
     @classmethod
     def scan(cls, *arguments: Any, **options: Any) -> Iterator[Scanned]:

@@ -139,7 +139,7 @@ class Dataset(datasets.RowDataset):
             return None
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file. Put a JSON file there that maps words to objects, or remove it.")
-        words = read_json(path, made_by="you: surface form -> object")
+        words = read_json(path, made_by="")
         if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
             raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
         return words

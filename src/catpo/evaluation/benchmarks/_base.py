@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any, ClassVar
 
 import numpy as np
@@ -148,7 +149,7 @@ class FolderBenchmark(Benchmark):
             file = list(folder.hashes)[-1] if folder.hashes else "a file"
             raise UserError(
                 f"{folder.benchmark}: {file} in {folder.path} has not the form that its authors gave it ({reason}). Get it "
-                f"again: `catpo data get {folder.benchmark} --data {folder.path}` says where, and compares it."
+                f"again: `catpo data get {folder.benchmark} --data {quote(str(folder.path))}` says where, and compares it."
             ) from error
 
     def item(self, name: str) -> Item:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from shlex import quote
 from typing import Any
 
 from catpo.core.errors import UserError
@@ -130,7 +131,8 @@ class Coco:
         else:
             raise UserError(
                 f"{folder.benchmark}: neither {table.name} nor all of {', '.join(source.name for source in ANNOTATIONS)} are "
-                f"in {folder.path}. `catpo data get {folder.benchmark} --data {folder.path}` shows where to get them."
+                f"in {folder.path}. `catpo data get {folder.benchmark} --data {quote(str(folder.path))}` shows "
+                "where to get them."
             )
 
     def words(self, text: str) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from catpo.core.errors import UserError, shown
@@ -72,7 +73,7 @@ class Folder:
         if path is None:
             raise UserError(
                 f"{self.benchmark}: {name} is not in {self.path} (looked for {', '.join(self.source(name).places)}). "
-                f"`catpo data get {self.benchmark} --data {self.path}` shows where to get it."
+                f"`catpo data get {self.benchmark} --data {quote(str(self.path))}` shows where to get it."
             )
         content = read_bytes(path)
         self.hashes[name] = hashlib.sha256(content).hexdigest()

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import permutations
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,7 @@ def _check_version(folder: Folder, version: str, subset: str) -> None:
         if other != version and HASHES[f"{other}/{subset}"] == folder.hashes[name]:
             raise UserError(
                 f"{folder.find(name)} has the labels called '{other}', not '{version}'. Choose "
-                f"pope(labels='{other}'), or get the others: `catpo data get pope --data {folder.path}`."
+                f"pope(labels='{other}'), or get the others: `catpo data get pope --data {quote(str(folder.path))}`."
             )
 
 
