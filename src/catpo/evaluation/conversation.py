@@ -32,7 +32,8 @@ class Conversation:
             UserError: the question holds a special token, or all of it is longer than what the model reads.
         """
         sample = Sample("of the conversation", (self.picture,), question, history=self.turns)
-        [answer] = self.model.generate([sample], batch_size=1, **self.decoding)
+        given = {name: value for name, value in self.decoding.items() if value is not None}
+        [answer] = self.model.generate([sample], batch_size=1, **given)
         if not answer:  # an empty turn would be lost in the chat template
             return "", self
         return answer, replace(self, turns=(*self.turns, Turn("user", question), Turn("assistant", answer)))
