@@ -80,8 +80,8 @@ def test_a_shipped_study_can_be_read_and_all_it_names_exists(path: Path) -> None
     assert f"catpo study {path.name}" in path.read_text()
 
 
-def test_shipped_studies_share_their_cells() -> None:
-    plans = {path.stem: file.read(path) for path in SHIPPED}
+def test_the_studies_of_the_paper_share_their_cells() -> None:
+    plans = {path.stem: file.read(path) for path in SHIPPED if path.stem != "tilt"}
     assert {"table1", "table2", "figure4", "table4", "table5", "figure6", "figure8-11"} <= set(plans)
     evaluated = [plan for plan in plans.values() if plan.benchmarks]
     assert len(evaluated) == len(plans) - 1
