@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from catpo.models.packing import hidden_and_logps, pack
 from catpo.planning.costs import SHARDED, Operations, per_process, sent_bytes
-from catpo.planning.sizes import operations
+from catpo.planning.sizes import Share, operations
 from catpo.training.lora import lora_config
 from catpo.training.pair_forward import add_pair_forward
 from tiny import llava, pairs
@@ -57,6 +57,11 @@ def test_each_part_is_worth_its_passes():
     assert Operations(0, 0, 0, 0).training(adapter=5, is_checkpointed=False, keeps_kl=False) == 3 * 5
 
 
+def row_of(length):
+    """A row that one pair has to itself."""
+    return Share(length, length**2)
+
+
 @pytest.mark.parametrize("keeps_kl", [False, True], ids=["plain", "kl"])
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("lora", [None, "lora(r=8)"], ids=["full", "lora"])
@@ -70,7 +75,7 @@ def test_operations_of_training_are_those_that_torch_counts(lora, is_checkpointe
     with torch.no_grad():
         hidden, _ = hidden_and_logps(family.unwrapped, batch)
     reference = {"reference_hidden": hidden, "direction": "policy||reference"} if keeps_kl else {}
-    forward, adapter = operations(family, [encoded], [encoded.length]), None
+    forward, adapter = operations(family, [encoded], [row_of(encoded.length)]), None
     if lora:
         family.model = get_peft_model(family.unwrapped, lora_config(lora, family))
         adapter = 2.0 * encoded.length * family.model.get_nb_trainable_parameters()[0]
@@ -95,13 +100,13 @@ def test_operations_of_scoring_are_those_that_torch_counts(name):
     encoded = family.encode(pairs(1)[0])
     with torch.no_grad(), counter() as counted:
         hidden_and_logps(family.unwrapped, pack(family, [encoded]))
-    assert operations(family, [encoded], [encoded.length]).forward == pytest.approx(counted.get_total_flops(), rel=0.15)
+    assert operations(family, [encoded], [row_of(encoded.length)]).forward == pytest.approx(counted.get_total_flops(), rel=0.15)
 
 
 def test_families_that_cannot_share_a_row_run_picture_and_prompt_twice():
     family = llava()
     encoded = family.encode(pairs(1)[0])
-    shared = operations(family, [encoded], [encoded.length])
+    shared = operations(family, [encoded], [row_of(encoded.length)])
     family.shares_prefix = False
-    twice = operations(family, [encoded], [encoded.length + len(encoded.prompt_ids)])
+    twice = operations(family, [encoded], [row_of(encoded.length + len(encoded.prompt_ids))])
     assert twice.tower == 2 * shared.tower and twice.head == shared.head and twice.linear > shared.linear

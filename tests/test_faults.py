@@ -175,6 +175,15 @@ def terminating(monkeypatch, owner, name, number, what=signal.SIGTERM):
     monkeypatch.setattr(owner, name, calls_it)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where pytest runs in the background of a shell, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("lora", "asked"), [("lora(r=4, alpha=8)", signal.SIGTERM), (None, signal.SIGINT)], ids=["lora, SIGTERM", "full, Ctrl-C"]
 )
@@ -221,7 +230,7 @@ def test_sigterm_lets_pairing_and_evaluation_finish_their_block(builtin, tmp_pat
         pair(output=tmp_path / "pairs", **given)
     terminating(monkeypatch, family, "generate", 1)
     asked = dict(model=family, benchmarks=["scenes(count=2)"], batch_size=2, max_new_tokens=4, progress=False)
-    with pytest.raises(Stopped, match=r"2 of \d+ answers are in"):
+    with pytest.raises(Stopped, match=r"4 of \d+ answers are in"):
         evaluate(output=tmp_path / "evaluation", **asked)
     assert evaluate(output=tmp_path / "evaluation", **asked) == evaluate(output=tmp_path / "whole", **asked)
 
@@ -239,6 +248,7 @@ def test_a_process_stopped_by_sigterm_has_exit_code_143(monkeypatch, capsys):
     assert "SIGTERM: 2 shards are there. Give the same command again to go on." in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_interrupts_at_once():
     stop = sigterm.Stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,9 @@ def test_every_signal_gives_one_finite_value_per_token(name):
     given = evidence(
         attention=random_attention(), token_embeddings=draw(TOKENS, WIDTH), patch_features=draw(PATCHES, WIDTH),
         logps=draw(TOKENS), view_logps=lambda view: draw(TOKENS),
-        hidden=lambda layer: (draw(TOKENS, WIDTH), draw(PATCHES, WIDTH)),
+        hidden=lambda layer: (draw(TOKENS, WIDTH), draw(PATCHES, WIDTH)), predicting=lambda: draw(TOKENS, WIDTH),
+        lens_hidden=lambda layer: draw(PATCHES, WIDTH), head_masses=lambda layer: draw(2, TOKENS).abs(),
     )  # fmt: skip
+    given = replace(given, response="a" * TOKENS, pieces=["a"] * TOKENS)
     values = registry.load("signals", name)(given)
     assert values.shape == (TOKENS,) and torch.isfinite(values).all()

@@ -179,7 +179,7 @@ def _by_tags(nouns: str) -> Finder:
 
     def found(text: str) -> tuple[list[Token], list[Thing]]:
         plain = tokens_of(text)
-        tags = tag([token.text for token in plain])
+        tags = tag([token.text for token in plain]) if plain else []  # TextBlob tags an empty text
         tokens = [replace(token, tag=tagged) for token, tagged in zip(plain, tags, strict=True)]
         things = [thing for run in _noun_runs(tokens) if (thing := _thing(tokens, run, known))]
         return tokens, _with_mentions(text, tokens, things)

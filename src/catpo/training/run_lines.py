@@ -24,7 +24,7 @@ BOARD = "runs"
 def figures(logs: Mapping[str, Any], prefix: str = "") -> str:
     """The figures of a log that are shown, on one line.
 
-    >>> figures({"loss": 0.69315, "rewards/margins": 0.01, "rewards/accuracies": 0.5, "learning_rate": 1.4e-6, "padding": 0.1})
+    >>> figures({"loss": 0.69314, "rewards/margins": 0.01, "rewards/accuracies": 0.5, "learning_rate": 1.4e-6, "padding": 0.1})
     'loss 0.6931, margin +0.010, accuracy 50%, lr 1.4e-06'
     """
     return ", ".join(form.format(logs[prefix + name]) for name, form in FIGURES.items() if prefix + name in logs)
