@@ -88,7 +88,7 @@ def test_help_takes_less_than_half_a_second_and_no_torch(command: str) -> None:
         "print(spent.user + spent.system, *heavy, file=sys.stderr)"
     )
     seconds = []
-    for _ in range(3):  # processor time, and the best of three: another process on the machine is not our slowness
+    for _ in range(6):  # processor time, and the best of six: another process on the machine is not our slowness
         arguments = [sys.executable, "-c", code, *command.split(), "--help"]
         spent, *heavy = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr.split()
         assert heavy == []
