@@ -10,6 +10,8 @@ from catpo.core.errors import UserError
 
 IMAGE = "<image>"
 """Stands in a prompt where a picture goes; a prompt without it has its pictures first."""
+DEFAULT_PROMPT = "Describe the image."
+"""Asked about pictures that come without a question."""
 Role = Literal["system", "user", "assistant"]
 Shown = TypeVar("Shown")
 

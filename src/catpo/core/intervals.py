@@ -62,6 +62,26 @@ def bootstrap_auroc(
     return results
 
 
+class Area(NamedTuple):
+    """An AUROC with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def auroc_between(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Area:
+    """`auroc` with the interval of `bootstrap_auroc`; all NaN without positives or without negatives.
+
+    >>> auroc_between([0.1, 0.8], [0, 1], [0, 0])
+    Area(value=1.0, low=1.0, high=1.0)
+    """
+    if len(np.unique(np.asarray(labels).astype(bool))) < 2:
+        return Area(float("nan"), float("nan"), float("nan"))
+    drawn = bootstrap_auroc(scores, labels, groups, resamples=resamples, seed=seed)
+    return Area(auroc(scores, labels), *interval(drawn))
+
+
 def bootstrap_indices(count: int, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.int64]:
     """Rows to draw, with replacement: [resamples, count], each in 0 … count - 1.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catpo.core.errors import UserError, did_you_mean
+from catpo.core.spec import Spec, check_options, parse
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -54,6 +55,17 @@ def load(kind: str, name: str) -> Any:
         loaded = foreign[name].load()
         return getattr(loaded, public, loaded)
     raise UserError(f"'{name}' is not one of the {kind}. {did_you_mean(name, names(kind))}")
+
+
+def opened(kind: str, text: str | Spec, *given: Any) -> Any:
+    """What the plugin named by `name(option=value)` makes of these options, after `given`.
+
+    Raises:
+        UserError: no such plugin or option.
+    """
+    spec = parse(text)
+    make = load(kind, spec.name)
+    return make(*given, **check_options(make, spec))
 
 
 def names(kind: str) -> list[str]:

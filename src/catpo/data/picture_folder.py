@@ -8,7 +8,6 @@ from catpo.core.errors import UserError, shown
 from catpo.core.types import Picture
 from catpo.files.inside import stay_inside
 
-DEFAULT_PROMPT = "Describe the image."
 ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif",
     ".jp2", ".j2k", ".ico",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from catpo.config.options import EvaluateOptions
 from catpo.core import registry
 from catpo.core.errors import UserError
-from catpo.core.spec import Spec, check_options, parse
+from catpo.core.spec import Spec, parse
 from catpo.data.read import read_samples
 from catpo.evaluation.benchmarks import Benchmark, Folder, FolderBenchmark, Item
 from catpo.runtime.skip_log import SkipLog
@@ -70,8 +70,7 @@ def open_tasks(
 def _open(
     spec: Spec, data: str | Path | None, limit: int | None, is_shuffled: bool, is_answered_here: bool, skipped: SkipLog
 ) -> Task:
-    make = registry.load("benchmarks", spec.name)
-    benchmark: Benchmark = make(**check_options(make, spec))
+    benchmark: Benchmark = registry.opened("benchmarks", spec)
     benchmark.is_answered_here = is_answered_here
     items, hashes = _items(spec, benchmark, data, skipped)
     if waits_for_answers(benchmark):

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from catpo.core.errors import UserError, first_line, shown
 from catpo.evaluation.folder import Evaluation, load_evaluation
 from catpo.evaluation.metric_names import metric_label
-from catpo.experiments.own_evaluations import evaluations_of
+from catpo.experiments.own_evaluations import ADAPTER, evaluations_of
 from catpo.files.checksums import describe_file
 from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json, write_json
@@ -33,7 +33,6 @@ from catpo.text.tables import for_markdown, markdown_table
 from catpo.training.hub import FAILURES
 from catpo.training.run_folder import CARD_FACTS, RUN, read_manifest
 
-ADAPTER = "adapter_config.json"
 PUSHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """How the names of a model's files end, besides its card."""
 PRIVATE = (MANIFEST,)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from catpo.core import registry
-from catpo.core.spec import Spec, check_options, parse
+from catpo.core.spec import Spec
 from catpo.core.types import Sample
 
 QUOTED = 300
@@ -79,7 +79,5 @@ def open_judge(text: str | Spec) -> Judge:
     Raises:
         UserError: no such judge or option.
     """
-    spec = parse(text)
-    make = registry.load("judges", spec.name)
-    judge: Judge = make(**check_options(make, spec))
+    judge: Judge = registry.opened("judges", text)
     return judge

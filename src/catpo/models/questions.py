@@ -102,18 +102,16 @@ def ask(
     words = words or YesNo.of(family)
     prefix: Prefix = "shared" if family.shares_prefix else "separate"
     margins: list[Float[Tensor, " questions"]] = []
-    was_training = family.model.training
-    family.model.eval()
     encoded = (_asked(family, item, texts) for item, texts in zip(items, questions, strict=True))
     for group in in_passes(encoded, batch_size, batch_tokens or pass_tokens(family, family.device)):
         counts = [len(item.questions) for item in group]
         doing = f"asking {sum(counts)} questions at once"
-        with memory.explained(doing, family.model, advice=memory.ANSWERING), torch.inference_mode():
+        explained = memory.explained(doing, family.model, advice=memory.ANSWERING)
+        with explained, family.answering(), torch.inference_mode():
             batch = to_device(pack(family, group, prefix=prefix), family.device)
             with family.recordable_attention(), read_at_responses(family.decoder):
                 hidden = run_backbone(family.unwrapped, batch).last_hidden_state
             margins += words.margins(asked_hidden(hidden, batch), family.head).cpu().split(counts)
-    family.model.train(was_training)
     return margins
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from catpo.core import registry
-from catpo.core.spec import check_options, parse
 from catpo.core.types import Sample
 from catpo.models.views import View
 
@@ -51,7 +50,5 @@ def open_decoding(text: str) -> Decoding:
     Raises:
         UserError: no such decoding or option.
     """
-    spec = parse(text)
-    make = registry.load("decodings", spec.name)
-    decoding: Decoding = make(**check_options(make, spec))
+    decoding: Decoding = registry.opened("decodings", text)
     return decoding

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catpo.core.errors import UserError
-from catpo.core.intervals import auroc, bootstrap_auroc, interval
+from catpo.core.intervals import auroc_between
 from catpo.core.types import SIDES
 from catpo.data.spool import spread
 from catpo.rewards.fusion import Bools, Floats, Fusion, find_signal
@@ -147,7 +147,4 @@ def _separation(
     scores: NDArray[np.floating], is_grounded: Bools, pair: NDArray[np.integer], resamples: int, seed: int
 ) -> Separation:
     grounded, hallucinated = int(is_grounded.sum()), int((~is_grounded).sum())
-    if not grounded or not hallucinated:
-        return Separation(math.nan, math.nan, math.nan, grounded, hallucinated)
-    low, high = interval(bootstrap_auroc(scores, is_grounded, pair, resamples=resamples, seed=seed))
-    return Separation(auroc(scores, is_grounded), low, high, grounded, hallucinated)
+    return Separation(*auroc_between(scores, is_grounded, pair, resamples=resamples, seed=seed), grounded, hallucinated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from catpo.core.types import PreferencePair, Sample
+from catpo.files.checksums import checksum
 from catpo.models.family import Family
 from catpo.models.memory import pass_tokens
 from catpo.models.questions import yes_less_no
@@ -161,4 +161,4 @@ def _judged(claim: Claim, logit: float | None) -> AnswerWord:
 
 
 def _digest(what: object) -> str:
-    return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
+    return checksum(repr(what).encode())

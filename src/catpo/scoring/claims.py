@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from catpo.core.checks import check_word
 from catpo.core.errors import UserError
 from catpo.files.json_files import read_json
-from catpo.text.object_words import classes, default_vocabulary
+from catpo.text.object_words import check_vocabulary, classes, default_vocabulary
 from catpo.text.things import TAGGERS, Finder, Thing, Token, finder
 
 KINDS = ("objects", "attributes", "counts", "relations")
@@ -210,6 +210,5 @@ def read_forms(file: str) -> Mapping[str, str]:
         UserError: it cannot be read, or maps no words to objects.
     """
     forms = read_json(file, made_by="")
-    if not forms or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
-        raise UserError(f'{file} must map words to objects, e.g. {{"dog": "dog", "puppies": "dog"}}.')
+    check_vocabulary(forms, file, may_be_empty=False)
     return forms

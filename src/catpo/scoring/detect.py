@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from catpo.config.command import command
 from catpo.config.options import DetectOptions
+from catpo.core.conversation import DEFAULT_PROMPT
 from catpo.core.errors import UserError
-from catpo.core.intervals import auroc, bootstrap_auroc, interval
+from catpo.core.intervals import auroc_between
 from catpo.core.spec import Spec
 from catpo.core.types import Picture, Sample
-from catpo.data.picture_folder import DEFAULT_PROMPT, pictures_in
+from catpo.data.picture_folder import pictures_in
 from catpo.data.read import read_samples
 from catpo.files.atomic import check_path
 from catpo.files.checksums import checksum
@@ -284,9 +283,6 @@ def judged_by_truth(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         logits += [word["logit"] for word in once.values()]
         labels += [int(word["in_picture"]) for word in once.values()]
         texts += [number] * len(once)
-    area, ends = math.nan, (math.nan, math.nan)
-    if 0 < sum(labels) < len(labels):
-        area, ends = auroc(logits, labels), interval(bootstrap_auroc(logits, labels, np.array(texts)))
-    figures = dict(zip(("value", "low", "high"), (area, *ends), strict=True))
+    figures = auroc_between(logits, labels, texts)._asdict()
     known = {name: None if math.isnan(figure) else figure for name, figure in figures.items()}
     return {**known, "in_picture": sum(labels), "not_in_picture": len(labels) - sum(labels)}

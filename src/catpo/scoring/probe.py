@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catpo.core.errors import UserError
-from catpo.core.intervals import auroc, bootstrap_auroc, interval
+from catpo.core.intervals import auroc_between
 from catpo.data.read import read_samples
 from catpo.rewards.store import RewardStore
 from catpo.rewards.word_rewards import Probe
@@ -161,9 +161,5 @@ class _Words:
         for name, part in parts.items():
             labels = present[part]
             counts = int(labels.sum()), int((1 - labels).sum())
-            area, low, high = math.nan, math.nan, math.nan
-            if all(counts):
-                area = auroc(values[part], labels)
-                low, high = interval(bootstrap_auroc(values[part], labels, self.pictures[part]))
-            rows.append(Row(score, name, area, low, high, *counts))
+            rows.append(Row(score, name, *auroc_between(values[part], labels, self.pictures[part]), *counts))
         return rows

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from catpo.core import registry
 from catpo.core.errors import UserError
-from catpo.core.intervals import auroc, bootstrap_auroc, interval
+from catpo.core.intervals import auroc, auroc_between
 from catpo.core.spec import Spec, parse
 from catpo.core.types import SIDES, UNRANKED, PreferencePair, Side
 from catpo.data.read import read_pairs, read_samples
@@ -170,15 +170,13 @@ class _Searching:
         bound = max(1, pass_tokens(self.family, self.family.device) // self.family.depth)
         others = OtherPictures(self.pairs)
         prepare = Preparation(self.family.reader(), self.pairs, others, BATCH, bound, None, self.settings.questions)
-        words, was_training = _Words(), self.family.model.training
-        self.family.model.eval()
-        with track(len(self.pairs), "Searching", "pairs", enabled=progress) as bar:
+        words = _Words()
+        with self.family.answering(), track(len(self.pairs), "Searching", "pairs", enabled=progress) as bar:
             for start in range(0, len(self.pairs), SHARD):
                 places = range(start, min(start + SHARD, len(self.pairs)))
                 for batch in prepare(Window(0, places, True, reads_another=False))[1]:
                     self._read(batch, words, others)
                     bar.advance(len(batch.places))
-        self.family.model.train(was_training)
         return words
 
     def _read(self, batch: Prepared, words: _Words, others: OtherPictures) -> None:
@@ -267,10 +265,8 @@ def _judged(signals: Sequence[str], words: _Words) -> list[Found]:
         if len({*labels.tolist()}) < 2:
             _tell_silent(signals[column], len(labels), int(is_judged.sum()))
             continue
-        area = auroc(scores, labels)
-        low, high = interval(bootstrap_auroc(scores, labels, pictures[is_said]))
         counts = int(labels.sum()), int((1 - labels).sum())
-        rows.append(Found(signals[column], chosen_from, area, low, high, *counts))
+        rows.append(Found(signals[column], chosen_from, *auroc_between(scores, labels, pictures[is_said]), *counts))
     return sorted(rows, key=lambda row: -row.auroc)
 
 

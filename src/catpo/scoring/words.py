@@ -6,9 +6,8 @@ a response names it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +20,11 @@ from torch import Tensor
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair, Sample
+from catpo.files.checksums import checksum
 from catpo.judges import Judge, as_verdicts, ask, open_judge
 from catpo.models.family import Family
 from catpo.models.output_head import OutputHead, token_probabilities
-from catpo.models.questions import Asked, yes_less_no
+from catpo.models.questions import yes_less_no
 from catpo.models.tensors import common_length
 from catpo.rewards.word_rewards import FEATURES
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
@@ -96,7 +96,7 @@ class WordSettings:
     def provenance(self, judge: Judge | None = None) -> dict[str, Any]:
         """As it stands in a store's `store.json`, with who `judge` is: another model may answer to the same name."""
         forms = sorted(self.forms.items())
-        digest = hashlib.blake2b(repr(forms).encode(), digest_size=16).hexdigest()
+        digest = checksum(repr(forms).encode())
         own = {"features": list(self.features), "floor": self.floor, "question": self.question, "vocabulary": digest}
         return own | ({"judge": self.judge} if self.judge else {}) | ({"judged_by": judge.identity} if judge else {})
 
@@ -169,12 +169,13 @@ class WordReader:
         self.first_tokens = _first_tokens(family, settings.forms)
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
-        self._asked: dict[tuple[str, str], float] = {}
+        self.answers: dict[tuple[str, str], float] = {}
+        """(digest of pictures, word) -> logit of yes less that of no."""
         self.judge = None if settings.judge is None else open_judge(settings.judge)
 
-    def forget(self) -> None:
-        """Ask anew from here on: what a shard holds must not depend on the shards before."""
-        self._asked = {}
+    def forget(self, *, but: Collection[str] = ()) -> None:
+        """Ask anew from here on, but about pictures with these digests: what a shard holds must not depend on those before."""
+        self.answers = {key: answer for key, answer in self.answers.items() if key[0] in but}
 
     @property
     def reads_patches(self) -> bool:
@@ -185,7 +186,7 @@ class WordReader:
         found = [self._found(read, head) for read in reads]
         pairs = [read.pair for read in reads]
         if "self_question" in self.settings.features:
-            self._ask(pairs, found)
+            self.ask(pairs, found)
         if self.judge is not None:
             self._judged(self.judge, pairs, found)
         return [self._rows_of(pair, words) for pair, words in zip(pairs, found, strict=True)]
@@ -229,19 +230,17 @@ class WordReader:
                     found[word]["patch_lens"] = max(lens[self._column[token]] for token in tokens)
         return found
 
-    def _ask(self, pairs: Sequence[PreferencePair], candidates: Sequence[Iterable[str]]) -> None:
-        """Ask about the words that were not asked about the same pictures before."""
+    def ask(self, items: Sequence[PreferencePair | Sample], candidates: Sequence[Iterable[str]]) -> None:
+        """Ask about each item's words that were not asked about the same pictures before."""
         new: dict[str, tuple[Sequence[Picture], dict[str, None]]] = {}
-        for pair, words in zip(pairs, candidates, strict=True):
-            digest = digest_of(pair.images)
-            of_pictures = new.setdefault(digest, (pair.images, {}))[1]
-            of_pictures |= {word: None for word in words if (digest, word) not in self._asked}
+        for item, words in zip(items, candidates, strict=True):
+            digest = digest_of(item.images)
+            of_pictures = new.setdefault(digest, (item.images, {}))[1]
+            of_pictures |= {word: None for word in words if (digest, word) not in self.answers}
         asked = [(images, [self.question(word) for word in words]) for images, words in new.values()]
-        for (digest, (_, words)), answers in zip(new.items(), self._answers(asked), strict=True):
-            self._asked |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
-
-    def _answers(self, asked: Sequence[Asked]) -> list[list[float]]:
-        return yes_less_no(self.family, asked, batch_tokens=self.batch_tokens)
+        said = yes_less_no(self.family, asked, batch_tokens=self.batch_tokens)
+        for (digest, (_, words)), answers in zip(new.items(), said, strict=True):
+            self.answers |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
 
     def question(self, word: str) -> str:
         """What is asked about a word."""
@@ -250,8 +249,8 @@ class WordReader:
     def _rows_of(self, pair: PreferencePair, words: Mapping[str, dict[str, float]]) -> list[WordRow]:
         labels, digest, rows = self._labels(pair), digest_of(pair.images), []
         for word, features in words.items():
-            if (digest, word) in self._asked:
-                features["self_question"] = self._asked[digest, word]
+            if (digest, word) in self.answers:
+                features["self_question"] = self.answers[digest, word]
             kept = {name: features[name] for name in self.settings.features}
             rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], labels.get(word, UNKNOWN), kept))
         return rows

@@ -10,6 +10,8 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
+from catpo.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Mention:
@@ -54,6 +56,13 @@ def classes() -> dict[str, ObjectClass]:
     """Name -> class, in alphabetical order, which is that of the sprite sheet."""
     rows = _table()["objects"]
     return {row["name"]: ObjectClass(**row | {key: tuple(row[key]) for key in ("synonyms", "contexts")}) for row in rows}
+
+
+def check_vocabulary(forms: Mapping[str, Any], where: object, *, may_be_empty: bool = True) -> None:
+    """Raise UserError unless words are mapped to objects: surface form -> object."""
+    is_empty = not forms and not may_be_empty
+    if is_empty or not all(isinstance(name, str) and name.strip() and form.strip() for form, name in forms.items()):
+        raise UserError(f'{where} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
 
 
 @lru_cache(maxsize=1)

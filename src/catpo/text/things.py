@@ -177,6 +177,7 @@ def _by_tags(nouns: str) -> Finder:
     tag(["a", "dog"])  # what is missing is said now
     known = _Nouns(english, english.has_wordnet())
 
+    @lru_cache(maxsize=1024)  # what is asked beside a pair is asked for again when its signals are read
     def found(text: str) -> tuple[list[Token], list[Thing]]:
         plain = tokens_of(text)
         tags = tag([token.text for token in plain]) if plain else []  # TextBlob tags an empty text

@@ -57,9 +57,7 @@ class Rescoring(TrainerCallback):
         if step % self.every or step >= state.max_steps:
             return
         family = self.family
-        was_training = family.model.training
-        family.model.eval()
-        with self.autocast():
+        with family.answering(), self.autocast():
             self.collator.weights_from = score_pairs(
                 self.pairs,
                 family,
@@ -70,7 +68,6 @@ class Rescoring(TrainerCallback):
                 progress=False,
                 dataloader_num_workers=args.dataloader_num_workers,
             )
-        family.model.train(was_training)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"rewards-step-{step}"

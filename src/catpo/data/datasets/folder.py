@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from catpo.core.conversation import IMAGE, Turn
+from catpo.core.conversation import DEFAULT_PROMPT, IMAGE, Turn
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.types import SIDES, Picture, PreferencePair, Sample, Span, check_pair, pair_id
 from catpo.data import datasets
@@ -27,8 +27,8 @@ from catpo.data.datasets._messages import dialogue
 from catpo.data.pair_folder import ABOUT, HASHED, ROWS
 from catpo.files.inside import stay_inside
 from catpo.files.json_files import read_json
+from catpo.text.object_words import check_vocabulary
 
-DEFAULT_PROMPT = "Describe the image."
 FIELDS = ("id", "image", "images", "prompt", "chosen", "rejected", "history", "labels", "meta", "references", "truth")
 KNOWN = frozenset(FIELDS)
 USUAL_FILES = (ROWS, "data.jsonl")
@@ -140,8 +140,7 @@ class Dataset(datasets.RowDataset):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file. Put a JSON file there that maps words to objects, or remove it.")
         words = read_json(path, made_by="")
-        if not all(isinstance(value, str) and key.strip() and value.strip() for key, value in words.items()):
-            raise UserError(f'{path} must map words to objects, e.g. {{"puppies": "dog", "dog": "dog"}}.')
+        check_vocabulary(words, path)
         return words
 
 

@@ -84,6 +84,11 @@ class Results:
         fixed = {f"CHAIRi at Cover {cover:g}": _at(cover) for cover in self.study.at_cover if _at(cover) in known}
         return columns | ({EQUAL_HEADING: EQUAL} if EQUAL in known else {}) | fixed
 
+    @property
+    def covers(self) -> list[float]:
+        """At which Covers rows are compared."""
+        return sorted({cover for row in self.rows for cover in row.ratios})
+
     def row(self, name: str) -> Result | None:
         return next((row for row in self.rows if row.name == name), None)
 
@@ -251,15 +256,14 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
     headings = ["", *(["learning rate"] if with_rates else []), *columns]
     if with_differences:
         headings.append(f"Δ vs {results.study.compared_with}")
-    covers = sorted({cover for row in results.rows for cover in row.ratios})
-    headings += [f"÷ {results.study.compared_with} at Cover {cover:g}" for cover in covers]
+    headings += [f"÷ {results.study.compared_with} at Cover {cover:g}" for cover in results.covers]
     rows = []
     for row in results.rows:
         cells = [row.name, *([_rate(row.rate)] if with_rates else [])]
         cells += [_mean(row.mean(metric)) for metric in columns.values()]
         if with_differences:
             cells.append(_difference(row.difference))
-        cells += [_ratio(row.ratios.get(cover)) for cover in covers]
+        cells += [_ratio(row.ratios.get(cover)) for cover in results.covers]
         rows.append(cells)
     return headings, rows
 
@@ -303,8 +307,7 @@ def as_csv(results: Results) -> str:
     """Every metric in full: value, low, high."""
     metrics = list(dict.fromkeys([*results.columns.values(), *results.metrics]))
     headings = ["row", "objective", "learning_rate", "seeds"]
-    covers = sorted({cover for row in results.rows for cover in row.ratios})
-    for name in (*metrics, "difference", *(f"ratio_at_{cover:g}" for cover in covers)):
+    for name in (*metrics, "difference", *(f"ratio_at_{cover:g}" for cover in results.covers)):
         headings += [name, f"{name}_low", f"{name}_high"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -313,7 +316,7 @@ def as_csv(results: Results) -> str:
         numbers: list[float] = []
         for metric in metrics:
             numbers += row.mean(metric)
-        for change in (row.difference, *(row.ratios.get(cover) for cover in covers)):
+        for change in (row.difference, *(row.ratios.get(cover) for cover in results.covers)):
             numbers += change or [math.nan] * 3
         objective = results.study.rows[row.name].objective or ""
         rate = "" if row.rate is None else f"{row.rate:g}"

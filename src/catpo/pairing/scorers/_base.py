@@ -35,9 +35,7 @@ def scorer(text: str | Spec, family: Family) -> Scorer:
     Raises:
         UserError: no such scorer or option, or it cannot be loaded.
     """
-    spec = parse(text)
-    make = registry.load("scorers", spec.name)
-    opened: Scorer = make(family, **check_options(make, spec))
+    opened: Scorer = registry.opened("scorers", text, family)
     return opened
 
 

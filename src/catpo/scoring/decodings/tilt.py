@@ -21,7 +21,7 @@ from catpo.models import memory
 from catpo.models.family import Family
 from catpo.models.output_head import token_probabilities
 from catpo.models.packing import pack, run_backbone
-from catpo.models.questions import in_passes, yes_less_no
+from catpo.models.questions import in_passes
 from catpo.models.tensors import pad_indices
 from catpo.models.transfer import to_device
 from catpo.rewards.word_rewards import WordReward
@@ -66,7 +66,6 @@ class Decoding(decodings.Decoding):
                 "answer is written. Give a JSON file of words, or leave vocabulary out for the built-in ones."
             )
         self._reader: WordReader | None = None
-        self._answers: dict[tuple[str, str], float] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,24 +75,17 @@ class Decoding(decodings.Decoding):
     def steering(self, family: Family, samples: Sequence[Sample]) -> Steering:
         """Asks about words as they come up, and adds their rewards. What was answered of the same pictures is kept."""
         if self._reader is None or self._reader.family is not family:
-            self._reader, self._answers = WordReader(family, self.settings), {}
+            self._reader = WordReader(family, self.settings)
         digests = [digest_of(sample.images) for sample in samples]
-        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in digests}
-        return _Asking(self._reader, self.reward, samples, digests, self._answers)
+        self._reader.forget(but=digests)
+        return _Asking(self._reader, self.reward, samples, digests)
 
 
 class _Asking:
     """What is known of the words of some samples while they are answered."""
 
-    def __init__(
-        self,
-        reader: WordReader,
-        reward: WordReward,
-        samples: Sequence[Sample],
-        digests: Sequence[str],
-        answers: dict[tuple[str, str], float],
-    ) -> None:
-        self.reader, self.reward, self.samples, self.digests, self.answers = reader, reward, samples, digests, answers
+    def __init__(self, reader: WordReader, reward: WordReward, samples: Sequence[Sample], digests: Sequence[str]) -> None:
+        self.reader, self.reward, self.samples, self.digests = reader, reward, samples, digests
         self.words = [*reader.first_tokens]
         self.tokens = sorted({token for tokens in reader.first_tokens.values() for token in tokens})
         columns = [[self.tokens.index(token) for token in reader.first_tokens[word]] for word in self.words]
@@ -130,23 +122,10 @@ class _Asking:
         likely = (now >= floor + math.log(TOGETHER)) & ~self.asked[rows] & comes_up.any(1, keepdim=True)
         new = [(int(rows[row]), word) for row, word in likely.nonzero().tolist()]
         if "self_question" in self.reward.reads:
-            self._answer(new)
+            self.reader.ask([self.samples[number] for number, _ in new], [[self.words[word]] for _, word in new])
         for number, word in new:
             self.asked[number, word] = True
-            self.said[number, word] = self.answers.get((self.digests[number], self.words[word]), 0.0)
-
-    def _answer(self, new: Sequence[tuple[int, int]]) -> None:
-        """Ask about words that have not been asked about the same pictures."""
-        open_words: dict[str, dict[str, int]] = {}
-        for number, word in new:
-            if (self.digests[number], self.words[word]) not in self.answers:
-                open_words.setdefault(self.digests[number], {})[self.words[word]] = number
-        asked = []
-        for words in open_words.values():
-            images = self.samples[next(iter(words.values()))].images
-            asked.append((images, [self.reader.question(word) for word in words]))
-        for (digest, words), answers in zip(open_words.items(), yes_less_no(self.reader.family, asked), strict=True):
-            self.answers |= {(digest, word): answer for word, answer in zip(words, answers, strict=True)}
+            self.said[number, word] = self.reader.answers.get((self.digests[number], self.words[word]), 0.0)
 
     def _rewards(self, rows: Int[Tensor, " answers"]) -> Float[Tensor, "answers words"]:
         """Of every word that is known, -inf elsewhere."""
