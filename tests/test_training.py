@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,9 @@ def test_a_resumed_run_with_adaptive_rewards_has_the_weights_of_an_undisturbed_o
     resumed = interrupted_and_resumed(folder, store, tmp_path / "killed", 5, **options)  # scored in steps 2 and 4, saved in 3
     weights = [(run.model / "adapter_model.safetensors").read_bytes() for run in (whole, resumed)]
     assert weights[0] == weights[1]
+    shutil.rmtree(resumed.model)  # killed behind the last checkpoint, of step 6, in which nothing is scored
+    training(folder, store, tmp_path / "killed", **options, resume=True)
+    assert (resumed.model / "adapter_model.safetensors").read_bytes() == weights[0]
 
 
 def test_adaptive_rewards_ask_for_an_objective_with_weights(folder, store, tmp_path):

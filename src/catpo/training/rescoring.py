@@ -48,7 +48,7 @@ class Rescoring(TrainerCallback):
             step = folder.name.rpartition("-")[2]
             if step.isdecimal() and int(step) > state.global_step:
                 shutil.rmtree(folder)
-        last = state.global_step - state.global_step % self.every
+        last = min(state.global_step, state.max_steps - 1) // self.every * self.every  # the last step scores nothing
         if last:
             self.collator.weights_from = RewardStore.open(self._path(last))
 
