@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -111,9 +112,13 @@ def _followed(name: str, root: Path) -> tuple[Path | None, int]:
         path = f"{path}/{parts.pop(0)}"
         mode = _mode(path)
     if not stat.S_ISLNK(mode):
-        return Path(path), mode
+        return _path(path), mode
     resolved = (root / name).resolve()
     return (resolved, _mode(resolved)) if resolved.is_relative_to(root) else (None, 0)
+
+
+_path = lru_cache(10_000)(Path)
+"""Rows often share pictures, and a path takes as long to make as its file to find."""
 
 
 def _mode(path: str | Path) -> int:
