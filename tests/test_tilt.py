@@ -8,12 +8,15 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import training_runs
 from catpo.core.errors import UserError
 from catpo.data.read import read_samples
+from catpo.files.checksums import checksum
+from catpo.files.json_files import read_json, write_json
 from catpo.judges import Judge, as_verdicts, ask, open_judge
 from catpo.judges._requests import request_of
 from catpo.models import loading
@@ -21,6 +24,7 @@ from catpo.models.output_head import token_stats
 from catpo.models.questions import YesNo, yes_less_no
 from catpo.models.tilt import Tilt, TiltedHead
 from catpo.rewards.store import RewardStore
+from catpo.rewards.word_prefixes import WordPrefixes
 from catpo.rewards.word_rewards import Probe, WordReward
 from catpo.rewards.words import WordRow, by_pictures, from_bytes, to_bytes
 from catpo.runtime.skip_log import SkipLog
@@ -30,6 +34,7 @@ from catpo.scoring.settings import PAPER_SETTINGS
 from catpo.scoring.words import WordSettings
 from catpo.testing import loss_from_logits
 from test_head import DIRECTIONS, LargestTensor, plain, problem
+from test_word_prefixes import slow_tilt as slow_tilt_of_words
 from tiny import llava, pairs
 
 TILT = Tilt(
@@ -140,8 +145,8 @@ def test_a_word_is_rewarded_by_its_label_else_by_the_log_sigmoid_and_a_shared_to
     table = by_pictures(rows(), ["self_question"])["P"]
     log_sigmoid = -math.log1p(math.exp(1.5))
     assert WordReward.of("self_question").of_words(table).tolist() == pytest.approx([0.0, -6.0, 2 * log_sigmoid])
-    ids, rewards = WordReward.of("self_question").of_tokens(table)
-    assert dict(zip(ids.tolist(), rewards.tolist(), strict=True)) == pytest.approx({7: 0.0, 9: 0.0, 5: 2 * log_sigmoid})
+    rewards = WordReward.of("self_question").of_tokens(table).rewards()
+    assert rewards == pytest.approx({7: 0.0, 9: 0.0, 5: 2 * log_sigmoid})
     unlabelled = WordReward.of("self_question(labels=False, scale=3.0, slope=2.0, offset=1.0, floor=-4.0)").of_words(table)
     assert unlabelled.tolist() == pytest.approx([-3 * math.log1p(math.exp(-4)), -4.0, -4.0])
 
@@ -220,26 +225,73 @@ def test_the_features_of_words_are_those_of_whole_logits(scored):
         assert table.features["self_question"][row] == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_training_step_is_the_divergence_on_plain_logits(scored, tmp_path):
-    family, store = scored
-    options = {"objective": "tilt(answers='both')", "rewards": str(store.path), "max_steps": 1}
-    run = training_runs.trainer(llava(), tmp_path, pairs(6), **options)
+def losses_of(store, tmp_path, objective):
+    """Of three pairs, after a change of the policy's weights that is the same each time; and the policy."""
+    run = training_runs.trainer(llava(), tmp_path, pairs(6), objective=objective, rewards=str(store.path), max_steps=1)
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in run.family.unwrapped.parameters():
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
     batch = run.data_collator(pairs(6)[:3])
-    losses = run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses
-    for pair, loss in zip(pairs(6)[:3], losses.tolist(), strict=True):
-        ids, rewards = WordReward.of("self_question").of_tokens(store.words(pair))
+    return run.objective.loss(run.pair_stats(run.model, batch), **run.objective.options).losses.tolist(), run.family
+
+
+def test_a_training_step_is_the_divergence_on_plain_logits(scored, tmp_path):
+    family, store = scored
+    losses, policy = losses_of(store, tmp_path, "tilt(answers='both')")
+    for pair, loss in zip(pairs(6)[:3], losses, strict=True):
         given = {"policy": {}, "reference": {}, "tokens": family.encode(pair).response_ids}
         for side in ("chosen", "rejected"):
-            given["policy"][side] = logits_of(run.family, pair, side)[0].double().numpy()
+            given["policy"][side] = logits_of(policy, pair, side)[0].double().numpy()
             given["reference"][side] = logits_of(family, pair, side)[0].double().numpy()
-        token_rewards = dict(zip(ids.tolist(), rewards.tolist(), strict=True))
+        token_rewards = WordReward.of("self_question").of_tokens(store.words(pair)).rewards()
         assert token_rewards and min(token_rewards.values()) < 0
         expected = loss_from_logits("tilt(answers='both')", **given, token_rewards=token_rewards)
         assert loss == pytest.approx(expected, rel=2e-4)
+    assert all(len(form) == 1 for forms in store.words(pairs(6)[0]).forms for form in forms)
+    assert losses_of(store, tmp_path / "word", "tilt(answers='both', tokens='word')")[0] == losses  # to the digit
+
+
+def test_a_training_step_on_whole_words_is_the_slow_divergence_on_plain_logits(tmp_path):
+    """ "red square" and "red circle" begin with the same token, "square" with that of "square table"."""
+    family, forms = llava(), ("square", "square table", "red square", "red circle", "red", "cat", "cats", "a cat")
+    (tmp_path / "words.json").write_text(json.dumps({form: form for form in forms}))
+    words = WordSettings(("self_question",), 0.002, "Is there {} in the image?", str(tmp_path / "words.json"))
+    settings = replace(PAPER_SETTINGS, words=words)
+    store = score_pairs(pairs(6), family, tmp_path / "store", settings, progress=False)
+    losses, policy = losses_of(store, tmp_path / "run", "tilt(answers='both', tokens='word')")
+    tables = 0
+    for pair, loss in zip(pairs(6)[:3], losses, strict=True):
+        table, expected = store.words(pair), 0.0
+        rewards = dict[tuple[int, ...], float]()
+        for written, reward in zip(table.forms, WordReward.of("self_question").of_words(table).tolist(), strict=True):
+            rewards |= {form: max(reward, rewards.get(form, reward)) for form in written}
+        for side, ids in family.encode(pair).response_ids.items():
+            own, reference = (logits_of(model, pair, side)[0].double().numpy() for model in (policy, family))
+            expected += slow_tilt_of_words(own, reference, ids, rewards, DIRECTIONS[1])
+        assert loss == pytest.approx(expected, rel=2e-4)
+        tables += len({prefix for ids in family.encode(pair).response_ids.values() for prefix in prefixes_of(rewards, ids)})
+    assert tables > 3 and losses != losses_of(store, tmp_path / "first", "tilt(answers='both')")[0]
+    for file in store.path.glob("shards/*.words.parquet"):  # as earlier versions wrote it
+        rewritten(file)
+    old = RewardStore.open(store.path)
+    assert old.words(pairs(6)[0]).token_ids == store.words(pairs(6)[0]).token_ids
+    with pytest.raises(UserError, match="earlier version.*Score the pairs again with --words, or give tokens='first'"):
+        losses_of(old, tmp_path / "old", "tilt(tokens='word')")
+    losses_of(old, tmp_path / "old", "tilt(answers='both')")
+
+
+def prefixes_of(rewards, ids):
+    return WordPrefixes(rewards.items()).open_before(ids)
+
+
+def rewritten(file):
+    """The words of a shard without their forms."""
+    pq.write_table(pq.read_table(file).drop_columns(["forms"]), file)
+    sums = file.with_name(file.name.replace(".words.parquet", ".json"))
+    known = {name: value for name, value in read_json(sums).items() if name != "catpo_checksum"}
+    write_json(sums, known | {file.name: checksum(file.read_bytes())})
 
 
 def test_training_scores_what_it_reads_itself_and_comes_nearer_to_the_tilted_reference(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import Spec, parse
 from catpo.core.types import SIDES, Side
+from catpo.rewards.word_prefixes import Tokens, WordPrefixes
 from catpo.training.objectives import PairStats, build
 from catpo.training.pair_stats import Quantity
 
@@ -25,7 +26,7 @@ def loss_from_logits(
     tokens: Mapping[str, Sequence[int]],
     reference: Mapping[str, Any] | None = None,
     weights: Mapping[str, Sequence[float]] | None = None,
-    token_rewards: Mapping[int, float] | None = None,
+    token_rewards: Mapping[int | Tokens, float] | None = None,
 ) -> float:
     """The loss of the objective `spec` on one pair.
 
@@ -38,7 +39,7 @@ def loss_from_logits(
         reference: the same as `policy` of the reference, for objectives that have one.
         weights: token weights of each side (default: 1), for objectives that weight tokens: `catpo`, or any other with
             `weights='catpo'`.
-        token_rewards: token id -> reward, for `tilt`; others have 0.
+        token_rewards: token id, or the token ids of a word in a tuple -> reward, for `tilt`; others have 0.
 
     Raises:
         UserError: the objective does not exist, or reads logits that are not given.
@@ -62,9 +63,9 @@ class _Pair:
         reference: Mapping[str, Any],
         tokens: Mapping[str, Sequence[int]],
         weights: Mapping[str, Sequence[float]] | None,
-        token_rewards: Mapping[int, float],
+        token_rewards: Mapping[int | Tokens, float],
     ) -> None:
-        self.token_rewards = token_rewards
+        self.words = [(key if isinstance(key, tuple) else (key,), reward) for key, reward in token_rewards.items()]
         self.tokens = {side: torch.as_tensor(list(tokens[side]), dtype=torch.long) for side in SIDES}
         self.weights = weights or {side: [1.0] * len(self.tokens[side]) for side in SIDES}
         self.logits: dict[str, dict[str, Tensor]] = {"policy": {}, "reference": {}}
@@ -99,7 +100,7 @@ class _Pair:
         if name == "kl":
             of_models = {model: self._logits(model, side) for model in ("policy", "reference")}
             if quantity.reward:
-                of_models["reference"] = self._tilted(of_models["reference"])
+                of_models["reference"] = self._tilted(of_models["reference"], side, quantity.tokens)
             p, q = (of_models[model].log_softmax(-1) for model in quantity.argument.split("||"))
             return (p.exp() * (p - q)).sum(-1)
         if name == "judge_logps":
@@ -111,11 +112,14 @@ class _Pair:
             return _at(logits.argmax(-1), self._logits(model, side).log_softmax(-1))
         return _at(tokens, logits if name.endswith("logits") else logits.log_softmax(-1))
 
-    def _tilted(self, logits: Tensor) -> Tensor:
-        """The reference's logits with the token rewards added."""
+    def _tilted(self, logits: Tensor, side: Side, rewarded: str) -> Tensor:
+        """The reference's logits with the rewards of words added."""
         tilted = logits.clone()
-        for token, reward in self.token_rewards.items():
-            tilted[:, token] += reward
+        words = self.words if rewarded == "word" else [(tokens[:1], reward) for tokens, reward in self.words]
+        prefixes = WordPrefixes(words)
+        for row, prefix in enumerate(prefixes.open_before(self.tokens[side].tolist())):
+            for token, reward in prefixes.rewards(prefix).items():
+                tilted[row, token] += reward
         return tilted
 
     def _logits(self, model: str, side: Side, view: str | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from catpo.core.errors import UserError, did_you_mean
 from catpo.core.spec import check_options, parse
 from catpo.files.json_files import read_json, write_json
+from catpo.rewards.word_prefixes import WordPrefixes
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordTable
 
 FEATURES = ("self_question", "patch_lens", "log_prob", "judge")
@@ -158,15 +159,14 @@ class WordReward:
             rewards = np.where(table.labels == REMOVED, self.removed, np.where(table.labels == KEPT, 0.0, rewards))
         return rewards
 
-    def of_tokens(self, table: WordTable) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Token ids, each once, and their rewards: of words that begin with the same token the best counts."""
-        best: dict[int, float] = {}
+    def of_tokens(self, table: WordTable, tokens: str = "first") -> WordPrefixes:
+        """What tokens are rewarded with: the first of each word, or (`word`) every one."""
         if not table.words:
-            return np.array([], dtype=np.int64), np.array([], dtype=np.float32)
-        for ids, reward in zip(table.token_ids, self.of_words(table).tolist(), strict=True):
-            for token in ids:
-                best[token] = max(reward, best.get(token, -math.inf))
-        return np.array(list(best), dtype=np.int64), np.array(list(best.values()), dtype=np.float32)
+            return WordPrefixes(())
+        firsts = [[(token,) for token in ids] for ids in table.token_ids]
+        forms = table.forms if tokens == "word" else firsts
+        rewards = self.of_words(table).tolist()
+        return WordPrefixes((form, reward) for of_word, reward in zip(forms, rewards, strict=True) for form in of_word)
 
 
 def _options(

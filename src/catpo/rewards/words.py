@@ -26,8 +26,9 @@ COLUMNS = {
     "word": pa.string(),
     "token_ids": pa.list_(pa.int32()),
     "label": pa.int8(),
+    "forms": pa.list_(pa.list_(pa.int32())),
 }
-"""Columns beside one of float32 per feature."""
+"""Columns beside one of float32 per feature. Stores of earlier versions have no `forms`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class WordRow:
     """1 if the pair keeps or inserts the word, 0 if it removes it, -1 if it says nothing."""
     features: Mapping[str, float]
     """What the reference says of it, e.g. `self_question`."""
+    forms: tuple[tuple[int, ...], ...] = ()
+    """All tokens of each way to write the word; none where only the first are known."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class WordTable:
     labels: NDArray[np.integer]
     features: Mapping[str, NDArray[np.floating]]
     """[words] each."""
+    forms: Sequence[Sequence[tuple[int, ...]]] = ()
 
     def columns(self, names: Sequence[str]) -> NDArray[np.float64]:
         """Features of every word, [words, names]."""
@@ -100,16 +104,28 @@ def from_bytes(content: bytes, features: Sequence[str]) -> Iterator[WordRow]:
     except (pa.ArrowException, OSError) as error:
         raise UserError("the words are not a Parquet file") from error
     kinds = {**COLUMNS, **dict.fromkeys(features, pa.float32())}
+    if "forms" not in table.column_names:
+        del kinds["forms"]
     for name, kind in kinds.items():
         if name not in table.column_names or table.schema.field(name).type != kind or table[name].null_count:
             raise UserError(f"column '{name}' of the words is missing, has empty cells, or is of another kind than {kind}")
     for row in table.select(list(kinds)).to_pylist():
         of_row = {name: row.pop(name) for name in features}
-        if not row["token_ids"] or min(row["token_ids"]) < 0 or row["label"] not in (REMOVED, KEPT, UNKNOWN):
+        token_ids, forms = tuple(row["token_ids"]), tuple(map(_tuple, row.get("forms", ())))
+        is_written = all(map(_are_ids, (token_ids, *forms))) and (not forms or {form[0] for form in forms} == {*token_ids})
+        if not is_written or row["label"] not in (REMOVED, KEPT, UNKNOWN):
             raise UserError(f"the word '{row['word']}' has token ids or a label that `catpo score` does not write")
         if not np.isfinite(list(of_row.values())).all():
             raise UserError(f"the word '{row['word']}' has a feature that is not finite")
-        yield WordRow(**row | {"token_ids": tuple(row["token_ids"])}, features=of_row)
+        yield WordRow(**row | {"token_ids": token_ids, "forms": forms}, features=of_row)
+
+
+def _tuple(form: Sequence[int | None] | None) -> tuple[int | None, ...]:
+    return tuple(form or ())
+
+
+def _are_ids(tokens: Sequence[int | None]) -> bool:
+    return bool(tokens) and all(token is not None and token >= 0 for token in tokens)
 
 
 def by_pictures(rows: Sequence[WordRow], features: Sequence[str]) -> dict[str, WordTable]:
@@ -129,6 +145,7 @@ def _table(words: Mapping[str, Sequence[WordRow]], features: Sequence[str]) -> W
         token_ids=[rows[0].token_ids for rows in words.values()],
         labels=np.array([_label(rows) for rows in words.values()], dtype=np.int8),
         features={name: np.array([each[name] for each in features_of_words]) for name in features},
+        forms=[rows[0].forms for rows in words.values()],
     )
 
 

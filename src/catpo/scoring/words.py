@@ -166,7 +166,8 @@ class WordReader:
 
     def __init__(self, family: Family, settings: WordSettings, batch_tokens: int | None = None) -> None:
         self.family, self.settings, self.batch_tokens = family, settings, batch_tokens
-        self.first_tokens = _first_tokens(family, settings.forms)
+        self.token_forms = _token_forms(family, settings.forms)
+        self.first_tokens = {word: tuple(sorted({form[0] for form in forms})) for word, forms in self.token_forms.items()}
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
         self._column = {token: column for column, token in enumerate(self._every.tolist())}
         self.answers: dict[tuple[str, str], float] = {}
@@ -252,7 +253,8 @@ class WordReader:
             if (digest, word) in self.answers:
                 features["self_question"] = self.answers[digest, word]
             kept = {name: features[name] for name in self.settings.features}
-            rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], labels.get(word, UNKNOWN), kept))
+            label, forms = labels.get(word, UNKNOWN), self.token_forms[word]
+            rows.append(WordRow(pair.id, digest, word, self.first_tokens[word], label, kept, forms))
         return rows
 
     def _labels(self, pair: PreferencePair) -> dict[str, int]:
@@ -276,18 +278,20 @@ def _log(probability: float) -> float:
     return float(torch.tensor(probability).log())
 
 
-def _first_tokens(family: Family, forms: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Object -> the tokens with which one of its forms begins inside an answer; objects without such a token are left out."""
+def _token_forms(family: Family, forms: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Object -> the tokens of its forms inside an answer, of those whose first token stands for a word by itself; objects
+    without such a form are left out.
+    """
     before = family.token_ids(LEAD)
-    tokens: dict[str, set[int]] = {}
+    tokens: dict[str, set[tuple[int, ...]]] = {}
     for form, name in forms.items():
         inside = family.token_ids(f"{LEAD} {form}")
         common = common_length(before, inside)
         text = family.tokenizer.decode(inside[common : common + 1]).strip()
         if common < len(inside) and (len(text) >= SHORTEST or text == form):
-            tokens.setdefault(name, set()).add(inside[common])
+            tokens.setdefault(name, set()).add(tuple(inside[common:]))
     if not tokens:
         raise UserError(
             f"{family.model_id}: no word of the vocabulary begins with a token of its own. Give another vocabulary."
         )
-    return {name: tuple(sorted(ids)) for name, ids in tokens.items()}
+    return {name: tuple(sorted(of_word)) for name, of_word in tokens.items()}

@@ -20,6 +20,7 @@ from catpo.models.tensors import common_length, pad_indices
 from catpo.models.transfer import HostBatch
 from catpo.rewards.fusion import Fusion
 from catpo.rewards.store import RewardStore
+from catpo.rewards.word_prefixes import Tokens
 from catpo.rewards.word_rewards import WordReward
 from catpo.training.pair_stats import Needs, Quantity, kl_need
 
@@ -89,11 +90,14 @@ class PairCollator:
         return batch
 
     @cached_property
+    def _divergence(self) -> Quantity | None:
+        return kl_need(self.needs)
+
+    @cached_property
     def _word_reward(self) -> WordReward | None:
-        divergence = kl_need(self.needs)
-        if divergence is None or not divergence.reward or self.rewards is None:
+        if self._divergence is None or not self._divergence.reward or self.rewards is None:
             return None
-        return WordReward.of(divergence.reward).ready([*self.rewards.words_by_pictures.values()])
+        return WordReward.of(self._divergence.reward).ready([*self.rewards.words_by_pictures.values()])
 
     def _tilt(
         self,
@@ -102,16 +106,25 @@ class PairCollator:
         encoded: Sequence[Encoded],
         responses: Sequence[tuple[str, Side]],
     ) -> Batch:
-        """What tilts the reference: a table of token rewards per pair, and which of them each response token reads."""
-        assert self._word_reward is not None
-        tables = [self._word_reward.of_tokens(rewards.words(pair)) for pair in pairs]
+        """What tilts the reference: a table of token rewards per pair and beginning of a word in its responses, and which of
+        them each response token reads.
+        """
+        assert self._word_reward is not None and self._divergence is not None
+        words = [self._word_reward.of_tokens(rewards.words(pair), self._divergence.tokens) for pair in pairs]
         numbers = {item.pair_id: number for number, item in enumerate(encoded)}
-        of_responses = [numbers[pair_id] for pair_id, _ in responses]
-        counts = [len(encoded[numbers[pair_id]].response_ids[side]) for pair_id, side in responses]
+        tables: dict[tuple[int, Tokens], int] = {}  # number of a pair, and the beginning of a word in one of its responses
+        read = []
+        for pair_id, side in responses:
+            number = numbers[pair_id]
+            for prefix in words[number].open_before(encoded[number].response_ids[side]):
+                read.append(tables.setdefault((number, prefix), len(tables)))
+        entries = [words[number].rewards(prefix) for number, prefix in tables]
         return {
-            "ids": pad_indices([ids.tolist() for ids, _ in tables]),
-            "rewards": pad_sequence([torch.from_numpy(values) for _, values in tables], batch_first=True),
-            "table": torch.tensor(of_responses).repeat_interleave(torch.tensor(counts)),
+            "ids": pad_indices([[*each] for each in entries]),
+            "rewards": pad_sequence(
+                [torch.tensor([*each.values()], dtype=torch.float32) for each in entries], batch_first=True
+            ),
+            "table": torch.tensor(read),
         }
 
     def _reference_distribution(self, rewards: RewardStore, responses: Sequence[tuple[str, Side]]) -> Batch:
@@ -119,7 +132,7 @@ class PairCollator:
 
         `responses` are those of the rows, each once.
         """
-        reads_kl = kl_need(self.needs) is not None
+        reads_kl = self._divergence is not None
         if (reads_kl or self.keeps_hidden) and rewards.has_hidden:
             return {"reference_hidden": torch.cat([_hidden(rewards, *response) for response in responses])}
         if not (reads_kl and rewards.has_top):

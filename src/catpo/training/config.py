@@ -232,7 +232,7 @@ def check_store(store: RewardStore, objective: Objective, reference: str) -> Non
             "give reference='online', or set kl_weight=0."
         )
     if divergence and divergence.reward:
-        _check_words(store, objective, reference, divergence.reward)
+        _check_words(store, objective, reference, divergence)
 
 
 def words_read(objective: Objective) -> WordSettings | None:
@@ -244,7 +244,7 @@ def words_read(objective: Objective) -> WordSettings | None:
     return WordSettings.of(Spec("words", {"features": list(reads)} if reads else {}))
 
 
-def _check_words(store: RewardStore, objective: Objective, reference: str, reward: str) -> None:
+def _check_words(store: RewardStore, objective: Objective, reference: str, divergence: Quantity) -> None:
     """Raises UserError if the objective rewards words and the store lacks what it reads for that."""
     if reference == "cached" and not store.has_hidden:
         raise UserError(
@@ -255,7 +255,7 @@ def _check_words(store: RewardStore, objective: Objective, reference: str, rewar
         raise UserError(
             f"{store.path} holds no words, which {objective.spec} rewards. Score the pairs again with --words words."
         )
-    rewarded = WordReward.of(reward)
+    rewarded = WordReward.of(divergence.reward)
     for feature in rewarded.reads:
         if feature not in store.word_features:
             held = ", ".join(store.word_features) or "nothing"
@@ -263,7 +263,13 @@ def _check_words(store: RewardStore, objective: Objective, reference: str, rewar
                 f"{store.path} holds no '{feature}' of words (it holds {held}), which {objective.spec} reads. Score the pairs "
                 "again with --words."
             )
-    rewarded.ready([*store.words_by_pictures.values()])
+    tables = [*store.words_by_pictures.values()]
+    rewarded.ready(tables)
+    if divergence.tokens == "word" and not all(forms for table in tables for forms in table.forms):
+        raise UserError(
+            f"{store.path} was scored by an earlier version, which kept only the first tokens of words; {objective.spec} "
+            "rewards all of them. Score the pairs again with --words, or give tokens='first'."
+        )
 
 
 def check_rescoring(rescore_every: int, objective: Objective, dataloader_num_workers: int | None, processes: int) -> None:

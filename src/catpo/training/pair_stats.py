@@ -36,6 +36,8 @@ class Quantity:
     """Of a `meta` number that a pair lacks."""
     reward: str = ""
     """Of a `kl` to the tilted reference: what the reference is tilted by."""
+    tokens: str = "first"
+    """Which tokens of a word the reward acts on."""
 
     @property
     def model(self) -> str | None:
@@ -127,18 +129,21 @@ class PairStats(ModelStats):
         _check_direction(direction)
         return self.read(Quantity("kl", argument=direction))
 
-    def tilted_kl(self, reward: str, direction: str = "reference||policy") -> Float[Tensor, "pairs 2 tokens"]:
+    def tilted_kl(
+        self, reward: str, direction: str = "reference||policy", tokens: str = "first"
+    ) -> Float[Tensor, "pairs 2 tokens"]:
         """KL between the policy and the reference tilted by the rewards of words, in nats, with gradient to the policy.
 
         Args:
             reward: how words are rewarded, see `catpo.rewards.word_rewards.WordReward`.
             direction: as in `kl`, with the tilted reference in the place of the reference.
+            tokens: `first` rewards the first token of a word, `word` every one, see `catpo.rewards.word_prefixes.WordPrefixes`.
 
         Raises:
             UserError: the direction is not known.
         """
         _check_direction(direction)
-        return self.read(Quantity("kl", argument=direction, reward=reward))
+        return self.read(Quantity("kl", argument=direction, reward=reward, tokens=tokens))
 
     def judge_logps(self, judge: str) -> Float[Tensor, "pairs 2 tokens"]:
         """Log-probs of y_t under another checkpoint, which scored the pairs into the store `judge`."""

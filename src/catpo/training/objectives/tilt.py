@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from catpo.core.checks import check_word
 from catpo.core.types import SIDES
 from catpo.models.tensors import masked_sum
+from catpo.rewards.word_prefixes import REWARDED
 from catpo.training.objectives import LossOutput, PairStats, output
 
 ANSWERS = (*SIDES, "both")
@@ -16,6 +17,7 @@ def loss(
     stats: PairStats,
     *,
     reward: str = "self_question",
+    tokens: str = "first",
     kl_direction: str = "reference||policy",
     answers: str = "rejected",
     tilt_weight: float = 1.0,
@@ -29,6 +31,8 @@ def loss(
 
     Args:
         reward: where the rewards of words come from, e.g. `probe(file='probe.json')`; see docs/reference/methods.md.
+        tokens: of a word of several, first rewards the first, word all of them: what a beginning was granted is taken back
+            where the word is not finished.
         kl_direction: reference||policy is KL(q || pi); policy||reference is KL(pi || q).
         answers: the side that holds the model's own answers; of pairs by `sampled`, both.
         tilt_weight: of the divergence.
@@ -36,10 +40,11 @@ def loss(
         beta: of the DPO loss.
     """
     check_word("tilt", "answers", answers, ANSWERS)
+    check_word("tilt", "tokens", tokens, REWARDED)
     ratios = stats.sum(stats.policy_logps - stats.reference_logps)  # (pair, side)
     chosen, rejected = ratios.unbind(1)
     preference = -F.logsigmoid(beta * (chosen - rejected))
-    divergence = masked_sum(stats.tilted_kl(reward, kl_direction), stats.mask)  # (pair, side)
+    divergence = masked_sum(stats.tilted_kl(reward, kl_direction, tokens), stats.mask)  # (pair, side)
     own = divergence.sum(1) if answers == "both" else divergence[:, SIDES.index(answers)]
     losses = tilt_weight * own + (dpo_weight * preference if dpo_weight else 0.0)
     figures = {"tilt/divergence": own}
