@@ -254,6 +254,8 @@ def test_only_a_command_that_goes_on_says_so(tmp_path: Path) -> None:
         (["train", *REQUIRED["train"], "--per-device-batch-size", "1"], "write per_device_train_batch_size"),
         (["train", *REQUIRED["train"], "--train_micro_batch_size_per_gpu", "1"], "write per_device_train_batch_size"),
         (["train", *REQUIRED["train"], "--loss_type", "ipo"], "the loss is the objective"),
+        (["train", "--loss_type", "ipo"], "the loss is the objective"),
+        (["train", "--model_name_or_path=x", "--lr", "1"], "write model."),
         (["train", *REQUIRED["train"], "--pref-loss", "orpo"], "the loss is the objective"),
         (["train", *REQUIRED["train"], "--pref-beta", "0.1"], "give it in the objective"),
         (["train", *REQUIRED["train"], "--lora-rank", "8"], "write lora="),

@@ -78,6 +78,8 @@ def test_what_nobody_can_act_on_is_hidden_and_the_rest_is_not():
         quiet.prepare()
         warnings.warn("use another name", FutureWarning, stacklevel=1)
         warnings.warn("Could not find a config file in builtin - will assume that ...", stacklevel=1)
+        lookup = "due to the following error [Errno -2] Name or service not known - silently ignoring the lookup for the file"
+        warnings.warn(f"Unable to fetch remote file {lookup} config.json in builtin.", stacklevel=1)
         warnings.warn("this matters", stacklevel=1)
     assert [str(warning.message) for warning in warned] == ["this matters"]
     for name, beginning in quiet.LOGGED.items():

@@ -52,6 +52,7 @@ def test_the_card_says_how_the_model_was_made_and_plain_libraries_load_it(finish
     assert "More Information" not in text and str(folder.parent) not in text
     assert (data.library_name, data.pipeline_tag) == ("peft", "image-text-to-text") and {"catpo", "lora"} <= set(data.tags)
     rows = {"kl\\_weight": 0.1, "learning\\_rate": 0.001, "fusion.alpha": 0.5, "pairs for training": 8}
+    rows |= {"beta": 0.1, "kl\\_direction": "policy\\|\\|reference"}  # which nobody gave
     rows |= {"pairs made of": "scenes(count=8)", "hash of the pairs (BLAKE2b of their ids)": about["data_hash"]}
     assert [name for name, value in rows.items() if f"| {name} | {value} |" not in text] == []
     merge(finished.model, tmp_path / "merged")

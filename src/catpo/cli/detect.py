@@ -68,8 +68,8 @@ def _counts(rows: Any, threshold: float, marks: str) -> str:
     judged = [word for row in rows for word in row["words"] if word["grounded"] is not None]
     marked_count = sum(word["grounded"] < threshold for word in judged)
     return (
-        f"{len(rows):,} texts, {len(judged):,} object words; {marked_count:,} are likely not in the picture "
-        f"({marks[1]}, less than {threshold:g})."
+        f"Texts: {len(rows):,}. Object words: {len(judged):,}, of which likely not in the picture "
+        f"({marks[1]}, less than {threshold:g}): {marked_count:,}."
     )
 
 

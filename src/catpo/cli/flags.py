@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from shlex import quote
 from typing import Any, get_args
 
@@ -49,9 +50,15 @@ def explained(error: CycloptsError) -> Any:
         if word.endswith((".yaml", ".yml")):
             command = error.command_chain[-1] if error.command_chain else "train"
             raise UserError(f"A command takes a recipe with --config: `catpo {command} --config {quote(word)}`.")
-    if isinstance(error, UnknownOptionError) and error.command_chain:
-        command = error.command_chain[-1]
-        name = (error.token.keyword or error.token.value).lstrip("-").partition("=")[0].replace("-", "_")
-        if name in getattr(COMMANDS.get(command), "ELSEWHERE", ()):
-            raise UserError(f"'{command}' has no option '{name}'{instead(COMMANDS[command], name, ())}")
+    unknown = [error.token.keyword or error.token.value] if isinstance(error, UnknownOptionError) else []
+    _check_elsewhere(error.command_chain or (), [*unknown, *(error.unused_tokens or ())])
     return CycloptsPanel(error)
+
+
+def _check_elsewhere(commands: Sequence[str], unused: Sequence[str]) -> None:
+    """Say what to write instead of an option of other trainers, even where cyclopts first misses a required one."""
+    options = COMMANDS.get(commands[-1]) if commands else None
+    for word in unused:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in getattr(options, "ELSEWHERE", ()):
+            raise UserError(f"'{commands[-1]}' has no option '{name}'{instead(options, name, ())}")

@@ -396,7 +396,7 @@ def doctor(
 def list_plugins(
     kind: Annotated[
         str | None,
-        Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges, scorers or recipes."),
+        Parameter(help="families, signals, objectives, datasets, pairings, benchmarks, judges, decodings, scorers or recipes."),
     ] = None,
     /,
 ) -> None:

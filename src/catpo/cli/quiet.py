@@ -13,8 +13,8 @@ LOGGED = {
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
 """Logger -> how its message begins."""
-WARNED = ("Could not find a config file in ",)
-"""How warnings begin: PEFT's look-up of the vocabulary's size, which training leaves as it is."""
+WARNED = ("Could not find a config file in ", r"(?s)Unable to fetch remote file .* for the file config\.json in ")
+"""How warnings begin, as patterns: PEFT's look-up of the vocabulary's size, which training leaves as it is."""
 
 
 def prepare() -> None:

@@ -115,7 +115,7 @@ def push(upload: Upload) -> str:
         operations = [CommitOperationAdd(path, str(file)) for path, file in upload.files.items()]
         api.create_commit(name, operations, commit_message="Model trained by catpo")
     except FAILURES as error:
-        raise UserError(f"'{name}' cannot be pushed: {first_line(error)} {_advice(error)}") from error
+        raise UserError(f"'{name}' cannot be pushed ({first_line(error).rstrip('.')}). {_advice(error)}") from error
     return str(url)
 
 
