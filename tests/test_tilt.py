@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +32,7 @@ from catpo.runtime.skip_log import SkipLog
 from catpo.scoring.probe import learn
 from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS
-from catpo.scoring.words import WordSettings
+from catpo.scoring.words import WordReader, WordSettings
 from catpo.testing import loss_from_logits
 from test_head import DIRECTIONS, LargestTensor, plain, problem
 from test_word_prefixes import slow_tilt as slow_tilt_of_words
@@ -431,6 +432,16 @@ def test_a_probe_of_which_one_kind_of_words_is_missing_is_read_back(tmp_path):
     areas = {row.words: row.auroc for row in learned.rows if row.score == "probe"}
     assert math.isnan(areas["unnamed"]) and 0 <= areas["named"] <= 1
     assert Probe.read(tmp_path / "probe.json").features == ("log_prob",)
+
+
+def test_other_models_say_that_only_built_in_words_are_asked_about(tmp_path, capsys):
+    (tmp_path / "words.json").write_text(json.dumps(WORDS))
+    with suppress(UserError):  # a tiny tokenizer has none of these words
+        WordReader(llava(), WordSettings.of("words"))
+    assert "only words for the built-in objects" in capsys.readouterr().err
+    WordReader(loading.load("builtin"), WordSettings.of("words"))
+    WordReader(llava(), WordSettings.of(f"words(vocabulary='{tmp_path}/words.json')"))
+    assert capsys.readouterr().err == ""
 
 
 def test_words_of_a_pair_that_reaches_none_are_those_of_its_pictures(scored):

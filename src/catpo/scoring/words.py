@@ -7,6 +7,7 @@ a response names it.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,11 +24,13 @@ from catpo.core.types import SIDES, UNRANKED, Picture, PreferencePair, Sample
 from catpo.files.checksums import checksum
 from catpo.judges import Judge, as_verdicts, ask, open_judge
 from catpo.models.family import Family
+from catpo.models.loading import is_builtin
 from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.questions import yes_less_no
 from catpo.models.tensors import common_length
 from catpo.rewards.word_rewards import FEATURES
 from catpo.rewards.words import KEPT, REMOVED, UNKNOWN, WordRow, digest_of
+from catpo.runtime.launcher import is_main_process
 from catpo.scoring.claims import read_forms
 from catpo.text.caption_edits import name_object
 from catpo.text.object_words import default_vocabulary, mentions
@@ -40,6 +43,10 @@ SURE = 4.0
 """Logit of a judge's yes: it is right in 98 of 100 cases."""
 LEAD = "There is the"
 """Words are tokenised behind this, as inside an answer."""
+BUILTIN_ONLY = (
+    "catpo: only words for the built-in objects are asked about. For others, name a JSON file: "
+    "words(vocabulary='FILE'), or, of pairs, words(vocabulary='nltk')."
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,8 @@ class WordReader:
 
     def __init__(self, family: Family, settings: WordSettings, batch_tokens: int | None = None) -> None:
         self.family, self.settings, self.batch_tokens = family, settings, batch_tokens
+        if settings.vocabulary is None and is_main_process() and not is_builtin(family):
+            print(BUILTIN_ONLY, file=sys.stderr)
         self.token_forms = _token_forms(family, settings.forms)
         self.first_tokens = {word: tuple(sorted({form[0] for form in forms})) for word, forms in self.token_forms.items()}
         self._every = torch.tensor(sorted({token for tokens in self.first_tokens.values() for token in tokens}))
