@@ -97,7 +97,9 @@ def ask(
         UserError: a question holds a special token, or is longer than what the model reads; names the item.
     """
     family.check_packable()
-    if items and questions[0]:
+    if not items:
+        return []
+    if questions[0]:
         check_family(family, PreferencePair(items[0].id, items[0].images, questions[0][0], "Yes", "No"))
     words = words or YesNo.of(family)
     prefix: Prefix = "shared" if family.shares_prefix else "separate"

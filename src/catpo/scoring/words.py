@@ -44,8 +44,8 @@ SURE = 4.0
 LEAD = "There is the"
 """Words are tokenised behind this, as inside an answer."""
 BUILTIN_ONLY = (
-    "catpo: only words for the built-in objects are asked about. For others, name a JSON file: "
-    "words(vocabulary='FILE'), or, of pairs, words(vocabulary='nltk')."
+    "catpo: only words for the built-in objects are asked about. Name others in a JSON file, words(vocabulary='FILE'); for "
+    "pairs, words(vocabulary='nltk') takes the nouns of their responses."
 )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from catpo.config.arguments import is_passed_on
 from catpo.config.command import hints
 from catpo.config.options import TrainOptions
-from catpo.core import registry
 from catpo.core.errors import UserError
 from catpo.core.spec import keyword_options
 from catpo.core.types import PreferencePair
@@ -153,7 +152,7 @@ def describe_run(
     manifest = {
         "format": 1,
         "objective": str(objective.spec),
-        "objective_options": keyword_options(registry.load("objectives", objective.spec.name)) | objective.options,
+        "objective_options": keyword_options(objective.loss) | objective.options,
         "fusion": asdict(objective.fusion),
     }
     if trainer.learned_fusion is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ def _check_others(objective: str, others: Mapping[str, Any], own: list[str], *, 
 def _weighted(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
     """The same loss with token weights in each of its sums."""
 
+    @wraps(loss)
     def weighted(stats: PairStats, **options: Any) -> LossOutput:
         return loss(stats.weighted(), **options)
 
