@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,10 @@ def main() -> None:
         place = (options.keep or Path(temporary)).resolve()
         folder, table = place / f"pairs-{options.rows}", place / f"{options.rows}.parquet"
         if not table.exists():
-            write(folder, table, options.rows)
+            making = Process(target=write, args=(folder, table, options.rows))  # no command's peak is below its parent's size
+            making.start()
+            making.join()
+            assert not making.exitcode
         for data in (folder, table):
             measure(f"data check {data.name}", ["data", "check", str(data)])
             given = ["--pairs", str(data), "--model", "builtin", "--lora", "none", "--output", str(place / "run")]
