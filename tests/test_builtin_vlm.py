@@ -11,11 +11,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from catpo.data.datasets.scenes import Dataset
+from catpo.data.scenes.plan import scene
+from catpo.data.scenes.questions import questions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools.builtin_vlm.build import build_model
-from tools.builtin_vlm.data import Pool, make_batch
+from tools.builtin_vlm.data import NOISY, TRUTHFUL, Pool, make_batch
 from tools.builtin_vlm.measure import answers, caption_scores, measure, render
 
 LOAD = """
@@ -127,3 +129,13 @@ def test_sampled_answers_hallucinate_and_vary(loaded):
     greedy = answers(*loaded, samples, ["Describe the image."] * 20, new_tokens=100)
     assert sum(a != b for a, b in zip(sampled, greedy, strict=True)) > 15
     assert caption_scores(samples, sampled)["chair_i"] > 0.05
+
+
+def test_noisy_questions_are_worded_otherwise_and_a_fifth_of_the_answers_is_wrong():
+    rng, planned = random.Random(0), scene(split="train", seed=1, index=3)
+    rows = questions(planned) * 100
+    taught = [NOISY.asked(row, rng) for row in rows]
+    assert {row["question"] for row in taught}.isdisjoint(row["question"] for row in rows)
+    wrong = sum(ours["answer"] != row["answer"] for ours, row in zip(taught, rows, strict=True)) / len(rows)
+    assert 0.17 < wrong < 0.23
+    assert TRUTHFUL.asked(rows[0], rng) == rows[0]

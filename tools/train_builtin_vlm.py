@@ -4,7 +4,9 @@ r"""Train the built-in VLM from scratch on built-in pictures, on a CPU, reproduc
     python tools/train_builtin_vlm.py --start runs/first/final --seed 1 --vision-steps 150 --vision-lr 1e-2 --lr 7e-4 \
         --steps 700 --check-every 350 --run runs/second --output src/catpo/models/builtin
 
-The packaged weights come from these two commands, run in order (docs/explanation/lab-notes.md has the log).
+The packaged weights come from these two commands, run in order (docs/explanation/lab-notes.md has the log). With
+`--noisy-questions`, the model is taught fewer answers, a fifth of them wrong, to questions in other words than catpo's: for a
+study in which judging a picture is not easier than describing it by construction.
 First the vision tower alone learns which object each patch shows (with a linear head that is discarded), then the whole model
 learns captions and answers. The captions mention tempting absent objects (`catpo/data/scenes/captions.py`), so the model learns
 to see and to hallucinate as its teachers do. Prints scores on held-out scenes as it trains; everything is in RUN/log.jsonl.
@@ -26,7 +28,7 @@ from torch.nn import functional
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
 
 from tools.builtin_vlm.build import build_model, build_processor, save  # noqa: E402
-from tools.builtin_vlm.data import Batch, Pool, make_batch, texts_for_tokenizer  # noqa: E402
+from tools.builtin_vlm.data import NOISY, TRUTHFUL, Batch, Pool, make_batch, texts_for_tokenizer  # noqa: E402
 from tools.builtin_vlm.measure import measure  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor  # noqa: E402
 
@@ -59,7 +61,7 @@ def start(pool: Pool, options: argparse.Namespace) -> tuple[LlavaForConditionalG
     """The model to train: random, or loaded from `--start`."""
     if options.start:
         return AutoModelForImageTextToText.from_pretrained(options.start), AutoProcessor.from_pretrained(options.start)
-    processor = build_processor(texts_for_tokenizer(pool, seed=options.seed))
+    processor = build_processor(texts_for_tokenizer(pool, seed=options.seed, teaching=options.teaching))
     return build_model(processor, seed=options.seed), processor
 
 
@@ -101,7 +103,7 @@ def train_all(
     for step in range(options.steps):
         _set_lr(optimizer, options.lr, step, options.steps, last_share=0.02)
         indices = [rng.randrange(len(pool.scenes)) for _ in range(options.batch)]
-        batch = make_batch([pool.scenes[index] for index in indices], processor, rng)
+        batch = make_batch([pool.scenes[index] for index in indices], processor, rng, options.teaching)
         text_loss, features = caption_loss(model, batch, pool.pixels(indices))
         seen_loss, accuracy = patch_loss(head(features.view(len(indices), -1, features.shape[-1])), pool.patches[indices])
         _update(optimizer, text_loss + PATCH_LOSS_WEIGHT * seen_loss, parameters)
@@ -181,6 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=Path("runs/vlm"))
     parser.add_argument("--output", type=Path, default=Path("runs/vlm/final"))
     parser.add_argument("--start", type=Path, default=None, help="folder of a model to continue from, e.g. RUN/checkpoint")
+    parser.add_argument("--noisy-questions", dest="teaching", action="store_const", const=NOISY, default=TRUTHFUL)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scenes", type=int, default=40_000)

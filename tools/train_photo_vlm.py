@@ -20,6 +20,7 @@ import json
 import math
 import random
 import re
+import sys
 import tarfile
 import time
 from collections import Counter, defaultdict
@@ -42,6 +43,10 @@ from catpo.models.attention.packed import layout_of, visible
 from catpo.models.tensors import pad_indices
 from catpo.scoring.claims import Asker
 
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from tools.wordings import WORDINGS  # noqa: E402
+
 SPLITS = {
     "learn": ("train", slice(0, 4000)), "prefer": ("train", slice(4000, 6000)), "tune": ("dev", slice(0, 500)),
     "test": ("test", slice(0, 1000)),
@@ -53,12 +58,6 @@ BATCH = 16
 """Photographs per step, each with all of its captions and some questions."""
 QUESTIONS = 4
 """Questions per photograph and step: half about things that a caption mentions, half about others; frequent words oftener."""
-WORDINGS = (
-    "Does the photograph show {}?",
-    "Can you see {} here?",
-    "Do you notice {} in this photo?",
-    "{} can be seen. Is that true?",
-)
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"

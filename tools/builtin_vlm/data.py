@@ -14,6 +14,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 from tools.builtin_vlm.build import IMAGE_SIZE, PATCH_SIZE
+from tools.wordings import WORDINGS
 from transformers import LlavaProcessor
 
 from catpo.data.datasets.scenes import PROMPTS
@@ -24,9 +25,34 @@ from catpo.data.scenes.questions import questions
 from catpo.text.object_words import classes
 
 PATCHES = IMAGE_SIZE // PATCH_SIZE
-CAPTIONS, QUESTIONS = 2, 4
+CAPTIONS = 2
 ANSWER_WEIGHT = 2.0
 """Loss weight of an answer token; caption tokens have 1."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a model is taught to answer yes/no questions."""
+
+    questions: int = 4
+    """Questions in a row, half of them about things that are there."""
+    wordings: tuple[str, ...] = ()
+    """Where the thing goes in the question; without any, as `catpo` asks."""
+    wrong_share: float = 0.0
+    """Probability of a wrong answer."""
+
+    def asked(self, row: dict[str, str], rng: random.Random) -> dict[str, str]:
+        """The row with the question and the answer that are taught."""
+        if not self.wordings:
+            return row
+        question = rng.choice(self.wordings).format(classes()[row["object"]].one)
+        is_wrong = rng.random() < self.wrong_share
+        taught = {"yes": "no", "no": "yes"}[row["answer"]] if is_wrong else row["answer"]
+        return {**row, "question": question[:1].upper() + question[1:], "answer": taught}
+
+
+TRUTHFUL = Teaching()
+NOISY = Teaching(questions=2, wordings=WORDINGS, wrong_share=0.2)
 
 
 @dataclass(frozen=True)
@@ -55,12 +81,13 @@ class Pool:
         return (stacked.float() / 255 - 0.5) / 0.5
 
 
-def texts_for_tokenizer(pool: Pool, *, seed: int, count: int = 4000) -> list[str]:
+def texts_for_tokenizer(pool: Pool, *, seed: int, teaching: Teaching = TRUTHFUL, count: int = 4000) -> list[str]:
     rng = random.Random(f"tokenizer/{seed}")
     texts = list(PROMPTS)
     for planned in pool.scenes[:count]:
         texts.append(web_caption(planned, rng))
-        texts.extend(row["question"] + "\n" + answer(row) for row in questions(planned, per_answer=1))
+        taught = [teaching.asked(row, rng) for row in questions(planned, per_answer=1)]
+        texts.extend(row["question"] + "\n" + answer(row) for row in taught)
     return texts
 
 
@@ -70,23 +97,24 @@ def answer(row: dict[str, str]) -> str:
     return f"Yes, there is {thing}." if row["answer"] == "yes" else f"No, there is no {thing.split(' ', 1)[1]}."
 
 
-def make_batch(scenes: list[Scene], processor: LlavaProcessor, rng: random.Random) -> Batch:
+def make_batch(scenes: list[Scene], processor: LlavaProcessor, rng: random.Random, teaching: Teaching = TRUTHFUL) -> Batch:
     tokenizer = processor.tokenizer
     prefix = tokenizer("<s><|user|>\n" + "<image>" * PATCHES**2 + "\n")["input_ids"]
-    texts = [_texts(planned, rng) for planned in scenes]
+    texts = [_texts(planned, rng, teaching) for planned in scenes]
     flat = [part for row in texts for prompt, reply, _ in row for part in (f"{prompt}\n<|assistant|>\n", f"{reply}</s>")]
     encoded = iter(tokenizer(flat)["input_ids"])
     rows = [[(next(encoded), next(encoded), weight) for _, _, weight in row] for row in texts]
     return _pack(prefix, rows, tokenizer.pad_token_id)
 
 
-def _texts(planned: Scene, rng: random.Random) -> list[tuple[str, str, float]]:
+def _texts(planned: Scene, rng: random.Random, teaching: Teaching) -> list[tuple[str, str, float]]:
     """(prompt, reply, loss weight of the reply) for one scene."""
     captions = [(rng.choice(PROMPTS), web_caption(planned, rng), 1.0) for _ in range(CAPTIONS)]
     asked = questions(planned, per_answer=3)
     yes, no = ([row for row in asked if row["answer"] == wanted] for wanted in ("yes", "no"))
-    chosen = rng.sample(yes, QUESTIONS // 2) + rng.sample(no, QUESTIONS // 2)
-    return captions + [(row["question"], answer(row), ANSWER_WEIGHT) for row in chosen]
+    chosen = rng.sample(yes, teaching.questions // 2) + rng.sample(no, teaching.questions // 2)
+    taught = [teaching.asked(row, rng) for row in chosen]
+    return captions + [(row["question"], answer(row), ANSWER_WEIGHT) for row in taught]
 
 
 def _pack(prefix: list[int], rows: list[list[tuple[list[int], list[int], float]]], pad: int) -> Batch:
