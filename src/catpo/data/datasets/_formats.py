@@ -147,6 +147,8 @@ def _json(row: Row, _: Choices) -> Preference:
 def _plain(row: Row, choices: Choices) -> Preference:
     """TRL: `prompt`, `chosen`, `rejected` as texts or conversations; SeVa, mDPO, RLHF-V, HA-DPO: `question`, `reject`."""
     other = _first(row, "reject", "rejected")
+    if isinstance(row.peek("chosen"), str) and isinstance(row.peek(other), str):
+        return Preference(*_prompt(row, choices), _answer(row, "chosen"), _answer(row, other))
     has_several = any(isinstance(row.peek(side), list) for side in ("chosen", other))
     rng = random.Random(f"{choices.seed}/{row.peek('image_id') or row.where}") if has_several else None
     chosen = _prompt_and_answer(row, "chosen", choices, rng)
@@ -165,13 +167,11 @@ SHAPES: dict[str, Callable[[Row, Choices], Preference]] = {
 def _prompt_and_answer(row: Row, side: str, choices: Choices, rng: random.Random | None) -> tuple[str, list[Message], str]:
     """Field of the question, conversation up to it, and one side's answer."""
     answer = row.values.get(side)
-    field = _first(row, "question", "prompt")
     is_messages = isinstance(answer, list) and any(isinstance(part, Mapping) for part in answer)
-    if is_messages and not row.has(field):  # TRL's implicit prompt
+    if is_messages and not row.has(_first(row, "question", "prompt")):  # TRL's implicit prompt
         asked, text = _answered(row, side, answer)
         return "chosen", asked, text
-    prompt = row.values.get(field)
-    asked = dialogue(row, field, prompt) if isinstance(prompt, list) else _asked(row, field, choices)
+    field, asked = _prompt(row, choices)
     if is_messages:
         messages = [message_of(row, side, message) for message in answer or [] if isinstance(message, Mapping)]
         if [message.turn.role for message in messages] != ["assistant"]:
@@ -183,9 +183,19 @@ def _prompt_and_answer(row: Row, side: str, choices: Choices, rng: random.Random
     return field, asked, _answer(row, side)
 
 
+def _prompt(row: Row, choices: Choices) -> tuple[str, list[Message]]:
+    """Field of the question, and the conversation up to it."""
+    field = _first(row, "question", "prompt")
+    prompt = row.values.get(field)
+    return field, dialogue(row, field, prompt) if isinstance(prompt, list) else _asked(row, field, choices)
+
+
 def _first(row: Row, *names: str) -> str:
     """The first of these fields that holds something, or that is there, or the last."""
-    return next((name for is_there in (row.has, row.values.__contains__) for name in names if is_there(name)), names[-1])
+    for name in names:
+        if row.has(name):
+            return name
+    return next((name for name in names if name in row.values), names[-1])
 
 
 def _asked(row: Row, field: str, choices: Choices) -> list[Message]:
