@@ -36,7 +36,7 @@ def loss_from_logits(
             view of the picture, "chosen@noised". A single view serves as whichever view the objective asks for; no tokens are
             replaced (`tars`). For `tgdpo`, "chosen@judge" and "rejected@judge" are the judge's logits, in either mapping.
         tokens: the token ids of each side.
-        reference: the same as `policy` of the reference, for objectives that have one.
+        reference: the reference's logits, in the same form, for objectives that use one.
         weights: token weights of each side (default: 1), for objectives that weight tokens: `catpo`, or any other with
             `weights='catpo'`.
         token_rewards: token id, or the token ids of a word in a tuple -> reward, for `tilt`; others have 0.
