@@ -9,9 +9,9 @@ import torch
 
 from catpo.core.errors import UserError
 from catpo.core.spec import parse
-from catpo.core.types import SIDES
+from catpo.core.types import SIDES, Sample
 from catpo.models import loading
-from catpo.models.questions import YesNo
+from catpo.models.questions import YesNo, ask
 from catpo.rewards.fusion import Fusion
 from catpo.scoring import claims
 from catpo.scoring.claims import Asker, read_forms
@@ -130,6 +130,16 @@ def test_a_space_says_neither_yes_nor_no(builtin):
     told = YesNo.of(family)
     assert family.token_ids(" yes")[0] not in told.yes  # it is the space alone
     assert {family.tokenizer.decode([token]).strip().lower() for token in (*told.yes, *told.no)} <= {"yes", "y", "no", "n"}
+
+
+def test_a_model_that_answers_with_neither_yes_nor_no_is_named_once(builtin, capsys):
+    sample = Sample("a picture", pairs(1)[0].images, "")
+    understood, misunderstood = (loading.load(builtin, device="cpu") for _ in range(2))
+    ask(understood, [sample], [["Is there a dog in the image?"]])
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        ask(misunderstood, [sample], [["Describe the image."]])
+    assert capsys.readouterr().err.count("catpo: asked 'Describe the image.'") == 1
 
 
 def test_a_file_of_words_that_cannot_be_read_names_what_to_do(tmp_path):

@@ -6,8 +6,10 @@ pictures among them, are read once. Knows nothing of rewards.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -21,13 +23,16 @@ from catpo.models.attention.last_layer import read_at_responses
 from catpo.models.family import Encoded, Family, Question
 from catpo.models.family_check import check_family
 from catpo.models.memory import pass_tokens
-from catpo.models.output_head import OutputHead
+from catpo.models.output_head import OutputHead, token_probabilities
 from catpo.models.packing import Batch, Prefix, pack, run_backbone
 from catpo.models.tensors import common_length
 from catpo.models.transfer import to_device
+from catpo.runtime.launcher import is_main_process
 
 YES = ("Yes", "yes", " Yes", " yes")
 NO = ("No", "no", " No", " no")
+UNDERSTOOD = 0.1
+"""Probability of yes and no together below which a model's answers are none."""
 Asked = tuple[Sequence[Picture], Sequence[str]]
 """Pictures, and the questions about them."""
 
@@ -66,6 +71,33 @@ class YesNo:
         logits = head.map(lambda values: values[chosen]).logits(hidden)
         yes, no = logits.split([len(self.yes), len(self.no)], dim=-1)
         return yes.amax(-1) - no.amax(-1)
+
+    def share(self, hidden: Float[Tensor, "questions width"], head: OutputHead) -> float:
+        """Mean probability of an answer that begins with yes or no, from 0 to 1."""
+        chosen = torch.tensor([*self.yes, *self.no], device=hidden.device)
+        return token_probabilities(hidden, head, chosen).sum(-1).mean().item()
+
+
+_heard: WeakSet[Family] = WeakSet()
+"""Models whose first answers have been looked at."""
+
+
+def say_if_misunderstood(
+    family: Family, hidden: Float[Tensor, "questions width"], words: YesNo, questions: Sequence[str]
+) -> None:
+    """Print, once for each model, that it answers the first questions with neither yes nor no: its logits then tell nothing."""
+    if family in _heard or not len(hidden):
+        return
+    _heard.add(family)
+    share = words.share(hidden, family.head)
+    if share < UNDERSTOOD and is_main_process():
+        print(
+            f"catpo: asked '{questions[0]}', {family.model_id} begins its answer with neither yes nor no (together "
+            f"{share:.2g} of the probability), so its answers say little. Ask in words that it was trained on: "
+            "detect --question 'Can you see {} here?', words(question='…') or self_question(wordings={'objects': '…'}); or "
+            "give its words for yes and no: self_question(yes=['Sure'], no=['Never']).",
+            file=sys.stderr,
+        )
 
 
 def _as_answers(family: Family, words: Sequence[str]) -> set[int]:
@@ -113,7 +145,9 @@ def ask(
             batch = to_device(pack(family, group, prefix=prefix), family.device)
             with family.recordable_attention(), read_at_responses(family.decoder):
                 hidden = run_backbone(family.unwrapped, batch).last_hidden_state
-            margins += words.margins(asked_hidden(hidden, batch), family.head).cpu().split(counts)
+            answering = asked_hidden(hidden, batch)
+            say_if_misunderstood(family, answering, words, [question.text for item in group for question in item.questions])
+            margins += words.margins(answering, family.head).cpu().split(counts)
     return margins
 
 

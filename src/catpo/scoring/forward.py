@@ -23,7 +23,7 @@ from catpo.models.attention.recorder import AttentionRecorder, choose_heads, cho
 from catpo.models.family import Family
 from catpo.models.output_head import token_stats
 from catpo.models.packing import Batch, response_hidden, run_backbone, unflatten
-from catpo.models.questions import YesNo, asked_hidden
+from catpo.models.questions import YesNo, asked_hidden, say_if_misunderstood
 from catpo.models.top_k import TopTokens, top_tokens
 from catpo.models.transfer import to_device, to_host
 from catpo.models.views import OtherPictures
@@ -187,8 +187,9 @@ class TeacherForced:
         """logit(yes) - logit(no) of each question that is asked beside pair `index`."""
         start = sum(len(item.questions) for item in self.encoded[:index])
         texts = [question.text for question in self.encoded[index].questions]
-        hidden = self.asked_hidden[start : start + len(texts)]
-        return dict(zip(texts, (words or self._yes_no).margins(hidden, self.head).float(), strict=True))
+        hidden, words = self.asked_hidden[start : start + len(texts)], words or self._yes_no
+        say_if_misunderstood(self.family, hidden, words, texts)
+        return dict(zip(texts, words.margins(hidden, self.head).float(), strict=True))
 
     @cached_property
     def _yes_no(self) -> YesNo:
