@@ -231,11 +231,7 @@ class _Method:
         """In as many threads as the judge serves; where one fails, no further ones start."""
         own, others = zip(*answers, strict=True)
         with ThreadPoolExecutor(1 if self.judge is None else self.judge.workers) as pool:
-            try:
-                return list(pool.map(self.make_pair, block, own, others))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(self.make_pair, block, own, others))
 
     def _random(self, sample: Sample) -> random.Random:
         return random.Random(f"{self.decoding.seed}/{sample.id}")
