@@ -295,5 +295,6 @@ def test_the_truth_judge_reads_objects_of_several_words_and_none_at_all(sample):
     )
     assert ask("rate", judges.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
     assert ask("rate", judges.as_rating, {"present": []}, answer="A cat.") == 0.0
+    assert ask("rate", judges.as_rating, {"present": ["dog", "cannoneer's hat"]}, answer="A dog.") == 10.0  # not "none"
     assert ask("verify", judges.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
     assert ask("correct", judges.as_text, truth, answer="A dog and a cat.") == "A dog."
