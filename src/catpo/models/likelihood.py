@@ -39,7 +39,7 @@ def option_losses(
     its prompt; where they cannot, two options are read in a row of their own, as the two responses of a pair are.
     """
     family.check_packable()
-    texts = [family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
+    texts = family.prompt_texts(samples)
     losses: list[dict[str, float]] = [{} for _ in samples]
     for groups in reading.batches(samples, batch_size, texts) if reading.can_share(family) else ():
         found = [reading.read(family, samples, texts, group) for group in groups]
@@ -118,7 +118,8 @@ def _in_pairs(family: Family, samples: Sequence[Sample], options: Sequence[Optio
         names = list(texts)
         for start in range(0, len(names), 2):
             first, second = names[start], names[min(start + 1, len(names) - 1)]  # the last of an odd number goes twice
-            pairs.append(PreferencePair(sample.id, sample.images, sample.prompt, texts[first], texts[second]))
+            responses = (texts[first], texts[second])
+            pairs.append(PreferencePair(sample.id, sample.images, sample.prompt, *responses, history=sample.history))
             keys.append((index, (first, second)))
     losses: list[dict[str, float]] = [{} for _ in samples]
     for (index, names_of_row), logps in zip(keys, response_logps(family, pairs, batch_size=batch_size), strict=True):
