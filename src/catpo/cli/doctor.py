@@ -199,12 +199,13 @@ def _size(model: str) -> Finding:
     from catpo.models.devices import device_of
     from catpo.models.loading import blueprint
     from catpo.models.memory import readable
+    from catpo.models.tensors import dtype_name
     from catpo.planning import sizes
     from catpo.planning.costs import with_context
 
     family = blueprint(model)
     stored = sizes.weight_bytes(family, None)
-    dtype = str(family.head.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(family.head.weight.dtype)
     states = 1 + sizes.moments(None)  # gradients and moments
     trained = sizes.trained_count(family, None)
     full = sizes.weight_bytes_in_training(family, None, None) + int(states * sizes.MASTER * trained)
