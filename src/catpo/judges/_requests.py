@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from catpo.core.conversation import spoken
 from catpo.core.errors import UserError
 from catpo.core.types import Sample
 from catpo.judges._base import Judge
@@ -67,8 +66,7 @@ def ask(
         number: distinguishes requests of the same task about one sample.
         sections: heading in lower case -> text.
     """
-    asked = spoken(sample.history, sample.prompt)
-    headed = {"Question": asked, **{heading.capitalize(): text for heading, text in sections.items()}}
+    headed = {"Question": sample.asked, **{heading.capitalize(): text for heading, text in sections.items()}}
     known = known_of(sample)
     if known:
         headed = {"Known of the picture": known, **headed}

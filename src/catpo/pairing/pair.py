@@ -23,7 +23,6 @@ from typing import Any
 from catpo.config.command import command
 from catpo.config.options import PairOptions
 from catpo.core import registry
-from catpo.core.conversation import spoken
 from catpo.core.errors import UserError
 from catpo.core.spec import Spec, check_options, parse
 from catpo.core.types import Picture, PreferencePair, Sample
@@ -407,5 +406,5 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _hash_samples(samples: Sequence[Sample]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        digest.update(f"{sample.id}\0{spoken(sample.history, sample.prompt)}\0".encode("utf-8", "surrogatepass"))
+        digest.update(f"{sample.id}\0{sample.asked}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
