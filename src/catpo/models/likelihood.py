@@ -98,9 +98,9 @@ def _logps(forest: Forest, leaves: Sequence[Sequence[_Leaf]]) -> list[Float[Tens
     table = lambda rows, fill: pad_indices(rows, fill=fill).to(forest.owner.device)
     nodes = forest.branch(table([[leaf.parent for leaf in row] for row in leaves], NOBODY)).tolist()
     lengths = [[len(leaf.ids) - 1 for leaf in row] for row in leaves]
-    of_token = [
-        [node for node, length in zip(*each, strict=False) for _ in range(length)] for each in zip(nodes, lengths, strict=True)
-    ]
+    of_token = []
+    for of_row, counts in zip(nodes, lengths, strict=True):  # a row of nodes is padded
+        of_token.append([node for node, count in zip(of_row, counts, strict=False) for _ in range(count)])
     place = [[number for length in row for number in range(length)] for row in lengths]
     ids = [[token for leaf in row for token in leaf.ids[:-1]] for row in leaves]
     following = [[token for leaf in row for token in leaf.ids[1:]] for row in leaves]
