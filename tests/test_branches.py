@@ -61,7 +61,7 @@ def test_greedy_answers_are_those_of_plain_generate(name, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name not in (*ALONE, "vipllava")])
 def test_log_probs_of_branches_and_of_what_follows_them_are_those_of_a_plain_forward(name):
     family, samples = build(name), samples_of()
-    texts = family._prompts(samples)
+    texts = family.prompt_texts(samples)
     family.unwrapped.generation_config.suppress_tokens = [family.image_token_id]
     writing = Writing(5, [family.eos_token_id], 1.0, 1.0, 0, 32)
     kept = Kept()
@@ -81,7 +81,7 @@ def test_families_whose_prompts_see_themselves_answer_one_by_one():
     for name in ALONE:
         family, samples = build(name), samples_of()
         (groups,) = reading.batches(samples, 32)
-        assert [reading.read(family, samples, family._prompts(samples), group) for group in groups] == [None] * 3
+        assert [reading.read(family, samples, family.prompt_texts(samples), group) for group in groups] == [None] * 3
 
 
 def test_forbidden_tokens_stay_forbidden(monkeypatch):
@@ -126,7 +126,7 @@ def test_pictures_and_common_beginnings_are_read_once():
     )
     family.generate(samples, max_new_tokens=3)
     lengths = [len(ids) for ids in (family.encode_prompt(text, [samples[0].images[0].open()], name="x").prompt_ids
-                                    for text in family._prompts(samples))]  # fmt: skip
+                                    for text in family.prompt_texts(samples))]  # fmt: skip
     common = 20  # `<s>`, `user: `, 16 patches
     assert seen == [1] and read[0] == common + sum(length - 1 - common for length in lengths)
     assert read[1:] == [4, 4, 4]  # a token of each answer

@@ -127,7 +127,7 @@ def test_decodings_that_change_nothing_give_the_plain_answers(tmp_path, options)
 
 def test_what_follows_kept_sentences_is_contrasted_with_the_same_sentences(monkeypatch):
     family, samples = llava(dtype=torch.float64), samples_of(1)[:3]
-    decoding, texts, kept = open_decoding("vcd(alpha=1.5, beta=0.05)"), family._prompts(samples), family.keeping()
+    decoding, texts, kept = open_decoding("vcd(alpha=1.5, beta=0.05)"), family.prompt_texts(samples), family.keeping()
     seen = recorded(monkeypatch, decoding)
     writing = lambda some: family._steered(Writing(3, [family.eos_token_id], 0.0, 1.0, 0, 32), some, decoding)
     with torch.inference_mode():
@@ -240,7 +240,7 @@ def test_tilted_answers_are_the_same_in_trees_one_by_one_and_in_other_batches(mo
 def test_families_whose_prompts_see_themselves_are_tilted(tmp_path):
     (tmp_path / "words.json").write_text(json.dumps(WORDS))
     family, samples = build("paligemma"), samples_of()[:2]
-    assert not reading.can_share(family) or reading.read(family, samples, family._prompts(samples), [0]) is None
+    assert not reading.can_share(family) or reading.read(family, samples, family.prompt_texts(samples), [0]) is None
     words = f"words(floor=0.002, vocabulary='{tmp_path}/words.json')"
     strong = open_decoding(f'tilt(reward="self_question(scale=8.0)", words="{words}")')
     assert len(family.generate(samples, decoding=strong, **GREEDY)) == 2

@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from catpo.cli import doctor, main
+from tiny_families import build
 
 
 def by_part(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
@@ -57,6 +58,15 @@ def test_a_usable_model_has_findings_that_are_all_ok(model: Path) -> None:
     findings = by_part(doctor.examine(str(model)))
     assert [findings[part].verdict for part in ("model", "size", "attention", "processor")] == ["ok"] * 4
     assert "LlavaForConditionalGeneration" in findings["model"].text
+
+
+def test_a_model_without_a_family_of_its_own_is_no_reason_to_stop(tmp_path: Path) -> None:
+    family = build("vipllava")
+    family.unwrapped.save_pretrained(tmp_path)
+    family.processor.save_pretrained(tmp_path)
+    findings = by_part(doctor.examine(str(tmp_path)))
+    assert [findings[part].verdict for part in ("model", "size", "attention", "processor")] == ["note", "ok", "ok", "ok"]
+    assert "compared with eager attention" in findings["model"].text
 
 
 @pytest.mark.parametrize(

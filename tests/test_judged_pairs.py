@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fake_chat
 from catpo import judges
+from catpo.core.conversation import Turn
 from catpo.core.errors import UserError
-from catpo.core.types import Picture, Sample
+from catpo.core.types import Picture, Sample, pair_id
 from catpo.data.read import open_data
 from catpo.files.json_files import read_rows
 from catpo.judges import Judge, open_judge
@@ -34,6 +36,7 @@ class Scripted(Judge):
         self.replies, self.asked = list(replies), []
 
     def ask(self, messages, *, key, attempt=1):
+        self.messages = len(messages)
         self.asked.append((key, attempt, messages[-1]["content"][-1]["text"]))
         return self.replies.pop(0)
 
@@ -76,6 +79,16 @@ def test_rlaif_by_rating_asks_once_per_answer(sample):
     judge = Scripted("Rating: 3", "**Rating**: 8.5", "Rating: 5")
     found = rlaif.make(sample, "A.", random.Random(0), None, ["B.", "C.", "B."], judge, by="rating")
     assert (found.chosen, found.rejected, len(judge.asked)) == ("B.", "A.", 3)
+
+
+def test_earlier_turns_stay_in_the_pair_and_the_judge_reads_them_in_one_message(sample):
+    sample = replace(sample, history=(Turn("user", "A cat?"), Turn("assistant", "No.")))
+    judge = Scripted("Rating: 3", "Rating: 8")
+    found = rlaif.make(sample, "A.", random.Random(0), None, ["B."], judge, by="rating")
+    assert found.history == sample.history
+    assert found.id == pair_id(sample.images, sample.prompt, "B.", "A.", sample.history)
+    assert "## Question\nuser: A cat?\nassistant: No.\nDescribe the image.\n" in judge.asked[0][2]
+    assert judge.messages == 1
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again_and_then_left_out(sample):
@@ -295,5 +308,6 @@ def test_the_truth_judge_reads_objects_of_several_words_and_none_at_all(sample):
     )
     assert ask("rate", judges.as_rating, truth, answer="Three teddy bears and a cat.") == 5.0
     assert ask("rate", judges.as_rating, {"present": []}, answer="A cat.") == 0.0
+    assert ask("rate", judges.as_rating, {"present": ["dog", "cannoneer's hat"]}, answer="A dog.") == 10.0  # not "none"
     assert ask("verify", judges.as_verdicts(2), truth, questions="Is there a dog?\nIs there a cat?") == [True, False]
     assert ask("correct", judges.as_text, truth, answer="A dog and a cat.") == "A dog."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from catpo.core.conversation import Turn
 from catpo.data.read import open_data
 from catpo.evaluation.evaluate import evaluate
 from catpo.models import loading
@@ -20,12 +22,13 @@ def family(builtin):
 
 @pytest.fixture(scope="module")
 def samples():
-    return list(open_data("scenes(count=3)").samples())
+    first, *others = open_data("scenes(count=3)").samples()
+    return [replace(first, history=(Turn("user", "Is there a dog?"), Turn("assistant", "No."))), *others]
 
 
 def loss_alone(family, sample, text):
     """One row, no padding, no neighbour: the mean negative log-probability of the answer's tokens."""
-    prompt = family.prompt_text(sample.prompt, 1)
+    prompt = family.prompt_text(sample.prompt, 1, history=sample.history)
     inputs = family.process([sample.images], [prompt])
     answer = torch.tensor([family.response_ids(prompt, text)])
     ids = torch.cat([inputs["input_ids"], answer], dim=1)

@@ -6,11 +6,14 @@ import json
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
+from catpo.core.conversation import Turn
 from catpo.core.errors import UserError
 from catpo.core.types import Picture, PreferencePair, Sample
+from catpo.data.datasets import Dataset
 from catpo.data.read import open_data
 from catpo.files.json_files import read_json, read_rows, write_json
 from catpo.pairing.methods import Dropped, corrected, label, reference, seva
@@ -279,6 +282,26 @@ def test_going_on_with_other_options_is_refused_by_name(tmp_path, changed, field
         changed = {"family": other_model()}
     with pytest.raises(UserError, match=f"begun with {field}="):
         run(tmp_path / "out", **changed)
+
+
+class Conversations(Dataset):
+    """Scenes with an earlier turn."""
+
+    name = "conversations"
+
+    def __init__(self, said):
+        self.said = said
+
+    def samples(self):
+        for sample in open_data("scenes(count=4)").samples():
+            yield replace(sample, history=(Turn("user", "Is there a cat?"), Turn("assistant", self.said)))
+
+
+def test_earlier_turns_are_in_the_pairs_and_others_are_other_data(tmp_path):
+    run(tmp_path / "out", data=Conversations("No."))
+    assert {each.history[1].text for each in open_data(tmp_path / "out").pairs()} == {"No."}
+    with pytest.raises(UserError, match="begun with data_hash="):
+        run(tmp_path / "out", data=Conversations("Yes."))
 
 
 def test_answers_that_say_the_same_of_the_same_picture_make_one_pair(tmp_path):

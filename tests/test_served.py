@@ -47,6 +47,22 @@ def decoded(url: str) -> tuple[str, bytes]:
     return head, base64.b64decode(content)
 
 
+@pytest.mark.parametrize("wrong", [UserError, KeyboardInterrupt])
+def test_a_server_is_asked_no_more_once_a_request_failed(samples, wrong):
+    asked = []
+
+    class Refusing:
+        def ask(self, content, **decoding):
+            asked.append(content)
+            raise wrong("no")
+
+    model = ServedModel("openai:m")
+    model.server = Refusing()
+    with pytest.raises(wrong, match="no"):
+        model.generate(samples * 20, batch_size=1)
+    assert len(asked) < 3 * len(samples)
+
+
 COLOURS = Image.linear_gradient("L").resize((8, 6)).convert("RGB")
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -24,8 +26,7 @@ from catpo.core.errors import UserError
 from catpo.core.intervals import mean_interval
 from catpo.evaluation.coverage import at_equal_coverage
 from catpo.evaluation.folder import load_evaluation
-from catpo.experiments.study import cells, file
-from catpo.experiments.study.figures import check_figure
+from catpo.experiments.study import cells, figures, file, probe
 from catpo.experiments.study.results import as_markdown
 from catpo.experiments.study.run import Outcome, study
 from catpo.experiments.study.running import run_all
@@ -74,7 +75,7 @@ def test_a_shipped_study_can_be_read_and_all_it_names_exists(path: Path) -> None
         if row.objective is not None:
             objectives.build(row.objective)
     for name, text in plan.figures.items():
-        check_figure(path.name, name, text)
+        figures.check_figure(path.name, name, text)
     for named in re.findall(r"(?:rows=\[|baseline=|row=|against=)[^\])]*", " ".join(plan.figures.values())):
         assert set(re.findall(r"'([^']+)'", named)) <= set(plan.rows)
     assert f"catpo study {path.name}" in path.read_text()
@@ -386,7 +387,8 @@ train: {max_steps: 2, logging_steps: 1, eval_fraction: 0}
 evaluate: {max_new_tokens: 16}
 probe: 4
 columns: {CHAIRi: chair_i, risen: probe/risen_tokens, γ: learned/global_attention}
-figures: {curves: curves, figure8: "token_logps(row='learned')", figure11: "rises(rows=['dpo', 'learned'])"}
+figures: {curves: curves, figure8: "token_logps(row='learned')", figure11: "rises(rows=['dpo', 'learned'])",
+  none: 'bars(metrics=[])'}
 """
 
 
@@ -417,6 +419,29 @@ def test_log_probs_are_kept_token_by_token_and_drawn(real: Outcome) -> None:
     assert 0 <= row.values["probe/risen_tokens"][0] <= 100
     for name in ("curves", "figure8", "figure11"):
         assert (real.folder / f"{name}.svg").exists(), real.results.notes
+    assert "none is not drawn: it has nothing to show. Give at least one metric, row or pair." in real.results.notes
+
+
+def test_figures_compare_pairs_of_the_seeds_that_both_rows_have(real: Outcome, tmp_path: Path) -> None:
+    kept = {}
+    for name in ("dpo", "learned"):
+        row = real.results.row(name)
+        assert row is not None
+        for seed, cell in row.cells.items():
+            kept[name, seed] = cell.folder(tmp_path) / "logps.parquet"
+            kept[name, seed].parent.mkdir(parents=True)
+            shutil.copy(cell.folder(real.folder.parent) / "logps.parquet", kept[name, seed])
+    kept["dpo", 0].unlink()
+    figure = figures.token_logps(real.results, tmp_path, row="learned", pairs=1)
+    for line, name in zip(figure.axes[0].lines, ("learned", "dpo"), strict=True):
+        response = next(iter(probe.read(kept[name, 1], "chosen").values()))
+        assert line.get_ydata().tolist() == response.policy.tolist()
+    lines = pq.read_table(kept["dpo", 1]).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**line, "pair": "another"} for line in lines]), kept["dpo", 1])
+    for draw in (lambda: figures.token_logps(real.results, tmp_path, row="learned"),
+                 lambda: figures.rises(real.results, tmp_path, rows=["learned"])):  # fmt: skip
+        with pytest.raises(UserError, match="'learned' and 'dpo' have no probed pair in common"):
+            draw()
 
 
 def test_an_on_policy_row_answers_disjoint_pictures_with_the_merged_model_of_the_round_before(real: Outcome) -> None:

@@ -81,6 +81,11 @@ def test_a_mask_hides_its_share_of_squares(share, patch):
     assert ((squares == squares[..., :1]).all(-1)).all()
 
 
+def test_a_mask_of_squares_larger_than_the_picture_hides_all_or_nothing():
+    assert (View.of("masked(share=1.0, patch=1000000)")(image(1.0), generator()) == 0).all()
+    assert (View.of("masked(share=0.4, patch=1000000)")(image(1.0), generator()) == 1).all()
+
+
 def test_black_is_black_and_blank_is_zero_after_normalisation():
     shown = View.of("black").of_picture(Image.new("RGB", (8, 6), "red"), generator())
     assert shown.size == (8, 6) and np.array(shown).max() == 0
@@ -107,11 +112,12 @@ def test_an_unknown_view_or_option_is_refused(text, message):
 
 @pytest.mark.parametrize("text, message", [
     ("noised(step=1000)", "from 0 to 999"), ("masked(share=0.0)", "share must lie"),
-    ("cropped(smallest=0.5, largest=0.1)", "shares"),
+    ("cropped(smallest=0.5, largest=0.1)", "shares"), ("perturbed(share=5.0)", "share of the tokens"),
+    ("perturbed(picture='noised(step=1000)')", "from 0 to 999"),
 ])  # fmt: skip
-def test_an_impossible_value_is_refused(text, message):
+def test_an_impossible_value_is_refused_before_any_picture_is_shown(text, message):
     with pytest.raises(UserError, match=message):
-        View.of(text)(image(), generator())
+        View.of(text)
 
 
 # ---- rows of a batch ------------------------------------------------------------------------------------------------------

@@ -169,12 +169,14 @@ def _model(model: str) -> Iterator[Finding]:
     except Exception as error:
         yield Finding("model", "missing", f"transformers cannot build {model} as a vision-language model: {first_line(error)}")
         return
-    name, families = type(empty).__name__, registry.names("families")
-    if config.model_type in families:
+    name = type(empty).__name__
+    if config.model_type in registry.names("families"):
         yield Finding("model", "ok", f"{name} ({config.model_type})")
     else:
-        known = f"Known: {', '.join(families)}. See docs/how-to/plugins/family.md"
-        yield Finding("model", "missing", f"{name} ({config.model_type}) has no family. {known}")
+        tried = (
+            "it is compared with eager attention on the first pair, and used if both agree. See docs/how-to/plugins/family.md"
+        )
+        yield Finding("model", "note", f"{name} ({config.model_type}) has no family of its own: {tried}")
     if getattr(empty, "_supports_attention_backend", False):
         yield Finding("attention", "ok", "can be recorded")
     else:
@@ -190,8 +192,7 @@ def _model(model: str) -> Iterator[Finding]:
     else:
         yield Finding("processor", "missing", f"{name} has no chat template, so prompts cannot be built")
         return
-    if config.model_type in families:
-        yield _size(model)
+    yield _size(model)
 
 
 def _size(model: str) -> Finding:
@@ -199,12 +200,13 @@ def _size(model: str) -> Finding:
     from catpo.models.devices import device_of
     from catpo.models.loading import blueprint
     from catpo.models.memory import readable
+    from catpo.models.tensors import dtype_name
     from catpo.planning import sizes
     from catpo.planning.costs import with_context
 
     family = blueprint(model)
     stored = sizes.weight_bytes(family, None)
-    dtype = str(family.head.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(family.head.weight.dtype)
     states = 1 + sizes.moments(None)  # gradients and moments
     trained = sizes.trained_count(family, None)
     full = sizes.weight_bytes_in_training(family, None, None) + int(states * sizes.MASTER * trained)

@@ -105,7 +105,7 @@ def _section(path: Path, command: str, given: Any, shared: Mapping[str, Any]) ->
         if key not in known:
             told = instead(COMMANDS[command], str(key), known, prefix=f"{command}.")
             raise UserError(f"{path}: '{command}.{key}' is not an option{told}")
-    merged = {**{key: (key, value) for key, value in shared.items() if key in known}}
+    merged = {key: (key, value) for key, value in shared.items() if key in known}
     merged |= {key: (f"{command}.{key}", value) for key, value in section.items()}
     return {key: fit(COMMANDS[command], key, value, f"{path}: '{name}'") for key, (name, value) in merged.items()}
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from PIL import Image, ImageOps
 
 from catpo.core.checks import check_regular
-from catpo.core.conversation import IMAGE, Turn, check_places
+from catpo.core.conversation import IMAGE, Turn, check_places, spoken
 from catpo.core.errors import UserError, border
 
 Side = Literal["chosen", "rejected"]
@@ -222,6 +222,11 @@ class Sample:
     """What is known of the picture, e.g. {"present": [...], "tempting": [...]}; the keys depend on the data set."""
     history: tuple[Turn, ...] = ()
     """Earlier turns of a conversation, which come before the prompt; `catpo chat` has them."""
+
+    @property
+    def asked(self) -> str:
+        """Everything that is said before the answer."""
+        return spoken(self.history, self.prompt)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from catpo.core.errors import UserError
 from catpo.data.datasets._files import CSV, is_lines, line_object, numbered_lines
 from catpo.data.datasets.folder import row_file
+from catpo.data.pair_folder import ABOUT
 
 TABLES = (".parquet", ".arrow", ".json", *CSV)
-ABOUT = "pairs.json"
 OURS = (ABOUT, "vocabulary.json")
 """JSON files that hold no rows."""
 SAVED = ("dataset_dict.json", "state.json")

@@ -271,10 +271,9 @@ def _check_known(name: str, options: Mapping[str, Any], plugin: type[Dataset]) -
     for option in options:
         if option not in own:
             close = did_you_mean(option, [*own, *common])
+            near = f" {close}" if close.startswith("Did") else ""
             listed = f"Its options: {', '.join(own) or 'none'}; those of every data set: {', '.join(common)}."
-            raise UserError(
-                f"'{name}' has no option '{option}'. {close if close.startswith('Did') else ''} {listed}".replace("  ", " ")
-            )
+            raise UserError(f"'{name}' has no option '{option}'.{near} {listed}")
 
 
 def _common(plugin: type[Dataset]) -> dict[str, Any]:

@@ -175,5 +175,5 @@ def manifest_of(tasks: Sequence[Task], options: EvaluateOptions, decoding: Mappi
 def _hash_items(tasks: Sequence[Task]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for task, item in each_item(tasks):
-        digest.update(f"{task.name}\0{item.id}\0{item.sample.prompt}\0".encode("utf-8", "surrogatepass"))
+        digest.update(f"{task.name}\0{item.id}\0{item.sample.asked}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """Requests of pairing methods to a judge, and how its replies are read. Knows neither the judge nor the method.
 
-A request is one message: the pictures, then a text with an instruction and sections under headings. The text includes what the
-data set knows about the picture, so that a judge that reads no pictures, or only follows rules, finds what it needs.
+A request is one message: the pictures, then a text with an instruction and sections under headings. The text includes earlier
+turns, and what the data set knows about the picture, so that a judge that reads no pictures, or only follows rules, finds what
+it needs.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def ask(
         number: distinguishes requests of the same task about one sample.
         sections: heading in lower case -> text.
     """
-    headed = {"Question": sample.prompt, **{heading.capitalize(): text for heading, text in sections.items()}}
+    headed = {"Question": sample.asked, **{heading.capitalize(): text for heading, text in sections.items()}}
     known = known_of(sample)
     if known:
         headed = {"Known of the picture": known, **headed}
     text = "\n\n".join([TASKS[task], *(f"## {heading}\n{text}" for heading, text in headed.items())])
-    messages = with_pictures(replace(sample, prompt=text))
+    messages = with_pictures(replace(sample, prompt=text, history=()))
     key, reply = f"{sample.id}/{task}-{number}", ""
     for attempt in range(1, ATTEMPTS + 1):
         reply = judge.ask(messages, key=key, attempt=attempt)

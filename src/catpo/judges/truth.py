@@ -32,7 +32,7 @@ class Judge(judges.Judge):
         if known is None:
             raise UserError(f'{key}: the truth judge needs the sample\'s objects. Give "truth": {{"present": ["dog", ...]}}.')
         names = re.findall(r"[^:,.()\d]*[^:,.()\d\s]", known.removeprefix("Objects:"))
-        present = [] if "none" in known else [name.strip() for name in names]
+        present = [] if known == "Objects: none." else [name.strip() for name in names]
         reply: str = getattr(self, f"_{request.task}")(request, present, key)
         return reply
 

@@ -43,8 +43,10 @@ def changed_by_config(model: Any, *, is_sampled: bool) -> dict[str, dict[str, An
     bending = BENDING | (BENDING_SAMPLES if is_sampled else {})
     switched_off = {}
     for name, neutral in bending.items():
-        if config.get(name) not in (None, False, neutral) or (neutral is None and config.get(name) == 0 and "token_id" in name):
-            switched_off[name] = config[name]
+        value = config.get(name)
+        is_token_0 = neutral is None and value == 0 and "token_id" in name  # 0 equals False
+        if value not in (None, False, neutral) or is_token_0:
+            switched_off[name] = value
     kept = {name: config[name] for name in FORBIDDEN_TOKENS if config.get(name)}
     return {name: values for name, values in (("switched_off", switched_off), ("kept", kept)) if values}
 

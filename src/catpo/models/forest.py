@@ -110,8 +110,10 @@ class Forest:
             values = [tree.per_token([prompt.prompt_inputs[name] for prompt in tree.prompts]) for tree in trees]
             inputs[name] = pad_indices(values, fill=0)
         ids = pad_indices([tree.per_token([prompt.prompt_ids for prompt in tree.prompts]) for tree in trees], fill=0)
-        rows = [torch.cat([of_row[0][..., : tree.common], *(each[..., tree.common : -1] for each in of_row)], -1)
-                for tree, of_row in zip(trees, places, strict=True)]  # fmt: skip
+        rows = []
+        for tree, of_row in zip(trees, places, strict=True):
+            behind = [each[..., tree.common : -1] for each in of_row]
+            rows.append(torch.cat([of_row[0][..., : tree.common], *behind], -1))
         positions = torch.stack([F.pad(row, (0, self.length - row.shape[-1])) for row in rows], dim=-2)
         blocks = pad_indices([tree.per_token([family.prompt_blocks(prompt) for prompt in tree.prompts]) for tree in trees])
         pixels = family.join_pixels([tree.prompts[0].pixels for tree in trees])

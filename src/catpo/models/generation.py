@@ -121,7 +121,7 @@ class Generation(ChatTemplate):
             UserError: the processor refuses a picture, or the family cannot be decoded so.
         """
         answers = [""] * len(samples)
-        prompts = self._prompts(samples)
+        prompts = self.prompt_texts(samples)
         writing = self._steered(Writing(max_new_tokens, self._stops, temperature, top_p, seed, batch_size), samples, decoding)
         for batch, written in self._written(samples, prompts, writing):
             for index, branch in zip(batch, written, strict=True):
@@ -153,7 +153,7 @@ class Generation(ChatTemplate):
         writing = self._steered(Writing(max_new_tokens, stops, temperature, top_p, seed, batch_size), samples, decoding)
         if kept is not None and (found := self._continued(samples, starts, writing, kept)) is not None:
             return found
-        texts = self._prompts(samples)
+        texts = self.prompt_texts(samples)
         for index, start in enumerate(starts):
             if start:
                 texts[index] += self.answer_lead(texts[index]) + start
@@ -192,7 +192,7 @@ class Generation(ChatTemplate):
     ) -> list[Sentence] | None:
         """The next sentences, from what has been kept; None if it has not."""
         with self.answering():
-            branches = kept.write(cast("Family", self), samples, self._prompts(samples), starts, writing)
+            branches = kept.write(cast("Family", self), samples, self.prompt_texts(samples), starts, writing)
         if branches is None:
             return None
         sentences = []
@@ -218,7 +218,8 @@ class Generation(ChatTemplate):
         special = self.tokenizer.all_special_tokens
         return {self.tokenizer.convert_tokens_to_ids(marker): marker for marker in THOUGHT_MARKERS if marker in special}
 
-    def _prompts(self, samples: Sequence[Sample]) -> list[str]:
+    def prompt_texts(self, samples: Sequence[Sample]) -> list[str]:
+        """Each sample's earlier turns and prompt in the chat template, with a place for each of its pictures."""
         return [
             self.prompt_text(each.prompt, len(each.images), history=each.history, name=f"sample {each.id}") for each in samples
         ]

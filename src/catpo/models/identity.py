@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from catpo.files.json_files import read_json
 from catpo.models.adapters import active_tensors, adapter_prefixes
+from catpo.models.tensors import dtype_name
 
 CHUNK = 1 << 22
 """Bytes hashed at once, by one thread; no more than this is copied from a GPU per thread."""
@@ -67,7 +68,7 @@ def precision(model: Any) -> str:
     'float32'
     """
     parameters = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    name = str(getattr(model, "dtype", None) or next(parameters)).removeprefix("torch.")
+    name = dtype_name(getattr(model, "dtype", None) or next(parameters))
     if not _is_quantised(model):
         return name
     settings = model.config.quantization_config

@@ -39,7 +39,7 @@ def option_losses(
     its prompt; where they cannot, two options are read in a row of their own, as the two responses of a pair are.
     """
     family.check_packable()
-    texts = [family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in samples]
+    texts = family.prompt_texts(samples)
     losses: list[dict[str, float]] = [{} for _ in samples]
     for groups in reading.batches(samples, batch_size, texts) if reading.can_share(family) else ():
         found = [reading.read(family, samples, texts, group) for group in groups]
@@ -98,9 +98,9 @@ def _logps(forest: Forest, leaves: Sequence[Sequence[_Leaf]]) -> list[Float[Tens
     table = lambda rows, fill: pad_indices(rows, fill=fill).to(forest.owner.device)
     nodes = forest.branch(table([[leaf.parent for leaf in row] for row in leaves], NOBODY)).tolist()
     lengths = [[len(leaf.ids) - 1 for leaf in row] for row in leaves]
-    of_token = [
-        [node for node, length in zip(*each, strict=False) for _ in range(length)] for each in zip(nodes, lengths, strict=True)
-    ]
+    of_token = []
+    for of_row, counts in zip(nodes, lengths, strict=True):  # a row of nodes is padded
+        of_token.append([node for node, count in zip(of_row, counts, strict=False) for _ in range(count)])
     place = [[number for length in row for number in range(length)] for row in lengths]
     ids = [[token for leaf in row for token in leaf.ids[:-1]] for row in leaves]
     following = [[token for leaf in row for token in leaf.ids[1:]] for row in leaves]
@@ -118,7 +118,8 @@ def _in_pairs(family: Family, samples: Sequence[Sample], options: Sequence[Optio
         names = list(texts)
         for start in range(0, len(names), 2):
             first, second = names[start], names[min(start + 1, len(names) - 1)]  # the last of an odd number goes twice
-            pairs.append(PreferencePair(sample.id, sample.images, sample.prompt, texts[first], texts[second]))
+            responses = (texts[first], texts[second])
+            pairs.append(PreferencePair(sample.id, sample.images, sample.prompt, *responses, history=sample.history))
             keys.append((index, (first, second)))
     losses: list[dict[str, float]] = [{} for _ in samples]
     for (index, names_of_row), logps in zip(keys, response_logps(family, pairs, batch_size=batch_size), strict=True):

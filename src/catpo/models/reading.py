@@ -91,22 +91,25 @@ def read(
     Raises:
         UserError: the processor refuses a picture, or a prompt is longer than what the model reads; names the sample.
     """
-    names = list(dict.fromkeys(texts[number] for number in group))
+    first_with: dict[str, int] = {}
+    for number in group:
+        first_with.setdefault(texts[number], number)
     pictures = [picture.open() for picture in samples[group[0]].images]
     once = _looking_once(family)
     prompts = []
-    for text in names:
-        name = f"sample {samples[next(number for number in group if texts[number] == text)].id}"
+    for text, number in first_with.items():
+        name = f"sample {samples[number].id}"
         prompts.append(once.encode_prompt(text, pictures, name=name))
         family.check_positions(len(prompts[-1].prompt_ids), name)
     tree = tree_of(family, prompts)
-    numbers = [names.index(texts[number]) for number in group]
-    branches = [
-        Branch(prompts[name].prompt_ids, number, FIRST_PROMPT + name) for number, name in zip(group, numbers, strict=True)
-    ]
     if tree is None:
         return None
-    beside = None if view is None else _viewed(family, samples[group[0]], names[0], tree, view)
+    places = {text: place for place, text in enumerate(first_with)}
+    branches = []
+    for number in group:
+        place = places[texts[number]]
+        branches.append(Branch(prompts[place].prompt_ids, number, FIRST_PROMPT + place))
+    beside = None if view is None else _viewed(family, samples[group[0]], texts[group[0]], tree, view)
     return Reading(group, tree, branches, beside)
 
 

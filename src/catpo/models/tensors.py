@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -10,6 +9,8 @@ from itertools import takewhile
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from catpo.files.checksums import checksum
 
 PAD = -1
 """Fills index tensors where a row is shorter than the longest."""
@@ -67,6 +68,15 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its module.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def text_hash(text: str) -> str:
     """Identity of a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return checksum(text.encode())

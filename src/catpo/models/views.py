@@ -46,7 +46,7 @@ class View:
         """Parse `name(option=value)`.
 
         Raises:
-            UserError: no such view or option.
+            UserError: no such view or option, or a value out of its range.
         """
         spec = parse(text)
         if spec.name not in VIEWS:
@@ -59,6 +59,8 @@ class View:
             raise UserError(f"{text}: space must be 'picture' (before normalisation) or 'pixels' (after it).")
         if view.inner is not None and view.inner.spec.name == "perturbed":
             raise UserError(f"'{text}': the picture beside a perturbed text cannot be a perturbed text itself.")
+        if view.acts_on != "pair":
+            view(torch.zeros(3, 1, 1), torch.Generator())  # refuses values out of their range
         return view
 
     @property
@@ -73,7 +75,7 @@ class View:
         return View.of(picture) if picture else None
 
     def __call__(self, values: Tensor, generator: Generator) -> Tensor:
-        """Apply the view to pixels."""
+        """Apply the view to pixels; of the tokens of a text, which to replace."""
         return VIEWS[self.spec.name](values, generator, **self.spec.options)
 
     def of_picture(self, image: Image, generator: Generator) -> Image:
@@ -171,6 +173,7 @@ def masked(values: Channels, generator: Generator, *, share: float = 0.3, patch:
     if not 0 < share <= 1 or patch < 1:
         raise UserError(f"masked(share={share}, patch={patch}): share must lie in (0, 1], patch must be 1 or more.")
     height, width = values.shape[1:]
+    patch = min(patch, max(height, width))
     rows, columns = -(-height // patch), -(-width // patch)
     order = torch.rand(rows * columns, generator=generator).argsort()
     is_kept = torch.ones(rows * columns)
@@ -196,7 +199,9 @@ def perturbed(ids: Tensor, generator: Generator, *, share: float = 0.05, picture
         share: of the tokens.
         picture: the view of the picture that goes with the text, e.g. 'noised(step=500)'; '' is the clean picture.
     """
-    raise NotImplementedError("changes the text, see `acts_on`")
+    if not 0 <= share <= 1:
+        raise UserError(f"perturbed(share={share}): it must be a share of the tokens, from 0 to 1.")
+    return torch.rand(len(ids), generator=generator) < share
 
 
 VIEWS: dict[str, Callable[..., Any]] = {

@@ -231,11 +231,7 @@ class _Method:
         """In as many threads as the judge serves; where one fails, no further ones start."""
         own, others = zip(*answers, strict=True)
         with ThreadPoolExecutor(1 if self.judge is None else self.judge.workers) as pool:
-            try:
-                return list(pool.map(self.make_pair, block, own, others))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(self.make_pair, block, own, others))
 
     def _random(self, sample: Sample) -> random.Random:
         return random.Random(f"{self.decoding.seed}/{sample.id}")
@@ -410,5 +406,5 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _hash_samples(samples: Sequence[Sample]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        digest.update(f"{sample.id}\0{sample.prompt}\0".encode("utf-8", "surrogatepass"))
+        digest.update(f"{sample.id}\0{sample.asked}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

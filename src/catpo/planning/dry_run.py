@@ -24,6 +24,7 @@ from catpo.data.spool import ids_of, prompt_numbers, spread
 from catpo.models import devices, loading
 from catpo.models.family import Encoded, Family
 from catpo.models.memory import DecoderMemory, pass_tokens
+from catpo.models.tensors import dtype_name
 from catpo.planning import sizes
 from catpo.planning.costs import SHARDED, Work, per_process, sent_bytes, with_context
 from catpo.rewards.store import RewardStore
@@ -203,7 +204,7 @@ def _plan_scoring(scoring: score.Scoring, batches: Batches, processes: int) -> P
         steps=math.ceil(len(pairs) / batch),
         token_passes=len(pairs) * sum(row) / len(row),
         memory=with_context(memory, devices.device_of(options.device).type),
-        precision=_name(family.head.weight.dtype),
+        precision=dtype_name(family.head.weight.dtype),
         store=store_bytes(family, sample, len(pairs), signal_count, scoring.cache, options.attention_maps),
         processes=processes,
         work=Work(len(pairs) * sizes.operations(family, sample, shares).forward, 0.0),
@@ -271,7 +272,7 @@ class _TrainingPlan:
         )
 
     def _precision(self) -> str:
-        stored, computed = _name(self.family.head.weight.dtype), _name(self.computes_in)
+        stored, computed = dtype_name(self.family.head.weight.dtype), dtype_name(self.computes_in)
         if self.options.quantization:
             stored = f"{self.options.quantization} and {stored}"
         return stored if stored == computed == "float32" else f"{stored}, computed in {computed}, what trains in float32"
@@ -354,10 +355,6 @@ class _TrainingPlan:
 
 def _pairs_of(batches: Batches) -> list[Encoded]:
     return [pair for groups in batches for group in groups for pair in group]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tokens(encoded: Sequence[Encoded], row: Sequence[int]) -> dict[str, Lengths]:

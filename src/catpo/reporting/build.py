@@ -13,6 +13,7 @@ from markupsafe import Markup
 from catpo import __version__
 from catpo.config.command import command
 from catpo.config.options import ReportOptions
+from catpo.data.pair_folder import ABOUT
 from catpo.data.read import open_data
 from catpo.data.spool import SpooledPairs, spread
 from catpo.evaluation.folder import Evaluation, load_evaluation
@@ -97,7 +98,7 @@ class _Content:
 
 
 def _add_pair_provenance(content: _Content, pairs: str | Path) -> None:
-    file = Path(str(pairs)) / "pairs.json"
+    file = Path(str(pairs)) / ABOUT
     if file.is_file():
         content.add_provenance(f"Pairs: {pairs}", read_json(file, made_by="catpo pair"))
 

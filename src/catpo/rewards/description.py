@@ -93,10 +93,12 @@ def check_same_store(stored: Mapping[str, Any], now: Mapping[str, Any], begun_wi
 
 
 def hash_pairs(pair_ids: Sequence[str]) -> str:
+    """Identity of pairs in this order."""
     return checksum("\n".join(pair_ids).encode())
 
 
 def shard_count(description: Mapping[str, Any]) -> int:
+    """How many shards a complete store has."""
     return -(-description["pair_count"] // description["shard_size"])  # rounded up
 
 

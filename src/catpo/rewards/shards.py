@@ -84,8 +84,10 @@ def to_parquet(rows: Sequence[ResponseRow], signals: Sequence[str]) -> bytes:
         "side": pa.array([row.side for row in rows], pa.string()),
     }
     for name, kind in COLUMNS.items():
-        values: Any = [value for row in rows for value in row.pieces] if name == "pieces" else None
-        if values is None:
+        values: Any
+        if name == "pieces":
+            values = [piece for row in rows for piece in row.pieces]
+        else:
             values = np.concatenate([getattr(row, name) for row in rows])
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type))
     for name in signals:

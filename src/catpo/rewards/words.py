@@ -5,7 +5,6 @@ The words of all pairs about the same pictures are one table, from which `catpo.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from catpo.core.errors import UserError
 from catpo.core.types import Picture
+from catpo.files.checksums import checksum
 
 REMOVED, KEPT, UNKNOWN = 0, 1, -1
 """Labels of a word: named by the rejected response only, by the chosen one, by neither (or the pairs disagree)."""
@@ -67,7 +67,7 @@ class WordTable:
 
 def digest_of(images: Sequence[Picture]) -> str:
     """Identity of some pictures together."""
-    return hashlib.blake2b("\n".join(picture.digest() for picture in images).encode(), digest_size=16).hexdigest()
+    return checksum("\n".join(picture.digest() for picture in images).encode())
 
 
 NO_WORDS = WordTable([], [], np.array([], dtype=np.int8), {})

@@ -110,7 +110,7 @@ class WordJudge:
         bound = pass_tokens(self.family, self.family.device)
         scorer = PairScorer(self.family, ScoreSettings((), "last", "mean", "token", "all", words), batch_tokens=bound)
         pairs = [
-            PreferencePair(str(number), sample.images, sample.prompt, text or ".", text or ".")
+            PreferencePair(str(number), sample.images, sample.prompt, text or ".", text or ".", history=sample.history)
             for number, (sample, text) in enumerate(zip(samples, texts, strict=True))
         ]
         preparation = Preparation(self.family.reader(), pairs, OtherPictures(pairs), self.batch_size, bound)

@@ -94,8 +94,8 @@ class Preparation:
         batches = []
         while rows:
             most = max(1, self.batch_tokens // rows[0].length)
-            filled = accumulate(len(row.places) for row in rows[:most])
-            count = max(1, sum(pairs <= self.batch_size for pairs in filled))
+            sums = accumulate(len(row.places) for row in rows[:most])
+            count = max(1, sum(pair_count <= self.batch_size for pair_count in sums))
             places = [place for row in rows[:count] for place in row.places]
             items = [item for row in rows[:count] for item in row.encoded]
             rows = rows[count:]
@@ -121,8 +121,9 @@ class Preparation:
         for item in encoded:  # the last token of a response is the end-of-sequence token
             pieces.append({side: [*self.reader.pieces(item.response_ids[side][:-1]), ""] for side in SIDES})
         rows = packed(self.reader, encoded)
-        pairs = [self.pairs[place] for place in places] if reads_another else []
-        another = with_another(self.reader, pairs, self.others) if reads_another else None
+        another = None
+        if reads_another:
+            another = with_another(self.reader, [self.pairs[place] for place in places], self.others)
         return Prepared(places, [replace(item, pixels={}) for item in encoded], rows, pieces, another)
 
 

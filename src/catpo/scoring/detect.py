@@ -190,7 +190,7 @@ def _settings(
     decoding: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     if steered is not None:
         decoding["steered"] = steered.identity
-    asked = [[*map(Picture.digest, item.sample.images), item.sample.prompt, item.text] for item in items]
+    asked = [[*map(Picture.digest, item.sample.images), item.sample.asked, item.text] for item in items]
     return {
         "model": family.model_id,
         "model_hash": family.model_hash,

@@ -126,9 +126,9 @@ class _Words:
 
     def out_of_fold(self) -> Features:
         """The log-odds of every word by a probe that has not seen its pictures."""
-        fold = np.random.default_rng(0).permutation(len(self.digests)) % min(FOLDS, len(self.digests))
         if len(self.digests) < 2:
             raise UserError("A probe is judged on pictures that it has not seen: there must be two or more.")
+        fold = np.random.default_rng(0).permutation(len(self.digests)) % min(FOLDS, len(self.digests))
         logits = np.empty(len(self.labels))
         for number in range(fold.max() + 1):
             is_held_out = fold[self.pictures] == number

@@ -222,8 +222,10 @@ class _StoreRun:
         """Score the pairs of the missing shards, shared among the processes."""
         missing_count = sum(len(self.pairs[writer.pairs_of(shard)]) for shard in missing)
         done = len(self.pairs) - missing_count
-        if self.is_resumed:
-            self._tell_size() if missing else tell_complete(self.output)
+        if self.is_resumed and missing:
+            self._tell_size()
+        elif self.is_resumed:
+            tell_complete(self.output)
         with (
             track(len(self.pairs), "Scoring", "pairs", done=done, enabled=self.shows_progress) as bar,
             workers.explained(self.worker_count),

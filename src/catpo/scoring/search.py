@@ -235,7 +235,9 @@ def _group(signal: str) -> str:
     spec = parse(signal)
     if spec.name == "patch_lens":
         return LENS
-    return "" if spec.name != "head_attention" else HEADS if "head" in spec.options else LAYERS
+    if spec.name == "head_attention":
+        return HEADS if "head" in spec.options else LAYERS
+    return ""
 
 
 def _labels(pair: PreferencePair, side: Side, asker: Asker, truth: _Truth | None) -> list[tuple[int, int, bool]]:

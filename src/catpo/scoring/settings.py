@@ -135,6 +135,7 @@ def hash_labels(pairs: Sequence[PreferencePair]) -> str:
 
 
 def patches_by_picture(encoded: Encoded) -> list[int]:
+    """How many patches each of a pair's pictures has, in all of its parts."""
     sizes = [0] * (1 + max(grid.picture for grid in encoded.grids))
     for grid in encoded.grids:
         sizes[grid.picture] += grid.size

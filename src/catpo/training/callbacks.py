@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from catpo.core.errors import UserError
 from catpo.files.json_files import append_rows, read_json, read_rows, repair_rows, write_json, write_rows
+from catpo.training.checkpoints import checkpoint_of
 from catpo.training.learned_fusion import LearnedFusion
 from catpo.training.view_passes import ViewPasses
 
@@ -47,8 +47,7 @@ class KeepFusion(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            write_json(checkpoint / self.FILE, {"logits": self.fusion.logits.tolist()})
+            write_json(checkpoint_of(args, state.global_step) / self.FILE, {"logits": self.fusion.logits.tolist()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:

@@ -35,6 +35,11 @@ MARK = "whole.json"
 STATE_NUMBERS = ("epoch", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos", "train_batch_size")
 
 
+def checkpoint_of(args: Any, step: int) -> Path:
+    """The folder of a step's checkpoint, for the Trainer's arguments."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
 def last_whole(folder: Path) -> Path | None:
     """The last complete checkpoint in `folder`."""
     return max(_marked(folder), key=_number, default=None)
@@ -136,7 +141,7 @@ class AtomicCheckpoints(TrainerCallback):
                 "steps. Resume it with the pairs and the number of processes it began with."
             )
         if state.global_step and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = checkpoint_of(args, state.global_step)
             for part in folder.glob(f".{MARK}.*.part"):  # of a run that was killed as it wrote the mark
                 part.unlink()
             self._remove_others(folder, args, state)
@@ -172,7 +177,7 @@ class AtomicCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.wait()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = checkpoint_of(args, state.global_step)
             written = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
             with ThreadPoolExecutor(1) as disk:  # hashing takes no time of its own while the disk writes
                 on_disk = disk.map(_sync, written.values())
@@ -186,7 +191,7 @@ class AtomicCheckpoints(TrainerCallback):
         older = sorted((each for each in _marked(folder.parent) if _number(each) < _number(folder)), key=_number, reverse=True)
         kept = {folder, *older[: self.keep - 1]}
         if args.load_best_model_at_end and state.best_global_step:
-            kept.add(folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"))
+            kept.add(checkpoint_of(args, state.best_global_step))
         for other in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             if other not in kept:
                 (other / MARK).unlink(missing_ok=True)  # first: half a folder must not count
@@ -201,7 +206,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _point_to_best(args: Any, state: Any) -> None:
     """The Trainer looks for the best checkpoint where the run was when that was written, and goes on without one."""
-    best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    best = checkpoint_of(args, state.best_global_step)
     if not (best / MARK).is_file():
         raise UserError(
             f"{best}, the best checkpoint so far, is not there, so the run cannot end with it. Put it back, or start again."

@@ -76,8 +76,7 @@ class PairCollator:
         for pair_id in pair_ids:
             pair_weights = rewards.weights(pair_id, self.fusion)
             weights += [pair_weights.chosen, pair_weights.rejected]
-            coefficient = pair_weights.net_shared_coefficient
-            net_shared.append(np.nan if coefficient is None else coefficient)  # the log's means leave NaN out
+            net_shared.append(pair_weights.net_shared_coefficient)
             if self.fusion.learned:
                 for values, flags in rewards.normalised_signals(pair_id, self.fusion):
                     signals.append(values)

@@ -124,12 +124,17 @@ class CatPOConfig(TrainingArguments):
         return min(1, super().n_gpu)
 
 
+def plain_word(choice: Any) -> str:
+    """A choice of transformers or PEFT, whether it is the member of an enum or the word itself."""
+    return str(getattr(choice, "value", choice))
+
+
 def _check_arguments(args: TrainingArguments) -> None:
     """Raises UserError for an argument of transformers that would be ignored, or make the figures wrong."""
     for name, reason in NOT_HERE.items():
         if getattr(args, name, None) not in (None, False, 0, [], "no", "length"):
             raise UserError(f"{name}={getattr(args, name)!r} cannot be used: {reason}. Leave it out.")
-    optim = getattr(args.optim, "value", args.optim)
+    optim = plain_word(args.optim)
     if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
         raise UserError(
             f"optim='{optim}' applies gradients within the backward pass, before they can be checked and clipped. Choose "
@@ -149,7 +154,7 @@ def _check_scheduler(args: TrainingArguments) -> None:
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, **options)
     except (TypeError, ValueError, AttributeError) as error:
-        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        name = plain_word(args.lr_scheduler_type)
         given = args.lr_scheduler_kwargs
         raise UserError(
             f"lr_scheduler_type='{name}' cannot be used with lr_scheduler_kwargs={given}: {first_line(error)}"
@@ -183,13 +188,13 @@ def check_optimiser(args: TrainingArguments, model: Any, given: Any, kind: Any =
         if not (isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[0], type) and isinstance(kind[1], dict)):
             raise UserError("optimizer_cls_and_kwargs must be a class and a dict, e.g. (torch.optim.SGD, {'lr': 1e-4}).")
         return
-    if args.optim_target_modules is not None and not str(getattr(args.optim, "value", args.optim)).startswith(PROJECTED):
+    if args.optim_target_modules is not None and not plain_word(args.optim).startswith(PROJECTED):
         raise UserError(f"optim_target_modules is of the optimisers {', '.join(PROJECTED)} only. Leave it out, or give optim.")
     try:
         if given is None and (model is not None or args.optim_target_modules is None):
             _check_used(args, Trainer.get_optimizer_cls_and_kwargs(args, model), model)
     except (ImportError, ValueError) as error:
-        optim = getattr(args.optim, "value", args.optim)
+        optim = plain_word(args.optim)
         raise UserError(f"optim='{optim}' cannot be used: {first_line(error)} Or choose optim='adamw_torch'.") from error
 
 
@@ -201,7 +206,7 @@ def _check_used(args: TrainingArguments, made: Any, model: Any) -> None:
             plain = copy.copy(args)
             setattr(plain, name, default)
             if Trainer.get_optimizer_cls_and_kwargs(plain, model) == made:
-                optim = getattr(args.optim, "value", args.optim)
+                optim = plain_word(args.optim)
                 raise UserError(f"{name}={getattr(args, name)!r} has no effect with optim='{optim}'. Leave it out.")
 
 
@@ -258,7 +263,7 @@ def _check_words(store: RewardStore, objective: Objective, reference: str, diver
     rewarded = WordReward.of(divergence.reward)
     for feature in rewarded.reads:
         if feature not in store.word_features:
-            held = ", ".join(store.word_features) or "nothing"
+            held = ", ".join(store.word_features)
             raise UserError(
                 f"{store.path} holds no '{feature}' of words (it holds {held}), which {objective.spec} reads. Score the pairs "
                 "again with --words."

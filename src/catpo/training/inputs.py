@@ -23,7 +23,7 @@ from catpo.scoring.score import score_pairs
 from catpo.scoring.settings import PAPER_SETTINGS, PAPER_SIGNALS
 from catpo.training import other_trainers
 from catpo.training.collator import check_ranked
-from catpo.training.config import CatPOConfig, check_store, needs_store, words_read
+from catpo.training.config import CatPOConfig, check_store, needs_store, plain_word, words_read
 from catpo.training.objectives import Objective
 
 Pairs = Sequence[PreferencePair]
@@ -52,7 +52,7 @@ class Inputs:
                 f"train_dataset holds several data sets ({names}). Give one of them, e.g. train_dataset=data['train']."
             )
         if eval_dataset is None and args.eval_strategy != "no":
-            strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+            strategy = plain_word(args.eval_strategy)
             raise UserError(f"eval_strategy='{strategy}', but there is no eval_dataset. Give one, or leave out eval_strategy.")
         train = None if train_dataset is None else _some_pairs(train_dataset, "train_dataset")
         evaluation = None if eval_dataset is None else _evaluation(eval_dataset)

@@ -89,12 +89,14 @@ class LikeLengths(EpochSampler):
 
 def lengths_of(pairs: Sequence[PreferencePair], rewards: RewardStore | None) -> list[int]:
     """Tokens of pictures and responses by the store's counts; without one, words of all texts, `PICTURE` per picture."""
-    lengths = []
-    for pair in pairs:
-        if rewards is None:
-            texts = (*(turn.text for turn in pair.history), pair.prompt, pair.chosen, pair.rejected)
-            lengths.append(sum(len(text.split()) for text in texts) + PICTURE * len(pair.images))
-            continue
-        stored = [rewards.get(pair.id, side) for side in SIDES]
-        lengths.append(sum(grid.size for grid in stored[0].grids) + sum(len(row.token_ids) for row in stored))
-    return lengths
+    return [_words(pair) if rewards is None else _tokens(pair, rewards) for pair in pairs]
+
+
+def _words(pair: PreferencePair) -> int:
+    texts = (*(turn.text for turn in pair.history), pair.prompt, pair.chosen, pair.rejected)
+    return sum(len(text.split()) for text in texts) + PICTURE * len(pair.images)
+
+
+def _tokens(pair: PreferencePair, rewards: RewardStore) -> int:
+    stored = [rewards.get(pair.id, side) for side in SIDES]
+    return sum(grid.size for grid in stored[0].grids) + sum(len(row.token_ids) for row in stored)

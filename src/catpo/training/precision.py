@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from catpo.core.errors import UserError
 from catpo.models.family import Family
+from catpo.models.tensors import dtype_name
 from catpo.training.config import CatPOConfig
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -46,7 +47,7 @@ def compute_dtype(stored: torch.dtype, bf16: bool | None, fp16: bool = False, *,
         return stored
     if asked is None and bf16 is False:
         raise UserError(
-            f"bf16=False (--no-bf16), but the weights are {_name(stored)}. Leave bf16 out, or load them in float32, for "
+            f"bf16=False (--no-bf16), but the weights are {dtype_name(stored)}. Leave bf16 out, or load them in float32, for "
             "scoring too: dtype='float32' (--dtype float32)."
         )
     if asked is None:
@@ -63,10 +64,6 @@ def compute_dtype(stored: torch.dtype, bf16: bool | None, fp16: bool = False, *,
             "dtype='float16' (--dtype float16)."
         )
     return asked
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def settled(args: CatPOConfig, stored: torch.dtype) -> tuple[CatPOConfig, torch.dtype]:

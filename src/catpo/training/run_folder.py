@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -23,6 +22,7 @@ from catpo.files.provenance import check_same, versions
 from catpo.models.card import datasets_in, origin, shared_name, write_card
 from catpo.models.family import Family
 from catpo.models.saved import list_files
+from catpo.rewards.description import hash_pairs
 from catpo.rewards.word_rewards import WordReward
 from catpo.runtime.launcher import process_count
 from catpo.runtime.skip_log import SkipLog
@@ -127,7 +127,7 @@ def _rewards_of(trainer: CatPOTrainer) -> dict[str, str | None]:
 
 def hash_of(pairs: Sequence[PreferencePair]) -> str:
     """Of the pairs' ids, in their order."""
-    return hashlib.blake2b("\n".join(ids_of(pairs)).encode(), digest_size=16).hexdigest()
+    return hash_pairs(ids_of(pairs))
 
 
 def read_manifest(output: Path) -> dict[str, Any]:

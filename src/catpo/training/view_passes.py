@@ -123,7 +123,7 @@ class ViewPasses:
             return replace(encoded, pixels=view.of_pixels(encoded.pixels, generator)), {}
         if view.acts_on == "text":
             base = encoded if view.inner is None else self.show(view.inner, pair, encoded)[0]
-            return self._perturbed(base, view.spec.options.get("share", 0.05), generator)
+            return self._perturbed(base, view, generator)
         if view.spec.name == "none":
             return self.reader.without_pictures(pair, encoded), {}
         if view.spec.name == "another":
@@ -134,12 +134,12 @@ class ViewPasses:
             images = tuple(view.of_file(picture, generator) for picture in pair.images)
         return self.reader.encode(replace(pair, images=images), max_length=self.max_length), {}
 
-    def _perturbed(self, encoded: Encoded, share: float, generator: torch.Generator) -> tuple[Encoded, Replaced]:
+    def _perturbed(self, encoded: Encoded, view: View, generator: torch.Generator) -> tuple[Encoded, Replaced]:
         """Random tokens in place of a share of those in prompt and responses; special tokens stay."""
         ordinary, special = self._vocabulary
 
         def perturb(ids: Sequence[int]) -> tuple[list[int], list[bool]]:
-            is_drawn = (torch.rand(len(ids), generator=generator) < share).tolist()
+            is_drawn = view(torch.tensor(ids), generator).tolist()
             drawn = torch.randint(len(ordinary), (len(ids),), generator=generator).tolist()
             flags = [chance and token not in special for chance, token in zip(is_drawn, ids, strict=True)]
             perturbed = list(ids)

@@ -59,10 +59,13 @@ def content_of(name: str, value: Any) -> str:
     if name in NAMES:
         return ""
     endings = {PurePosixPath(cell).suffix.lower() for cell in cells if isinstance(cell, str) and len(cell) < 1000}
-    return "a video" if endings & VIDEOS else "a picture" if endings & PICTURES else ""
+    if endings & VIDEOS:
+        return "a video"
+    return "a picture" if endings & PICTURES else ""
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, str | bytes | list | tuple | Mapping) and not (value.strip() if isinstance(value, str) else value)
-    )
+    """Nothing, an empty container, or a text of white space; zeros are values."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, bytes | list | tuple | Mapping) and not value)

@@ -284,10 +284,10 @@ def _is_made_by_catpo(file: Path) -> bool:
 
 def _check_finished(source: Path) -> None:
     """Raise if the folder's command was killed before it was complete; a folder made by hand needs no pairs.json."""
-    folder = source.parent if source.name == "pairs.jsonl" else source
-    if not (folder / "pairs.json").is_file():
+    folder = source.parent if source.name == ROWS else source
+    if not (folder / ABOUT).is_file():
         return
-    about = read_json(folder / "pairs.json", made_by="catpo pair")
+    about = read_json(folder / ABOUT, made_by="catpo pair")
     if not about.get("complete"):
         made_by = "catpo pair" if "method" in about else "catpo data convert"
         raise UserError(f"{folder} is not finished. Give the same `{made_by}` command again; it goes on where it stopped.")

@@ -92,7 +92,9 @@ def _row(file: Path, row: Row, members: Sequence[tarfile.TarInfo]) -> Row:
 
 def _kind(member: tarfile.TarInfo) -> str:
     suffix = Path(member.name).suffix.lower()
-    return "json" if suffix == ".json" else "picture" if suffix in PICTURES else "other"
+    if suffix == ".json":
+        return "json"
+    return "picture" if suffix in PICTURES else "other"
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

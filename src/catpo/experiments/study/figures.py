@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,10 @@ def curves(
 
 def token_logps(results: Results, output: Path, *, row: str = "catpo", against: str = "dpo", pairs: int = 2) -> Figure:
     """Log-probs of chosen responses token by token under two methods, bars for their difference (Fig. 8-9); first seed."""
-    ours, theirs = (_probed(results, output, name)[0] for name in (row, against))
-    shown = [pair for pair in ours if pair in theirs][:pairs]
+    first_seed, *_ = _probed_by_both(results, output, row, against).values()
+    shown = first_seed[:pairs]
     figure, every_axes = _panels(len(shown), height=2.3, width=2 * WIDTH, columns=1)
-    for pair, axes in zip(shown, every_axes, strict=True):
-        first, second = ours[pair], theirs[pair]
+    for (first, second), axes in zip(shown, every_axes, strict=True):
         tokens = np.arange(len(first.pieces))
         axes.bar(tokens, first.policy - second.policy, color="#f0c419", width=0.8, label=f"{row} minus {against}")
         axes.plot(tokens, first.policy, color=COLOURS[0], label=row)
@@ -188,14 +188,11 @@ def rises(results: Results, output: Path, *, rows: Sequence[str] = ("dpo", "catp
     figures: dict[str, dict[str, float]] = {}
     for name in rows:
         by_seed = _probed(results, output, name)
-        figures[f"{name} − reference"] = risen([response for probed in by_seed for response in probed.values()])
+        figures[f"{name} − reference"] = risen([response for probed in by_seed.values() for response in probed.values()])
         if name == against:
             continue
-        differences = []
-        for ours, theirs in zip(by_seed, _probed(results, output, against), strict=False):
-            for pair in (pair for pair in ours if pair in theirs):
-                differences.append(Response(ours[pair].pieces, theirs[pair].policy, ours[pair].policy))
-        figures[f"{name} − {against}"] = risen(differences)
+        both = chain.from_iterable(_probed_by_both(results, output, name, against).values())
+        figures[f"{name} − {against}"] = risen([Response(ours.pieces, theirs.policy, ours.policy) for ours, theirs in both])
     panels = {
         "probe/risen_tokens": "tokens that rose (%)",
         "probe/risen_responses": "responses that rose (%)",
@@ -225,6 +222,8 @@ def _write(figure: Figure, path: Path) -> Path:
 
 
 def _panels(count: int, *, height: float = 2.2, width: float = WIDTH, columns: int = 3) -> tuple[Figure, list[Any]]:
+    if count < 1:
+        raise UserError("it has nothing to show. Give at least one metric, row or pair.")
     across = min(count, columns)
     down = math.ceil(count / across)
     figure = Figure(figsize=(width * across, height * down), layout="constrained")
@@ -290,11 +289,25 @@ def _by_step(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> tuple[
     return steps, np.array([[values[step] for step in steps] for values in series])
 
 
-def _probed(results: Results, output: Path, name: str) -> list[dict[str, Response]]:
-    """Chosen responses of each seed."""
+def _probed(results: Results, output: Path, name: str) -> dict[int, dict[str, Response]]:
+    """Seed -> pair -> chosen response."""
     row = results.row(name)
-    paths = [cell.folder(output) / PROBE for cell in row.cells.values()] if row else []
-    probed = [read(path, "chosen") for path in paths if path.is_file()]
+    paths = {seed: cell.folder(output) / PROBE for seed, cell in row.cells.items()} if row else {}
+    probed = {seed: read(path, "chosen") for seed, path in paths.items() if path.is_file()}
     if not probed:
         raise UserError(f"row '{name}' has kept no log-probs. Set 'probe' in the study.")
     return probed
+
+
+def _probed_by_both(results: Results, output: Path, ours: str, theirs: str) -> dict[int, list[tuple[Response, Response]]]:
+    """Seed -> chosen responses under one row and another, of the pairs that both have."""
+    of_ours, of_theirs = (_probed(results, output, name) for name in (ours, theirs))
+    both: dict[int, list[tuple[Response, Response]]] = {}
+    for seed, by_pair in of_ours.items():
+        others = of_theirs.get(seed, {})
+        responses = [(response, others[pair]) for pair, response in by_pair.items() if pair in others]
+        if responses:
+            both[seed] = responses
+    if not both:
+        raise UserError(f"rows '{ours}' and '{theirs}' have no probed pair in common.")
+    return both

@@ -136,17 +136,12 @@ def _equal_coverage(
     study: Study, evaluations: Mapping[str, Mapping[int, Evaluation]]
 ) -> tuple[dict[str, dict[int, float]], dict[str, Estimate], list[str]]:
     """Row -> seed -> CHAIRi at equal Cover; row -> difference to the reference row; notes on rows left out."""
-    complete = {}
-    for name, by_seed in evaluations.items():
-        if by_seed.keys() >= set(study.seeds):
-            complete[name] = [by_seed[seed] for seed in study.seeds]
+    complete = _complete(study, evaluations)
     names, left_out = _with_enough_cover(complete)
     has_reference = study.compared_with in names
-    if has_reference:  # the comparison takes the first as its base
-        names = [study.compared_with, *(name for name in names if name != study.compared_with)]
     if len(names) < 2:
         return {}, {}, []
-    runs = [[complete[name][index] for name in names] for index in range(len(study.seeds))]
+    runs = [[complete[name][seed] for name in names] for seed in study.seeds]
     values: dict[str, dict[int, float]] = {}
     for seed, run in zip(study.seeds, runs, strict=True):
         for row in first_captions(at_equal_coverage(run, resamples=1)):
@@ -161,6 +156,16 @@ def _equal_coverage(
     return values, differences, notes if values else []
 
 
+def _complete(study: Study, evaluations: Mapping[str, Mapping[int, Evaluation]]) -> dict[str, Mapping[int, Evaluation]]:
+    """The rows with all seeds; the reference row comes first, since comparisons take the first as their base."""
+    complete: dict[str, Mapping[int, Evaluation]] = {}
+    for name, by_seed in evaluations.items():
+        if by_seed.keys() >= set(study.seeds):
+            complete[name] = {seed: by_seed[seed] for seed in study.seeds}
+    first = [study.compared_with] if study.compared_with in complete else []
+    return {name: complete[name] for name in [*first, *complete]}
+
+
 def _at(cover: float) -> str:
     """The metric: CHAIRi with captions cut at this Cover."""
     return f"chair_i_at_{cover:g}"
@@ -173,11 +178,10 @@ def _at_covers(
 
     A row has a value only where all of its seeds reach the Cover: a mean over those that do would favour rows that lose it.
     """
-    names = [name for name, by_seed in evaluations.items() if by_seed.keys() >= set(study.seeds)]
-    if study.compared_with not in names:
+    complete = _complete(study, evaluations)
+    if study.compared_with not in complete:
         return {}, {}, []
-    names = [study.compared_with, *(name for name in names if name != study.compared_with)]
-    runs = [[evaluations[name][seed] for name in names] for seed in study.seeds]
+    runs = [[by_seed[seed] for by_seed in complete.values()] for seed in study.seeds]
     values: dict[str, dict[str, dict[int, float]]] = {}
     ratios: dict[str, dict[float, Estimate]] = {}
     notes = []
@@ -198,11 +202,11 @@ def first_captions(rows: Sequence[Coverage]) -> list[Coverage]:
     return [row for row in rows if row.benchmark == rows[0].benchmark]
 
 
-def _with_enough_cover(evaluations: Mapping[str, Sequence[Evaluation]]) -> tuple[list[str], list[str]]:
+def _with_enough_cover(evaluations: Mapping[str, Mapping[int, Evaluation]]) -> tuple[list[str], list[str]]:
     """Names that can be compared at equal Cover, and those that cover too little; names without captions are in neither."""
     means = {}
     for name, by_seed in evaluations.items():
-        mean = statistics.fmean(covered(evaluation) for evaluation in by_seed)
+        mean = statistics.fmean(covered(evaluation) for evaluation in by_seed.values())
         if not math.isnan(mean):
             means[name] = mean
     least = LEAST_COVER * max(means.values(), default=0.0)

@@ -87,11 +87,12 @@ def finish(
     if present is not None:
         labels = {"chosen": label(chosen, present, vocabulary), "rejected": label(rejected, present, vocabulary)}
     return PreferencePair(
-        id=pair_id(sample.images, sample.prompt, chosen, rejected),
+        id=pair_id(sample.images, sample.prompt, chosen, rejected, sample.history),
         images=sample.images,
         prompt=sample.prompt,
         chosen=chosen,
         rejected=rejected,
         labels=labels,
         meta={"sample": sample.id, **meta},
+        history=sample.history,
     )

@@ -45,8 +45,8 @@ class Scorer(scorers.Scorer):
         encoded: list[Tensor] = []
         for start in range(0, len(samples), self.batch_size):
             batch = samples[start : start + self.batch_size]
-            texts = [self.family.prompt_text(sample.prompt, len(sample.images), name=f"sample {sample.id}") for sample in batch]
-            inputs = self.family.process([sample.images for sample in batch], texts, padding=True, padding_side="left")
+            texts, pictures = self.family.prompt_texts(batch), [sample.images for sample in batch]
+            inputs = self.family.process(pictures, texts, padding=True, padding_side="left")
             inputs = {name: value.to(self.family.device) for name, value in inputs.items()}
             doing = f"looking at the pictures of {len(batch)} samples at once"
             net = memory.explained(doing, self.family.unwrapped, advice=memory.ANSWERING)

@@ -145,7 +145,9 @@ class _Asking:
         """The largest log-prob that the output head gives a word at the last hidden state of a patch."""
         family, read = self.reader.family, []
         tokens = torch.tensor(self.tokens, device=family.device)
-        pairs = [PreferencePair(sample.id, sample.images, sample.prompt, "", "") for sample in self.samples]
+        pairs = [
+            PreferencePair(sample.id, sample.images, sample.prompt, "", "", history=sample.history) for sample in self.samples
+        ]
         for group in in_passes(map(family.encode, pairs), len(pairs), memory.pass_tokens(family, family.device)):
             batch = to_device(pack(family, group, prefix="shared" if family.shares_prefix else "separate"), family.device)
             with family.recordable_attention(), family.running(), memory.explained("reading pictures", family.model):
