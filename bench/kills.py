@@ -102,18 +102,21 @@ class Attempt:
     def wait(self, kill_after: float = LONGEST) -> list[int]:
         """Exit codes by process, negative for signals; when one is killed, the others are killed, too.
 
-        `kill_after` is in seconds of CPU time, so that it hits the same moment on a busy machine.
+        `kill_after` is in seconds of CPU time, so that it hits the same moment on a busy machine. The time of children that a
+        process ends without waiting for them is known only while they run.
         """
-        left, codes = dict(enumerate(self.pids)), [0] * len(self.pids)
+        left, codes, self.seconds = dict(enumerate(self.pids)), [0] * len(self.pids), 0.0
         deadline = time.monotonic() + LONGEST
         while left:
             for process, pid in list(left.items()):
                 done, status, usage = os.wait4(pid, os.WNOHANG)
                 if done:
                     codes[process] = os.waitstatus_to_exitcode(status)
-                    self.seconds = usage.ru_utime + usage.ru_stime
+                    self.seconds = max(self.seconds, usage.ru_utime + usage.ru_stime)
                     del left[process]
-                elif _processor_seconds(pid) > kill_after or time.monotonic() > deadline or any(codes):
+                    continue
+                self.seconds = max(self.seconds, _processor_seconds(pid))
+                if self.seconds > kill_after or time.monotonic() > deadline or any(codes):
                     _kill_with_its_own(pid)
             time.sleep(0.002)
         for pid in self.pids:  # what a process that ended has started
