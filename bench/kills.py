@@ -44,6 +44,8 @@ TIMING = ("train_runtime", "train_samples_per_second", "train_steps_per_second",
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 """Python audit events that change files, in addition to `open` and `fsync`."""
+LATEST = 1.25
+"""Random moments lie between 0 and this share of a run's CPU time; beyond 1, it mostly ends before it is killed."""
 LONGEST = 300.0
 """Timeout of a process, in seconds."""
 
@@ -187,13 +189,12 @@ def _is_of_group(process: psutil.Process, leader: int) -> bool:
 
 
 def _processor_seconds(pid: int) -> float:
-    """Of a process with those that it has started and waited for, or is running."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Of a process with those that it has started, from any of its threads, and waited for, or is running."""
     of_itself = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:15]
     seconds = sum(map(int, of_itself)) / os.sysconf("SC_CLK_TCK")
-    for child in children:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            seconds += _processor_seconds(int(child))
+    for started in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread or the child has just ended
+            seconds += sum(_processor_seconds(int(child)) for child in started.read_text().split())
     return seconds
 
 
@@ -298,7 +299,7 @@ class Trials:
         while self.findings.early < kills and len(self.findings.problems) < 5:
             output, moments, was_killed = self._folder(), [], True
             while was_killed:
-                moments.append(round(self.random.uniform(0, self.findings.seconds), 2))
+                moments.append(round(self.random.uniform(0, LATEST * self.findings.seconds), 2))
                 attempt = Attempt(self.work, self.inputs, output)
                 codes = attempt.wait(moments[-1])
                 was_killed = self._was_killed(codes)
