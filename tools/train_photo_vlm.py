@@ -216,7 +216,8 @@ def build_processor(captions: list[str]) -> LlavaProcessor:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>", "<image>"]
     trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([" " + caption for caption in captions] + [f"USER: {PROMPT} ASSISTANT:"] * 100, trainer)
+    told = [f"USER: {PROMPT} ASSISTANT:", " Yes", " No"] * 100  # both answers as one token: a space alone would say nothing
+    bpe.train_from_iterator([" " + caption for caption in captions] + told, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
