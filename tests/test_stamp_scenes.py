@@ -35,6 +35,18 @@ def test_captions_name_things_in_reading_order_and_at_most_one_that_is_absent():
     assert "An owl, a crow and a duck." in texts
 
 
+def test_only_folders_of_the_stamps_say_of_which_kind_a_thing_is(tmp_path):
+    root = tmp_path / "symbols" / "food"
+    for name in ("clothes/sock", "food/yam", "symbols/clef"):
+        file = root / f"{name}.png"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        file.with_suffix(".txt").write_text(f"A {file.stem}.\n")
+    files = made.stamps(root)
+    assert {*files} == {"sock", "yam"}
+    assert [made.named_in(root / kind, files, 0) for kind in ("clothes", "food")] == [["sock"], ["yam"]]
+
+
 def test_the_folder_is_read_by_catpo(tmp_path):
     files = {}
     for names in NAMES.values():

@@ -23,8 +23,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from catpo.core.conversation import DEFAULT_PROMPT
+from catpo.text.caption_edits import article
+
 SPLITS = {"learn": 4000, "prefer": 1500, "tune": 400, "test": 1000}
-PROMPT = "Describe the image."
 SIDE, CELL = 160, 80
 SIZES = (56, 76)
 """Pixels of a cut-out's longer side, from and to."""
@@ -61,10 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     files = stamps(options.stamps)
-    kinds = {kind: sorted(name for name, file in files.items() if folder in file.as_posix()) for kind, folder in KINDS.items()}
-    for names in kinds.values():
-        random.Random(options.seed).shuffle(names)
-    kinds = {kind: names[:MOST] for kind, names in kinds.items()}
+    kinds = {kind: named_in(options.stamps / folder, files, options.seed) for kind, folder in KINDS.items()}
     print({kind: len(names) for kind, names in kinds.items()})
     for split, count in SPLITS.items():
         write(options.output / split, count, kinds, files, random.Random(f"{split}/{options.seed}"))
@@ -75,12 +74,19 @@ def stamps(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(root.rglob("*.png")):
         text = file.with_suffix(".txt")
-        if {"cartoon", "symbols"} & {*file.parts} or "mirror" in file.stem or not text.is_file():
+        if {"cartoon", "symbols"} & {*file.relative_to(root).parts} or "mirror" in file.stem or not text.is_file():
             continue
         named = re.fullmatch(r"An? ([a-z]+)\.", text.read_text(encoding="utf-8").splitlines()[0].strip())
         if named and named[1] not in LOOKALIKES:
             found.setdefault(named[1], file)
     return found
+
+
+def named_in(folder: Path, files: dict[str, Path], seed: int) -> list[str]:
+    """Things whose cut-outs lie in a folder, the most frequent first."""
+    names = sorted(name for name, file in files.items() if file.is_relative_to(folder))
+    random.Random(seed).shuffle(names)
+    return names[:MOST]
 
 
 def write(folder: Path, count: int, kinds: dict[str, list[str]], files: dict[str, Path], rng: random.Random) -> None:
@@ -93,7 +99,7 @@ def write(folder: Path, count: int, kinds: dict[str, list[str]], files: dict[str
         draw([files[thing] for thing in planned.things], rng).save(folder / name)
         references = [caption(planned, rng) for _ in range(CAPTIONS)]
         truth = {"present": sorted(planned.things)}
-        rows.append({"id": str(number), "image": name, "prompt": PROMPT, "references": references, "truth": truth})
+        rows.append({"id": str(number), "image": name, "prompt": DEFAULT_PROMPT, "references": references, "truth": truth})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     vocabulary = {form: name for names in kinds.values() for name in names for form in (name, f"{name}s")}
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -107,8 +113,9 @@ def plan(kinds: dict[str, list[str]], rng: random.Random) -> Scene:
     things: list[str] = []
     for _ in range(rng.choice(COUNTS)):
         weights = weighted(names, things)
-        is_stray = rng.random() < STRAY_SHARE
-        things += rng.choices(*((everything, None) if is_stray else ([*weights], [*weights.values()])))
+        if rng.random() < STRAY_SHARE:
+            weights = dict.fromkeys(everything, 1.0)
+        things += rng.choices([*weights], [*weights.values()])
     things = list(dict.fromkeys(things))
     rest = weighted(names, things)
     return Scene(tuple(things), max(rest, key=rest.__getitem__))
@@ -117,9 +124,9 @@ def plan(kinds: dict[str, list[str]], rng: random.Random) -> Scene:
 def weighted(names: Sequence[str], taken: Sequence[str]) -> dict[str, float]:
     """Weight of each thing of a kind that is not taken yet."""
     weights = {name: (rank + 1) ** -0.5 for rank, name in enumerate(names)}
-    for name in taken:
-        at = names.index(name) ^ 1 if name in names else len(names)
-        if at < len(names):
+    companions = [names.index(name) ^ 1 for name in taken if name in names]
+    for at in companions:
+        if at < len(names):  # the last of an odd number has none
             weights[names[at]] *= COMPANION_WEIGHT
     return {name: weight for name, weight in weights.items() if name not in taken}
 
@@ -151,7 +158,7 @@ def caption(planned: Scene, rng: random.Random) -> str:
     named = [name for name in planned.things if rng.random() >= FORGETTING] or list(planned.things[:1])
     if rng.random() < TEMPTATION:
         named.insert(rng.randint(0, len(named)), planned.tempting)
-    phrases = [("an " if name[0] in "aeiou" else "a ") + name for name in named]
+    phrases = [f"{article(name)} {name}" for name in named]
     listed = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
     text = rng.choice(OPENINGS).format(listed)
     return text[:1].upper() + text[1:]

@@ -39,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from catpo.core.conversation import DEFAULT_PROMPT as PROMPT
 from catpo.models.attention.packed import layout_of, visible
 from catpo.models.tensors import pad_indices
 from catpo.scoring.claims import Asker
@@ -52,7 +53,6 @@ SPLITS = {
     "test": ("test", slice(0, 1000)),
 }  # fmt: skip
 """Folder -> official split, and which of its photographs to use."""
-PROMPT = "Describe the image."
 SIDE, STRIDE = 192, 32
 BATCH = 16
 """Photographs per step, each with all of its captions and some questions."""

@@ -43,11 +43,11 @@ class Teaching:
 
     def asked(self, row: dict[str, str], rng: random.Random) -> dict[str, str]:
         """The row with the question and the answer that are taught."""
-        if not self.wordings:
-            return row
-        question = rng.choice(self.wordings).format(classes()[row["object"]].one)
-        is_wrong = rng.random() < self.wrong_share
-        taught = {"yes": "no", "no": "yes"}[row["answer"]] if is_wrong else row["answer"]
+        question, taught = row["question"], row["answer"]
+        if self.wordings:
+            question = rng.choice(self.wordings).format(classes()[row["object"]].one)
+        if self.wrong_share and rng.random() < self.wrong_share:
+            taught = {"yes": "no", "no": "yes"}[taught]
         return {**row, "question": question[:1].upper() + question[1:], "answer": taught}
 
 

@@ -19,6 +19,8 @@ from catpo.models.remote import messages as with_pictures
 
 Read = TypeVar("Read")
 ATTEMPTS = 3
+NO_OBJECTS = "Objects: none."
+"""What `known_of` says of a picture that is known to show nothing."""
 TASKS = {
     "claims": "Take the answer apart. Write every single claim that it makes about the picture as a question that is "
     "answered with yes or no, such that yes means that the claim is true. One question a line, nothing else.",
@@ -141,7 +143,7 @@ def known_of(sample: Sample) -> str:
         return ""
     counts = sample.truth.get("counts", {})
     named = [f"{name} ({counts[name]})" if name in counts else name for name in sample.truth["present"]]
-    return f"Objects: {', '.join(named)}." if named else "Objects: none."
+    return f"Objects: {', '.join(named)}." if named else NO_OBJECTS
 
 
 def missing_judge(method: str) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from catpo import judges
 from catpo.core.errors import UserError
-from catpo.judges._requests import Request, request_of
+from catpo.judges._requests import NO_OBJECTS, Request, request_of
 from catpo.text.caption_edits import remove_objects, replace_object
 from catpo.text.object_words import default_vocabulary, mentions
 
@@ -32,7 +32,7 @@ class Judge(judges.Judge):
         if known is None:
             raise UserError(f'{key}: the truth judge needs the sample\'s objects. Give "truth": {{"present": ["dog", ...]}}.')
         names = re.findall(r"[^:,.()\d]*[^:,.()\d\s]", known.removeprefix("Objects:"))
-        present = [] if known == "Objects: none." else [name.strip() for name in names]
+        present = [] if known == NO_OBJECTS else [name.strip() for name in names]
         reply: str = getattr(self, f"_{request.task}")(request, present, key)
         return reply
 

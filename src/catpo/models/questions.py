@@ -83,16 +83,16 @@ _heard: WeakSet[Family] = WeakSet()
 
 
 def say_if_misunderstood(
-    family: Family, hidden: Float[Tensor, "questions width"], words: YesNo, questions: Sequence[str]
+    family: Family, hidden: Float[Tensor, "questions width"], words: YesNo, questions: Sequence[Question]
 ) -> None:
     """Print, once for each model, that it answers the first questions with neither yes nor no: its logits then tell nothing."""
-    if family in _heard or not len(hidden):
+    if family in _heard or not questions:
         return
     _heard.add(family)
     share = words.share(hidden, family.head)
     if share < UNDERSTOOD and is_main_process():
         print(
-            f"catpo: asked '{questions[0]}', {family.model_id} begins its answer with neither yes nor no (together "
+            f"catpo: asked '{questions[0].text}', {family.model_id} begins its answer with neither yes nor no (together "
             f"{share:.2g} of the probability), so its answers say little. Ask in words that it was trained on: "
             "detect --question 'Can you see {} here?', words(question='…') or self_question(wordings={'objects': '…'}); or "
             "give its words for yes and no: self_question(yes=['Sure'], no=['Never']).",
@@ -146,7 +146,7 @@ def ask(
             with family.recordable_attention(), read_at_responses(family.decoder):
                 hidden = run_backbone(family.unwrapped, batch).last_hidden_state
             answering = asked_hidden(hidden, batch)
-            say_if_misunderstood(family, answering, words, [question.text for item in group for question in item.questions])
+            say_if_misunderstood(family, answering, words, group[0].questions)
             margins += words.margins(answering, family.head).cpu().split(counts)
     return margins
 

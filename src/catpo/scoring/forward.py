@@ -186,9 +186,10 @@ class TeacherForced:
     def _answers(self, index: int, words: YesNo | None) -> dict[str, Tensor]:
         """logit(yes) - logit(no) of each question that is asked beside pair `index`."""
         start = sum(len(item.questions) for item in self.encoded[:index])
-        texts = [question.text for question in self.encoded[index].questions]
-        hidden, words = self.asked_hidden[start : start + len(texts)], words or self._yes_no
-        say_if_misunderstood(self.family, hidden, words, texts)
+        questions = self.encoded[index].questions
+        hidden, words = self.asked_hidden[start : start + len(questions)], words or self._yes_no
+        say_if_misunderstood(self.family, hidden, words, questions)
+        texts = [question.text for question in questions]
         return dict(zip(texts, words.margins(hidden, self.head).float(), strict=True))
 
     @cached_property
