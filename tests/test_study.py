@@ -362,6 +362,21 @@ def test_a_row_may_be_a_decoding_of_the_untrained_or_of_a_trained_model(engines:
     assert cells["vcd"].objective is None and cells["both"].name != cells["dpo"].name
 
 
+def test_rows_that_differ_in_their_evaluation_train_once(engines: Engines) -> None:
+    both = "  both: {objective: dpo, tuned_as: dpo, evaluate: {decoding: vcd}}\n"
+    text = BASIC.replace("  dpo: dpo\n", f"  dpo: dpo\n{both}")
+    models = lambda output: sorted((engines.folder / output).glob("cells/*/run/model"))
+    results = engines.study(text).results
+    dpo, of_both = results.row("dpo"), results.row("both")
+    assert len(engines.trained) == len({*engines.trained}) == 8  # two methods, at two rates in tuning, with two seeds
+    assert dpo is not None and of_both is not None and not models("out")
+    assert of_both.mean("scenes/chair_i") == dpo.mean("scenes/chair_i")
+    engines.study(text + "keep_models: true\n", output="kept")
+    kept = models("kept")
+    engines.study(text, output="kept", name="other")
+    assert len(kept) == 8 and models("kept") == kept
+
+
 def test_rows_whose_pairs_cannot_be_made_are_left_out_by_name(engines: Engines) -> None:
     outcome = engines.study(BASIC.replace("catpo: {objective: catpo,", "catpo: {objective: catpo, method: unheard_of,"))
     assert [row.name for row in outcome.results.rows] == ["base", "dpo"]
@@ -471,7 +486,7 @@ class Note:
     def is_finished(self, output: Path) -> bool:
         return self.folder(output).exists()
 
-    def run(self, output: Path, *, keep_model: bool = False) -> None:
+    def run(self, output: Path, *, keep: cells.Keep = "nothing") -> None:
         if self.dies:
             os._exit(1)
         self.folder(output).write_text(str(os.getpid()))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -45,6 +45,8 @@ from catpo.scoring.score import score
 from catpo.training.train import train
 
 DONE = "cell.json"
+Keep = Literal["nothing", "lent", "model"]
+"""What stays of the weights of a finished cell: nothing, the model until `take_back`, or the model for good."""
 Item = TypeVar("Item")
 
 
@@ -77,7 +79,7 @@ class Shared:
     def is_finished(self, output: Path) -> bool:
         return _is_complete(self.rewards(output) / "store.json")
 
-    def run(self, output: Path, *, keep_model: bool = False) -> None:
+    def run(self, output: Path, *, keep: Keep = "nothing") -> None:
         """Make the pairs and the reward store, unless they exist."""
         if self.is_finished(output):
             return
@@ -112,13 +114,20 @@ class Cell:
         rate = f"-{self.learning_rate:.3g}" if self.learning_rate else ""
         return f"{method}{rate}-seed{self.seed}-{_hash(asdict(self))}"
 
+    @property
+    def training(self) -> str:
+        """Equal for cells that train the same model and evaluate it differently; empty where nothing is trained."""
+        evaluation = ("benchmarks", "evaluate", "probe")
+        trained = {name: value for name, value in asdict(self).items() if name not in evaluation}
+        return "" if self.objective is None or self.measure else _hash(trained)
+
     def folder(self, output: Path) -> Path:
         return output / "cells" / self.name
 
     def is_finished(self, output: Path) -> bool:
         return _is_complete(self.folder(output) / DONE)
 
-    def run(self, output: Path, *, keep_model: bool = False) -> None:
+    def run(self, output: Path, *, keep: Keep = "nothing") -> None:
         """Train and evaluate, unless that is done."""
         folder = self.folder(output)
         if self.is_finished(output):
@@ -126,21 +135,39 @@ class Cell:
         with lock(folder):
             if not (folder / DONE).exists():
                 write_json(folder / DONE, {**self._measured(output, folder), "complete": False})
-            _tidy(folder, keep_model)  # before the cell counts as finished, since nobody looks into it afterwards
-            write_json(folder / DONE, {**read_json(folder / DONE), "complete": True})
+            _tidy(folder, keep)  # before the cell counts as finished, since nobody looks into it afterwards
+            write_json(folder / DONE, {**read_json(folder / DONE), "lends": keep == "lent", "complete": True})
+
+    def take_back(self, output: Path) -> None:
+        """Remove the weights that were kept for other cells only."""
+        folder = self.folder(output)
+        if self.is_finished(output) and read_json(folder / DONE).get("lends"):
+            _tidy(folder, "nothing")
+            write_json(folder / DONE, {**read_json(folder / DONE), "lends": False})
 
     def _measured(self, output: Path, folder: Path) -> dict[str, Any]:
         """The content of `cell.json`: the cell itself, and the figures of its training."""
-        manifest: dict[str, Any] = {"cell": asdict(self), "versions": versions()}
+        manifest: dict[str, Any] = {"cell": asdict(self), "training": self.training, "versions": versions()}
         model = self.model
         if self.objective is not None:
             started = time.monotonic()
-            model = str(self._trained(output, folder))
+            model = str(self._lent(output, folder) or self._trained(output, folder))
             manifest["train_seconds"] = round(time.monotonic() - started, 2)
             manifest["figures"] = self._figures(model, output, folder)
         if self.benchmarks:
             evaluate(model=model, benchmarks=self.benchmarks, output=folder / "evaluation", progress=False, **self.evaluate)
         return manifest
+
+    def _lent(self, output: Path, folder: Path) -> Path | None:
+        """The model of a finished cell with the same training, whose log becomes this cell's; None if there is none."""
+        if not self.training or (folder / "run").exists():
+            return None
+        for model in output.glob("cells/*/run/model"):
+            lender = model.parent.parent
+            if _is_complete(lender / DONE) and read_json(lender / DONE).get("training") == self.training:
+                shutil.copytree(model.parent, folder / "run", ignore=lambda *_: ["model"])
+                return model
+        return None
 
     def _trained(self, output: Path, folder: Path) -> Path:
         """Train, and return the model's folder."""
@@ -277,10 +304,10 @@ def _hash(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
 
-def _tidy(folder: Path, keep_model: bool) -> None:
+def _tidy(folder: Path, keep: Keep) -> None:
     """Remove what no table or figure reads: optimiser states, and weights unless they are kept."""
     unneeded = ["run/checkpoints", "round-*/run/checkpoints"]
-    if not keep_model:  # round-*/model: an adapter merged into its base model
+    if keep == "nothing":  # round-*/model: an adapter merged into its base model
         unneeded += ["run/model", "round-*/run/model", "round-*/model"]
     for pattern in unneeded:
         for path in folder.glob(pattern):

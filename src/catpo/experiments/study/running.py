@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from catpo.core.errors import Stopped, UserError
+from catpo.experiments.study.cells import Keep
 from catpo.runtime.progress import track
 from catpo.runtime.sigterm import on_sigterm
 
@@ -28,11 +29,17 @@ class Task(Protocol):
     def name(self) -> str: ...
     def is_finished(self, output: Path) -> bool: ...
     def folder(self, output: Path) -> Path: ...
-    def run(self, output: Path, *, keep_model: bool = False) -> None: ...
+    def run(self, output: Path, *, keep: Keep = "nothing") -> None: ...
 
 
 def run_all(
-    tasks: Sequence[Task], output: Path, *, what: str, jobs: int = 1, alone: bool = False, keep_models: bool = False
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    what: str,
+    jobs: int = 1,
+    alone: bool = False,
+    keep: Mapping[str, Keep] | None = None,
 ) -> dict[str, str]:
     """Run the tasks that are not finished; returns name -> reason of those that failed.
 
@@ -42,19 +49,20 @@ def run_all(
         what: the tasks' name in the progress display.
         jobs: processes that share the cores; 1: this process.
         alone: run each in a process of its own, one after the other, so that time and memory can be measured.
-        keep_models: keep the weights.
+        keep: name of a task -> what stays of its weights; of others nothing does.
     """
     unique = {task.name: task for task in tasks}
     left = [task for task in unique.values() if not task.is_finished(output)]
+    kept: dict[str, Keep] = {name: (keep or {}).get(name, "nothing") for name in unique}
     failed = {}
     with track(len(unique), what, "done", done=len(unique) - len(left)) as bar, on_sigterm() as stop:
         outcomes: Iterator[tuple[Task, str]]
         if alone:
-            outcomes = ((task, _run_alone(task, output, 1, keep_models)) for task in left)
+            outcomes = ((task, _run_alone(task, output, 1, kept[task.name])) for task in left)
         elif jobs > 1 and len(left) > 1:
-            outcomes = _in_processes(left, output, jobs, keep_models)
+            outcomes = _in_processes(left, output, jobs, kept)
         else:
-            outcomes = ((task, _run(task, output, keep_models)) for task in left)
+            outcomes = ((task, _run(task, output, kept[task.name])) for task in left)
         for task, reason in outcomes:
             if reason:
                 failed[task.name] = reason
@@ -63,11 +71,11 @@ def run_all(
     return failed
 
 
-def _run(task: Task, output: Path, keep_model: bool) -> str:
+def _run(task: Task, output: Path, keep: Keep) -> str:
     """Run a task; returns why it failed, or an empty text."""
     folder = task.folder(output)
     try:
-        task.run(output, keep_model=keep_model)
+        task.run(output, keep=keep)
     except Stopped:
         raise
     except UserError as error:
@@ -82,11 +90,11 @@ def _run(task: Task, output: Path, keep_model: bool) -> str:
     return ""
 
 
-def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep_models: bool) -> Iterator[tuple[Task, str]]:
+def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep: Mapping[str, Keep]) -> Iterator[tuple[Task, str]]:
     """`_run` in several processes. One that dies breaks the whole pool; the tasks left over then run alone."""
     orphans = []
     with _pool(min(jobs, len(tasks)), jobs) as pool:
-        futures = {pool.submit(_run, task, output, keep_models): task for task in tasks}
+        futures = {pool.submit(_run, task, output, keep[task.name]): task for task in tasks}
         try:
             for future in as_completed(futures):
                 try:
@@ -96,14 +104,14 @@ def _in_processes(tasks: Sequence[Task], output: Path, jobs: int, keep_models: b
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # when interrupted: start nothing more
     for task in orphans:
-        yield task, _run_alone(task, output, jobs, keep_models)
+        yield task, _run_alone(task, output, jobs, keep[task.name])
 
 
-def _run_alone(task: Task, output: Path, jobs: int, keep_model: bool) -> str:
+def _run_alone(task: Task, output: Path, jobs: int, keep: Keep) -> str:
     """`_run` in a process of its own."""
     with _pool(1, jobs) as pool:
         try:
-            return pool.submit(_run, task, output, keep_model).result()
+            return pool.submit(_run, task, output, keep).result()
         except BrokenProcessPool:
             return "its process was killed or ran out of memory. Give it more memory, or fewer --jobs."
 
