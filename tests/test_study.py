@@ -515,7 +515,7 @@ def test_a_cell_whose_training_was_killed_after_its_last_step_goes_without_a_cos
     """The resumed training has no step left, so that its log names no speed."""
     cell = cells.Cell(shared=None, model="builtin", objective="dpo", learning_rate=1e-5, seed=0, measure=True)
     make_run(cell.folder(tmp_path) / "run", objective="dpo")
-    assert cell._figures("builtin", tmp_path, cell.folder(tmp_path)) == {}
+    assert cell._figures("builtin", cell.folder(tmp_path) / "run", tmp_path, cell.folder(tmp_path)) == {}
 
 
 def test_a_cell_killed_before_it_was_tidied_is_tidied_and_not_measured_again(tmp_path, monkeypatch):

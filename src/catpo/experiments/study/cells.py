@@ -116,10 +116,11 @@ class Cell:
 
     @property
     def training(self) -> str:
-        """Equal for cells that train the same model and evaluate it differently; empty where nothing is trained."""
+        """Equal for cells that train the same model and evaluate it differently; empty for those that do not lend theirs."""
         evaluation = ("benchmarks", "evaluate", "probe")
         trained = {name: value for name, value in asdict(self).items() if name not in evaluation}
-        return "" if self.objective is None or self.measure else _hash(trained)
+        is_alone = self.objective is None or self.measure or self.rounds > 1
+        return "" if is_alone else _hash(trained)
 
     def folder(self, output: Path) -> Path:
         return output / "cells" / self.name
@@ -148,24 +149,26 @@ class Cell:
     def _measured(self, output: Path, folder: Path) -> dict[str, Any]:
         """The content of `cell.json`: the cell itself, and the figures of its training."""
         manifest: dict[str, Any] = {"cell": asdict(self), "training": self.training, "versions": versions()}
-        model = self.model
+        model, lent = self.model, None
         if self.objective is not None:
             started = time.monotonic()
-            model = str(self._lent(output, folder) or self._trained(output, folder))
+            lent = self._lent(output, folder)
+            model = str(lent or self._trained(output, folder))
             manifest["train_seconds"] = round(time.monotonic() - started, 2)
-            manifest["figures"] = self._figures(model, output, folder)
+            manifest["figures"] = self._figures(model, lent.parent if lent else folder / "run", output, folder)
         if self.benchmarks:
             evaluate(model=model, benchmarks=self.benchmarks, output=folder / "evaluation", progress=False, **self.evaluate)
+        if lent is not None:  # last, since a run without weights cannot be resumed
+            shutil.copytree(lent.parent, folder / "run", ignore=lambda *_: ["model"], dirs_exist_ok=True)
         return manifest
 
     def _lent(self, output: Path, folder: Path) -> Path | None:
-        """The model of a finished cell with the same training, whose log becomes this cell's; None if there is none."""
+        """The model of a finished cell with the same training; None if there is none, or this cell has begun its own."""
         if not self.training or (folder / "run").exists():
             return None
         for model in output.glob("cells/*/run/model"):
-            lender = model.parent.parent
-            if _is_complete(lender / DONE) and read_json(lender / DONE).get("training") == self.training:
-                shutil.copytree(model.parent, folder / "run", ignore=lambda *_: ["model"])
+            done = model.parent.parent / DONE
+            if _is_complete(done) and read_json(done).get("training") == self.training:
                 return model
         return None
 
@@ -197,13 +200,13 @@ class Cell:
         *_, last = run_rounds(folder, plans, self.model, options, progress=False)
         return last.model
 
-    def _figures(self, model: str, output: Path, folder: Path) -> dict[str, float]:
+    def _figures(self, model: str, log: Path, output: Path, folder: Path) -> dict[str, float]:
         """Figures of the training itself: learned coefficients, time and memory, log-probs of some pairs."""
-        run = read_json(folder / "run" / "catpo.json", made_by="catpo study")
+        run = read_json(log / "catpo.json", made_by="catpo study")
         device = device_of(self.train.get("device"))
         figures = {f"learned/{signal}": value for signal, value in run.get("learned_fusion", {}).items()}
         if self.measure:
-            speed = read_rows(folder / "run" / "metrics.jsonl")[-1].get("train_samples_per_second")
+            speed = read_rows(log / "metrics.jsonl")[-1].get("train_samples_per_second")
             if speed:  # none if the training was interrupted after its last step: nothing was left to measure
                 figures |= {"cost/seconds_per_pair": 1 / speed, "cost/memory": peak_mebibytes(device)}
         if self.probe and self.shared is not None and self.rounds == 1:
