@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -168,7 +169,8 @@ class Cell:
             return None
         for model in output.glob("cells/*/run/model"):
             done = model.parent.parent / DONE
-            if _is_complete(done) and read_json(done).get("training") == self.training:
+            told = read_json(done) if done.is_file() else {}
+            if told.get("complete") and told.get("training") == self.training:
                 return model
         return None
 
@@ -215,6 +217,12 @@ class Cell:
             pairs = [pair for pair in open_data(self.shared.pairs(output)).pairs() if pair.id in scored]
             figures |= probe(model, store, spread_over(pairs, self.probe), folder / PROBE, device)
         return figures
+
+
+def lenders(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose training is that of another one, too."""
+    counts = Counter(cell.training for cell in cells)
+    return [cell for cell in cells if cell.training and counts[cell.training] > 1]
 
 
 def spread_over(items: Sequence[Item], count: int) -> list[Item]:

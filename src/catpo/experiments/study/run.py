@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from catpo.core.errors import UserError
-from catpo.experiments.study.cells import Cell, Keep, Shared, cell_of, shared_of
+from catpo.experiments.study.cells import Cell, Keep, Shared, cell_of, lenders, shared_of
 from catpo.experiments.study.figures import check_figure, draw
 from catpo.experiments.study.file import Row, Study, Tuning, read
 from catpo.experiments.study.page import write_page
@@ -109,14 +108,13 @@ class _Work:
         """Run tasks by their label for users; returns the labels of those that failed."""
         self.is_given_again &= all(task.is_finished(self.output) for task in tasks.values())
         cells = [task for task in tasks.values() if isinstance(task, Cell)]
-        shared = {training for training, count in Counter(cell.training for cell in cells).items() if training and count > 1}
-        lenders = [cell for cell in cells if cell.training in shared]
-        keep: dict[str, Keep] = {cell.name: "lent" for cell in lenders}
+        lending = lenders(cells)
+        keep: dict[str, Keep] = {cell.name: "lent" for cell in lending}
         if self.study.keep_models:
             keep = {cell.name: "model" for cell in cells}
         alone = self.study.measure
         reasons = run_all([*tasks.values()], self.output, what=what, jobs=self.jobs, alone=alone, keep=keep)
-        for cell in lenders:
+        for cell in lending:
             cell.take_back(self.output)
         failed = {label: reasons[task.name] for label, task in tasks.items() if task.name in reasons}
         self.failed |= failed

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -39,7 +40,7 @@ def run_all(
     what: str,
     jobs: int = 1,
     alone: bool = False,
-    keep: Mapping[str, Keep] | None = None,
+    keep: Mapping[str, Keep] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Run the tasks that are not finished; returns name -> reason of those that failed.
 
@@ -53,7 +54,7 @@ def run_all(
     """
     unique = {task.name: task for task in tasks}
     left = [task for task in unique.values() if not task.is_finished(output)]
-    kept: dict[str, Keep] = {name: (keep or {}).get(name, "nothing") for name in unique}
+    kept: dict[str, Keep] = {name: keep.get(name, "nothing") for name in unique}
     failed = {}
     with track(len(unique), what, "done", done=len(unique) - len(left)) as bar, on_sigterm() as stop:
         outcomes: Iterator[tuple[Task, str]]
